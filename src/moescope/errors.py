@@ -1,0 +1,10 @@
+"""The one exception that means "the user can mend this"."""
+
+
+class UserError(Exception):
+    """A mistake or a limit outside the program, told in one sentence.
+
+    The message names the thing, the value and the way out. The command line prints it on
+    stderr and exits with code 2; a server answers with a 4xx status. Anything else that
+    escapes is a defect of moescope and keeps its traceback.
+    """
