@@ -1,0 +1,51 @@
+"""The output head and its loss in one pass, without ever holding all logits."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+CHUNK = 512
+"""Tokens at a time: their logits stay in the last-level cache for usual vocabularies."""
+
+
+def linear_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    """Mean cross-entropy; arguments as in `reference.linear_cross_entropy`.
+
+    Gradients are computed together with the loss, chunk by chunk, when they are wanted.
+    """
+    return _LinearCrossEntropy.apply(  # pyright: ignore[reportReturnType]
+        hidden_states, weight, targets
+    )
+
+
+class _LinearCrossEntropy(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+        tokens = len(targets)
+        total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
+        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
+        grad_hidden = torch.empty_like(hidden_states) if wanted else None
+        grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
+        for start in range(0, tokens, CHUNK):
+            chunk = hidden_states[start : start + CHUNK]
+            target = targets[start : start + CHUNK, None]
+            log_probs = (chunk @ weight.mT).float().log_softmax(dim=-1)  # (chunk, vocab)
+            total -= log_probs.gather(1, target).sum()
+            if grad_hidden is None or grad_weight is None:
+                continue
+            grad_logits = log_probs.exp_()
+            grad_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
+            grad_logits = grad_logits.mul_(1 / tokens).to(weight.dtype)
+            torch.mm(grad_logits, weight, out=grad_hidden[start : start + CHUNK])
+            grad_weight += grad_logits.mT @ chunk
+        ctx.save_for_backward(
+            grad_hidden, None if grad_weight is None else grad_weight.to(weight.dtype)
+        )
+        return total / tokens
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        grad_hidden, grad_weight = ctx.saved_tensors
+        scale = grad_outputs[0]
+        return grad_hidden * scale, grad_weight * scale, None

@@ -1,0 +1,196 @@
+"""Attention: multi-head latent (DeepSeek-V2/V3) and grouped-query (Llama, Qwen, DeepSeekMoE)."""
+
+from typing import Protocol
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moescope.config import ModelConfig
+from moescope.model.norm import RMSNorm
+from moescope.model.recorder import Recorder
+from moescope.model.rope import rotate, softmax_scale
+
+LATENT_NORM_EPS = 1e-6
+"""DeepSeek's latent norms use this constant, not `rms_norm_eps`."""
+
+
+class KVCache(Protocol):
+    """What attention needs of a cache; a token's slot is its position."""
+
+    def update(
+        self, layer_idx: int, keys: Tensor, values: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store `(batch, seq, ...)` at `positions` `(batch, seq)`; return all slots used so far."""
+        ...
+
+
+class LatentAttention(nn.Module):
+    """Multi-head latent attention (DeepSeek-V2, eq. 9-19).
+
+    Keys and values are expanded from one latent vector a token; the cache holds only that
+    latent and the rotated key shared by all heads.
+    """
+
+    def __init__(self, config: ModelConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.heads = heads = config.num_attention_heads
+        self.kv_lora_rank = config.required("kv_lora_rank")
+        self.nope = config.required("qk_nope_head_dim")
+        self.rope = config.required("qk_rope_head_dim")
+        self.v_head_dim = config.required("v_head_dim")
+        self.interleave = config.rope_interleave
+        self.scale = softmax_scale(config)
+        hidden, bias = config.hidden_size, config.attention_bias
+        if config.q_lora_rank is None:
+            self.q_proj = nn.Linear(hidden, heads * config.qk_head_dim, bias=False)
+        else:
+            self.q_a_proj = nn.Linear(hidden, config.q_lora_rank, bias=bias)
+            self.q_a_layernorm = RMSNorm(config.q_lora_rank, LATENT_NORM_EPS)
+            self.q_b_proj = nn.Linear(config.q_lora_rank, heads * config.qk_head_dim, bias=False)
+        self.kv_a_proj_with_mqa = nn.Linear(hidden, self.kv_lora_rank + self.rope, bias=bias)
+        self.kv_a_layernorm = RMSNorm(self.kv_lora_rank, LATENT_NORM_EPS)
+        self.kv_b_proj = nn.Linear(
+            self.kv_lora_rank, heads * (self.nope + self.v_head_dim), bias=False
+        )
+        self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        positions: Tensor,
+        cache: KVCache | None = None,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """Map `(batch, seq, hidden)` to the same shape."""
+        q_nope, q_rope = self.queries(hidden_states, rotation)
+        latents, k_rope = self.latents(hidden_states, rotation)
+        if cache is None:
+            mask = None
+        else:
+            latents, k_rope = cache.update(self.layer_idx, latents, k_rope, positions)
+            mask = visible(positions, latents.shape[1])
+            if hidden_states.shape[1] == 1 and recorder is None:
+                output = self.attend_absorbed(q_nope, q_rope, latents, k_rope, mask)
+                return self.o_proj(output.flatten(2))
+        query = torch.cat([q_nope, q_rope], dim=-1)  # (batch, seq, heads, nope + rope)
+        expanded = self.kv_b_proj(latents).unflatten(-1, (self.heads, -1))
+        k_nope, value = expanded.split([self.nope, self.v_head_dim], dim=-1)
+        k_shared = k_rope[:, :, None].expand(-1, -1, self.heads, -1)
+        key = torch.cat([k_nope, k_shared], dim=-1)  # (batch, slots, heads, nope + rope)
+        output = attend(query, key, value, self.scale, mask, self.layer_idx, recorder)
+        return self.o_proj(output.flatten(2))
+
+    def queries(
+        self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return the unrotated and the rotated part, `(batch, seq, heads, nope | rope)`."""
+        if hasattr(self, "q_proj"):
+            query = self.q_proj(hidden_states)
+        else:
+            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        q_nope, q_rope = query.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], -1)
+        return q_nope, rotate(q_rope, *rotation, interleave=self.interleave)
+
+    def latents(
+        self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]
+    ) -> tuple[Tensor, Tensor]:
+        """Return what the cache keeps: `(batch, seq, kv_lora_rank)` and `(batch, seq, rope)`."""
+        compressed = self.kv_a_proj_with_mqa(hidden_states)
+        latents, k_rope = compressed.split([self.kv_lora_rank, self.rope], dim=-1)
+        k_rope = rotate(k_rope[:, :, None], *rotation, interleave=self.interleave)[:, :, 0]
+        return self.kv_a_layernorm(latents), k_rope
+
+    def attend_absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, k_rope: Tensor, mask: Tensor
+    ) -> Tensor:
+        """Attend in the latent space: `kv_b_proj` moves to the query and the output side.
+
+        Keys and values of past tokens are never expanded (DeepSeek-V2, section 2.1.2).
+        Returns `(batch, seq, heads, v_head_dim)`.
+        """
+        weight = self.kv_b_proj.weight.unflatten(0, (self.heads, -1))  # (heads, nope + v, rank)
+        up_key, up_value = weight.split([self.nope, self.v_head_dim], dim=1)
+        q_latent = torch.einsum("bshn,hnr->bhsr", q_nope, up_key)
+        logits = q_latent @ latents[:, None].mT + q_rope.transpose(1, 2) @ k_rope[:, None].mT
+        logits = logits.float() * self.scale  # (batch, heads, seq, slots)
+        probabilities = logits.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+        mixed = probabilities.to(latents.dtype) @ latents[:, None]  # (batch, heads, seq, rank)
+        return torch.einsum("bhsr,hvr->bshv", mixed, up_value)
+
+
+class GroupedQueryAttention(nn.Module):
+    """Several query heads share a key and a value head (Ainslie et al. 2023)."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.interleave = config.rope_interleave
+        self.scale = softmax_scale(config)
+        hidden, width, bias = config.hidden_size, config.qk_head_dim, config.attention_bias
+        self.q_proj = nn.Linear(hidden, self.heads * width, bias=bias)
+        self.k_proj = nn.Linear(hidden, self.kv_heads * width, bias=bias)
+        self.v_proj = nn.Linear(hidden, self.kv_heads * width, bias=bias)
+        o_bias = bias and config.model_type != "qwen2"
+        self.o_proj = nn.Linear(self.heads * width, hidden, bias=o_bias)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        positions: Tensor,
+        cache: KVCache | None = None,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """Map `(batch, seq, hidden)` to the same shape."""
+        query = self.q_proj(hidden_states).unflatten(-1, (self.heads, -1))
+        key = self.k_proj(hidden_states).unflatten(-1, (self.kv_heads, -1))
+        value = self.v_proj(hidden_states).unflatten(-1, (self.kv_heads, -1))
+        query = rotate(query, *rotation, interleave=self.interleave)
+        key = rotate(key, *rotation, interleave=self.interleave)
+        mask = None
+        if cache is not None:
+            key, value = cache.update(self.layer_idx, key, value, positions)
+            mask = visible(positions, key.shape[1])
+        output = attend(query, key, value, self.scale, mask, self.layer_idx, recorder)
+        return self.o_proj(output.flatten(2))
+
+
+def visible(positions: Tensor, slots: int) -> Tensor:
+    """Which cache slots each query may see: `(batch, 1, seq, slots)` bool."""
+    return torch.arange(slots, device=positions.device) <= positions[:, None, :, None]
+
+
+def attend(
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    scale: float,
+    mask: Tensor | None,
+    layer_idx: int,
+    recorder: Recorder | None,
+) -> Tensor:
+    """Scaled dot-product attention over `(batch, seq, heads, width)`; causal where `mask` is None.
+
+    Key and value may have fewer heads than the query. Returns `(batch, seq, heads, v width)`.
+    """
+    grouped = key.shape[2] != query.shape[2]
+    query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
+    if recorder is not None and recorder.wants_attention:
+        recorder.attention(layer_idx, _probabilities(query, key, scale, mask))
+    output = F.scaled_dot_product_attention(
+        query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
+    )
+    return output.transpose(1, 2)
+
+
+def _probabilities(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+    seq, slots = query.shape[2], key.shape[2]
+    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
+    logits = (query @ key.mT).float() * scale  # (batch, heads, seq, slots)
+    if mask is None:
+        mask = torch.ones(seq, slots, dtype=torch.bool, device=query.device).tril()
+    return logits.masked_fill(~mask, -torch.inf).softmax(dim=-1)

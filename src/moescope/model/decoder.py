@@ -1,0 +1,94 @@
+"""The network: embed -> layers -> norm -> logits."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moescope.config import ModelConfig
+from moescope.model.attention import KVCache
+from moescope.model.layer import DecoderLayer
+from moescope.model.mtp import MultiTokenPredictor
+from moescope.model.norm import RMSNorm
+from moescope.model.recorder import Recorder
+from moescope.model.rope import RotaryEmbedding
+
+
+class Decoder(nn.Module):
+    """Embedding, layers and final norm: everything below the output head."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.rotary_emb = RotaryEmbedding(config)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+        )
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """Run all layers over `(batch, seq)` ids; return `(batch, seq, hidden)` before the norm."""
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1], device=input_ids.device)
+            positions = positions.expand(input_ids.shape[0], -1)  # (batch, seq)
+        hidden_states = self.embed_tokens(input_ids)
+        if recorder is not None:
+            recorder.embedding(hidden_states)
+        rotation = self.rotary_emb(positions, hidden_states.dtype)
+        for layer in self.layers:
+            hidden_states = layer(hidden_states, input_ids, rotation, positions, cache, recorder)
+        return hidden_states
+
+
+class CausalLM(nn.Module):
+    """A decoder with its output head, and the multi-token-prediction module if it has one."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        if config.tie_word_embeddings:
+            self.lm_head.weight = self.model.embed_tokens.weight
+        self.mtp = MultiTokenPredictor(config) if config.num_nextn_predict_layers else None
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """Return normed hidden states `(batch, seq, hidden)` for ids `(batch, seq)`.
+
+        `positions` `(batch, seq)` counts from zero where it is left out. With a `cache`, only
+        the new tokens are given, and earlier ones are read from it.
+        """
+        return self.model.norm(self.model(input_ids, positions, cache, recorder))
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Map normed `(..., hidden)` to next-token logits `(..., vocab)`, float32."""
+        return F.linear(hidden_states, self.lm_head.weight).float()
+
+
+@torch.no_grad()
+def initialise(model: CausalLM, seed: int) -> None:
+    """Draw every weight from a normal of `initializer_range`; norms are one, biases zero.
+
+    Maps back into the residual stream are scaled by `1 / sqrt(2 * layers)` (Radford et al. 2019).
+    """
+    config = model.config
+    generator = torch.Generator().manual_seed(seed)
+    residual_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
+    for name, parameter in model.named_parameters():
+        if parameter.ndim == 1:
+            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            continue
+        into_residual = "o_proj" in name or "down_proj" in name
+        std = residual_std if into_residual else config.initializer_range
+        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)

@@ -1,0 +1,47 @@
+"""One decoder layer: attention, then a feed-forward part that is dense or a mixture of experts."""
+
+from torch import Tensor, nn
+
+from moescope.config import ModelConfig
+from moescope.model.attention import GroupedQueryAttention, KVCache, LatentAttention
+from moescope.model.moe import MLP, MoE
+from moescope.model.norm import RMSNorm
+from moescope.model.recorder import Recorder
+
+
+class DecoderLayer(nn.Module):
+    """Two residual steps, each behind its own norm."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        attention = LatentAttention if config.uses_mla else GroupedQueryAttention
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = attention(config, layer_idx)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.mlp: MLP | MoE
+        if config.is_moe_layer(layer_idx):
+            self.mlp = MoE(config, layer_idx)
+        else:
+            self.mlp = MLP(config.hidden_size, config.intermediate_size)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        positions: Tensor,
+        cache: KVCache | None = None,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """Map `(batch, seq, hidden)` to the same shape."""
+        normed = self.input_layernorm(hidden_states)
+        hidden_states = hidden_states + self.self_attn(normed, rotation, positions, cache, recorder)
+        normed = self.post_attention_layernorm(hidden_states)
+        if isinstance(self.mlp, MoE):
+            hidden_states = hidden_states + self.mlp(normed, input_ids, recorder)
+        else:
+            hidden_states = hidden_states + self.mlp(normed)
+        if recorder is not None:
+            recorder.layer(self.layer_idx, hidden_states)
+        return hidden_states

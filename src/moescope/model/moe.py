@@ -1,0 +1,72 @@
+"""The mixture of experts: route -> dispatch -> experts -> combine, plus the shared experts."""
+
+import torch
+from torch import Tensor, nn
+
+from moescope import kernels
+from moescope.config import ModelConfig
+from moescope.model.recorder import Recorder
+from moescope.model.routing import ROUTERS
+
+
+class MLP(nn.Module):
+    """A SwiGLU feed-forward block: `down(silu(gate(x)) * up(x))` (Shazeer 2020, eq. 6)."""
+
+    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
+        self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `(..., hidden)` to `(..., hidden)`."""
+        return self.down_proj(
+            kernels.swiglu(self.gate_proj(hidden_states), self.up_proj(hidden_states))
+        )
+
+
+class GroupedExperts(nn.Module):
+    """The weights of all routed experts of a layer, stacked."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        experts = config.required("n_routed_experts")
+        intermediate = config.required("moe_intermediate_size")
+        hidden = config.hidden_size
+        self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate, hidden))
+        self.down_proj = nn.Parameter(torch.empty(experts, hidden, intermediate))
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Dispatch `(tokens, hidden)` to the chosen experts and sum what they return, weighted."""
+        return kernels.routed_experts(
+            hidden_states, self.gate_up_proj, self.down_proj, topk_ids, topk_weights
+        )
+
+
+class MoE(nn.Module):
+    """Routed experts chosen per token, and shared experts that see every token."""
+
+    def __init__(self, config: ModelConfig, layer_idx: int) -> None:
+        super().__init__()
+        self.layer_idx = layer_idx
+        self.gate = ROUTERS[config.topk_method](config)
+        self.experts = GroupedExperts(config)
+        self.shared_experts: MLP | None = None
+        if config.n_shared_experts:
+            width = config.n_shared_experts * config.required("moe_intermediate_size")
+            self.shared_experts = MLP(config.hidden_size, width)
+
+    def forward(
+        self, hidden_states: Tensor, input_ids: Tensor, recorder: Recorder | None = None
+    ) -> Tensor:
+        """Map `(batch, seq, hidden)` to the same shape; `input_ids` is `(batch, seq)`."""
+        tokens = hidden_states.flatten(0, 1)  # (tokens, hidden)
+        routing = self.gate(tokens, input_ids.flatten())
+        output = self.experts(tokens, routing.topk_ids, routing.topk_weights)
+        shared_output = None if self.shared_experts is None else self.shared_experts(tokens)
+        if recorder is not None:
+            recorder.routing(self.layer_idx, routing)
+            recorder.experts(self.layer_idx, output, shared_output)
+        if shared_output is not None:
+            output = output + shared_output
+        return output.view_as(hidden_states)

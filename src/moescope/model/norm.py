@@ -1,0 +1,19 @@
+"""Root-mean-square normalisation."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+class RMSNorm(nn.Module):
+    """`x / sqrt(mean(x^2) + eps) * weight`, computed in float32 (Zhang & Sennrich 2019, eq. 4)."""
+
+    def __init__(self, width: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+        self.eps = eps
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise the last dimension; the type is kept."""
+        normalised = F.rms_norm(hidden_states.float(), (hidden_states.shape[-1],), eps=self.eps)
+        return self.weight * normalised.to(hidden_states.dtype)

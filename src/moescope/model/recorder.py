@@ -1,0 +1,33 @@
+"""The narrow door through which a forward pass shows what it does.
+
+The network calls these methods when, and only when, it is handed a recorder. Tracing and the
+training's balance measures are recorders; the network knows neither.
+"""
+
+from torch import Tensor
+
+from moescope.model.routing import Routing
+
+
+class Recorder:
+    """Ignores everything; subclasses override what they want to see.
+
+    Tensors are handed over as computed: attached to the graph in training, not copied.
+    """
+
+    wants_attention: bool = False
+
+    def embedding(self, hidden_states: Tensor) -> None:
+        """The embedded tokens, `(batch, seq, hidden)`."""
+
+    def attention(self, layer_idx: int, probabilities: Tensor) -> None:
+        """Attention probabilities `(batch, heads, seq, slots)`, if `wants_attention`."""
+
+    def routing(self, layer_idx: int, routing: Routing) -> None:
+        """What the router of a layer decided for every token, in batch-major order."""
+
+    def experts(self, layer_idx: int, routed_output: Tensor, shared_output: Tensor | None) -> None:
+        """What routed and shared experts added to the residual stream, `(tokens, hidden)` each."""
+
+    def layer(self, layer_idx: int, hidden_states: Tensor) -> None:
+        """The residual stream after a layer, `(batch, seq, hidden)`."""
