@@ -1,11 +1,14 @@
 """Routed experts as grouped matrix products, with a hand-written backward pass.
 
-Tokens are sorted by expert once, so that each expert multiplies one contiguous block; nothing
-is dropped and nothing padded. The routing weight is applied before the down projection, where
-rows are narrow, so its gradient needs no second copy of the experts' outputs.
+Tokens are sorted by expert once, so that each expert multiplies one contiguous block; no token
+is dropped. Blocks are padded to a few row counts, because a matrix product of a new size costs
+oneDNN a compilation that is dearer than the product itself. The routing weight is applied
+before the down projection, where rows are narrow: padding rows weigh nothing, and the weight's
+gradient needs no second copy of the experts' outputs.
 """
 
-from typing import Any
+import itertools
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -30,6 +33,43 @@ def routed_experts(
     )
 
 
+class Dispatch(NamedTuple):
+    """Where each token goes: rows sorted by expert, then one spare row."""
+
+    token_idx: Tensor  # (rows,) the token in each row; any token in a padding row
+    row_of_slot: Tensor  # (tokens * slots,) the row of each slot; the spare row if it is unused
+    edges: list[int]  # rows of expert e are edges[e] to edges[e + 1]
+
+
+def dispatch(topk_ids: Tensor, experts: int) -> Dispatch:
+    """Sort the slots of `topk_ids` `(tokens, slots)` by expert into padded blocks of rows."""
+    tokens, slots = topk_ids.shape
+    device = topk_ids.device
+    flat_ids = topk_ids.flatten() + 1  # unused slots are block 0
+    order = flat_ids.argsort(stable=True)
+    counts = torch.bincount(flat_ids, minlength=experts + 1)  # (1 + experts,)
+    block = _block_rows(tokens * slots // experts)
+    padded = (counts + block - 1) // block * block
+    padded[0] = 0
+    edges = F.pad(padded[1:].cumsum(0), (1, 0))  # (experts + 1,)
+    starts = torch.cat([edges[:1], edges[:-1]]) - (counts.cumsum(0) - counts)
+    bounds: list[int] = edges.tolist()
+    spare = bounds[-1]
+    sorted_ids = flat_ids[order]
+    rows = torch.arange(tokens * slots, device=device) + starts[sorted_ids]
+    rows = torch.where(sorted_ids == 0, spare, rows)
+    token_idx = torch.zeros(spare + 1, dtype=torch.int64, device=device)
+    token_idx[rows] = order // slots
+    row_of_slot = torch.empty_like(order)
+    row_of_slot[order] = rows
+    return Dispatch(token_idx, row_of_slot, bounds)
+
+
+def _block_rows(rows_per_expert: int) -> int:
+    """A power of two of at most an eighth of an expert's usual rows, and of at most 64."""
+    return 1 << min(6, max(0, rows_per_expert.bit_length() - 4))
+
+
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -41,37 +81,33 @@ class _RoutedExperts(torch.autograd.Function):
         topk_weights: Tensor,
     ) -> Tensor:
         tokens, slots = topk_ids.shape
-        experts = gate_up_proj.shape[0]
-        flat_ids = topk_ids.flatten()
-        order = flat_ids.argsort(stable=True)  # (rows,) slots by expert, unused ones first
-        counts = torch.bincount(flat_ids + 1, minlength=experts + 1)
-        ends: list[int] = counts.cumsum(0).tolist()
-        token_idx = order // slots
-        weights = topk_weights.flatten()[order, None].to(hidden_states.dtype)  # (rows, 1)
+        token_idx, row_of_slot, edges = dispatch(topk_ids, gate_up_proj.shape[0])
+        weights = hidden_states.new_zeros(len(token_idx), 1)
+        weights[row_of_slot, 0] = topk_weights.flatten().to(weights.dtype)
+        weights[-1] = 0
 
         dispatched = hidden_states[token_idx]  # (rows, hidden)
-        gate_up = hidden_states.new_empty(len(order), gate_up_proj.shape[1])
-        _per_expert(ends, dispatched, gate_up_proj.mT, gate_up)
+        gate_up = hidden_states.new_empty(len(token_idx), gate_up_proj.shape[1])
+        gate_up[-1] = 0
+        _per_expert(edges, dispatched, gate_up_proj.mT, gate_up)
         gate, up = gate_up.chunk(2, dim=-1)
         weighted = swiglu(gate, up).mul_(weights)  # (rows, intermediate)
         outputs = torch.empty_like(dispatched)
-        outputs[: ends[0]].zero_()
-        _per_expert(ends, weighted, down_proj.mT, outputs)
+        outputs[-1] = 0
+        _per_expert(edges, weighted, down_proj.mT, outputs)
 
-        inverse = torch.empty_like(order)
-        inverse[order] = torch.arange(len(order), device=order.device)
-        ctx.ends, ctx.slots = ends, slots
+        ctx.edges, ctx.slots = edges, slots
         ctx.save_for_backward(
-            dispatched, gate_up, weights, gate_up_proj, down_proj, token_idx, inverse
+            dispatched, gate_up, weights, gate_up_proj, down_proj, token_idx, row_of_slot
         )
-        return outputs[inverse].view(tokens, slots, -1).sum(dim=1)
+        return outputs[row_of_slot].view(tokens, slots, -1).sum(dim=1)
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        dispatched, gate_up, weights, gate_up_proj, down_proj, token_idx, inverse = (
+        dispatched, gate_up, weights, gate_up_proj, down_proj, token_idx, row_of_slot = (
             ctx.saved_tensors
         )
-        ends: list[int] = ctx.ends
+        edges: list[int] = ctx.edges
         grad = grad_outputs[0][token_idx]  # (rows, hidden)
         gate, up = gate_up.chunk(2, dim=-1)
         sigmoid = gate.sigmoid()
@@ -79,11 +115,11 @@ class _RoutedExperts(torch.autograd.Function):
         activated = silu * up  # (rows, intermediate)
 
         grad_weighted = torch.empty_like(activated)
-        _per_expert(ends, grad, down_proj, grad_weighted)
+        grad_weighted[-1] = 0
+        _per_expert(edges, grad, down_proj, grad_weighted)
         grad_weights = (grad_weighted * activated).sum(dim=-1, dtype=torch.float32)
-        grad_weights[: ends[0]] = 0
         grad_down = torch.zeros_like(down_proj)
-        _outer_per_expert(ends, grad, activated.mul_(weights), grad_down)
+        _outer_per_expert(edges, grad, activated.mul_(weights), grad_down)
 
         grad_activated = grad_weighted.mul_(weights)
         grad_gate_up = torch.empty_like(gate_up)
@@ -92,26 +128,26 @@ class _RoutedExperts(torch.autograd.Function):
         slope = sigmoid.addcmul_(silu, 1 - sigmoid)
         torch.mul(grad_activated.mul_(up), slope, out=grad_gate)
         grad_gate_up_proj = torch.zeros_like(gate_up_proj)
-        _outer_per_expert(ends, grad_gate_up, dispatched, grad_gate_up_proj)
+        _outer_per_expert(edges, grad_gate_up, dispatched, grad_gate_up_proj)
 
         grad_dispatched = torch.empty_like(dispatched)
-        grad_dispatched[: ends[0]].zero_()
-        _per_expert(ends, grad_gate_up, gate_up_proj, grad_dispatched)
+        grad_dispatched[-1] = 0
+        _per_expert(edges, grad_gate_up, gate_up_proj, grad_dispatched)
         slots = ctx.slots
-        grad_hidden = grad_dispatched[inverse].view(-1, slots, grad.shape[-1]).sum(dim=1)
-        grad_topk_weights = grad_weights[inverse].view(-1, slots)
+        grad_hidden = grad_dispatched[row_of_slot].view(-1, slots, grad.shape[-1]).sum(dim=1)
+        grad_topk_weights = grad_weights[row_of_slot].view(-1, slots)
         return grad_hidden, grad_gate_up_proj, grad_down, None, grad_topk_weights
 
 
-def _per_expert(ends: list[int], rows: Tensor, matrices: Tensor, out: Tensor) -> None:
+def _per_expert(edges: list[int], rows: Tensor, matrices: Tensor, out: Tensor) -> None:
     """`out[block] = rows[block] @ matrices[expert]` for each expert's block of rows."""
-    for expert, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for expert, (start, end) in enumerate(itertools.pairwise(edges)):
         if start < end:
             torch.mm(rows[start:end], matrices[expert], out=out[start:end])
 
 
-def _outer_per_expert(ends: list[int], left: Tensor, right: Tensor, out: Tensor) -> None:
+def _outer_per_expert(edges: list[int], left: Tensor, right: Tensor, out: Tensor) -> None:
     """`out[expert] = left[block].T @ right[block]` for each expert's block of rows."""
-    for expert, (start, end) in enumerate(zip(ends, ends[1:], strict=False)):
+    for expert, (start, end) in enumerate(itertools.pairwise(edges)):
         if start < end:
             torch.mm(left[start:end].mT, right[start:end], out=out[expert])
