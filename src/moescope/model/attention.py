@@ -6,6 +6,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moescope import kernels
 from moescope.config import ModelConfig
 from moescope.model.norm import RMSNorm
 from moescope.model.recorder import Recorder
@@ -177,10 +178,13 @@ def attend(
 
     Key and value may have fewer heads than the query. Returns `(batch, seq, heads, v width)`.
     """
-    grouped = key.shape[2] != query.shape[2]
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
     if recorder is not None and recorder.wants_attention:
         recorder.attention(layer_idx, _probabilities(query, key, scale, mask))
+    if mask is None and query.requires_grad:
+        key, value = _repeat_heads(key, query), _repeat_heads(value, query)
+        return kernels.causal_attention(query, key, value, scale).transpose(1, 2)
+    grouped = key.shape[1] != query.shape[1]
     output = F.scaled_dot_product_attention(
         query, key, value, attn_mask=mask, is_causal=mask is None, scale=scale, enable_gqa=grouped
     )
@@ -189,8 +193,12 @@ def attend(
 
 def _probabilities(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
     seq, slots = query.shape[2], key.shape[2]
-    key = key.repeat_interleave(query.shape[1] // key.shape[1], dim=1)
-    logits = (query @ key.mT).float() * scale  # (batch, heads, seq, slots)
+    logits = (query @ _repeat_heads(key, query).mT).float() * scale  # (batch, heads, seq, slots)
     if mask is None:
         mask = torch.ones(seq, slots, dtype=torch.bool, device=query.device).tril()
     return logits.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+
+
+def _repeat_heads(states: Tensor, query: Tensor) -> Tensor:
+    """Repeat key or value heads `(batch, kv heads, ...)` until they match the query's."""
+    return states.repeat_interleave(query.shape[1] // states.shape[1], dim=1)
