@@ -86,7 +86,7 @@ class _RoutedExperts(torch.autograd.Function):
         weights[row_of_slot, 0] = topk_weights.flatten().to(weights.dtype)
         weights[-1] = 0
 
-        dispatched = hidden_states[token_idx]  # (rows, hidden)
+        dispatched = hidden_states.index_select(0, token_idx)  # (rows, hidden)
         gate_up = hidden_states.new_empty(len(token_idx), gate_up_proj.shape[1])
         gate_up[-1] = 0
         _per_expert(edges, dispatched, gate_up_proj.mT, gate_up)
@@ -100,7 +100,7 @@ class _RoutedExperts(torch.autograd.Function):
         ctx.save_for_backward(
             dispatched, gate_up, weights, gate_up_proj, down_proj, token_idx, row_of_slot
         )
-        return outputs[row_of_slot].view(tokens, slots, -1).sum(dim=1)
+        return _sum_slots(outputs, row_of_slot.view(tokens, slots))
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
@@ -108,7 +108,7 @@ class _RoutedExperts(torch.autograd.Function):
             ctx.saved_tensors
         )
         edges: list[int] = ctx.edges
-        grad = grad_outputs[0][token_idx]  # (rows, hidden)
+        grad = grad_outputs[0].index_select(0, token_idx)  # (rows, hidden)
         gate, up = gate_up.chunk(2, dim=-1)
         sigmoid = gate.sigmoid()
         silu = gate * sigmoid
@@ -133,9 +133,9 @@ class _RoutedExperts(torch.autograd.Function):
         grad_dispatched = torch.empty_like(dispatched)
         grad_dispatched[-1] = 0
         _per_expert(edges, grad_gate_up, gate_up_proj, grad_dispatched)
-        slots = ctx.slots
-        grad_hidden = grad_dispatched[row_of_slot].view(-1, slots, grad.shape[-1]).sum(dim=1)
-        grad_topk_weights = grad_weights[row_of_slot].view(-1, slots)
+        row_of_slot = row_of_slot.view(-1, ctx.slots)
+        grad_hidden = _sum_slots(grad_dispatched, row_of_slot)
+        grad_topk_weights = grad_weights[row_of_slot]
         return grad_hidden, grad_gate_up_proj, grad_down, None, grad_topk_weights
 
 
@@ -151,3 +151,8 @@ def _outer_per_expert(edges: list[int], left: Tensor, right: Tensor, out: Tensor
     for expert, (start, end) in enumerate(itertools.pairwise(edges)):
         if start < end:
             torch.mm(left[start:end].mT, right[start:end], out=out[expert])
+
+
+def _sum_slots(rows: Tensor, row_of_slot: Tensor) -> Tensor:
+    """Sum each token's rows: `(rows, width)` by `(tokens, slots)` to `(tokens, width)`."""
+    return F.embedding_bag(row_of_slot, rows, mode="sum")
