@@ -1,7 +1,17 @@
 """What the network computes with. Fast paths equal `reference`, which the tests hold them to."""
 
 from moescope.kernels.attention import causal_attention
+from moescope.kernels.fusion import enable_fusion, fused
 from moescope.kernels.grouped import routed_experts, swiglu
 from moescope.kernels.loss import linear_cross_entropy
+from moescope.kernels.norm import rms_norm
 
-__all__ = ["causal_attention", "linear_cross_entropy", "routed_experts", "swiglu"]
+__all__ = [
+    "causal_attention",
+    "enable_fusion",
+    "fused",
+    "linear_cross_entropy",
+    "rms_norm",
+    "routed_experts",
+    "swiglu",
+]

@@ -14,7 +14,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moescope.kernels.fusion import fused
 
+
+@fused
 def swiglu(gate: Tensor, up: Tensor) -> Tensor:
     """`silu(gate) * up`, elementwise (Shazeer 2020, eq. 6)."""
     return F.silu(gate) * up
@@ -70,6 +73,28 @@ def _block_rows(rows_per_expert: int) -> int:
     return 1 << min(6, max(0, rows_per_expert.bit_length() - 4))
 
 
+@fused
+def _activate(gate_up: Tensor, weights: Tensor) -> Tensor:
+    """SwiGLU of `(rows, 2 * intermediate)`, times the routing weight of the row, `(rows, 1)`."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    return F.silu(gate) * up * weights
+
+
+@fused
+def _activate_backward(
+    gate_up: Tensor, weights: Tensor, grad_weighted: Tensor
+) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+    """Return `_activate`'s result again, and the gradients of weights, gate and up."""
+    gate, up = gate_up.chunk(2, dim=-1)
+    sigmoid = gate.sigmoid()
+    silu = gate * sigmoid
+    activated = silu * up
+    grad_weights = (grad_weighted * activated).sum(dim=-1, dtype=torch.float32)
+    grad_activated = grad_weighted * weights
+    grad_gate = grad_activated * up * (sigmoid + silu * (1 - sigmoid))
+    return activated * weights, grad_weights, grad_gate, grad_activated * silu
+
+
 class _RoutedExperts(torch.autograd.Function):
     @staticmethod
     def forward(
@@ -90,8 +115,7 @@ class _RoutedExperts(torch.autograd.Function):
         gate_up = hidden_states.new_empty(len(token_idx), gate_up_proj.shape[1])
         gate_up[-1] = 0
         _per_expert(edges, dispatched, gate_up_proj.mT, gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        weighted = swiglu(gate, up).mul_(weights)  # (rows, intermediate)
+        weighted = _activate(gate_up, weights)  # (rows, intermediate)
         outputs = torch.empty_like(dispatched)
         outputs[-1] = 0
         _per_expert(edges, weighted, down_proj.mT, outputs)
@@ -109,24 +133,15 @@ class _RoutedExperts(torch.autograd.Function):
         )
         edges: list[int] = ctx.edges
         grad = grad_outputs[0].index_select(0, token_idx)  # (rows, hidden)
-        gate, up = gate_up.chunk(2, dim=-1)
-        sigmoid = gate.sigmoid()
-        silu = gate * sigmoid
-        activated = silu * up  # (rows, intermediate)
-
-        grad_weighted = torch.empty_like(activated)
+        grad_weighted = torch.empty_like(gate_up[:, : gate_up.shape[1] // 2])
         grad_weighted[-1] = 0
         _per_expert(edges, grad, down_proj, grad_weighted)
-        grad_weights = (grad_weighted * activated).sum(dim=-1, dtype=torch.float32)
+        weighted, grad_weights, grad_gate, grad_up = _activate_backward(
+            gate_up, weights, grad_weighted
+        )
         grad_down = torch.zeros_like(down_proj)
-        _outer_per_expert(edges, grad, activated.mul_(weights), grad_down)
-
-        grad_activated = grad_weighted.mul_(weights)
-        grad_gate_up = torch.empty_like(gate_up)
-        grad_gate, grad_up = grad_gate_up.chunk(2, dim=-1)
-        torch.mul(grad_activated, silu, out=grad_up)
-        slope = sigmoid.addcmul_(silu, 1 - sigmoid)
-        torch.mul(grad_activated.mul_(up), slope, out=grad_gate)
+        _outer_per_expert(edges, grad, weighted, grad_down)
+        grad_gate_up = torch.cat([grad_gate, grad_up], dim=-1)
         grad_gate_up_proj = torch.zeros_like(gate_up_proj)
         _outer_per_expert(edges, grad_gate_up, dispatched, grad_gate_up_proj)
 

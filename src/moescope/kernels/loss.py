@@ -3,7 +3,10 @@
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
+
+from moescope.kernels.fusion import fused
 
 CHUNK = 512
 """Tokens at a time: their logits stay in the last-level cache for usual vocabularies."""
@@ -19,6 +22,16 @@ def linear_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor)
     )
 
 
+@fused
+def _loss_and_gradient(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """Summed cross-entropy of `(tokens, vocab)` logits, and its gradient times `scale`."""
+    log_probs = logits.float().log_softmax(dim=-1)
+    chosen = log_probs.gather(1, targets[:, None])
+    probabilities = log_probs.exp()
+    gradient = probabilities.scatter(1, targets[:, None], chosen.exp() - 1) * scale
+    return -chosen.sum(), gradient.to(logits.dtype)
+
+
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
@@ -29,14 +42,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
         for start in range(0, tokens, CHUNK):
             chunk = hidden_states[start : start + CHUNK]
-            target = targets[start : start + CHUNK, None]
-            log_probs = (chunk @ weight.mT).float().log_softmax(dim=-1)  # (chunk, vocab)
-            total -= log_probs.gather(1, target).sum()
+            target = targets[start : start + CHUNK]
+            logits = chunk @ weight.mT  # (chunk, vocab)
             if grad_hidden is None or grad_weight is None:
+                total += F.cross_entropy(logits.float(), target, reduction="sum")
                 continue
-            grad_logits = log_probs.exp_()
-            grad_logits.scatter_add_(1, target, torch.full_like(target, -1, dtype=torch.float32))
-            grad_logits = grad_logits.mul_(1 / tokens).to(weight.dtype)
+            loss, grad_logits = _loss_and_gradient(logits, target, 1 / tokens)
+            total += loss
             torch.mm(grad_logits, weight, out=grad_hidden[start : start + CHUNK])
             grad_weight += grad_logits.mT @ chunk
         ctx.save_for_backward(

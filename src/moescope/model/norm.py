@@ -1,8 +1,9 @@
 """Root-mean-square normalisation."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
+
+from moescope import kernels
 
 
 class RMSNorm(nn.Module):
@@ -15,5 +16,4 @@ class RMSNorm(nn.Module):
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Normalise the last dimension; the type is kept."""
-        normalised = F.rms_norm(hidden_states.float(), (hidden_states.shape[-1],), eps=self.eps)
-        return self.weight * normalised.to(hidden_states.dtype)
+        return kernels.rms_norm(hidden_states, self.weight, self.eps)

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from moescope.config import ModelConfig, RopeScaling
+from moescope.kernels import fused
 
 
 class RotaryEmbedding(nn.Module):
@@ -31,6 +32,7 @@ class RotaryEmbedding(nn.Module):
         return cos.to(dtype), sin.to(dtype)
 
 
+@fused
 def rotate(states: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
     """Rotate `(batch, seq, heads, width)` by the angles of `RotaryEmbedding`.
 
