@@ -1,0 +1,42 @@
+# Two commands: `make run` shows moescope at work, `make test` checks it. Both need only
+# Python >= 3.11 and make; everything else goes into .venv.
+
+PYTHON ?= python3
+BIN := .venv/bin
+INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+TEST_SECONDS ?= 1800
+
+.PHONY: run test test-all lint
+
+run: .venv/.installed
+	$(BIN)/moescope explain "床前明月光，疑是地上霜。"
+	$(BIN)/moescope explain "It is a truth universally acknowledged, that a single man"
+	@if [ -t 0 ]; then $(BIN)/moescope explain; fi
+
+test: lint
+	timeout $(TEST_SECONDS) $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
+
+test-all: lint
+	timeout $(TEST_SECONDS) $(BIN)/python -m pytest -n auto --maxprocesses 4
+
+lint: .venv/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+# Stamps: a second `make` installs nothing; a change of what is pinned or required does.
+.venv/.installed: pyproject.toml constraints.txt | $(BIN)/pip
+	@echo "Installing moescope into .venv (some minutes the first time) ..."
+	$(INSTALL) -e .
+	@touch $@
+
+.venv/.installed-dev: .venv/.installed
+	@echo "Installing what the tests need into .venv ..."
+	$(INSTALL) -e ".[dev]"
+	@touch $@
+
+$(BIN)/pip:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
+		|| { echo "moescope needs Python 3.11 or newer; name one with: make PYTHON=python3.12 ..." >&2; exit 1; }
+	@$(PYTHON) -m venv .venv \
+		|| { echo "cannot make .venv; on Debian or Ubuntu: apt install python3-venv" >&2; exit 1; }

@@ -1,0 +1,75 @@
+"""The `moescope` command: its verbs, and how it ends.
+
+A verb's module imports nothing heavy at its top, so that help appears at once. Exit codes: 0,
+2 for a mistake the user can mend (one sentence on stderr), 130 when interrupted.
+"""
+
+import sys
+from importlib.metadata import version
+from io import TextIOWrapper
+from typing import Annotated
+
+import typer
+
+from moescope.cli.doctor import doctor
+from moescope.errors import UserError
+
+app = typer.Typer(
+    name="moescope",
+    context_settings={"help_option_names": ["-h", "--help"]},
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    epilog="Example: moescope doctor",
+)
+
+
+def _show_version(wanted: bool) -> None:
+    if wanted:
+        typer.echo(f"moescope {version('moescope')}")
+        raise typer.Exit
+
+
+@app.callback(invoke_without_command=True)
+def moescope(
+    context: typer.Context,
+    _version: Annotated[
+        bool,
+        typer.Option(
+            "--version", callback=_show_version, is_eager=True, help="Show the version and exit."
+        ),
+    ] = False,
+) -> None:
+    """Train, run and see into mixture-of-experts language models of the DeepSeek kind."""
+    if context.invoked_subcommand is None:
+        typer.echo(context.get_help())
+
+
+for verb, example in ((doctor, "moescope doctor --json"),):
+    app.command(epilog=f"Example: {example}")(verb)
+
+
+def main() -> None:
+    """Run the command line and exit the process."""
+    sys.exit(run(sys.argv[1:]))
+
+
+def run(arguments: list[str]) -> int:
+    """Run one command line; return its exit code."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, TextIOWrapper):
+            stream.reconfigure(errors="replace")  # a terminal that lacks a character shows `?`
+    try:
+        code = app(arguments, prog_name="moescope", standalone_mode=False)
+    except typer.Abort:
+        return 130
+    except (UserError, typer.TyperException) as error:
+        print(f"moescope: {_sentence(error)}", file=sys.stderr)
+        return 2
+    return code or 0
+
+
+def _sentence(error: UserError | typer.TyperException) -> str:
+    if isinstance(error, UserError):
+        return str(error)
+    message = " ".join(error.format_message().split()).rstrip(".")
+    return f"{message[0].lower()}{message[1:]} (`moescope -h` shows how)"

@@ -1,0 +1,157 @@
+"""What this machine has, and how fast it can possibly be: the limits that results are held to."""
+
+import os
+import statistics
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+INSTRUCTION_SETS = {
+    "avx2": "avx2",
+    "avx512_f": "avx512f",
+    "avx512_vnni": "avx512_vnni",
+    "avx512_bf16": "avx512_bf16",
+    "avx512_fp16": "avx512_fp16",
+    "avx_vnni": "avx_vnni",
+    "amx_bf16": "amx_bf16",
+    "amx_int8": "amx_int8",
+    "neon": "neon",
+    "bf16": "neon_bf16",
+    "i8mm": "neon_i8mm",
+    "sve": "sve",
+    "sme": "sme",
+}
+"""PyTorch's name of each instruction set that matters to matrix products, and the usual one."""
+
+
+@dataclass(frozen=True)
+class Machine:
+    """The parts of a machine that decide what runs on it and how fast."""
+
+    cpu: str
+    architecture: str
+    cores: int  # that this process may use
+    instruction_sets: tuple[str, ...]
+    memory_total: int  # bytes, no more than a container's limit
+    memory_available: int  # bytes
+    torch_version: str
+    torch_threads: int
+    onednn: bool
+    gpu: str | None
+    gpu_memory_total: int | None  # bytes
+
+    @classmethod
+    def detect(cls) -> "Machine":
+        """Look at the machine that this process runs on; nothing is measured."""
+        capabilities = torch.cpu.get_capabilities()
+        memory_total, memory_available = _memory()
+        gpu, gpu_memory = None, None
+        if torch.cuda.is_available():
+            gpu, gpu_memory = torch.cuda.get_device_name(0), torch.cuda.mem_get_info(0)[1]
+        return cls(
+            cpu=str(capabilities.get("cpu_name", "unknown")).strip(),
+            architecture=str(capabilities["architecture"]),
+            cores=_usable_cores(),
+            instruction_sets=tuple(
+                name for key, name in INSTRUCTION_SETS.items() if capabilities.get(key)
+            ),
+            memory_total=memory_total,
+            memory_available=memory_available,
+            torch_version=torch.__version__,
+            torch_threads=torch.get_num_threads(),
+            onednn=torch.backends.mkldnn.is_available(),
+            gpu=gpu,
+            gpu_memory_total=gpu_memory,
+        )
+
+    @property
+    def has_fast_bf16(self) -> bool:
+        """Whether bf16 products run on instructions made for them, and beat float32."""
+        made_for_bf16 = {"avx512_bf16", "amx_bf16", "neon_bf16"}
+        return self.gpu is not None or not made_for_bf16.isdisjoint(self.instruction_sets)
+
+
+def measure_gemm_peak(dtype: torch.dtype = torch.bfloat16, seconds: float = 1.0) -> float:
+    """Measure the FLOP/s that matrix products of `dtype` reach on the CPU.
+
+    The peak is the best, over squares of 1024 and 2048, of the median rate; a product of
+    `n x n` matrices counts `2 * n**3` operations.
+
+    Args:
+        dtype: type of both factors and of the product.
+        seconds: time to spend, about.
+    """
+    sizes = (1024, 2048)
+    rates: list[float] = []
+    for size in sizes:
+        generator = torch.Generator().manual_seed(0)
+        left = torch.randn(size, size, generator=generator).to(dtype)
+        right = torch.randn(size, size, generator=generator).to(dtype)
+        product = torch.empty_like(left)
+        multiply = _writes_product(left, right, product)
+        rates.append(2 * size**3 / _median_time(multiply, seconds / len(sizes)))
+    return max(rates)
+
+
+def measure_read_bandwidth(seconds: float = 1.0) -> float:
+    """Measure the bytes/s at which all threads together sum up 512 MiB, more than caches hold.
+
+    Args:
+        seconds: time to spend, about.
+    """
+    block = torch.zeros(2**29 // 8, dtype=torch.int64)
+    return block.nbytes / _median_time(block.sum, seconds)
+
+
+def _writes_product(left: Tensor, right: Tensor, product: Tensor) -> Callable[[], object]:
+    return lambda: torch.mm(left, right, out=product)
+
+
+def _median_time(action: Callable[[], object], seconds: float) -> float:
+    """Median seconds of one call, over calls that fill `seconds`; at least three."""
+    action()
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 3:
+        start = time.perf_counter()
+        action()
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+def _usable_cores() -> int:
+    if hasattr(os, "sched_getaffinity"):
+        return len(os.sched_getaffinity(0))
+    return os.cpu_count() or 1
+
+
+def _memory() -> tuple[int, int]:
+    """Total and available bytes, bounded by the container's limit where there is one."""
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    available = total
+    meminfo = Path("/proc/meminfo")
+    if meminfo.exists():
+        fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
+        available = int(fields["MemAvailable"].split()[0]) * 1024
+    for limit_file, used_file in (
+        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
+        (
+            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
+            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
+        ),
+    ):
+        limit, used = _integer_in(Path(limit_file)), _integer_in(Path(used_file))
+        if limit is not None and used is not None and limit < total:
+            return limit, min(available, max(0, limit - used))
+    return total, available
+
+
+def _integer_in(path: Path) -> int | None:
+    """Return the number a kernel file holds; None if it is absent or says `max`."""
+    try:
+        return int(path.read_text())
+    except (OSError, ValueError):
+        return None
