@@ -1,6 +1,7 @@
 """What this machine has, and how fast it can possibly be: the limits that results are held to."""
 
 import os
+import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -41,6 +42,7 @@ class Machine:
     torch_version: str
     torch_threads: int
     onednn: bool
+    cxx: str | None  # path of the C++ compiler that fusing kernels needs
     gpu: str | None
     gpu_memory_total: int | None  # bytes
 
@@ -64,15 +66,16 @@ class Machine:
             torch_version=torch.__version__,
             torch_threads=torch.get_num_threads(),
             onednn=torch.backends.mkldnn.is_available(),
+            cxx=shutil.which(os.environ.get("CXX", "g++")),
             gpu=gpu,
             gpu_memory_total=gpu_memory,
         )
 
     @property
     def has_fast_bf16(self) -> bool:
-        """Whether bf16 products run on instructions made for them, and beat float32."""
+        """Whether the CPU has instructions made for bf16 products; else float32 is faster."""
         made_for_bf16 = {"avx512_bf16", "amx_bf16", "neon_bf16"}
-        return self.gpu is not None or not made_for_bf16.isdisjoint(self.instruction_sets)
+        return not made_for_bf16.isdisjoint(self.instruction_sets)
 
 
 def measure_gemm_peak(dtype: torch.dtype = torch.bfloat16, seconds: float = 1.0) -> float:

@@ -35,11 +35,18 @@ def doctor(
 
 
 def _paths(machine: "Machine") -> dict[str, str]:
-    """Say in a sentence each what training and generation will run on."""
-    fast = machine.has_fast_bf16
-    return {
-        "weights": "bfloat16" if fast else "float32 (this CPU has no instructions for bfloat16)",
-    }
+    """Say in a few words each which of the possible ways will be taken here."""
+    bf16_products = (
+        "on instructions made for them"
+        if machine.has_fast_bf16
+        else "emulated, slower than float32"
+    )
+    training = (
+        f"elementwise chains fused by {machine.cxx}"
+        if machine.cxx
+        else "elementwise chains one by one; faster with a C++ compiler (apt install g++)"
+    )
+    return {"bfloat16 products": bf16_products, "training": training}
 
 
 def _draw(machine: "Machine", rates: dict[str, float], paths: dict[str, str]) -> None:
@@ -60,9 +67,9 @@ def _draw(machine: "Machine", rates: dict[str, float], paths: dict[str, str]) ->
         else f"{machine.gpu}, {machine.gpu_memory_total / gibibytes:.0f} GiB",
         "PyTorch": f"{machine.torch_version}, {machine.torch_threads} threads, "
         f"oneDNN {'on' if machine.onednn else 'off'}",
-        "products, bfloat16": f"{rates['gemm_bfloat16_flops'] / 1e9:,.0f} GFLOP/s measured",
-        "products, float32": f"{rates['gemm_float32_flops'] / 1e9:,.0f} GFLOP/s measured",
-        "memory reads": f"{rates['read_bytes_per_second'] / 1e9:,.0f} GB/s measured",
+        "measured, bfloat16": f"{rates['gemm_bfloat16_flops'] / 1e9:,.0f} GFLOP/s",
+        "measured, float32": f"{rates['gemm_float32_flops'] / 1e9:,.0f} GFLOP/s",
+        "measured, memory": f"{rates['read_bytes_per_second'] / 1e9:,.0f} GB/s read",
         **paths,
     }
     for name, value in rows.items():
