@@ -24,7 +24,10 @@ def chinese_poetry(package: Path) -> Iterator[tuple[str, str]]:
     Tang and Song shi come in traditional characters and are converted by OpenCC (t2s); the other
     collections are simplified already. Poems with lost characters (□) are left out.
     """
-    from opencc import OpenCC
+    try:
+        from opencc import OpenCC
+    except ImportError:
+        raise SystemExit("OpenCC is not installed; run: pip install opencc") from None
 
     simplify = OpenCC("t2s").convert
     data = package / "package" / "dist"
@@ -181,8 +184,11 @@ def _outside_brackets(text: str) -> str:
 
 # --- Python ------------------------------------------------------------------------------------
 
-NOT_PROSE_CODE = {"test", "tests", "idle_test", "site-packages", "encodings", "pydoc_data",
-                  "lib2to3", "__pycache__", "turtledemo"}  # fmt: skip
+LEFT_OUT = {
+    *("test", "tests", "idle_test"),
+    *("site-packages", "dist-packages", "__pycache__"),
+    *("encodings", "pydoc_data", "lib2to3", "turtledemo"),
+}
 
 
 def python_library() -> Iterator[str]:
@@ -190,7 +196,7 @@ def python_library() -> Iterator[str]:
     root = Path(sysconfig.get_paths()["stdlib"])
     for path in sorted(root.rglob("*.py")):
         folders = set(path.relative_to(root).parts[:-1])
-        if folders & NOT_PROSE_CODE or any(part.startswith("config-") for part in folders):
+        if folders & LEFT_OUT or any(part.startswith("config-") for part in folders):
             continue
         if path.name.startswith("_sysconfigdata"):
             continue

@@ -98,7 +98,7 @@ def is_held_out(text: str) -> bool:
 
 
 def hash_of(text: str) -> bytes:
-    return hashlib.sha256(text.encode("utf-8", "surrogatepass")).digest()
+    return hashlib.sha256(text.encode()).digest()
 
 
 def balanced_sample(sources: Sequence[Path], max_bytes: int) -> Iterator[str]:
@@ -120,7 +120,7 @@ def balanced_sample(sources: Sequence[Path], max_bytes: int) -> Iterator[str]:
     for file in files:
         threshold = share / max(sizes[file.domain], 1)
         for document in read_documents(file):
-            size = len(document.text.encode("utf-8", "surrogatepass"))
+            size = len(document.text.encode())
             chosen = int.from_bytes(hash_of(document.text)[8:16]) < threshold * 2**64
             if chosen and size <= room[file.domain]:
                 room[file.domain] -= size
@@ -145,6 +145,12 @@ def _document(file: TextFile, row: Any, place: str) -> Document:
     text = fields.get("text")
     if not isinstance(text, str):
         raise UserError(f'{place} has no string field "text"; every document needs one')
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        raise UserError(
+            f"{place} holds half a surrogate pair, which is no character; repair or remove it"
+        ) from None
     domain = fields.get("domain")
     return Document(text, domain if isinstance(domain, str) and domain else file.domain)
 

@@ -4,10 +4,12 @@ Byte-level means that the 256 bytes are the alphabet, so every Unicode string ha
 comes back unchanged. Special tokens and the chat form are spelled as DeepSeek spells them.
 """
 
+import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from datetime import datetime
+from functools import cached_property
 from pathlib import Path
 from typing import Any, NoReturn, cast
 
@@ -56,7 +58,9 @@ class Tokenizer:
     Attributes:
         vocab_size: number of token ids, special tokens included.
         bos_id, eos_id, pad_id: ids of the special tokens, None where the vocabulary has none.
+        special_ids: ids that steer rather than spell: begin, end, roles, thinking.
         chat_template: Jinja source of the chat form, None where there is none.
+        is_byte_level: whether tokens spell bytes (GPT-2's way, and DeepSeek's).
     """
 
     def __init__(self, backend: BackendTokenizer, config: Mapping[str, Any]):
@@ -67,6 +71,10 @@ class Tokenizer:
         self.eos_id = self._special_id("eos_token")
         self.pad_id = self._special_id("pad_token")
         self.chat_template: str | None = self._config.get("chat_template")
+        self.is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
+        added = backend.get_added_tokens_decoder()
+        self.special_ids = frozenset(i for i, token in added.items() if token.special)
+        self._added_ids = frozenset(added)
 
     # --- making one ---------------------------------------------------------------------------
 
@@ -183,12 +191,21 @@ class Tokenizer:
 
     def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
         """Return the ids of `text`; special tokens written in it become their single ids."""
-        ids = self._backend.encode(text, add_special_tokens=False).ids
+        (ids,) = self.encode_batch([text])
         return [self._required_bos(), *ids] if add_bos else ids
 
     def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
-        """Return the ids of each text, as `encode` does, on all cores."""
-        encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        """Return the ids of each text, as `encode` does, on all cores.
+
+        Raises:
+            UserError: a text holds half a surrogate pair, which is no character.
+        """
+        try:
+            encodings = self._backend.encode_batch_fast(list(texts), add_special_tokens=False)
+        except (UnicodeEncodeError, TypeError) as error:
+            raise UserError(
+                f"the text cannot be written as UTF-8 ({error}); remove the broken characters"
+            ) from error
         return [encoding.ids for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
@@ -207,18 +224,17 @@ class Tokenizer:
                 f"token id {token_id} is not in the vocabulary; ids run from 0 to "
                 f"{self.vocab_size - 1}"
             )
-        if token_id in self._backend.get_added_tokens_decoder():
+        if token_id in self._added_ids:
             return token.encode()
-        try:
-            return bytes(_BYTE_OF[character] for character in token)
-        except KeyError:
+        if not self.is_byte_level:
             return self.decode([token_id]).encode()
+        return bytes(_BYTE_OF[character] for character in token)
 
     def token_id(self, token: str) -> int | None:
         """Return the id of a token by its spelling in the vocabulary, or None."""
         return self._backend.token_to_id(token)
 
-    @property
+    @cached_property
     def hash(self) -> str:
         """Hexadecimal SHA-256 of the vocabulary, merges and splitting rules."""
         return hashlib.sha256(self._backend.to_str(pretty=False).encode()).hexdigest()
@@ -282,25 +298,45 @@ class StreamDecoder:
     def __init__(self, tokenizer: Tokenizer, *, skip_special_tokens: bool = True):
         self._tokenizer = tokenizer
         self._skip_special_tokens = skip_special_tokens
-        self._pending: list[int] = []
+        self._bytes = codecs.getincrementaldecoder("utf-8")("replace")
+        self._ids: list[int] = []
+        self._settled = 0  # ids whose text has been returned
 
     def feed(self, token_id: int) -> str:
-        """Take one id and return the text that has become certain, often one token's, or ""."""
-        self._pending.append(token_id)
-        text = self._decode()
-        if text.endswith("\ufffd"):
-            return ""
-        self._pending.clear()
-        return text
+        """Take one id and return the text that has become certain, perhaps ""."""
+        if self._tokenizer.is_byte_level:
+            return self._bytes.decode(self._spelled(token_id))
+        self._ids.append(token_id)
+        return self._grown(final=False)
 
     def flush(self) -> str:
-        """Return what is left when no more ids will come; an unfinished character as U+FFFD."""
-        text = self._decode()
-        self._pending.clear()
-        return text
+        """Return what is left when no more ids come; an unfinished character as U+FFFD."""
+        if self._tokenizer.is_byte_level:
+            return self._bytes.decode(b"", final=True)
+        return self._grown(final=True)
 
-    def _decode(self) -> str:
-        return self._tokenizer.decode(self._pending, skip_special_tokens=self._skip_special_tokens)
+    def _spelled(self, token_id: int) -> bytes:
+        if self._skip_special_tokens and token_id in self._tokenizer.special_ids:
+            return b""
+        return self._tokenizer.token_bytes(token_id)
+
+    def _grown(self, *, final: bool) -> str:
+        """Return what the unsettled ids add to the text of the last settled ones.
+
+        A vocabulary that spells with word marks, not bytes, decodes a token by its neighbours.
+        """
+        before = self._decode(self._ids[: self._settled])
+        text = self._decode(self._ids)
+        if text.endswith("\ufffd") and not final:
+            return ""
+        piece = text[len(before) :]
+        if piece:
+            self._ids = self._ids[self._settled :]
+            self._settled = len(self._ids)
+        return piece
+
+    def _decode(self, ids: Sequence[int]) -> str:
+        return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
 
 
 def _content(token: Any) -> str:
@@ -340,6 +376,5 @@ def _chat_environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
     )
     environment.filters["tojson"] = tojson
-    environment.globals["raise_exception"] = raise_exception
-    environment.globals["strftime_now"] = strftime_now
+    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
     return environment
