@@ -50,7 +50,7 @@ class Machine:
     def detect(cls) -> "Machine":
         """Look at the machine that this process runs on; nothing is measured."""
         capabilities = torch.cpu.get_capabilities()
-        memory_total, memory_available = _memory()
+        memory_total, memory_available = memory()
         gpu, gpu_memory = None, None
         if torch.cuda.is_available():
             gpu, gpu_memory = torch.cuda.get_device_name(0), torch.cuda.mem_get_info(0)[1]
@@ -131,22 +131,24 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
-def _memory() -> tuple[int, int]:
-    """Total and available bytes, bounded by the container's limit where there is one."""
+def memory(root: Path = Path("/")) -> tuple[int, int]:
+    """Return total and available bytes, bounded by the container's limit where there is one.
+
+    Args:
+        root: where the kernel's `proc` and `sys` folders are found.
+    """
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     available = total
-    meminfo = Path("/proc/meminfo")
+    meminfo = root / "proc/meminfo"
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) * 1024
+    cgroup = root / "sys/fs/cgroup"
     for limit_file, used_file in (
-        ("/sys/fs/cgroup/memory.max", "/sys/fs/cgroup/memory.current"),
-        (
-            "/sys/fs/cgroup/memory/memory.limit_in_bytes",
-            "/sys/fs/cgroup/memory/memory.usage_in_bytes",
-        ),
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
     ):
-        limit, used = _integer_in(Path(limit_file)), _integer_in(Path(used_file))
+        limit, used = _integer_in(cgroup / limit_file), _integer_in(cgroup / used_file)
         if limit is not None and used is not None and limit < total:
             return limit, min(available, max(0, limit - used))
     return total, available

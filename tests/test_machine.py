@@ -1,0 +1,64 @@
+import os
+from pathlib import Path
+
+import pytest
+import torch
+
+from moescope.machine import Machine, measure_gemm_peak, measure_read_bandwidth, memory
+
+GIBIBYTE = 2**30
+
+
+def write(root: Path, files: dict[str, str]) -> None:
+    for name, text in files.items():
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text(text)
+
+
+def test_available_memory_is_the_kernels_estimate(tmp_path: Path) -> None:
+    write(tmp_path, {"proc/meminfo": "MemTotal:  9 kB\nMemAvailable:     2048 kB\n"})
+    assert memory(tmp_path)[1] == 2048 * 1024
+
+
+@pytest.mark.parametrize(
+    ("limit_file", "used_file"),
+    [
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ],
+)
+def test_a_containers_limit_bounds_memory(tmp_path: Path, limit_file, used_file) -> None:
+    write(
+        tmp_path / "sys/fs/cgroup",
+        {limit_file: f"{GIBIBYTE}\n", used_file: f"{GIBIBYTE // 4}\n"},
+    )
+    assert memory(tmp_path) == (GIBIBYTE, GIBIBYTE * 3 // 4)
+
+
+def test_a_container_without_limit_changes_nothing(tmp_path: Path) -> None:
+    write(tmp_path / "sys/fs/cgroup", {"memory.max": "max\n", "memory.current": "5\n"})
+    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    assert memory(tmp_path) == (total, total)
+
+
+@pytest.mark.skipif(not Path("/proc/cpuinfo").exists(), reason="the kernel's own list is Linux's")
+def test_instruction_sets_are_those_the_kernel_lists() -> None:
+    flags = set(Path("/proc/cpuinfo").read_text().split())
+    known = {"avx2", "avx512f", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8"}
+    assert known & set(Machine.detect().instruction_sets) == known & flags
+
+
+def test_a_product_takes_no_less_time_than_the_peak_says() -> None:
+    """A tenfold margin holds on a machine that does other work meanwhile."""
+    start, end = (torch.zeros(1024, 1024) for _ in range(2))
+    peak = measure_gemm_peak(torch.float32, seconds=0.1)
+    with torch.profiler.profile() as profile:
+        for _ in range(20):
+            torch.mm(start, end)
+    event = next(event for event in profile.key_averages() if event.key == "aten::mm")
+    rate = 2 * 1024**3 * event.count / (event.cpu_time_total * 1e-6)
+    assert peak / 10 < rate < peak * 10
+
+
+def test_memory_reads_have_a_rate_of_this_age() -> None:
+    assert 1e8 < measure_read_bandwidth(seconds=0.1) < 1e13
