@@ -6,7 +6,6 @@ one document in a hundred is held out, chosen by the hash of its text.
 """
 
 import hashlib
-import io
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -162,11 +161,22 @@ def _zstd_lines(path: Path) -> Iterator[str]:
         raise UserError(
             f"{path} needs the package zstandard; install it with: pip install 'moescope[train]'"
         ) from None
+    frame = zstandard.ZstdDecompressor().decompressobj()
+    rest = b""
     try:
-        with path.open("rb") as raw, zstandard.ZstdDecompressor().stream_reader(raw) as stream:
-            yield from io.TextIOWrapper(stream, encoding="utf-8")
+        with path.open("rb") as file:
+            while data := file.read(2**20):
+                while data:
+                    if frame.eof:
+                        frame = zstandard.ZstdDecompressor().decompressobj()
+                    *lines, rest = (rest + frame.decompress(data)).split(b"\n")
+                    yield from (line.decode() for line in lines)
+                    data = frame.unused_data if frame.eof else b""
     except zstandard.ZstdError as error:
         raise UserError(f"{path} is not a whole zstd file ({error}); download it again") from error
+    if not frame.eof:
+        raise UserError(f"{path} is not a whole zstd file (its end is missing); download it again")
+    yield rest.decode()
 
 
 def _parquet_rows(file: TextFile) -> Iterator[Document]:

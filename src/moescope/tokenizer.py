@@ -376,5 +376,6 @@ def _chat_environment() -> ImmutableSandboxedEnvironment:
         trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
     )
     environment.filters["tojson"] = tojson
-    environment.globals.update(raise_exception=raise_exception, strftime_now=strftime_now)
+    names = cast("dict[str, Any]", environment.globals)
+    names.update(raise_exception=raise_exception, strftime_now=strftime_now)
     return environment

