@@ -1,0 +1,40 @@
+"""`moescope train`: train a model as a TOML file says."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def train(
+    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="What to train, and how.")],
+    out: Annotated[Path, typer.Option(help="Folder for the model and its checkpoints.")],
+    data: Annotated[
+        Path | None, typer.Option(help="File or folder of text, one subfolder a domain.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Folder of a tokenizer; trained on the text if left out.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Optimizer steps in all.")] = None,
+    checkpoint_every: Annotated[
+        int | None, typer.Option(help="Steps between checkpoints; 0 for none.")
+    ] = None,
+    seed: Annotated[int | None, typer.Option(help="Of the first weights and the order.")] = None,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")
+    ] = False,
+) -> None:
+    """Train a model; Ctrl-C saves a checkpoint, and --resume continues from it bit for bit."""
+    from moescope.training.config import TrainConfig
+    from moescope.training.trainer import train as run_training
+
+    settings = TrainConfig.from_file(
+        config,
+        {
+            "data": {"source": data, "tokenizer": tokenizer},
+            "training": {"steps": steps, "seed": seed},
+            "checkpoints": {"every": checkpoint_every},
+        },
+    )
+    if not run_training(settings, out, resume=resume, say=typer.echo):
+        raise typer.Exit(130)

@@ -1,0 +1,124 @@
+"""Keeping experts busy: auxiliary losses, the loss-free bias, and the measures of success.
+
+Scores are `(tokens, experts)`, choices `(tokens, slots)` with negative ids for unused slots, as
+in `routing.Routing`. Losses are scalars without their weight; they are zero-dimensional float32.
+"""
+
+import math
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+def chosen_experts(topk_ids: Tensor, experts: int) -> Tensor:
+    """One where a token goes to an expert, else zero: `(tokens, experts)` float32."""
+    spread = torch.zeros(len(topk_ids), experts + 1, device=topk_ids.device)
+    return spread.scatter_(1, topk_ids + 1, 1.0)[:, 1:]
+
+
+def expert_level_loss(scores: Tensor, topk_ids: Tensor) -> Tensor:
+    """`sum_i f_i P_i` over all tokens (DeepSeekMoE, eq. 12-14); one when the load is even.
+
+    `f_i` is expert i's share of the choices times the number of experts; it carries no gradient.
+    `P_i` is its mean score.
+    """
+    return (_relative_load(scores, topk_ids) * scores.mean(dim=0)).sum()
+
+
+def device_level_loss(scores: Tensor, topk_ids: Tensor, groups: int) -> Tensor:
+    """`sum_d f'_d P'_d` over equal groups of neighbouring experts (DeepSeekMoE, eq. 15-17).
+
+    `f'_d` is the mean of the group's `f_i`, `P'_d` the sum of its `P_i`.
+    """
+    load = _relative_load(scores, topk_ids).unflatten(0, (groups, -1)).mean(dim=1)
+    share = scores.mean(dim=0).unflatten(0, (groups, -1)).sum(dim=1)
+    return (load * share).sum()
+
+
+def sequence_wise_loss(scores: Tensor, topk_ids: Tensor, seq: int) -> Tensor:
+    """`sum_i f_i P_i` inside each sequence of `seq` tokens, averaged (DeepSeek-V3, eq. 17-20).
+
+    Scores are first normalised to sum to one for each token; `f_i` counts actual choices.
+    """
+    experts = scores.shape[1]
+    share = scores / (scores.sum(dim=1, keepdim=True) + 1e-20)
+    mean_share = share.unflatten(0, (-1, seq)).mean(dim=1)  # (sequences, experts)
+    counts = chosen_experts(topk_ids, experts).unflatten(0, (-1, seq)).sum(dim=1)
+    load = counts / counts.sum(dim=1, keepdim=True).clamp(min=1) * experts
+    return (load * mean_share).sum(dim=1).mean()
+
+
+def router_z_loss(router_logits: Tensor) -> Tensor:
+    """Mean of `logsumexp(logits)^2` over tokens (ST-MoE, Zoph et al. 2022, eq. 5)."""
+    return router_logits.logsumexp(dim=-1).square().mean()
+
+
+def load_balanced_l1(scores: Tensor, topk_ids: Tensor, top_k: int) -> Tensor:
+    """Mean over tokens of `sum_e f_e R_e` (ReMoE, Wang et al. 2024, load-balancing section).
+
+    `R_e` are the ReLU router's outputs; `f_e = experts / (k * tokens) * choices of e` weighs
+    busy experts' outputs more. It carries no gradient.
+    """
+    tokens, experts = scores.shape
+    counts = chosen_experts(topk_ids, experts).sum(dim=0)
+    return (scores * (counts * experts / (top_k * tokens))).sum(dim=1).mean()
+
+
+@dataclass
+class AdaptiveL1:
+    """ReMoE's weight of the L1 term: grows while too many experts fire, shrinks otherwise.
+
+    `weight *= factor ** sign(target sparsity - sparsity)`, where sparsity is the share of
+    experts that a token leaves idle and the target is `1 - k / experts`.
+    """
+
+    weight: float
+    factor: float
+
+    def update(self, mean_experts_per_token: float, top_k: int) -> None:
+        """Adapt to the mean number of experts that a token used in this step."""
+        excess = mean_experts_per_token - top_k
+        if excess:
+            self.weight *= self.factor ** math.copysign(1, excess)
+
+
+@torch.no_grad()
+def update_bias(bias: Tensor, counts: Tensor, speed: float) -> None:
+    """Move `bias` against the load, in place: `b_i += speed * sign(mean(c) - c_i)`.
+
+    (Wang et al. 2024, "Auxiliary-loss-free load balancing", algorithm 1; DeepSeek-V3, 2.1.2.)
+
+    Args:
+        bias: `(experts,)` float32, which enters the choice of experts only.
+        counts: `(experts,)` tokens that each expert received in the step.
+        speed: step of the bias; scores lie between zero and one.
+    """
+    load = counts.to(bias.dtype)
+    bias.add_(torch.sign(load.mean() - load), alpha=speed)
+
+
+def relative_load(counts: Tensor) -> Tensor:
+    """Each expert's tokens over the mean, `(..., experts)`; one when the load is even."""
+    load = counts.float()
+    return load / load.mean(dim=-1, keepdim=True).clamp(min=1e-20)
+
+
+def max_violation(counts: Tensor) -> Tensor:
+    """MaxVio: the busiest expert's load over the mean, minus one (Wang et al. 2024, eq. 4)."""
+    return relative_load(counts).amax(dim=-1) - 1
+
+
+def load_entropy(counts: Tensor) -> Tensor:
+    """Entropy of the load over `log(experts)`: one when it is even, zero for a single expert."""
+    share = counts.float() / counts.sum(dim=-1, keepdim=True).clamp(min=1)
+    return torch.special.entr(share).sum(dim=-1) / math.log(max(counts.shape[-1], 2))
+
+
+def dead_share(counts: Tensor) -> Tensor:
+    """Share of the experts that received no token."""
+    return (counts == 0).float().mean(dim=-1)
+
+
+def _relative_load(scores: Tensor, topk_ids: Tensor) -> Tensor:
+    return relative_load(chosen_experts(topk_ids, scores.shape[1]).sum(dim=0))

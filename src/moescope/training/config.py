@@ -1,0 +1,212 @@
+"""What a training is made of: the TOML file that `moescope train` reads.
+
+Every table refuses fields that it does not know. `[model]` takes the fields of `ModelConfig`.
+"""
+
+import difflib
+import tomllib
+from pathlib import Path
+from typing import Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
+
+from moescope.config import ModelConfig
+from moescope.errors import UserError
+
+MODEL_DIALECT_FIELDS = {"rope_parameters"}
+"""What `ModelConfig` reads beyond its own fields."""
+
+
+class Table(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class DataConfig(Table):
+    """`[data]`: what is read.
+
+    Attributes:
+        source: file or folder of text, one subfolder a domain.
+        tokenizer: folder of a tokenizer; one is trained on the text where it is left out.
+        sequence_length: tokens of a row.
+        domain_weights: how often a row comes from each domain; all alike where left out.
+    """
+
+    source: Path | None = None
+    tokenizer: Path | None = None
+    sequence_length: int = Field(default=512, gt=0)
+    domain_weights: dict[str, float] | None = None
+
+
+class TrainingConfig(Table):
+    """`[training]`: how the weights move.
+
+    Attributes:
+        steps: optimizer steps in all.
+        batch_size: rows of one step.
+        micro_batch_size: rows computed at a time; gradients are summed over a step.
+        optimizer: `muon` (matrices by Muon, the rest by AdamW) or `adamw` (all by AdamW).
+        muon_learning_rate, adamw_learning_rate: peak rates; Muon's is scaled to AdamW's size.
+        weight_decay: decoupled, of matrices.
+        warmup_fraction, decay_fraction: shares of the steps; the rate is constant in between.
+        decay: form of the decay to zero.
+        clip: largest norm of the whole gradient.
+        seed: of the weights' start and the order of the text.
+        dtype: type that the network computes in; masters and optimizer state are float32.
+        mtp_loss_weight: of the multi-token-prediction loss (DeepSeek-V3, section 4.2: 0.3).
+        fuse: compile chains of elementwise operations, which costs half a minute at the start.
+    """
+
+    steps: int = Field(gt=0)
+    batch_size: int = Field(default=32, gt=0)
+    micro_batch_size: int | None = Field(default=None, gt=0)
+    optimizer: Literal["muon", "adamw"] = "muon"
+    muon_learning_rate: float = Field(default=3e-3, gt=0)
+    adamw_learning_rate: float = Field(default=3e-3, gt=0)
+    weight_decay: float = Field(default=0.1, ge=0)
+    warmup_fraction: float = Field(default=0.02, ge=0, le=1)
+    decay_fraction: float = Field(default=0.2, ge=0, le=1)
+    decay: Literal["linear", "sqrt"] = "sqrt"
+    clip: float = Field(default=1.0, gt=0)
+    seed: int = Field(default=0, ge=0)
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    mtp_loss_weight: float = Field(default=0.3, ge=0)
+    fuse: bool = False
+
+    @property
+    def rows_at_a_time(self) -> int:
+        return self.micro_batch_size or self.batch_size
+
+
+class BalanceConfig(Table):
+    """`[balance]`: how experts are kept busy; a weight of zero leaves a term out.
+
+    Attributes:
+        bias_update_speed: of the loss-free bias (`noaux_tc` routers).
+        expert_aux, device_aux, sequence_aux: weights of the auxiliary losses.
+        device_groups: equal groups of experts that `device_aux` balances.
+        z_loss: weight of the router z-loss.
+        l1_start, l1_factor: first weight of ReMoE's L1 term and the factor that adapts it (`relu`
+            routers).
+    """
+
+    bias_update_speed: float = Field(default=0.001, ge=0)
+    expert_aux: float = Field(default=0.0, ge=0)
+    device_aux: float = Field(default=0.0, ge=0)
+    device_groups: int = Field(default=1, gt=0)
+    sequence_aux: float = Field(default=0.0, ge=0)
+    z_loss: float = Field(default=0.0, ge=0)
+    l1_start: float = Field(default=1e-8, gt=0)
+    l1_factor: float = Field(default=1.2, gt=1)
+
+
+class EvaluationConfig(Table):
+    """`[evaluation]`: every so many steps, over so many held-out tokens a domain; 0 for never."""
+
+    every: int = Field(default=0, ge=0)
+    tokens: int = Field(default=16384, gt=0)
+
+
+class CheckpointsConfig(Table):
+    """`[checkpoints]`: every so many steps (0: only when interrupted), and how many are kept."""
+
+    every: int = Field(default=0, ge=0)
+    keep: int = Field(default=2, gt=0)
+
+
+class TrainConfig(Table):
+    """A whole training."""
+
+    model: ModelConfig
+    data: DataConfig = DataConfig()
+    training: TrainingConfig
+    balance: BalanceConfig = BalanceConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+    checkpoints: CheckpointsConfig = CheckpointsConfig()
+
+    @classmethod
+    def from_file(cls, path: Path, overrides: dict[str, dict[str, Any]]) -> "TrainConfig":
+        """Read a TOML file; `overrides` (table -> field -> value) win over it, None excepted.
+
+        Raises:
+            UserError: the file is missing or no TOML, or a field is unknown, missing or wrong.
+        """
+        try:
+            tables: dict[str, Any] = tomllib.loads(path.read_text(encoding="utf-8"))
+        except FileNotFoundError as error:
+            raise UserError(f"there is no {path}; name a training config (TOML)") from error
+        except (OSError, UnicodeDecodeError, tomllib.TOMLDecodeError) as error:
+            raise UserError(f"cannot read {path} as TOML: {error}") from error
+        for table, fields in overrides.items():
+            given = {name: value for name, value in fields.items() if value is not None}
+            if given:
+                tables[table] = {**tables.get(table, {}), **given}
+        _refuse_unknown(tables, path)
+        if "model" not in tables:
+            raise UserError(f"{path} lacks the table [model], which gives the network's sizes")
+        try:
+            model = ModelConfig.from_dict(tables["model"], f"{path}, [model]")
+            config = cls.model_validate({**tables, "model": model})
+        except ValidationError as error:
+            raise UserError(f"{path}: {_one_sentence(error)}") from error
+        config.check(path)
+        return config
+
+    def check(self, path: Path) -> None:
+        """Refuse values that do not fit each other."""
+        training, model = self.training, self.model
+        if training.batch_size % training.rows_at_a_time:
+            raise UserError(
+                f"{path}: batch_size {training.batch_size} is no multiple of micro_batch_size "
+                f"{training.rows_at_a_time}"
+            )
+        if training.warmup_fraction + training.decay_fraction > 1:
+            raise UserError(
+                f"{path}: warmup_fraction {training.warmup_fraction} and decay_fraction "
+                f"{training.decay_fraction} together exceed 1"
+            )
+        if self.data.sequence_length > model.max_position_embeddings:
+            raise UserError(
+                f"{path}: sequence_length {self.data.sequence_length} exceeds "
+                f"max_position_embeddings {model.max_position_embeddings}"
+            )
+        experts = model.n_routed_experts
+        if experts is not None and experts % self.balance.device_groups:
+            raise UserError(
+                f"{path}: n_routed_experts {experts} is no multiple of device_groups "
+                f"{self.balance.device_groups}"
+            )
+
+
+def _refuse_unknown(tables: dict[str, Any], path: Path) -> None:
+    for table, fields in tables.items():
+        _refuse_unknown_name(table, set(TrainConfig.model_fields), f"{path}: there is no table")
+        if not isinstance(fields, dict):
+            raise UserError(f"{path}: `{table}` is {fields!r}; make it a table, [{table}]")
+        kind = TrainConfig.model_fields[table].annotation
+        assert kind is not None and issubclass(kind, BaseModel)
+        known = set(kind.model_fields)
+        if kind is ModelConfig:
+            known |= MODEL_DIALECT_FIELDS
+        names: list[str] = list(fields)
+        for name in names:
+            _refuse_unknown_name(name, known, f"{path}: [{table}] has no field")
+
+
+def _refuse_unknown_name(name: str, known: set[str], sentence: str) -> None:
+    if name in known:
+        return
+    close = difflib.get_close_matches(name, known, n=1)
+    advice = f"did you mean `{close[0]}`?" if close else f"it knows {', '.join(sorted(known))}"
+    raise UserError(f"{sentence} `{name}`; {advice}")
+
+
+def _one_sentence(error: ValidationError) -> str:
+    parts: list[str] = []
+    for detail in error.errors():
+        name = ".".join(str(part) for part in detail["loc"])
+        if detail["type"] == "missing":
+            parts.append(f"`{name}` is missing")
+        else:
+            message = detail["msg"]
+            parts.append(f"`{name}` is {detail['input']!r}: {message[0].lower()}{message[1:]}")
+    return "; ".join(parts)

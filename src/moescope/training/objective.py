@@ -1,0 +1,112 @@
+"""What a training minimises: next-token loss, further tokens' loss, and terms that keep balance."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moescope import kernels
+from moescope.config import ModelConfig
+from moescope.model.balancing import (
+    device_level_loss,
+    expert_level_loss,
+    load_balanced_l1,
+    router_z_loss,
+    sequence_wise_loss,
+)
+from moescope.model.decoder import CausalLM
+from moescope.model.recorder import Recorder
+from moescope.model.routing import Routing
+from moescope.training.config import BalanceConfig
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Scalars of one micro-batch; `total` carries the gradient."""
+
+    total: Tensor
+    next_token: Tensor  # mean nats a token
+    further_tokens: Tensor  # mean nats of the multi-token-prediction depths, zero without
+    balance: Tensor  # weighted auxiliary terms, summed over layers
+
+
+class LoadRecorder(Recorder):
+    """Counts the tokens that each expert of each layer receives.
+
+    Attributes:
+        counts: layer index -> `(experts,)` int64.
+    """
+
+    def __init__(self) -> None:
+        self.counts: dict[int, Tensor] = {}
+
+    def routing(self, layer_idx: int, routing: Routing) -> None:
+        counts = routing.expert_counts
+        self.counts[layer_idx] = self.counts.get(layer_idx, torch.zeros_like(counts)) + counts
+
+
+class BalanceRecorder(LoadRecorder):
+    """Also sums the auxiliary losses that the balance config weighs above zero."""
+
+    def __init__(
+        self, config: ModelConfig, balance: BalanceConfig, *, seq: int, l1_weight: float
+    ) -> None:
+        super().__init__()
+        self._balance = balance
+        self._seq = seq
+        self._top_k = config.num_experts_per_tok or 0
+        moe_layers = sum(map(config.is_moe_layer, range(config.num_hidden_layers)))
+        self._l1_weight = l1_weight / moe_layers if config.topk_method == "relu" else 0.0
+        self.loss = torch.zeros(())
+
+    def routing(self, layer_idx: int, routing: Routing) -> None:
+        super().routing(layer_idx, routing)
+        scores, topk_ids, weights = routing.scores, routing.topk_ids, self._balance
+        loss = self.loss.to(scores.device)
+        if weights.expert_aux:
+            loss = loss + weights.expert_aux * expert_level_loss(scores, topk_ids)
+        if weights.device_aux:
+            groups = weights.device_groups
+            loss = loss + weights.device_aux * device_level_loss(scores, topk_ids, groups)
+        if weights.sequence_aux:
+            loss = loss + weights.sequence_aux * sequence_wise_loss(scores, topk_ids, self._seq)
+        if weights.z_loss:
+            loss = loss + weights.z_loss * router_z_loss(routing.router_logits)
+        if self._l1_weight:
+            loss = loss + self._l1_weight * load_balanced_l1(scores, topk_ids, self._top_k)
+        self.loss = loss
+
+
+def compute_losses(
+    model: CausalLM, ids: Tensor, recorder: BalanceRecorder, mtp_loss_weight: float
+) -> Losses:
+    """Run the network over `ids` `(batch, seq + 1)`; each token but the first is predicted."""
+    hidden_states = model(ids[:, :-1], recorder=recorder)  # (batch, seq, hidden)
+    next_token = _cross_entropy(model, hidden_states, ids[:, 1:])
+    further_tokens = torch.zeros_like(next_token)
+    if model.mtp is not None and mtp_loss_weight:
+        further_tokens = _further_tokens_loss(model, hidden_states, ids)
+    total = next_token + mtp_loss_weight * further_tokens + recorder.loss
+    return Losses(total, next_token.detach(), further_tokens.detach(), recorder.loss.detach())
+
+
+def _further_tokens_loss(model: CausalLM, hidden_states: Tensor, ids: Tensor) -> Tensor:
+    """Mean loss of the multi-token-prediction depths (DeepSeek-V3, eq. 24-25)."""
+    assert model.mtp is not None
+    seq = hidden_states.shape[1]
+    losses: list[Tensor] = []
+    for ahead, depth in enumerate(model.mtp.depths, start=1):
+        hidden_states = hidden_states[:, : seq - ahead]
+        inputs = ids[:, ahead:seq]  # (batch, seq - ahead)
+        positions = torch.arange(inputs.shape[1], device=ids.device).expand_as(inputs)
+        rotation = model.model.rotary_emb(positions, hidden_states.dtype)
+        embedded = model.model.embed_tokens(inputs)
+        hidden_states = depth(hidden_states, embedded, inputs, rotation, positions)
+        losses.append(_cross_entropy(model, depth.norm(hidden_states), ids[:, ahead + 1 :]))
+    return torch.stack(losses).mean()
+
+
+def _cross_entropy(model: CausalLM, hidden_states: Tensor, targets: Tensor) -> Tensor:
+    return kernels.linear_cross_entropy(
+        hidden_states.flatten(0, 1), model.lm_head.weight, targets.flatten()
+    )

@@ -1,0 +1,151 @@
+"""Muon for the matrices, AdamW for the rest, on float32 masters of the network's weights."""
+
+from typing import Literal
+
+import torch
+from torch import Tensor, nn
+
+MUON_MOMENTUM = 0.95
+NEWTON_SCHULZ_STEPS = 5
+NEWTON_SCHULZ_COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+ADAMW_BETAS = (0.9, 0.95)
+ADAMW_EPS = 1e-8
+
+
+def orthogonalise(matrices: Tensor) -> Tensor:
+    """Bring the singular values of each matrix near one, keeping its singular vectors.
+
+    Newton-Schulz iteration of the quintic `a X + b (X X^T) X + c (X X^T)^2 X` in bf16 (Jordan et
+    al. 2024, "Muon"); singular values end between about 0.7 and 1.2.
+
+    Args:
+        matrices: `(batch, rows, columns)`.
+
+    Returns:
+        The same shape, bf16.
+    """
+    a, b, c = NEWTON_SCHULZ_COEFFICIENTS
+    tall = matrices.shape[1] > matrices.shape[2]
+    x = (matrices.mT if tall else matrices).bfloat16()
+    norm = torch.linalg.matrix_norm(x, keepdim=True, dtype=torch.float32)
+    x = x / norm.clamp(min=1e-7).to(x.dtype)
+    for _ in range(NEWTON_SCHULZ_STEPS):
+        gram = torch.bmm(x, x.mT)
+        x = torch.baddbmm(x, torch.baddbmm(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+    return x.mT if tall else x
+
+
+class Optimizer:
+    """Holds the float32 masters, sums gradients into float32 and moves the masters.
+
+    Attributes:
+        masters: name -> float32 weight; the parameter itself where it is float32 already.
+        momenta: name -> Muon's momentum.
+        adamw: AdamW over the remaining masters.
+    """
+
+    def __init__(
+        self, model: nn.Module, kind: Literal["muon", "adamw"], *, weight_decay: float
+    ) -> None:
+        self._weight_decay = weight_decay
+        self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
+        self.masters = {n: p.detach().float() for n, p in self._parameters.items()}
+        self._gradients = {n: torch.zeros_like(m) for n, m in self.masters.items()}
+        by_muon = [n for n in self.masters if kind == "muon" and self._is_hidden_matrix(n)]
+        self.momenta = {n: torch.zeros_like(self.masters[n]) for n in by_muon}
+        by_adamw = [m for n, m in self.masters.items() if n not in self.momenta]
+        self.adamw = torch.optim.AdamW(
+            [
+                {"params": [m for m in by_adamw if m.ndim > 1], "weight_decay": weight_decay},
+                {"params": [m for m in by_adamw if m.ndim == 1], "weight_decay": 0.0},
+            ],
+            betas=ADAMW_BETAS,
+            eps=ADAMW_EPS,
+            fused=True,
+        )
+
+    def _is_hidden_matrix(self, name: str) -> bool:
+        at_the_edge = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
+        return self.masters[name].ndim > 1 and not name.endswith(at_the_edge)
+
+    def accumulate(self) -> None:
+        """Add the parameters' gradients to the step's sum and free them."""
+        for name, parameter in self._parameters.items():
+            if parameter.grad is not None:
+                self._gradients[name].add_(parameter.grad)
+                parameter.grad = None
+
+    @torch.no_grad()
+    def step(self, muon_learning_rate: float, adamw_learning_rate: float, clip: float) -> float:
+        """Clip the summed gradient, move the weights, clear the sum; return the norm before.
+
+        Raises:
+            FloatingPointError: the gradient is not finite; no weight was moved.
+        """
+        gradients = list(self._gradients.values())
+        norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore
+        norm = float(torch.linalg.vector_norm(norms))
+        if not norm < float("inf"):
+            raise FloatingPointError(f"the gradient's norm is {norm}")
+        if norm > clip:
+            torch._foreach_mul_(gradients, clip / norm)  # pyright: ignore
+        for name, momentum in self.momenta.items():
+            self._step_muon(name, momentum, muon_learning_rate)
+        for group in self.adamw.param_groups:
+            group["lr"] = adamw_learning_rate
+        for name, master in self.masters.items():
+            if name not in self.momenta:
+                master.grad = self._gradients[name]
+        self.adamw.step()
+        for gradient in gradients:
+            gradient.zero_()
+        self.write_back()
+        return norm
+
+    def _step_muon(self, name: str, momentum: Tensor, learning_rate: float) -> None:
+        """Nesterov momentum, orthogonalised per matrix and scaled by `0.2 * sqrt(max(m, n))`.
+
+        The scale gives updates the size that AdamW's have (Liu et al. 2025, "Muon is scalable",
+        eq. 4). Stacked experts are matrices each; so are the gate and the up half of one.
+        """
+        master, gradient = self.masters[name], self._gradients[name]
+        momentum.lerp_(gradient, 1 - MUON_MOMENTUM)
+        update = gradient.lerp(momentum, MUON_MOMENTUM)
+        matrices = update.flatten(0, -3) if update.ndim > 2 else update[None]
+        if name.endswith("gate_up_proj"):
+            matrices = matrices.unflatten(1, (2, -1)).flatten(0, 1)  # (2 * experts, m, n)
+        orthogonal = orthogonalise(matrices)
+        scale = 0.2 * max(orthogonal.shape[1:]) ** 0.5
+        master.mul_(1 - learning_rate * self._weight_decay)
+        master.add_(orthogonal.reshape(master.shape), alpha=-learning_rate * scale)
+
+    @torch.no_grad()
+    def write_back(self) -> None:
+        """Round the masters into the network's parameters."""
+        for name, parameter in self._parameters.items():
+            if parameter.dtype != torch.float32:
+                parameter.copy_(self.masters[name])
+
+    def state_tensors(self) -> dict[str, Tensor]:
+        """Return everything that a continued training needs, by name."""
+        tensors = {f"master.{n}": m for n, m in self.masters.items()}
+        tensors |= {f"momentum.{n}": m for n, m in self.momenta.items()}
+        for name, master in self.masters.items():
+            for key, value in self.adamw.state.get(master, {}).items():
+                tensors[f"adamw.{key}.{name}"] = value
+        return tensors
+
+    @torch.no_grad()
+    def load_state_tensors(self, tensors: dict[str, Tensor]) -> None:
+        """Take over what `state_tensors` returned, and round it into the parameters."""
+        for name, master in self.masters.items():
+            master.copy_(tensors[f"master.{name}"])
+            if name in self.momenta:
+                self.momenta[name].copy_(tensors[f"momentum.{name}"])
+            else:
+                self.adamw.state[master] = {
+                    key: tensors[f"adamw.{key}.{name}"].clone()
+                    for key in ("step", "exp_avg", "exp_avg_sq")
+                    if f"adamw.{key}.{name}" in tensors
+                }
+        self.write_back()
