@@ -66,6 +66,11 @@ def test_usage_errors_are_one_line_that_names_the_culprit(arguments, named, caps
     assert named in captured.err
 
 
+def test_a_usage_error_points_to_the_help_of_its_verb(capsys) -> None:
+    assert cli.run(["doctor", "--no-such-option"]) == 2
+    assert "`moescope doctor -h`" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("verb", VERBS)
 @pytest.mark.parametrize("flag", ["-h", "--help"])
 def test_help_of_every_verb_shows_an_example(verb: str, flag: str, capsys) -> None:

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from moescope.cli.doctor import doctor
+from moescope.cli.train import train
 from moescope.errors import UserError
 
 app = typer.Typer(
@@ -44,7 +45,10 @@ def moescope(
         typer.echo(context.get_help())
 
 
-for verb, example in ((doctor, "moescope doctor --json"),):
+for verb, example in (
+    (train, "moescope train recipes/smoke.toml --data my-text --out my-model"),
+    (doctor, "moescope doctor --json"),
+):
     app.command(epilog=f"Example: {example}")(verb)
 
 
@@ -72,4 +76,6 @@ def _sentence(error: UserError | typer.TyperException) -> str:
     if isinstance(error, UserError):
         return str(error)
     message = " ".join(error.format_message().split()).rstrip(".")
-    return f"{message[0].lower()}{message[1:]} (`moescope -h` shows how)"
+    context = getattr(error, "ctx", None)
+    command = context.command_path if context else "moescope"
+    return f"{message[0].lower()}{message[1:]} (`{command} -h` shows how)"
