@@ -1,5 +1,7 @@
 """`moescope train`: train a model as a TOML file says."""
 
+import json
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -13,18 +15,23 @@ def train(
         Path | None, typer.Option(help="File or folder of text, one subfolder a domain.")
     ] = None,
     tokenizer: Annotated[
-        Path | None, typer.Option(help="Folder of a tokenizer; trained on the text if left out.")
+        Path | None, typer.Option(help="Folder of a tokenizer; learned from the text if left out.")
     ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps in all.")] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints; 0 for none.")
     ] = None,
-    seed: Annotated[int | None, typer.Option(help="Of the first weights and the order.")] = None,
+    seed: Annotated[
+        int | None, typer.Option(help="Of the first weights and the order of the text.")
+    ] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")
     ] = False,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the summary as one JSON object at the end.")
+    ] = False,
 ) -> None:
-    """Train a model; Ctrl-C saves a checkpoint, and --resume continues from it bit for bit."""
+    """Train a model. Ctrl-C saves a checkpoint; --resume continues from it, bit for bit."""
     from moescope.training.config import TrainConfig
     from moescope.training.trainer import train as run_training
 
@@ -36,5 +43,9 @@ def train(
             "checkpoints": {"every": checkpoint_every},
         },
     )
-    if not run_training(settings, out, resume=resume, say=typer.echo):
+    stream = sys.stderr if as_json else sys.stdout
+    summary = run_training(settings, out, resume=resume, stream=stream)
+    if summary is None:
         raise typer.Exit(130)
+    if as_json:
+        print(json.dumps(summary, ensure_ascii=False))

@@ -13,9 +13,6 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from moescope.config import ModelConfig
 from moescope.errors import UserError
 
-MODEL_DIALECT_FIELDS = {"rope_parameters"}
-"""What `ModelConfig` reads beyond its own fields."""
-
 
 class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
@@ -177,19 +174,25 @@ class TrainConfig(Table):
             )
 
 
+FIELDS: dict[str, set[str]] = {
+    "model": {*ModelConfig.model_fields, "rope_parameters"},
+    "data": set(DataConfig.model_fields),
+    "training": set(TrainingConfig.model_fields),
+    "balance": set(BalanceConfig.model_fields),
+    "evaluation": set(EvaluationConfig.model_fields),
+    "checkpoints": set(CheckpointsConfig.model_fields),
+}
+"""What each table may hold; a model's rotary settings may come as `transformers` writes them."""
+
+
 def _refuse_unknown(tables: dict[str, Any], path: Path) -> None:
     for table, fields in tables.items():
-        _refuse_unknown_name(table, set(TrainConfig.model_fields), f"{path}: there is no table")
+        _refuse_unknown_name(table, set(FIELDS), f"{path}: there is no table")
         if not isinstance(fields, dict):
             raise UserError(f"{path}: `{table}` is {fields!r}; make it a table, [{table}]")
-        kind = TrainConfig.model_fields[table].annotation
-        assert kind is not None and issubclass(kind, BaseModel)
-        known = set(kind.model_fields)
-        if kind is ModelConfig:
-            known |= MODEL_DIALECT_FIELDS
         names: list[str] = list(fields)
         for name in names:
-            _refuse_unknown_name(name, known, f"{path}: [{table}] has no field")
+            _refuse_unknown_name(name, FIELDS[table], f"{path}: [{table}] has no field")
 
 
 def _refuse_unknown_name(name: str, known: set[str], sentence: str) -> None:

@@ -1,36 +1,42 @@
 """Where a training writes its numbers: JSON lines, TensorBoard, and the terminal."""
 
 import json
-import sys
+import statistics
 import time
-from collections.abc import Iterator
+from collections import deque
+from collections.abc import Generator, Iterator
+from contextlib import contextmanager
+from datetime import timedelta
 from importlib.util import find_spec
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, Self, cast
 
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn
 
 from moescope.config import ModelConfig
+from moescope.errors import UserError
 from moescope.files import write_text
 from moescope.model.decoder import CausalLM
 
 SECONDS_BETWEEN_LINES = 15.0
-SMOOTHING = 0.95
-"""Share of the past in the loss and speed that are shown."""
+RECENT_STEPS = 50
+"""Steps over which the loss and the speed that are shown are taken."""
 
 
 def flops_per_token(model: CausalLM, seq: int) -> float:
     """Floating-point operations of forward and backward for one token of a row of `seq`.
 
-    Six for each matrix weight that the token meets (Kaplan et al. 2020, 2.1), and attention over
-    half the row on average; norms and other elementwise work count as nothing.
+    Six for each matrix weight that the token meets (Kaplan et al. 2020, section 2.1), and causal
+    attention over half the row on average; elementwise work counts as nothing.
     """
     config = model.config
+    tied = model.lm_head.weight is model.model.embed_tokens.weight
     matrices = 0.0
     for name, parameter in model.named_parameters():
-        if parameter.ndim == 1 or (name.endswith("embed_tokens.weight") and not _is_tied(model)):
+        looked_up = name.endswith("embed_tokens.weight") and not tied
+        if parameter.ndim == 1 or looked_up:
             continue
         share = 1.0
         if ".experts." in name:
@@ -42,10 +48,6 @@ def flops_per_token(model: CausalLM, seq: int) -> float:
     return 6 * (matrices + attention)
 
 
-def _is_tied(model: CausalLM) -> bool:
-    return model.lm_head.weight is model.model.embed_tokens.weight
-
-
 def _value_width(config: ModelConfig) -> int:
     return config.required("v_head_dim") if config.uses_mla else config.qk_head_dim
 
@@ -54,30 +56,47 @@ class MetricsLog:
     """Appends one JSON object a line to `metrics.jsonl`, and scalars to TensorBoard if installed.
 
     Rows after `last_step` are dropped first: a resumed training writes them again.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full, here and in every method.
     """
 
     def __init__(self, out: Path, last_step: int) -> None:
-        path = out / "metrics.jsonl"
-        write_text(path, "".join(_rows_up_to(path, last_step)))
-        self._file = path.open("a", encoding="utf-8", buffering=1)
+        self._path = out / "metrics.jsonl"
+        write_text(self._path, "".join(_rows_up_to(self._path, last_step)))
         self._board: Any = None
         self.has_tensorboard = find_spec("tensorboard") is not None
-        if self.has_tensorboard:
-            from torch.utils.tensorboard import SummaryWriter
+        with self._disk_errors():
+            self._file = self._path.open("a", encoding="utf-8", buffering=1)
+            if self.has_tensorboard:
+                from torch.utils.tensorboard import SummaryWriter
 
-            self._board = SummaryWriter(str(out / "tensorboard"), purge_step=last_step + 1)
+                self._board = SummaryWriter(str(out / "tensorboard"), purge_step=last_step + 1)
 
     def write(self, row: dict[str, Any]) -> None:
         """Log a row; `step` is its position, numbers (nested too) go to TensorBoard."""
-        self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
-        if self._board is not None:
-            for name, value in _scalars(row):
-                self._board.add_scalar(name, value, row["step"])
+        with self._disk_errors():
+            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+            if self._board is not None:
+                for name, value in _scalars(row):
+                    self._board.add_scalar(name, value, row["step"])
 
     def close(self) -> None:
-        self._file.close()
-        if self._board is not None:
-            self._board.close()
+        """Flush and close both."""
+        with self._disk_errors():
+            self._file.close()
+            if self._board is not None:
+                self._board.close()
+
+    @contextmanager
+    def _disk_errors(self) -> Generator[None]:
+        try:
+            yield
+        except OSError as error:
+            raise UserError(
+                f"cannot write {self._path} ({error.strerror or error}); free some space, then "
+                "continue with --resume from the last checkpoint, which is untouched"
+            ) from error
 
 
 def _rows_up_to(path: Path, last_step: int) -> Iterator[str]:
@@ -88,7 +107,7 @@ def _rows_up_to(path: Path, last_step: int) -> Iterator[str]:
             try:
                 step = json.loads(line)["step"]
             except (ValueError, KeyError):
-                continue  # the last line of a run that was killed
+                continue  # half a line, from a run that was killed
             if step <= last_step:
                 yield line
 
@@ -96,28 +115,28 @@ def _rows_up_to(path: Path, last_step: int) -> Iterator[str]:
 def _scalars(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float]]:
     for name, value in row.items():
         if isinstance(value, dict):
-            nested: dict[str, Any] = value  # pyright: ignore[reportUnknownVariableType]
-            yield from _scalars(nested, f"{prefix}{name}/")
-        elif isinstance(value, int | float) and name != "step":
+            yield from _scalars(cast("dict[str, Any]", value), f"{prefix}{name}/")
+        elif name != "step":
             yield prefix + name, float(value)
 
 
 class TrainingDisplay:
     """A live bar on a terminal; a plain line every few seconds anywhere else."""
 
-    def __init__(self, step: int, steps: int, flops_per_token: float, peak: float | None) -> None:
+    def __init__(
+        self, console: Console, *, step: int, steps: int, flops_per_token: float, peak: float | None
+    ) -> None:
         self._steps = steps
         self._flops_per_token = flops_per_token
         self._peak = peak
-        self._loss: float | None = None
-        self._seconds: float | None = None
-        self._last_line = -SECONDS_BETWEEN_LINES
-        console = Console(file=sys.stdout)
+        self._losses: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._seconds: deque[float] = deque(maxlen=RECENT_STEPS)
+        self._last_line = float("-inf")
+        self._console = console
         self._bar = None
-        if console.is_terminal:
-            self._bar = Progress(
-                BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"), console=console
-            )
+        if self._console.is_terminal:
+            columns = (BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, console=self._console)
             self._task = self._bar.add_task("", total=steps, completed=step)
 
     def __enter__(self) -> Self:
@@ -135,31 +154,28 @@ class TrainingDisplay:
             self._bar.stop()
 
     def say(self, message: str) -> None:
-        """Print a line above the bar."""
-        if self._bar is not None:
-            self._bar.console.print(message, highlight=False, markup=False)
-        else:
-            print(message, flush=True)
+        """Print a line, above the bar where there is one."""
+        print_line(self._console, message)
 
     def update(self, step: int, loss: float, tokens: int, seconds: float) -> None:
         """Show that `step` steps are done; the last took `seconds` for `tokens` tokens."""
-        self._loss = _smooth(self._loss, loss)
-        self._seconds = _smooth(self._seconds, seconds)
-        rate = tokens / self._seconds
-        remaining = time.strftime("%H:%M:%S", time.gmtime((self._steps - step) * self._seconds))
-        if (self._steps - step) * self._seconds >= 86400:
-            remaining = f"{(self._steps - step) * self._seconds / 86400:.1f} days"
-        parts = [f"loss {self._loss:.4f}", f"{rate:,.0f} tokens/s"]
+        self._losses.append(loss)
+        self._seconds.append(seconds)
+        seconds = statistics.median(self._seconds)
+        rate = tokens / seconds
+        parts = [f"loss {statistics.fmean(self._losses):.4f}", f"{rate:,.0f} tokens/s"]
         if self._peak is not None:
-            share = rate * self._flops_per_token / self._peak
-            parts.append(f"{share:.0%} of the GEMM peak")
-        description = ", ".join([*parts, f"{remaining} left"])
+            parts.append(f"{rate * self._flops_per_token / self._peak:.0%} of the GEMM peak")
+        parts.append(f"{timedelta(seconds=round((self._steps - step) * seconds))} left")
+        description = ", ".join(parts)
         if self._bar is not None:
             self._bar.update(self._task, completed=step, description=description)
         elif time.monotonic() - self._last_line >= SECONDS_BETWEEN_LINES or step == self._steps:
             self._last_line = time.monotonic()
-            print(f"step {step}/{self._steps}: {description}", flush=True)
+            self.say(f"step {step}/{self._steps}: {description}")
 
 
-def _smooth(past: float | None, value: float) -> float:
-    return value if past is None else SMOOTHING * past + (1 - SMOOTHING) * value
+def print_line(console: Console, message: str) -> None:
+    """Print `message` as it is, on one line however long."""
+    console.print(message, highlight=False, markup=False, soft_wrap=True)
+    console.file.flush()

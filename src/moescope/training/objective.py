@@ -102,7 +102,8 @@ def _further_tokens_loss(model: CausalLM, hidden_states: Tensor, ids: Tensor) ->
         rotation = model.model.rotary_emb(positions, hidden_states.dtype)
         embedded = model.model.embed_tokens(inputs)
         hidden_states = depth(hidden_states, embedded, inputs, rotation, positions)
-        losses.append(_cross_entropy(model, depth.norm(hidden_states), ids[:, ahead + 1 :]))
+        normed: Tensor = depth.get_submodule("norm")(hidden_states)
+        losses.append(_cross_entropy(model, normed, ids[:, ahead + 1 :]))
     return torch.stack(losses).mean()
 
 

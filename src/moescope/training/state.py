@@ -6,6 +6,7 @@ A checkpoint is a folder that appears whole, by one rename, or not at all.
 import json
 import os
 import shutil
+from collections.abc import Collection
 from pathlib import Path
 from typing import Any
 
@@ -18,56 +19,84 @@ from moescope.errors import UserError
 TENSORS, STATE = "state.safetensors", "state.json"
 
 
+def checkpoint_path(folder: Path, step: int) -> Path:
+    return folder / f"step-{step:06d}"
+
+
+def saved_steps(folder: Path) -> list[int]:
+    """Return the steps of which `folder` holds a checkpoint, in order."""
+    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+
+
 def save_checkpoint(
-    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any], keep: int
+    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]
 ) -> Path:
-    """Write `folder/step-NNNNNN` and delete all but the newest `keep`; return its path.
+    """Write the checkpoint of `step` and return its path; one of the same step is replaced.
 
     Raises:
-        UserError: the disk is full or the folder cannot be written; older checkpoints stay.
+        UserError: the disk is full or the folder cannot be written; other checkpoints stay.
     """
-    path = folder / f"step-{step:06d}"
+    path = checkpoint_path(folder, step)
     partial = folder / f".{path.name}.partial"
     try:
-        shutil.rmtree(partial, ignore_errors=True)
+        for abandoned in folder.glob(".step-*"):
+            shutil.rmtree(abandoned)
         partial.mkdir(parents=True)
-        save_file({name: tensor.contiguous() for name, tensor in tensors.items()}, partial / TENSORS)
+        save_file(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, partial / TENSORS
+        )
         (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
         for written in (partial / TENSORS, partial / STATE, partial):
             _fsync(written)
         if path.exists():
-            shutil.rmtree(path)
+            path.rename(folder / f".{path.name}.replaced")
         partial.rename(path)
         _fsync(folder)
+        shutil.rmtree(folder / f".{path.name}.replaced", ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
         raise UserError(
-            f"cannot write the checkpoint {path} ({error}); free some space or choose another "
-            "folder, then continue with --resume from the last checkpoint, which is untouched"
+            f"cannot write the checkpoint {path} ({error}); free some space, then continue with "
+            "--resume from the last checkpoint, which is untouched"
         ) from error
-    for old in list_checkpoints(folder)[:-keep]:
-        shutil.rmtree(old)
     return path
 
 
-def list_checkpoints(folder: Path) -> list[Path]:
-    """Return the checkpoints in `folder`, oldest first."""
-    return sorted(folder.glob("step-*"), key=lambda path: int(path.name.removeprefix("step-")))
+def prune_checkpoints(folder: Path, keep: Collection[int]) -> None:
+    """Delete all checkpoints but those of the steps in `keep`."""
+    for step in saved_steps(folder):
+        if step not in keep:
+            shutil.rmtree(checkpoint_path(folder, step))
 
 
-def load_checkpoint(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Read one checkpoint.
+def read_state(path: Path) -> dict[str, Any]:
+    """Read the JSON part of the checkpoint at `path`.
 
     Raises:
-        UserError: a file is missing or damaged.
+        UserError: it is missing or damaged.
     """
     try:
-        state: dict[str, Any] = json.loads((path / STATE).read_text(encoding="utf-8"))
-        return load_file(path / TENSORS), state
-    except (OSError, ValueError, SafetensorError) as error:
-        raise UserError(
-            f"cannot read the checkpoint {path} ({error}); delete it to continue from an older one"
-        ) from error
+        return json.loads((path / STATE).read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise _damaged(path, error) from error
+
+
+def read_tensors(path: Path) -> dict[str, Tensor]:
+    """Read the tensors of the checkpoint at `path`.
+
+    Raises:
+        UserError: they are missing or damaged.
+    """
+    try:
+        return load_file(path / TENSORS)
+    except (OSError, SafetensorError) as error:
+        raise _damaged(path, error) from error
+
+
+def _damaged(path: Path, error: Exception) -> UserError:
+    return UserError(
+        f"cannot read the checkpoint {path} ({error}); delete it to continue from an older one"
+    )
 
 
 def _fsync(path: Path) -> None:
