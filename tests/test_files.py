@@ -39,7 +39,6 @@ def test_a_full_disk_is_a_sentence_and_leaves_the_old_file(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == [target]
 
 
-@pytest.mark.xfail(strict=True, reason="atomic_path's clean-up hides the sentence")
 def test_a_path_through_a_file_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("no folder")
     with pytest.raises(UserError, match=r"cannot write .*choose another folder"):
