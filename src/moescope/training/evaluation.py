@@ -9,7 +9,8 @@ import torch
 from moescope import kernels
 from moescope.model.balancing import dead_share, load_entropy, max_violation
 from moescope.model.decoder import CausalLM
-from moescope.training.data import ShardIndex, held_out_batches
+from moescope.training.batches import HeldOutBatches
+from moescope.training.data import ShardIndex
 from moescope.training.objective import LoadRecorder
 
 
@@ -59,7 +60,7 @@ def evaluate(
     weight = model.lm_head.weight
     model.eval()
     for domain in index.domains:
-        batches = held_out_batches(index, domain, batch_size, sequence_length, max_tokens)
+        batches = HeldOutBatches(index, domain, batch_size, sequence_length, max_tokens)
         recorder = LoadRecorder()
         total = 0.0
         for ids in batches:

@@ -21,8 +21,8 @@ from moescope.model.decoder import CausalLM, initialise
 from moescope.model.moe import MoE
 from moescope.model.routing import NoAuxTopK
 from moescope.training.allocator import keep_freed_memory
+from moescope.training.batches import PackedBatches
 from moescope.training.config import TrainConfig
-from moescope.training.data import PackedBatches
 from moescope.training.evaluation import evaluate
 from moescope.training.metrics import MetricsLog, TrainingDisplay, flops_per_token, print_line
 from moescope.training.objective import BalanceRecorder, compute_losses
