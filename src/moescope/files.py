@@ -21,6 +21,7 @@ def atomic_path(path: Path) -> Generator[Path]:
         path.parent.mkdir(parents=True, exist_ok=True)
         try:
             yield partial
+            partial.chmod(0o666 & ~_umask())
             _fsync(partial)
             partial.replace(path)
         except BaseException:
@@ -38,6 +39,13 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def _umask() -> int:
+    """Return the process's file mask, which some libraries that write files disregard."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask
 
 
 def _fsync(path: Path) -> None:

@@ -58,6 +58,7 @@ class Tokenizer:
     Attributes:
         vocab_size: number of token ids, special tokens included.
         bos_id, eos_id, pad_id: ids of the special tokens, None where the vocabulary has none.
+        adds_bos: whether a text is to begin with bos_id, as the model was taught.
         special_ids: ids that steer rather than spell: begin, end, roles, thinking.
         chat_template: Jinja source of the chat form, None where there is none.
         is_byte_level: whether tokens spell bytes (GPT-2's way, and DeepSeek's).
@@ -70,6 +71,7 @@ class Tokenizer:
         self.bos_id = self._special_id("bos_token")
         self.eos_id = self._special_id("eos_token")
         self.pad_id = self._special_id("pad_token")
+        self.adds_bos = self.bos_id is not None and self._config.get("add_bos_token", True)
         self.chat_template: str | None = self._config.get("chat_template")
         self.is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         added = backend.get_added_tokens_decoder()

@@ -11,7 +11,11 @@ from typing import Annotated
 
 import typer
 
+from moescope.cli import tokenizer
+from moescope.cli.chat import chat
 from moescope.cli.doctor import doctor
+from moescope.cli.explain import explain
+from moescope.cli.generate import generate
 from moescope.cli.train import train
 from moescope.errors import UserError
 
@@ -20,7 +24,7 @@ app = typer.Typer(
     context_settings={"help_option_names": ["-h", "--help"]},
     add_completion=False,
     pretty_exceptions_enable=False,
-    epilog="Example: moescope doctor",
+    epilog='Example: moescope explain "床前明月光"',
 )
 
 
@@ -46,10 +50,14 @@ def moescope(
 
 
 for verb, example in (
+    (generate, 'moescope generate "春眠不觉晓，" --max-tokens 24'),
+    (chat, 'moescope chat "What is 17 + 25?"'),
+    (explain, 'moescope explain "It is a truth universally acknowledged"'),
     (train, "moescope train recipes/smoke.toml --data my-text --out my-model"),
     (doctor, "moescope doctor --json"),
 ):
     app.command(epilog=f"Example: {example}")(verb)
+app.add_typer(tokenizer.app, name="tokenizer")
 
 
 def main() -> None:

@@ -1,0 +1,190 @@
+"""`moescope.load`: a model and its tokenizer, ready to use."""
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any, overload
+
+import torch
+from torch import Tensor
+
+from moescope.catalog import BOX
+from moescope.checkpoint import load_model, save_weights
+from moescope.config import ModelConfig
+from moescope.engine.engine import Engine, Generation, Token
+from moescope.engine.sampling import SamplingParams
+from moescope.errors import UserError
+from moescope.model.decoder import CausalLM
+from moescope.scope.recording import record
+from moescope.scope.trace import Trace
+from moescope.tokenizer import Tokenizer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
+"""What is fetched of a model on the Hub: nothing that could be executed."""
+
+
+def load(name_or_path: str | Path, *, dtype: str | None = None) -> "Model":
+    """Open a model.
+
+    Args:
+        name_or_path: `tiny` (the model in the box), a folder with `config.json`, safetensors and
+            `tokenizer.json`, or a Hub name such as `deepseek-ai/DeepSeek-V2-Lite`.
+        dtype: `float32` or `bfloat16`; None takes that of the file's norms.
+
+    Raises:
+        UserError: there is no such model, or it is damaged or of a kind moescope does not know.
+    """
+    if dtype is not None and dtype not in DTYPES:
+        raise UserError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
+    folder = locate(name_or_path)
+    model = load_model(folder, dtype=DTYPES[dtype] if dtype else None)
+    return Model(str(name_or_path), model, Tokenizer.load(folder))
+
+
+def locate(name_or_path: str | Path) -> Path:
+    """Return the folder of a model; a Hub name is downloaded first, or found in its cache.
+
+    Raises:
+        UserError: there is no such model, or it cannot be fetched.
+    """
+    folder = Path(name_or_path)
+    if folder.is_dir():
+        return folder
+    name = str(name_or_path)
+    if (BOX / name / "config.json").is_file():
+        return BOX / name
+    if folder.is_file():
+        raise UserError(f"{name} is a file; name the folder that holds config.json and safetensors")
+    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+        raise UserError(
+            f'there is no model {name!r}; give "tiny", a folder, or a Hub name like "org/model"'
+        )
+    return _download(name)
+
+
+class Model:
+    """A network and its tokenizer.
+
+    Attributes:
+        name: what it was loaded as.
+        config: its shape.
+        tokenizer: turns text into ids and back.
+        network: the PyTorch module.
+        engine: the five steps from text to text.
+    """
+
+    def __init__(self, name: str, network: CausalLM, tokenizer: Tokenizer) -> None:
+        self.name = name
+        self.config: ModelConfig = network.config
+        self.tokenizer = tokenizer
+        self.network = network
+        self.engine = Engine(network, tokenizer)
+
+    @torch.inference_mode()
+    def logits(self, input_ids: Tensor) -> Tensor:
+        """Map ids `(batch, seq)` int64 to next-token logits `(batch, seq, vocab)` float32.
+
+        Raises:
+            UserError: `input_ids` is not two-dimensional or holds an id the model lacks.
+        """
+        if input_ids.ndim != 2 or not input_ids.numel():
+            raise UserError(
+                f"input_ids has shape {tuple(input_ids.shape)}; it must be (batch, seq)"
+            )
+        low, high = int(input_ids.min()), int(input_ids.max())
+        if low < 0 or high >= self.config.vocab_size:
+            raise UserError(
+                f"input_ids runs from {low} to {high}; the model's ids run from 0 to "
+                f"{self.config.vocab_size - 1}"
+            )
+        hidden_states = self.network(input_ids.to(self.engine.device))  # (batch, seq, hidden)
+        return self.network.logits(hidden_states)
+
+    @overload
+    def generate(self, prompt: str, **sampling: Any) -> Generation: ...
+    @overload
+    def generate(self, prompt: list[str], **sampling: Any) -> list[Generation]: ...
+    def generate(self, prompt: str | list[str], **sampling: Any) -> Generation | list[Generation]:
+        """Continue a prompt, or each of a list of prompts as one batch.
+
+        Args:
+            prompt: text, or several texts of any lengths.
+            sampling: fields of `SamplingParams`: `max_tokens`, `temperature`, `top_k`, `top_p`,
+                `min_p`, `repetition_penalty`, `seed`, `stop`, `stop_token_ids`.
+
+        Raises:
+            UserError: a prompt is empty or too long, or a field has no meaning.
+        """
+        prompts = [prompt] if isinstance(prompt, str) else prompt
+        generations = self.engine.generate(prompts, sampling_params(sampling))
+        return generations[0] if isinstance(prompt, str) else generations
+
+    def stream(self, prompt: str, **sampling: Any) -> Iterator[Token]:
+        """Yield the tokens of a continuation as they are made; arguments as for `generate`."""
+        params = sampling_params(sampling)
+        return self.engine.repeat([self.engine.encode(prompt)], params)
+
+    def trace(
+        self, prompt: str, max_tokens: int = 0, *, attention: bool = False, **sampling: Any
+    ) -> Trace:
+        """Record what happens to each token of a prompt, and of its continuation, in each layer.
+
+        Args:
+            prompt: text.
+            max_tokens: length of the continuation.
+            attention: whether to keep attention probabilities, `(heads, tokens, tokens)` a layer.
+            sampling: as for `generate`.
+
+        Raises:
+            UserError: as for `generate`.
+        """
+        params = sampling_params({**sampling, "max_tokens": max_tokens})
+        prompt_ids = self.engine.encode(prompt)
+        made = [token.id for token in self.engine.repeat([prompt_ids], params)]
+        input_ids = [*prompt_ids, *made][: self.config.max_position_embeddings]
+        return record(
+            self.name, self.network, self.tokenizer, input_ids, len(prompt_ids), attention
+        )
+
+    def save(self, folder: str | Path) -> None:
+        """Write what `transformers.AutoModelForCausalLM.from_pretrained` opens.
+
+        Raises:
+            UserError: the folder cannot be written or the disk is full.
+        """
+        folder = Path(folder)
+        save_weights(self.network, folder)
+        self.tokenizer.save(folder)
+
+
+def sampling_params(fields: dict[str, Any]) -> SamplingParams:
+    """Check sampling fields given by name.
+
+    Raises:
+        UserError: there is no such field, or a value has no meaning.
+    """
+    known = SamplingParams.__dataclass_fields__
+    unknown = [name for name in fields if name not in known]
+    if unknown:
+        raise UserError(
+            f"there is no sampling field {unknown[0]!r}; choose from {', '.join(known)}"
+        )
+    return SamplingParams(**fields)
+
+
+def _download(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=PATTERNS))
+    except LocalEntryNotFoundError as error:
+        raise UserError(
+            f"there is no folder {name}, and the Hub cannot be reached to look for it there; "
+            "check the name or the connection"
+        ) from error
+    except (HfHubHTTPError, HFValidationError, OSError) as error:
+        raise UserError(
+            f"cannot fetch {name} from the Hub ({str(error).splitlines()[0]}); check the name, or "
+            "download it and give its folder"
+        ) from error

@@ -1,0 +1,5 @@
+"""Temporary."""
+
+from pathlib import Path
+
+BOX = Path(__file__).parent / "box"

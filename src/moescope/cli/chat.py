@@ -1,0 +1,65 @@
+"""`moescope chat`: talk with a model."""
+
+import sys
+from typing import Annotated, Any
+
+import typer
+
+from moescope.cli.sampling import (
+    MaxTokens,
+    MinP,
+    ModelName,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    given,
+)
+
+
+def chat(
+    message: Annotated[
+        str | None, typer.Argument(metavar="[MESSAGE]", help="Said first; asked for if left out.")
+    ] = None,
+    model: ModelName = "tiny",
+    system: Annotated[str | None, typer.Option(help="What the model is told beforehand.")] = None,
+    max_tokens: MaxTokens = 256,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+) -> None:
+    """Talk with a model in its own chat form; an empty line or Ctrl-D ends it.
+
+    With a MESSAGE and no terminal on standard input, one answer is given.
+    """
+    from moescope.api import load
+
+    sampling = given(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
+    opened = load(model)
+    messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
+    said = message if message is not None else _listen()
+    while said:
+        messages.append({"role": "user", "content": said})
+        answer = ""
+        for token in opened.stream(opened.tokenizer.apply_chat_template(messages), **sampling):
+            print(token.text, end="", flush=True)
+            answer += token.text
+        print()
+        messages.append({"role": "assistant", "content": answer})
+        if message is not None and not sys.stdin.isatty():
+            return
+        said = _listen()
+
+
+def _listen() -> str:
+    """Return the next line without blanks around it; "" at the end."""
+    try:
+        return input("> " if sys.stdin.isatty() else "").strip()
+    except (EOFError, KeyboardInterrupt):
+        return ""

@@ -1,0 +1,64 @@
+"""`moescope explain`: what happens to each token of a text, drawn in the terminal."""
+
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated
+
+import typer
+
+if TYPE_CHECKING:
+    from moescope.api import Model
+
+
+def explain(
+    prompt: Annotated[
+        str | None, typer.Argument(metavar="[PROMPT]", help="Text; asked for if left out.")
+    ] = None,
+    model: Annotated[str, typer.Option(help='"tiny", a folder or a Hub name.')] = "tiny",
+    max_tokens: Annotated[int, typer.Option(help="Tokens to continue the text by.")] = 12,
+    save: Annotated[
+        Path | None, typer.Option(help="Also write the whole trace into this JSON file.")
+    ] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the trace as JSON instead of drawing it.")
+    ] = False,
+) -> None:
+    """Draw which experts work on each token, and what the model makes of the text.
+
+    Labels are Chinese where the text is.
+    """
+    from moescope.api import load
+
+    if prompt is None and as_json:
+        raise typer.BadParameter("--json needs a PROMPT")
+    opened = load(model)
+    if prompt is not None:
+        _show(opened, prompt, max_tokens, save, as_json)
+        return
+    while (line := _ask()) is not None:
+        if line.strip():
+            _show(opened, line, max_tokens, save, as_json)
+
+
+def _show(model: "Model", prompt: str, max_tokens: int, save: Path | None, as_json: bool) -> None:
+    from rich.console import Console
+
+    from moescope.cli.drawing import draw
+
+    trace = model.trace(prompt, max_tokens)
+    if save is not None:
+        trace.save(save)
+    if as_json:
+        print(trace.to_json())
+    else:
+        draw(trace, Console(highlight=False))
+
+
+def _ask() -> str | None:
+    """Return a line from standard input; None at its end or at Ctrl-C."""
+    if sys.stdin.isatty():
+        print("\nText / 文字 (Ctrl-D ends / 结束)")
+    try:
+        return input("> " if sys.stdin.isatty() else "")
+    except (EOFError, KeyboardInterrupt):
+        return None

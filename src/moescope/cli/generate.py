@@ -1,0 +1,56 @@
+"""`moescope generate`: continue a text."""
+
+import json
+from typing import Annotated
+
+import typer
+
+from moescope.cli.sampling import (
+    MaxTokens,
+    MinP,
+    ModelName,
+    RepetitionPenalty,
+    Seed,
+    Stop,
+    Temperature,
+    TopK,
+    TopP,
+    given,
+)
+
+
+def generate(
+    prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
+    model: ModelName = "tiny",
+    max_tokens: MaxTokens = 64,
+    temperature: Temperature = 0.0,
+    top_k: TopK = None,
+    top_p: TopP = None,
+    min_p: MinP = None,
+    repetition_penalty: RepetitionPenalty = 1.0,
+    seed: Seed = None,
+    stop: Stop = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the continuation as one JSON object.")
+    ] = False,
+) -> None:
+    """Continue a text, token by token, and print what comes."""
+    from moescope.api import load
+
+    sampling = given(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
+    opened = load(model)
+    if as_json:
+        generation = opened.generate(prompt, **sampling)
+        described = {
+            "text": generation.text,
+            "ids": [token.id for token in generation.tokens],
+            "logprobs": [token.logprob for token in generation.tokens],
+            "prompt_tokens": generation.prompt_tokens,
+            "finish_reason": generation.finish_reason,
+        }
+        print(json.dumps(described, ensure_ascii=False))
+        return
+    print(prompt, end="", flush=True)
+    for token in opened.stream(prompt, **sampling):
+        print(token.text, end="", flush=True)
+    print()

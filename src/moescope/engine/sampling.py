@@ -1,0 +1,108 @@
+"""From next-token logits to a token: penalties, filters and the draw."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from moescope.errors import UserError
+
+
+@dataclass(frozen=True)
+class SamplingParams:
+    """How a continuation is chosen, and when it ends.
+
+    Attributes:
+        max_tokens: tokens to make at most.
+        temperature: 0 takes the likeliest token; logits are divided by anything above.
+        top_k: keep this many likeliest tokens.
+        top_p: keep the likeliest tokens whose probabilities first reach this sum.
+        min_p: keep tokens at least this fraction as likely as the likeliest.
+        repetition_penalty: above 1, tokens already seen become less likely.
+        seed: of the draws; the same seed makes the same text. None takes another each time.
+        stop: texts that end the continuation and are left out of it.
+        stop_token_ids: ids that end it, besides the model's own end token.
+    """
+
+    max_tokens: int = 64
+    temperature: float = 0.0
+    top_k: int | None = None
+    top_p: float | None = None
+    min_p: float | None = None
+    repetition_penalty: float = 1.0
+    seed: int | None = None
+    stop: Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+
+    def __post_init__(self) -> None:
+        """Refuse values without meaning.
+
+        Raises:
+            UserError: names the field, its value and the values allowed.
+        """
+        if isinstance(self.stop, str):
+            object.__setattr__(self, "stop", (self.stop,))
+        checks = {
+            "max_tokens": (self.max_tokens >= 0, "0 or more"),
+            "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
+            "top_k": (self.top_k is None or self.top_k >= 1, "1 or more"),
+            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
+            "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
+            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
+            "stop": ("" not in self.stop, "texts that are not empty"),
+        }
+        for field, (fine, allowed) in checks.items():
+            if not fine:
+                raise UserError(f"{field} is {getattr(self, field)!r}; it must be {allowed}")
+
+
+def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
+    """Make seen tokens less likely (Keskar et al. 2019, section 4.1).
+
+    Args:
+        logits: `(vocab,)`.
+        seen: ids `(any,)`; repeats count once.
+        penalty: divides positive logits and multiplies negative ones.
+    """
+    scores = logits[seen]
+    return logits.index_put((seen,), torch.where(scores > 0, scores / penalty, scores * penalty))
+
+
+def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
+    """Rule out all but the `top_k` highest of `(vocab,)`."""
+    threshold = logits.topk(min(top_k, logits.shape[-1])).values[-1]
+    return logits.masked_fill(logits < threshold, -torch.inf)
+
+
+def keep_top_p(logits: Tensor, top_p: float) -> Tensor:
+    """Rule out all but the nucleus of `(vocab,)` (Holtzman et al. 2020, eq. 2)."""
+    ordered, ids = logits.sort(descending=True)
+    probabilities = ordered.softmax(dim=-1)
+    before = probabilities.cumsum(dim=-1) - probabilities  # mass of the likelier tokens
+    return logits.index_fill(0, ids[before >= top_p], -torch.inf)
+
+
+def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
+    """Rule out tokens less likely than `min_p` of the likeliest (Nguyen et al. 2024, eq. 2)."""
+    probabilities = logits.softmax(dim=-1)
+    return logits.masked_fill(probabilities < min_p * probabilities.max(), -torch.inf)
+
+
+def choose(logits: Tensor, seen: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+    """Choose the next token's id from its logits `(vocab,)` float32.
+
+    `seen` `(any,)` are the ids of the prompt and of what has been made of it.
+    """
+    if params.repetition_penalty != 1.0:
+        logits = penalise(logits, seen, params.repetition_penalty)
+    if params.temperature == 0:
+        return int(logits.argmax())
+    logits = logits / params.temperature
+    if params.top_k is not None:
+        logits = keep_top_k(logits, params.top_k)
+    if params.top_p is not None and params.top_p < 1:
+        logits = keep_top_p(logits, params.top_p)
+    if params.min_p is not None:
+        logits = keep_min_p(logits, params.min_p)
+    return int(torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))

@@ -1,0 +1,36 @@
+"""When a continuation ends: texts that stop it, found as they stream by."""
+
+from collections.abc import Sequence
+
+
+class StopFinder:
+    """Let text through until a stop text appears, holding back what may yet become one."""
+
+    def __init__(self, stop: Sequence[str]) -> None:
+        self._stop = stop
+        self._held = ""
+        self.found = False
+
+    def feed(self, piece: str, *, final: bool = False) -> str:
+        """Take the next piece and return what is certain not to begin a stop text.
+
+        With `final` nothing more comes, and what was held back is returned.
+        """
+        if self.found:
+            return ""
+        text = self._held + piece
+        starts = [at for stop in self._stop if (at := text.find(stop)) >= 0]
+        if starts:
+            self.found, self._held = True, ""
+            return text[: min(starts)]
+        keep = 0 if final else self._longest_beginning(text)
+        self._held = text[len(text) - keep :]
+        return text[: len(text) - keep]
+
+    def _longest_beginning(self, text: str) -> int:
+        """Length of the longest end of `text` with which a stop text begins."""
+        longest = max((len(stop) for stop in self._stop), default=1) - 1
+        for length in range(min(longest, len(text)), 0, -1):
+            if any(stop.startswith(text[-length:]) for stop in self._stop):
+                return length
+        return 0

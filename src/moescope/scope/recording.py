@@ -1,0 +1,160 @@
+"""Run a text through a model with a recorder, and write down what it saw."""
+
+from collections.abc import Sequence
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from moescope.model.decoder import CausalLM
+from moescope.model.moe import MoE
+from moescope.model.recorder import Recorder
+from moescope.model.routing import UNUSED, Routing
+from moescope.scope.trace import Candidate, LayerTrace, RouterTrace, Trace, TracedToken
+from moescope.tokenizer import Tokenizer
+
+GUESSES = 5
+TOKENS_AT_ONCE = 256
+"""Logits over the vocabulary are made for this many tokens at a time."""
+
+
+@torch.inference_mode()
+def record(
+    name: str,
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    input_ids: Sequence[int],
+    prompt_tokens: int,
+    attention: bool = False,
+) -> Trace:
+    """Trace `input_ids`, of which the first `prompt_tokens` are the prompt's."""
+    recorder = TraceRecorder(wants_attention=attention)
+    ids = torch.tensor([list(input_ids)], device=model.lm_head.weight.device)
+    model(ids, recorder=recorder)
+    guess = _Guesser(model, tokenizer)
+    layers = [
+        LayerTrace(
+            router=_router_trace(recorder, layer_idx),
+            hidden_norm=_lengths(hidden_states),
+            guesses=guess(hidden_states),
+            attention=_listed(recorder.attentions.get(layer_idx)),
+        )
+        for layer_idx, hidden_states in enumerate(recorder.hidden_states)
+    ]
+    used = parameters_used(model, recorder.routings, len(input_ids))
+    tokens = [
+        TracedToken(token_id, tokenizer.decode([token_id], skip_special_tokens=False), parameters)
+        for token_id, parameters in zip(input_ids, used.tolist(), strict=True)
+    ]
+    return Trace(
+        model=name,
+        tokens=tokens,
+        prompt_tokens=prompt_tokens,
+        total_parameters=total_parameters(model),
+        embedding_norm=_lengths(recorder.embedded),
+        layers=layers,
+        guesses=layers[-1].guesses,
+    )
+
+
+class TraceRecorder(Recorder):
+    """Keeps what one forward pass over one sequence hands it."""
+
+    def __init__(self, *, wants_attention: bool = False) -> None:
+        self.wants_attention = wants_attention
+        self.embedded = torch.empty(0)  # (tokens, hidden)
+        self.hidden_states: list[Tensor] = []  # a layer: (tokens, hidden)
+        self.routings: dict[int, Routing] = {}
+        self.outputs: dict[int, tuple[Tensor, Tensor | None]] = {}
+        self.attentions: dict[int, Tensor] = {}  # a layer: (heads, tokens, tokens)
+
+    def embedding(self, hidden_states: Tensor) -> None:
+        self.embedded = hidden_states[0]
+
+    def attention(self, layer_idx: int, probabilities: Tensor) -> None:
+        self.attentions[layer_idx] = probabilities[0]
+
+    def routing(self, layer_idx: int, routing: Routing) -> None:
+        self.routings[layer_idx] = routing
+
+    def experts(self, layer_idx: int, routed_output: Tensor, shared_output: Tensor | None) -> None:
+        self.outputs[layer_idx] = routed_output, shared_output
+
+    def layer(self, layer_idx: int, hidden_states: Tensor) -> None:
+        self.hidden_states.append(hidden_states[0])
+
+
+class _Guesser:
+    """Reads next-token guesses off hidden states with the model's own norm and head."""
+
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
+
+    def __call__(self, hidden_states: Tensor) -> list[list[Candidate]]:
+        """Return the likeliest next tokens for each of `(tokens, hidden)`."""
+        return [
+            [
+                Candidate(token_id, self._spell(token_id), probability)
+                for token_id, probability in zip(ids, probabilities, strict=True)
+            ]
+            for chunk in hidden_states.split(TOKENS_AT_ONCE)
+            for probabilities, ids in zip(*self._likeliest(chunk), strict=True)
+        ]
+
+    def _likeliest(self, hidden_states: Tensor) -> tuple[list[list[float]], list[list[int]]]:
+        logits = self.model.logits(self.model.model.norm(hidden_states))  # (tokens, vocab)
+        best = logits.softmax(dim=-1).topk(min(GUESSES, logits.shape[-1]))
+        return best.values.tolist(), best.indices.tolist()
+
+    def _spell(self, token_id: int) -> str:
+        return self.tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def total_parameters(model: CausalLM) -> int:
+    """Count the weights, shared ones once, without the multi-token-prediction module."""
+    counted = {id(p): p.numel() for n, p in model.named_parameters() if not n.startswith("mtp.")}
+    return sum(counted.values())
+
+
+def parameters_used(model: CausalLM, routings: dict[int, Routing], tokens: int) -> Tensor:
+    """Count the weights that worked on each token, `(tokens,)` int64: all but unchosen experts'."""
+    used = torch.full((tokens,), total_parameters(model))
+    for layer_idx, routing in routings.items():
+        mlp = cast(MoE, model.model.layers[layer_idx].mlp)
+        stacked = sum(weight.numel() for weight in mlp.experts.parameters())
+        chosen = (routing.topk_ids != UNUSED).sum(dim=-1).cpu()  # (tokens,)
+        used += chosen * (stacked // routing.scores.shape[-1]) - stacked
+    return used
+
+
+def _router_trace(recorder: TraceRecorder, layer_idx: int) -> RouterTrace | None:
+    routing = recorder.routings.get(layer_idx)
+    if routing is None:
+        return None
+    order = routing.topk_weights.argsort(dim=-1, descending=True)  # (tokens, slots)
+    ids, weights = routing.topk_ids.gather(1, order), routing.topk_weights.gather(1, order)
+    routed_output, shared_output = recorder.outputs[layer_idx]
+    return RouterTrace(
+        scores=routing.scores.tolist(),
+        topk_ids=[[i for i in row if i != UNUSED] for row in ids.tolist()],
+        topk_weights=[
+            [w for i, w in zip(row_ids, row, strict=True) if i != UNUSED]
+            for row_ids, row in zip(ids.tolist(), weights.tolist(), strict=True)
+        ],
+        shared_share=_shared_share(routed_output, shared_output),
+    )
+
+
+def _shared_share(routed_output: Tensor, shared_output: Tensor | None) -> list[float]:
+    if shared_output is None:
+        return [0.0] * routed_output.shape[0]
+    shared, routed = shared_output.float().norm(dim=-1), routed_output.float().norm(dim=-1)
+    return (shared / (shared + routed).clamp(min=1e-30)).tolist()
+
+
+def _lengths(hidden_states: Tensor) -> list[float]:
+    return hidden_states.float().norm(dim=-1).tolist()
+
+
+def _listed(attention: Tensor | None) -> list[list[list[float]]] | None:
+    return None if attention is None else attention.tolist()
