@@ -13,6 +13,7 @@ from rich.console import Console
 from torch import Tensor
 
 from moescope import kernels
+from moescope.checkpoint import save_weights
 from moescope.errors import UserError
 from moescope.files import write_text
 from moescope.machine import measure_gemm_peak
@@ -291,8 +292,6 @@ class Trainer:
 
     def _finish(self) -> dict[str, Any]:
         """Write the finished model into `out`, as `transformers` reads it, with a summary."""
-        from moescope.checkpoint import save_weights
-
         save_weights(self.model, self.out)
         self.text.tokenizer.save(self.out)
         summary = {
