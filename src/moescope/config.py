@@ -209,7 +209,7 @@ class ModelConfig(BaseModel):
         try:
             return cls.model_validate(fields)
         except ValidationError as error:
-            raise UserError(f"{source}: {_one_sentence(error)}") from error
+            raise UserError(f"{source}: {one_sentence(error)}") from error
 
     @classmethod
     def from_file(cls, path: Path) -> "ModelConfig":
@@ -242,7 +242,8 @@ class ModelConfig(BaseModel):
         write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
 
 
-def _one_sentence(error: ValidationError) -> str:
+def one_sentence(error: ValidationError) -> str:
+    """Say which fields are wrong, with their values, and why."""
     parts: list[str] = []
     for detail in error.errors():
         name = ".".join(str(part) for part in detail["loc"])

@@ -10,7 +10,7 @@ from typing import Any, Literal
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from moescope.config import ModelConfig
+from moescope.config import ModelConfig, one_sentence
 from moescope.errors import UserError
 
 
@@ -144,7 +144,7 @@ class TrainConfig(Table):
             model = ModelConfig.from_dict(tables["model"], f"{path}, [model]")
             config = cls.model_validate({**tables, "model": model})
         except ValidationError as error:
-            raise UserError(f"{path}: {_one_sentence(error)}") from error
+            raise UserError(f"{path}: {one_sentence(error)}") from error
         config.check(path)
         return config
 
@@ -201,15 +201,3 @@ def _refuse_unknown_name(name: str, known: set[str], sentence: str) -> None:
     close = difflib.get_close_matches(name, known, n=1)
     advice = f"did you mean `{close[0]}`?" if close else f"it knows {', '.join(sorted(known))}"
     raise UserError(f"{sentence} `{name}`; {advice}")
-
-
-def _one_sentence(error: ValidationError) -> str:
-    parts: list[str] = []
-    for detail in error.errors():
-        name = ".".join(str(part) for part in detail["loc"])
-        if detail["type"] == "missing":
-            parts.append(f"`{name}` is missing")
-        else:
-            message = detail["msg"]
-            parts.append(f"`{name}` is {detail['input']!r}: {message[0].lower()}{message[1:]}")
-    return "; ".join(parts)
