@@ -1,7 +1,6 @@
 """What this machine has, and how fast it can possibly be: the limits that results are held to."""
 
 import os
-import shutil
 import statistics
 import time
 from collections.abc import Callable
@@ -10,6 +9,8 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+
+from moescope.kernels import fusion
 
 INSTRUCTION_SETS = {
     "avx2": "avx2",
@@ -66,7 +67,7 @@ class Machine:
             torch_version=torch.__version__,
             torch_threads=torch.get_num_threads(),
             onednn=torch.backends.mkldnn.is_available(),
-            cxx=shutil.which(os.environ.get("CXX", "g++")),
+            cxx=fusion.compiler(),
             gpu=gpu,
             gpu_memory_total=gpu_memory,
         )

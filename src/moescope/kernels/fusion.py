@@ -18,10 +18,15 @@ Result = TypeVar("Result")
 _enabled = False
 
 
+def compiler() -> str | None:
+    """Return the path of the C++ compiler that fusing needs, or None without one."""
+    return shutil.which(os.environ.get("CXX", "g++"))
+
+
 def enable_fusion() -> bool:
     """Fuse from now on; return whether this machine has the C++ compiler that it needs."""
     global _enabled
-    _enabled = shutil.which(os.environ.get("CXX", "g++")) is not None
+    _enabled = compiler() is not None
     return _enabled
 
 
