@@ -1,7 +1,13 @@
 import os
 
+import pytest
 import torch
 from hypothesis import settings
+
+from moescope.api import Model
+from moescope.config import ModelConfig
+from moescope.model.decoder import CausalLM, initialise
+from moescope.tokenizer import Tokenizer
 
 # Examples are the same in every run, and a slow machine fails none of them.
 settings.register_profile("ci", derandomize=True, deadline=None)
@@ -9,3 +15,35 @@ settings.load_profile("ci")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
+
+
+@pytest.fixture(scope="session")
+def model() -> Model:
+    """A DeepSeek-V3 of a few thousand random weights, with its own vocabulary."""
+    texts = [f"床前明月光 {n} the moon before my bed, is it frost? 😀\n" * 3 for n in range(200)]
+    tokenizer = Tokenizer.train_on_texts(texts, 300, progress=False)
+    config = ModelConfig.from_dict(
+        {
+            "model_type": "deepseek_v3",
+            "vocab_size": 300,
+            "hidden_size": 32,
+            "intermediate_size": 48,
+            "moe_intermediate_size": 16,
+            "num_hidden_layers": 3,
+            "num_attention_heads": 2,
+            "n_routed_experts": 8,
+            "n_shared_experts": 1,
+            "num_experts_per_tok": 3,
+            "first_k_dense_replace": 1,
+            "kv_lora_rank": 16,
+            "qk_nope_head_dim": 8,
+            "qk_rope_head_dim": 4,
+            "v_head_dim": 8,
+            "initializer_range": 0.3,
+            "max_position_embeddings": 64,
+            "eos_token_id": tokenizer.eos_id,
+        }
+    )
+    network = CausalLM(config)
+    initialise(network, seed=0)
+    return Model("small", network, tokenizer)

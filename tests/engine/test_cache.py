@@ -1,0 +1,40 @@
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from moescope.engine.cache import Cache
+
+
+@given(st.integers(1, 4), st.lists(st.integers(1, 300), min_size=1, max_size=4), st.integers(0, 99))
+def test_what_was_stored_comes_back_in_order(batch: int, runs: list[int], seed: int) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    cache, start = Cache(), 0
+    stored = torch.empty(batch, 0, 2, 3)
+    for run in runs:
+        keys = torch.randn(batch, run, 2, 3, generator=generator)
+        positions = torch.arange(start, start + run).expand(batch, -1)
+        held, values = cache.update(7, keys, keys[..., 0], positions)
+        stored, start = torch.cat([stored, keys], dim=1), start + run
+        assert torch.equal(held, stored)
+        assert torch.equal(values, stored[..., 0])
+    assert cache.nbytes == batch * start * (2 * 3 + 2) * 4
+
+
+def test_a_shorter_row_overwrites_its_padding() -> None:
+    cache = Cache()
+    first = torch.arange(6.0).reshape(2, 3, 1)
+    cache.update(0, first, first, torch.tensor([[0, 1, 2], [0, 1, 2]]))
+    new = torch.tensor([[[10.0]], [[20.0]]])
+    held, _ = cache.update(0, new, new, torch.tensor([[3], [1]]))
+    assert held[0, :, 0].tolist() == [0, 1, 2, 10]
+    assert held[1, :2, 0].tolist() == [3, 20]
+
+
+def test_kept_rows_are_the_ones_named() -> None:
+    cache = Cache()
+    states = torch.randn(3, 2, 4)
+    cache.update(0, states, states, torch.arange(2).expand(3, -1))
+    cache.keep(torch.tensor([2, 0]))
+    new = torch.zeros(2, 1, 4)
+    held, _ = cache.update(0, new, new, torch.tensor([[2], [2]]))
+    assert torch.equal(held[:, :2], states[[2, 0]])
