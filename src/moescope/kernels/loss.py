@@ -17,8 +17,9 @@ def linear_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor)
 
     Gradients are computed together with the loss, chunk by chunk, when they are wanted.
     """
+    wanted = torch.is_grad_enabled() and (hidden_states.requires_grad or weight.requires_grad)
     return _LinearCrossEntropy.apply(  # pyright: ignore[reportReturnType]
-        hidden_states, weight, targets
+        hidden_states, weight, targets, wanted
     )
 
 
@@ -34,10 +35,11 @@ def _loss_and_gradient(logits: Tensor, targets: Tensor, scale: float) -> tuple[T
 
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor) -> Tensor:
+    def forward(
+        ctx: Any, hidden_states: Tensor, weight: Tensor, targets: Tensor, wanted: bool
+    ) -> Tensor:
         tokens = len(targets)
         total = torch.zeros((), dtype=torch.float32, device=hidden_states.device)
-        wanted = ctx.needs_input_grad[0] or ctx.needs_input_grad[1]
         grad_hidden = torch.empty_like(hidden_states) if wanted else None
         grad_weight = torch.zeros_like(weight, dtype=torch.float32) if wanted else None
         for start in range(0, tokens, CHUNK):
@@ -60,4 +62,4 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         scale = grad_outputs[0]
-        return grad_hidden * scale, grad_weight * scale, None
+        return grad_hidden * scale, grad_weight * scale, None, None
