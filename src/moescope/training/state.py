@@ -1,10 +1,13 @@
 """Checkpoints of a training: everything that continues it bit for bit, in safetensors and JSON.
 
-A checkpoint is a folder that appears whole, by one rename, or not at all.
+A checkpoint is a folder that appears whole, by one rename, or not at all. Checksums tell whether
+it stayed whole.
 """
 
+import hashlib
 import json
 import os
+import re
 import shutil
 from collections.abc import Collection
 from pathlib import Path
@@ -16,7 +19,7 @@ from torch import Tensor
 
 from moescope.errors import UserError
 
-TENSORS, STATE = "state.safetensors", "state.json"
+TENSORS, STATE, CHECKSUMS = "state.safetensors", "state.json", "sha256.json"
 
 
 def checkpoint_path(folder: Path, step: int) -> Path:
@@ -25,7 +28,8 @@ def checkpoint_path(folder: Path, step: int) -> Path:
 
 def saved_steps(folder: Path) -> list[int]:
     """Return the steps of which `folder` holds a checkpoint, in order."""
-    return sorted(int(path.name.removeprefix("step-")) for path in folder.glob("step-*"))
+    names = (re.fullmatch(r"step-(\d{6,})", path.name) for path in folder.glob("step-*"))
+    return sorted(int(name[1]) for name in names if name)
 
 
 def save_checkpoint(
@@ -46,8 +50,10 @@ def save_checkpoint(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, partial / TENSORS
         )
         (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        for written in (partial / TENSORS, partial / STATE, partial):
-            _fsync(written)
+        checksums = {name: _digest(partial / name) for name in (TENSORS, STATE)}
+        (partial / CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
+        for written in (TENSORS, STATE, CHECKSUMS, "."):
+            _fsync(partial / written)
         if path.exists():
             path.rename(folder / f".{path.name}.replaced")
         partial.rename(path)
@@ -76,7 +82,7 @@ def read_state(path: Path) -> dict[str, Any]:
         UserError: it is missing or damaged.
     """
     try:
-        return json.loads((path / STATE).read_text(encoding="utf-8"))
+        return json.loads(_intact(path, STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
         raise _damaged(path, error) from error
 
@@ -88,9 +94,24 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
         UserError: they are missing or damaged.
     """
     try:
-        return load_file(path / TENSORS)
-    except (OSError, SafetensorError) as error:
+        return load_file(_intact(path, TENSORS))
+    except (OSError, ValueError, SafetensorError) as error:
         raise _damaged(path, error) from error
+
+
+def _intact(path: Path, name: str) -> Path:
+    """Return a checkpoint's file, held to its checksum unless it is older than checksums are."""
+    checksums = path / CHECKSUMS
+    if checksums.exists():
+        expected: dict[str, str] = json.loads(checksums.read_text(encoding="utf-8"))
+        if expected.get(name) != _digest(path / name):
+            raise ValueError(f"wrong checksum of {name}")
+    return path / name
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _damaged(path: Path, error: Exception) -> UserError:
