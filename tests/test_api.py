@@ -1,0 +1,84 @@
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import moescope
+from moescope.api import Model
+from moescope.errors import UserError
+
+
+@pytest.fixture(scope="module")
+def folder(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("model")
+    model.save(folder)
+    return folder
+
+
+def test_a_saved_model_loads_with_the_same_logits(model: Model, folder: Path) -> None:
+    loaded = moescope.load(folder)
+    input_ids = torch.tensor([model.tokenizer.encode("the moon before my bed")])
+    assert loaded.config == model.config
+    torch.testing.assert_close(loaded.logits(input_ids), model.logits(input_ids))
+    assert loaded.logits(input_ids).dtype == torch.float32
+
+
+def test_dtype_is_what_was_asked_for(folder: Path) -> None:
+    weights = moescope.load(folder, dtype="bfloat16").network.model.embed_tokens.weight
+    assert weights.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    ("name", "sentence"),
+    [
+        ("tinny", 'there is no model .tinny.; give "tiny"'),
+        ("./nowhere", "there is no model"),
+        ("a/b/c", "there is no model"),
+    ],
+)
+def test_an_unknown_model_is_a_sentence(name: str, sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        moescope.load(name)
+
+
+def test_an_unknown_dtype_is_a_sentence(folder: Path) -> None:
+    with pytest.raises(UserError, match="dtype is 'int3'; choose from float32, bfloat16"):
+        moescope.load(folder, dtype="int3")
+
+
+def test_a_file_is_no_model(folder: Path) -> None:
+    with pytest.raises(UserError, match="is a file; name the folder"):
+        moescope.load(folder / "config.json")
+
+
+def test_a_hub_name_that_cannot_be_reached_is_a_sentence(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
+    with pytest.raises(UserError, match="the Hub cannot be reached"):
+        moescope.load("no-such-org/no-such-model")
+
+
+def test_ids_that_the_model_lacks_are_a_sentence(model: Model) -> None:
+    with pytest.raises(UserError, match="ids run from 0 to 299"):
+        model.logits(torch.tensor([[0, 300]]))
+    with pytest.raises(UserError, match=r"must be \(batch, seq\)"):
+        model.logits(torch.tensor([0, 3]))
+
+
+def test_importing_moescope_imports_nothing_heavy() -> None:
+    script = "import moescope, sys, json; print(json.dumps([m for m in sys.modules]))"
+    done = subprocess.run(
+        [sys.executable, "-c", script], capture_output=True, text=True, check=True
+    )
+    assert not {"torch", "numpy", "tokenizers", "pydantic"} & set(json.loads(done.stdout))
+
+
+def test_every_public_name_is_there() -> None:
+    for name in moescope.__all__:
+        assert getattr(moescope, name) is not None
+    with pytest.raises(AttributeError, match="no attribute 'Modle'"):
+        _ = moescope.Modle
