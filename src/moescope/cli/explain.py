@@ -6,6 +6,8 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moescope.errors import UserError
+
 if TYPE_CHECKING:
     from moescope.api import Model
 
@@ -36,8 +38,12 @@ def explain(
         _show(opened, prompt, max_tokens, save, as_json)
         return
     while (line := _ask()) is not None:
-        if line.strip():
+        if not line.strip():
+            continue
+        try:
             _show(opened, line, max_tokens, save, as_json)
+        except UserError as error:
+            print(f"moescope: {error}", file=sys.stderr)
 
 
 def _show(model: "Model", prompt: str, max_tokens: int, save: Path | None, as_json: bool) -> None:

@@ -25,5 +25,14 @@ def given(
     seed: int | None,
     stop: list[str] | None,
 ) -> dict[str, Any]:
-    """Return the options as the fields of `SamplingParams`."""
-    return {**locals(), "stop": tuple(stop or ())}
+    """Return the options as the fields of `SamplingParams`, checked before a model is loaded.
+
+    Raises:
+        UserError: an option's value has no meaning.
+    """
+    fields = {**locals(), "stop": tuple(stop or ())}
+
+    from moescope.engine.sampling import SamplingParams
+
+    SamplingParams(**fields)
+    return fields

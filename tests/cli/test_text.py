@@ -1,0 +1,91 @@
+"""generate, chat and tokenizer: what they print, and how they end."""
+
+import io
+import json
+from pathlib import Path
+
+import pytest
+
+from moescope.api import Model
+from moescope.cli.main import run
+from moescope.tokenizer import Tokenizer
+
+
+def test_generate_prints_the_prompt_and_its_continuation(
+    model: Model, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "the moon", "--model", folder, "--max-tokens", "9"]) == 0
+    expected = "the moon" + model.generate("the moon", max_tokens=9).text + "\n"
+    assert capsys.readouterr().out == expected
+
+
+def test_generate_json_tells_ids_logprobs_and_why_it_ended(
+    model: Model, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--model", folder, "--max-tokens", "5", "--temperature", "1.5", "--seed", "3"]
+    assert run(["generate", "the moon", *options, "--top-k", "40", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    expected = model.generate("the moon", max_tokens=5, temperature=1.5, seed=3, top_k=40)
+    assert told["text"] == expected.text
+    assert told["ids"] == [token.id for token in expected.tokens]
+    assert told["prompt_tokens"] == expected.prompt_tokens
+    assert told["finish_reason"] == expected.finish_reason
+    assert len(told["logprobs"]) == len(told["ids"])
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        (["generate", "x", "--model", "nowhere"], "there is no model 'nowhere'"),
+        (["generate", "x", "--temperature", "-1"], "temperature is -1.0; it must be 0 or more"),
+        (["generate"], "missing argument"),
+        (["explain", "x", "--model", "nowhere"], "there is no model 'nowhere'"),
+        (["explain", "--json"], "--json needs a PROMPT"),
+        (["chat", "hi", "--model", "nowhere"], "there is no model 'nowhere'"),
+        (["tokenizer", "train", "nowhere", "--out", "x"], "nowhere"),
+    ],
+)
+def test_a_mistake_is_one_sentence_and_exit_code_2(
+    arguments: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(arguments) == 2
+    told = capsys.readouterr().err
+    assert sentence in told
+    assert told.count("\n") == 1
+
+
+def test_chat_answers_once_and_ends_without_a_terminal(
+    model: Model,
+    folder: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    assert run(["chat", "is it frost?", "--model", folder, "--max-tokens", "8"]) == 0
+    asked = model.tokenizer.apply_chat_template([{"role": "user", "content": "is it frost?"}])
+    assert capsys.readouterr().out == model.generate(asked, max_tokens=8).text + "\n"
+
+
+def test_chat_remembers_what_was_said(
+    model: Model,
+    folder: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO("is\nit\n\n"))
+    assert run(["chat", "--model", folder, "--max-tokens", "4", "--system", "be"]) == 0
+    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "is"}]
+    first = model.generate(model.tokenizer.apply_chat_template(messages), max_tokens=4).text
+    messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "it"}]
+    second = model.generate(model.tokenizer.apply_chat_template(messages), max_tokens=4).text
+    assert capsys.readouterr().out == f"{first}\n{second}\n"
+
+
+def test_a_learned_tokenizer_is_saved_and_opens(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "text.txt").write_text("床前明月光，疑是地上霜。the moon\n" * 50, encoding="utf-8")
+    options = ["--vocab-size", "280", "--out", str(tmp_path / "out"), "--json"]
+    assert run(["tokenizer", "train", str(tmp_path / "text.txt"), *options]) == 0
+    assert json.loads(capsys.readouterr().out)["vocab_size"] == 280
+    assert Tokenizer.load(tmp_path / "out").vocab_size == 280
