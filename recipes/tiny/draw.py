@@ -36,7 +36,7 @@ def main() -> None:
         name: json.loads((out / "training.json").read_text(encoding="utf-8"))
         for name, out in (("moe", moe_out), ("dense", dense_out))
     }
-    keys = ("steps", "tokens", "seconds", "held_out_loss", "bits_per_byte", "router")
+    keys = ("step", "tokens", "seconds", "held_out_loss", "bits_per_byte", "router")
     results = {
         name: {key: summary[key] for key in keys if summary.get(key)}
         for name, summary in summaries.items()
