@@ -57,8 +57,8 @@ ENGLISH = Labels(
     continuation="Continued",
 )
 CHINESE = Labels(
-    summary="{name}：共 {total} 参数。每个专家层从 {n} 个专家中为词元选 {k} 个，"
-    "因此每个词元只用到 {used}（{share:.0%}）。",
+    summary="{name}：共 {total} 参数；每层从 {n} 个专家中为词元选 {k} 个，"
+    "只用到 {used}（{share:.0%}）。",
     dense_summary="{name}：共 {total} 参数，每个词元都要用到全部参数。",
     paths="每个词元在各层的首选专家（· 之后是模型续写的）",
     token="词元",
@@ -205,7 +205,7 @@ def _foreground(expert: int | None) -> str:
 
 
 def _background(expert: int | None) -> str:
-    return "dim" if expert is None else f"black on {_hue(expert)}"
+    return "dim" if expert is None else f"rgb(0,0,0) on {_hue(expert)}"
 
 
 def _hue(expert: int) -> str:

@@ -16,6 +16,7 @@ from moescope.cli.chat import chat
 from moescope.cli.doctor import doctor
 from moescope.cli.explain import explain
 from moescope.cli.generate import generate
+from moescope.cli.plan import plan
 from moescope.cli.train import train
 from moescope.errors import UserError
 
@@ -53,6 +54,7 @@ for verb, example in (
     (generate, 'moescope generate "春眠不觉晓，" --max-tokens 24'),
     (chat, 'moescope chat "What is 17 + 25?"'),
     (explain, 'moescope explain "It is a truth universally acknowledged"'),
+    (plan, "moescope plan deepseek-v3"),
     (train, "moescope train recipes/smoke.toml --data my-text --out my-model"),
     (doctor, "moescope doctor --json"),
 ):
