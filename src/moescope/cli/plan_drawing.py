@@ -1,0 +1,153 @@
+"""A plan as tables in the terminal: 80 columns are enough."""
+
+import dataclasses
+from collections.abc import Sequence
+
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from moescope.config import ModelConfig
+from moescope.lab.plan import Fit, Plan
+
+WIDEST = 80
+FORMATS = {"bf16": "bf16", "int8": "int8, fp8", "int4": "int4"}
+LEGEND = "int4: all weights at 4.5 bits; cache: keys and values of one token, in bf16"
+PARTS = {
+    "embedding": "embedding",
+    "attention": "attention",
+    "dense_mlp": "dense feed-forward",
+    "routed_experts": "routed experts",
+    "shared_experts": "shared experts",
+    "router": "routers",
+    "norm": "norms",
+    "lm_head": "output head",
+    "total": "total",
+    "active": "active for a token",
+    "active_without_embedding": "  without its embedding",
+    "mtp": "multi-token prediction, apart",
+}
+
+
+def draw_overview(plans: Sequence[Plan], console: Console) -> None:
+    """Print one line a model."""
+    table = _table("model", "total", "active", "share", "int4", "cache")
+    for plan in plans:
+        parameters = plan.parameters
+        table.add_row(
+            plan.name,
+            _count(parameters.total),
+            _count(parameters.active),
+            f"{parameters.active / parameters.total:.1%}",
+            _bytes(plan.weights.int4),
+            _bytes(plan.cache.bytes_per_token),
+        )
+    width = min(console.width, WIDEST)
+    console.print(table, width=width)
+    console.print(Text(LEGEND, style="dim"), width=width)
+
+
+def draw(plan: Plan, console: Console) -> None:
+    """Print the shape, the parameters, what fits into this machine, and the work of a token."""
+    width = min(console.width, WIDEST)
+    console.print(Text(plan.name, style="bold"), Text(plan.source, style="dim"), width=width)
+    console.print(_shape(plan.config), width=width)
+    console.print()
+    console.print(_parameters(plan), width=width)
+    for place in dict.fromkeys(fit.place for fit in plan.fits):
+        fits = [fit for fit in plan.fits if fit.place == place]
+        console.print()
+        console.print(Text(f"{place}: {_bytes(fits[0].room)} of room", style="bold"), width=width)
+        console.print(_fits(plan, fits), width=width)
+    console.print()
+    console.print(_work(plan), width=width)
+
+
+def _shape(config: ModelConfig) -> Text:
+    layers = config.num_hidden_layers
+    attention = "latent" if config.uses_mla else "grouped-query"
+    if config.n_routed_experts is None:
+        return Text(f"{layers} layers with {attention} attention and no experts.")
+    with_experts = sum(config.is_moe_layer(layer_idx) for layer_idx in range(layers))
+    shared = f" and {config.n_shared_experts} shared" if config.n_shared_experts else ""
+    return Text(
+        f"{layers} layers with {attention} attention; {with_experts} of them send a token to "
+        f"{config.num_experts_per_tok} of {config.n_routed_experts} experts{shared}."
+    )
+
+
+def _parameters(plan: Plan) -> Table:
+    table = _table("parameters", "count", "of all")
+    for part, count in dataclasses.asdict(plan.parameters).items():
+        if part not in ("total", "active", "active_without_embedding", "mtp") and count:
+            table.add_row(PARTS[part], _count(count), f"{count / plan.parameters.total:.2%}")
+    for part in ("total", "active", "active_without_embedding", "mtp"):
+        if count := getattr(plan.parameters, part):
+            share = f"{count / plan.parameters.total:.2%}"
+            table.add_row(PARTS[part], _count(count), "" if part == "mtp" else share)
+    return table
+
+
+def _fits(plan: Plan, fits: Sequence[Fit]) -> Table:
+    table = _table(
+        "format",
+        "weights",
+        f"and cache of {plan.work.context:,}",
+        "fits",
+        "longest context",
+        "read/token",
+    )
+    for fit in fits:
+        table.add_row(
+            FORMATS[fit.format],
+            _bytes(getattr(plan.weights, fit.format)),
+            _bytes(fit.needed),
+            "yes" if fit.fits else "no",
+            f"{fit.longest_context:,}" if fit.longest_context else "-",
+            _bytes(getattr(plan.work.bytes_read, fit.format)),
+        )
+    return table
+
+
+def _work(plan: Plan) -> Table:
+    cache, work = plan.cache, plan.work
+    rows = {
+        "cache": f"{_bytes(cache.bytes_per_token)} a token, "
+        f"{_bytes(cache.bytes_at_max_context)} for all {cache.max_context:,}",
+        "reading": f"{_flops(work.reading_flops)} a token of a prompt of {work.context:,}, "
+        f"attention {_flops(work.reading_attention_flops)}",
+        "writing": f"{_flops(work.generating_flops)} a token after {work.context:,}, "
+        f"attention {_flops(work.generating_attention_flops)}",
+    }
+    table = Table.grid(padding=(0, 2))
+    table.add_column(no_wrap=True, style="bold")
+    table.add_column(overflow="fold")
+    for title, value in rows.items():
+        table.add_row(title, value)
+    return table
+
+
+def _table(first: str, *numbers: str) -> Table:
+    table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
+    table.add_column(first, no_wrap=True)
+    for column in numbers:
+        table.add_column(column, justify="right", no_wrap=True)
+    return table
+
+
+def _count(parameters: int) -> str:
+    return _scaled(parameters, {10**9: "B", 10**6: "M", 10**3: "K", 1: ""})
+
+
+def _bytes(count: int) -> str:
+    return _scaled(count, {10**12: " TB", 10**9: " GB", 10**6: " MB", 10**3: " KB", 1: " B"})
+
+
+def _flops(count: int) -> str:
+    return _scaled(count, {10**12: " TFLOP", 10**9: " GFLOP", 10**6: " MFLOP", 1: " FLOP"})
+
+
+def _scaled(value: int, units: dict[int, str]) -> str:
+    """Write a number in the largest unit that leaves it at one or more."""
+    size = next((size for size in units if value >= size), 1)
+    return f"{value / size:.2f}{units[size]}" if size > 1 else f"{value}{units[size]}"
