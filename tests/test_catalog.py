@@ -1,0 +1,173 @@
+"""Counts against what DeepSeek published, `transformers`, real weights and the papers' sums."""
+
+import dataclasses
+import json
+import tomllib
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from moescope import catalog as catalog_module
+from moescope.catalog import BOX, Parameters, catalog, count_parameters
+from moescope.config import ModelConfig
+from moescope.model.decoder import CausalLM
+
+PUBLISHED = {name: entry for name, entry in catalog().items() if "/" in entry.source}
+BILLION = 1e9
+
+
+def count(name: str) -> Parameters:
+    return count_parameters(PUBLISHED[name].config)
+
+
+def test_every_release_is_there_under_its_short_name() -> None:
+    distilled = ["qwen-1.5b", "qwen-7b", "qwen-14b", "qwen-32b", "llama-8b", "llama-70b"]
+    assert list(PUBLISHED) == [
+        "deepseek-moe-16b",
+        "deepseek-v2",
+        "deepseek-v2-lite",
+        "deepseek-v3",
+        "deepseek-r1",
+        *(f"deepseek-r1-distill-{size}" for size in distilled),
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [
+        ("deepseek-v3", 671.03, 37.55),
+        ("deepseek-r1", 671.03, 37.55),
+        ("deepseek-v2", 235.74, 21.38),
+        ("deepseek-v2-lite", 15.71, 2.66),
+        ("deepseek-moe-16b", 16.4, 2.83),
+    ],
+)
+def test_mixtures_have_the_announced_size(name: str, total: float, active: float) -> None:
+    parameters = count(name)
+    assert parameters.total / BILLION == pytest.approx(total, rel=0.005)
+    assert parameters.active / BILLION == pytest.approx(active, rel=0.005)
+
+
+@pytest.mark.parametrize(("name", "active"), [("deepseek-v3", 36.6), ("deepseek-v2-lite", 2.45)])
+def test_without_the_embedding_the_papers_other_figure_comes_out(name: str, active: float) -> None:
+    assert count(name).active_without_embedding / BILLION == pytest.approx(active, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "total"),
+    [
+        ("qwen-1.5b", 1.78),
+        ("qwen-7b", 7.62),
+        ("qwen-14b", 14.77),
+        ("qwen-32b", 32.76),
+        ("llama-8b", 8.03),
+        ("llama-70b", 70.55),
+    ],
+)
+def test_distilled_models_have_their_hubs_size_and_use_all_of_it(name: str, total: float) -> None:
+    parameters = count(f"deepseek-r1-distill-{name}")
+    assert parameters.total / BILLION == pytest.approx(total, rel=0.005)
+    assert parameters.active == parameters.total
+
+
+def test_with_prediction_and_its_own_copies_v3_has_the_hubs_685_billion() -> None:
+    # The published files hold embedding and head once more for the predictor.
+    parameters = count("deepseek-v3")
+    stored = parameters.total + parameters.mtp + parameters.embedding + parameters.lm_head
+    assert stored / BILLION == pytest.approx(684.5, rel=0.0005)
+
+
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "deepseek-moe-16b"])
+def test_transformers_makes_as_many_of_the_same_config(name: str) -> None:
+    fields = PUBLISHED[name].config.to_dict()
+    with torch.device("meta"):
+        theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
+    assert count(name).total == sum(parameter.numel() for parameter in theirs.parameters())
+
+
+SHAPES = st.fixed_dictionaries(
+    {
+        "hidden_size": st.integers(1, 40),
+        "vocab_size": st.integers(1, 50),
+        "intermediate_size": st.integers(1, 60),
+        "moe_intermediate_size": st.integers(1, 30),
+        "num_attention_heads": st.integers(1, 4),
+        "num_hidden_layers": st.integers(1, 4),
+        "n_routed_experts": st.integers(3, 9),
+        "n_shared_experts": st.integers(0, 2),
+        "num_experts_per_tok": st.integers(1, 3),
+        "first_k_dense_replace": st.integers(0, 4),
+        "kv_lora_rank": st.integers(1, 20),
+        "qk_nope_head_dim": st.integers(1, 8),
+        "qk_rope_head_dim": st.just(4),
+        "v_head_dim": st.integers(1, 8),
+        "q_lora_rank": st.none() | st.integers(1, 10),
+        "num_nextn_predict_layers": st.integers(0, 2),
+        "tie_word_embeddings": st.booleans(),
+    }
+)
+
+
+@given(SHAPES)
+@settings(max_examples=30)
+def test_every_part_follows_the_papers_equations(shape: dict) -> None:
+    found = count_parameters(ModelConfig.from_dict({"model_type": "deepseek_v3", **shape}))
+    hidden, heads, layers = (
+        shape[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
+    )
+    qk = shape["qk_nope_head_dim"] + shape["qk_rope_head_dim"]
+    rank, q_rank = shape["kv_lora_rank"], shape["q_lora_rank"]
+    query = heads * qk * hidden if q_rank is None else q_rank * (hidden + heads * qk)
+    attention = query + hidden * (rank + shape["qk_rope_head_dim"])
+    attention += rank * heads * (shape["qk_nope_head_dim"] + shape["v_head_dim"])
+    attention += heads * shape["v_head_dim"] * hidden
+    dense = min(layers, shape["first_k_dense_replace"])
+    expert = 3 * hidden * shape["moe_intermediate_size"]
+    matrix = shape["vocab_size"] * hidden
+    sparse, norms = layers - dense, 2 * hidden + rank + (q_rank or 0)
+
+    assert found.attention == layers * attention
+    assert found.dense_mlp == dense * 3 * hidden * shape["intermediate_size"]
+    assert found.routed_experts == sparse * shape["n_routed_experts"] * expert
+    assert found.shared_experts == sparse * shape["n_shared_experts"] * expert
+    assert found.router == sparse * shape["n_routed_experts"] * hidden
+    assert found.norm == layers * norms + hidden
+    assert found.lm_head == matrix
+    assert found.embedding == (0 if shape["tie_word_embeddings"] else matrix)
+
+    idle = sparse * (shape["n_routed_experts"] - shape["num_experts_per_tok"]) * expert
+    assert found.active == found.total - idle
+    assert found.active_without_embedding == found.active - found.embedding
+    assert bool(found.mtp) == bool(shape["num_nextn_predict_layers"])
+
+
+@given(SHAPES)
+@settings(max_examples=10)
+def test_the_parts_add_up_to_the_weights_of_a_real_model(shape: dict) -> None:
+    config = ModelConfig.from_dict({"model_type": "deepseek_v3", **shape})
+    counted = dataclasses.asdict(count_parameters(config))
+    total, mtp = counted.pop("total"), counted["mtp"]
+    for other in ("active", "active_without_embedding"):
+        del counted[other]
+    made = sum(parameter.numel() for parameter in CausalLM(config).parameters())
+    assert sum(counted.values()) == total + mtp == made
+
+
+def test_a_folder_of_the_box_is_in_the_catalog(tmp_path: Path, monkeypatch) -> None:
+    (tmp_path / "mini").mkdir()
+    config = PUBLISHED["deepseek-r1-distill-qwen-1.5b"].config
+    (tmp_path / "mini/config.json").write_text(json.dumps(config.to_dict()))
+    monkeypatch.setattr(catalog_module, "BOX", tmp_path)
+    assert next(iter(catalog())) == "mini"
+    assert catalog()["mini"].config == config
+
+
+@pytest.mark.skipif(not (BOX / "tiny").exists(), reason="the model in the box is not built yet")
+def test_the_model_in_the_box_has_its_recipes_shape() -> None:
+    recipe = Path(__file__).parents[1] / "recipes/tiny/moe.toml"
+    wanted = ModelConfig.from_dict(tomllib.loads(recipe.read_text())["model"])
+    assert catalog()["tiny"].config == wanted
