@@ -1,4 +1,4 @@
-"""Two domains of text that the tests of this folder train on."""
+"""Domains of text that the tests of this folder train on."""
 
 import json
 from pathlib import Path
@@ -7,6 +7,7 @@ from moescope.training.data import ShardIndex
 
 PROSE = [f"There were {i} books upon the shelf, and nobody had read them." for i in range(60)]
 POEMS = [f"第{i}首：床前明月光，疑是地上霜。" for i in range(60)]
+SUMS = [f"{i} + {i + 3} = {2 * i + 3}" for i in range(60)]
 
 
 def write_jsonl(path: Path, texts: list[str]) -> None:

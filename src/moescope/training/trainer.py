@@ -86,6 +86,11 @@ def train(
             f"{out} already holds a training ({steps[-1]} steps of it are saved); continue it with "
             "--resume or choose another folder"
         )
+    if not steps and (out / "config.json").exists():
+        raise UserError(
+            f"{out} already holds a model, and no checkpoint to continue it from; choose another "
+            "folder"
+        )
     text = prepare_text(config.data, config.model, out, lambda line: print_line(console, line))
     model = with_special_ids(config.model, text.tokenizer)
     trainer = Trainer(config.model_copy(update={"model": model}), out, text)
