@@ -67,11 +67,11 @@ def _shape(config: ModelConfig) -> Text:
     layers = config.num_hidden_layers
     attention = "latent" if config.uses_mla else "grouped-query"
     if config.n_routed_experts is None:
-        return Text(f"{layers} layers with {attention} attention and no experts.")
+        return Text(f"{layers} layers, {attention} attention, no experts.")
     with_experts = sum(config.is_moe_layer(layer_idx) for layer_idx in range(layers))
     shared = f" and {config.n_shared_experts} shared" if config.n_shared_experts else ""
     return Text(
-        f"{layers} layers with {attention} attention; {with_experts} of them send a token to "
+        f"{layers} layers, {attention} attention; {with_experts} send a token to "
         f"{config.num_experts_per_tok} of {config.n_routed_experts} experts{shared}."
     )
 

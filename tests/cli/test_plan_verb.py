@@ -1,0 +1,66 @@
+"""The verb: 80 columns for people, JSON for machines."""
+
+import json
+
+import pytest
+from rich.cells import cell_len
+
+from moescope.catalog import catalog
+from moescope.cli.main import run
+
+
+@pytest.mark.parametrize("arguments", [[], *([name] for name in catalog())])
+def test_no_line_is_wider_than_80_columns(arguments: list[str], capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "200")
+    assert run(["plan", *arguments]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(cell_len(line.rstrip()) for line in lines) <= 80
+
+
+def test_all_published_models_are_listed_in_full(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    assert run(["plan"]) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown
+    rows = {line.split()[0]: line.split()[1:] for line in shown.splitlines()}
+    assert set(catalog()) <= set(rows)
+    assert rows["deepseek-v3"] == ["671.03B", "37.55B", "5.6%", "377.45", "GB", "70.27", "KB"]
+
+
+def test_a_plan_shows_parameters_memory_and_work(capsys) -> None:
+    assert run(["plan", "deepseek-v3"]) == 0
+    shown = capsys.readouterr().out
+    told = ("671.03B", "37.55B", "36.63B", "8 of 256 experts and 1 shared", "1.34 TB", "70.27 KB")
+    assert all(number in shown for number in told)
+
+
+def test_a_dense_plan_speaks_of_no_experts(capsys) -> None:
+    assert run(["plan", "deepseek-r1-distill-llama-8b"]) == 0
+    shown = capsys.readouterr().out
+    assert ", no experts" in shown
+    assert "routed" not in shown
+
+
+def test_machines_read_one_object_or_a_list(capsys) -> None:
+    assert run(["plan", "deepseek-v2", "--json"]) == 0
+    one = json.loads(capsys.readouterr().out)
+    assert run(["plan", "--json"]) == 0
+    every = {made["name"]: made for made in json.loads(capsys.readouterr().out)}
+    assert list(every) == list(catalog())
+    assert every["deepseek-v2"]["parameters"] == one["parameters"]
+
+
+def test_brackets_in_a_name_are_no_markup(tmp_path, capsys) -> None:
+    folder = tmp_path / "[bold]"
+    folder.mkdir()
+    catalog()["deepseek-v2-lite"].config.save(folder / "config.json")
+    assert run(["plan", str(folder)]) == 0
+    assert "[bold]" in capsys.readouterr().out.replace("\n", "")
+
+
+def test_an_unknown_model_is_one_sentence_and_exit_code_two(capsys) -> None:
+    assert run(["plan", "deepsek-v3"]) == 2
+    captured = capsys.readouterr()
+    assert captured.out == ""
+    assert captured.err.startswith("moescope: there is no model 'deepsek-v3'; did you mean")
+    assert captured.err.count("\n") == 1
