@@ -52,9 +52,18 @@ def test_mixtures_have_the_announced_size(name: str, total: float, active: float
     assert parameters.active / BILLION == pytest.approx(active, rel=0.005)
 
 
-@pytest.mark.parametrize(("name", "active"), [("deepseek-v3", 36.6), ("deepseek-v2-lite", 2.45)])
-def test_without_the_embedding_the_papers_other_figure_comes_out(name: str, active: float) -> None:
-    assert count(name).active_without_embedding / BILLION == pytest.approx(active, rel=0.005)
+@pytest.mark.parametrize(
+    ("name", "active"),
+    [
+        ("deepseek-v3", 36.7),  # README_WEIGHTS.md of DeepSeek-V3
+        ("deepseek-v2-lite", 2.4),  # README.md of DeepSeek-V2
+    ],
+)
+def test_without_the_embedding_the_other_announced_figure_comes_out(
+    name: str, active: float
+) -> None:
+    counted = count(name).active_without_embedding / BILLION
+    assert counted == pytest.approx(active, abs=0.1)
 
 
 @pytest.mark.parametrize(
