@@ -161,9 +161,9 @@ def _key(source: Path, files: Sequence[TextFile], tokenizer: Tokenizer, held_out
 def _read_index(path: Path) -> dict[str, Any] | None:
     try:
         description = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return None
-    except ValueError as error:
+    except (OSError, ValueError) as error:
         raise UserError(
             f"{path} is damaged ({error}); delete the folder {path.parent}, it is made anew"
         ) from error
