@@ -512,7 +512,7 @@ def test_further_tokens_are_predicted_by_later_depths(trainer) -> None:
     ids = next_ids(made)  # (4, 25)
     recorder = BalanceRecorder(config.model, config.balance, seq=24, l1_weight=0.0)
     losses = compute_losses(network, ids, recorder, 0.3)
-    hidden, means = network(ids[:, :-1]), []  # (4, 24, hidden)
+    hidden, means = network(ids[:, :-1]).detach(), []  # (4, 24, hidden)
     for ahead, depth in ((1, network.mtp.depths[0]), (2, network.mtp.depths[1])):
         hidden = hidden[:, : 24 - ahead]
         joined = ids[:, ahead:24]
@@ -520,7 +520,7 @@ def test_further_tokens_are_predicted_by_later_depths(trainer) -> None:
         rotation = network.model.rotary_emb(positions, hidden.dtype)
         embedded = network.model.embed_tokens(joined)
         hidden = depth(hidden, embedded, joined, rotation, positions)
-        log_probs = network.logits(depth.norm(hidden)).double().log_softmax(-1)
+        log_probs = network.logits(depth.norm(hidden)).detach().double().log_softmax(-1)
         nats = [
             -float(log_probs[row, i, ids[row, i + ahead + 1]])
             for row in range(4)
