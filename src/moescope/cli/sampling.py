@@ -30,7 +30,7 @@ def given(
     Raises:
         UserError: an option's value has no meaning.
     """
-    fields = {**locals(), "stop": tuple(stop or ())}
+    fields: dict[str, Any] = {**locals(), "stop": tuple(stop or ())}
 
     from moescope.engine.sampling import SamplingParams
 
