@@ -44,7 +44,7 @@ def test_each_token_has_its_leading_experts_in_its_row(model: Model) -> None:
         leading = [layer.router.topk_ids[number][0] for layer in trace.layers if layer.router]
         numbers = "\\s+".join(map(str, leading))
         assert re.search(rf"\s{numbers}\s+0\.0M", rows[number])
-        assert rows[number].startswith("·" if number >= trace.prompt_tokens else " ")
+        assert rows[number].startswith("+" if number >= trace.prompt_tokens else " ")
 
 
 def test_colour_says_nothing_that_text_does_not(model: Model) -> None:

@@ -44,7 +44,7 @@ ENGLISH = Labels(
     summary="{name}: {total} parameters. Each layer with experts sends a token to {k} of {n}, "
     "so {used} ({share:.0%}) work on it.",
     dense_summary="{name}: {total} parameters, and every one works on every token.",
-    paths="Each token's leading expert, layer by layer (· marks the continuation)",
+    paths="Each token's leading expert, layer by layer (+ marks the continuation)",
     token="token",
     layer="layer",
     column="L{at}",
@@ -60,7 +60,7 @@ CHINESE = Labels(
     summary="{name}：共 {total} 参数；每层从 {n} 个专家中为词元选 {k} 个，"
     "只用到 {used}（{share:.0%}）。",
     dense_summary="{name}：共 {total} 参数，每个词元都要用到全部参数。",
-    paths="每个词元在各层的首选专家（· 之后是模型续写的）",
+    paths="每个词元在各层的首选专家（+ 是模型续写的）",
     token="词元",
     layer="层",
     column="层{at}",
@@ -134,7 +134,7 @@ def _draw_paths(trace: Trace, labels: Labels, console: Console, width: int) -> N
     table.add_column(labels.shared, justify="right", no_wrap=True, min_width=4)
     table.add_column(labels.next_token, no_wrap=True, overflow="ellipsis", ratio=1)
     for number, token in enumerate(trace.tokens):
-        mark = "·" if number >= trace.prompt_tokens else " "
+        mark = "+" if number >= trace.prompt_tokens else " "
         leading = [ids[0] if (ids := r.topk_ids[number]) else None for _, r in shown]
         share = sum(router.shared_share[number] for _, router in routed) / len(routed)
         table.add_row(
