@@ -1,0 +1,254 @@
+"""Every router against its paper's formula in float64, and by properties over odd shapes."""
+
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moescope.config import ModelConfig
+from moescope.model.routing import ROUTERS, UNUSED, Router, Routing
+
+HIDDEN, VOCAB = 8, 50
+CHOOSE_EXACTLY_K = ("greedy", "group_limited_greedy", "noaux_tc", "sinkhorn", "hash", "random")
+
+
+def router_of(topk_method: str, n_group: int, group_size: int, top_k: int, **more: Any) -> Router:
+    fields = {
+        "model_type": "deepseek_v3" if topk_method == "noaux_tc" else "deepseek_v2",
+        "vocab_size": VOCAB,
+        "hidden_size": HIDDEN,
+        "intermediate_size": 8,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "moe_intermediate_size": 4,
+        "n_routed_experts": n_group * group_size,
+        "num_experts_per_tok": top_k,
+        "n_group": n_group,
+        "topk_group": n_group,
+        "topk_method": topk_method,
+        **more,
+    }
+    router = ROUTERS[topk_method](ModelConfig.from_dict(fields))
+    with torch.no_grad():
+        router.weight.copy_(torch.randn(router.weight.shape, generator=chance(11)))
+    return router
+
+
+def chance(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def route(router: Router, tokens: int, seed: int = 0) -> tuple[Tensor, Tensor, Routing]:
+    hidden_states = torch.randn(tokens, HIDDEN, generator=chance(seed))
+    input_ids = torch.randint(VOCAB, (tokens,), generator=chance(seed))
+    return hidden_states, input_ids, router(hidden_states, input_ids)
+
+
+@st.composite
+def shapes(draw: st.DrawFn) -> dict[str, int]:
+    n_group, group_size = draw(st.integers(1, 5)), draw(st.integers(1, 7))
+    top_k = draw(st.integers(1, n_group * group_size))
+    return {"n_group": n_group, "group_size": group_size, "top_k": top_k}
+
+
+TOKENS, SEEDS = st.integers(1, 40), st.integers(0, 1000)
+
+
+@pytest.mark.parametrize("topk_method", CHOOSE_EXACTLY_K)
+@given(shape=shapes(), tokens=TOKENS, seed=SEEDS)
+def test_exactly_k_different_experts_are_chosen(
+    topk_method: str, shape: dict[str, int], tokens: int, seed: int
+) -> None:
+    router = router_of(topk_method, **shape)
+    _, _, routing = route(router, tokens, seed)
+    assert routing.topk_ids.shape == routing.topk_weights.shape == (tokens, shape["top_k"])
+    assert all(len(set(row)) == shape["top_k"] for row in routing.topk_ids.tolist())
+    assert (
+        int(routing.topk_ids.min()) >= 0 and int(routing.topk_ids.max()) < router.n_routed_experts
+    )
+    assert int(routing.expert_counts.sum()) == tokens * shape["top_k"]
+
+
+@pytest.mark.parametrize("topk_method", ["greedy", "group_limited_greedy", "noaux_tc", "random"])
+@given(shape=shapes(), tokens=TOKENS, seed=SEEDS)
+def test_normalised_weights_sum_to_the_scaling_factor(
+    topk_method: str, shape: dict[str, int], tokens: int, seed: int
+) -> None:
+    router = router_of(topk_method, **shape, norm_topk_prob=True, routed_scaling_factor=1.7)
+    _, _, routing = route(router, tokens, seed)
+    torch.testing.assert_close(routing.topk_weights.sum(dim=-1), torch.full((tokens,), 1.7))
+    assert bool((routing.topk_weights > 0).all())
+
+
+@given(shape=shapes(), tokens=TOKENS, seed=SEEDS)
+def test_greedy_takes_the_highest_softmax_scores(
+    shape: dict[str, int], tokens: int, seed: int
+) -> None:
+    """DeepSeekMoE, eq. 3-5."""
+    router = router_of("greedy", **shape, routed_scaling_factor=3.0)
+    hidden_states, _, routing = route(router, tokens, seed)
+    scores = (hidden_states.double() @ router.weight.double().T).softmax(dim=-1)
+    best = scores.sort(dim=-1, descending=True)
+    assert torch.equal(routing.topk_ids, best.indices[:, : shape["top_k"]])
+    expected = best.values[:, : shape["top_k"]] * 3.0
+    torch.testing.assert_close(routing.topk_weights.double(), expected, rtol=1e-4, atol=1e-6)
+
+
+@st.composite
+def limited_shapes(draw: st.DrawFn) -> dict[str, int]:
+    n_group, group_size = draw(st.integers(2, 6)), draw(st.integers(2, 6))
+    topk_group = draw(st.integers(1, n_group - 1))
+    top_k = draw(st.integers(1, topk_group * group_size))
+    return {"n_group": n_group, "group_size": group_size, "top_k": top_k, "topk_group": topk_group}
+
+
+@given(shape=limited_shapes(), tokens=TOKENS, seed=SEEDS)
+def test_group_limits_allow_the_groups_with_the_highest_score(
+    shape: dict[str, int], tokens: int, seed: int
+) -> None:
+    """DeepSeek-V2, 2.2.2, token by token."""
+    router = router_of("group_limited_greedy", **shape)
+    _, _, routing = route(router, tokens, seed)
+    size = shape["group_size"]
+    for scores, chosen in zip(routing.scores.tolist(), routing.topk_ids.tolist(), strict=True):
+        groups = sorted(
+            range(shape["n_group"]), key=lambda g: -max(scores[g * size : (g + 1) * size])
+        )[: shape["topk_group"]]
+        allowed = [e for g in groups for e in range(g * size, (g + 1) * size)]
+        assert chosen == sorted(allowed, key=lambda e: -scores[e])[: shape["top_k"]]
+
+
+@given(shape=limited_shapes(), tokens=TOKENS, seed=SEEDS)
+def test_the_correction_bias_chooses_and_does_not_weigh(
+    shape: dict[str, int], tokens: int, seed: int
+) -> None:
+    """DeepSeek-V3, eq. 12-16, with groups ranked by their two best biased scores."""
+    router = router_of("noaux_tc", **shape, norm_topk_prob=True, routed_scaling_factor=2.5)
+    bias = torch.randn(router.n_routed_experts, generator=chance(seed + 1))
+    router.e_score_correction_bias.copy_(bias)
+    hidden_states, _, routing = route(router, tokens, seed)
+    scores = (hidden_states.double() @ router.weight.double().T).sigmoid()
+    size = shape["group_size"]
+    for token in range(tokens):
+        biased = (scores[token] + bias.double()).tolist()
+        best_two = [
+            sum(sorted(biased[g * size : (g + 1) * size])[-2:]) for g in range(shape["n_group"])
+        ]
+        groups = sorted(range(shape["n_group"]), key=lambda g: -best_two[g])[: shape["topk_group"]]
+        allowed = [e for g in groups for e in range(g * size, (g + 1) * size)]
+        expected = sorted(allowed, key=lambda e: -biased[e])[: shape["top_k"]]
+        assert routing.topk_ids[token].tolist() == expected
+        weights = scores[token, expected] / scores[token, expected].sum() * 2.5
+        torch.testing.assert_close(
+            routing.topk_weights[token].double(), weights, rtol=1e-4, atol=1e-6
+        )
+
+
+@given(shape=shapes(), tokens=TOKENS, seed=SEEDS)
+def test_relu_uses_every_expert_with_a_positive_logit(
+    shape: dict[str, int], tokens: int, seed: int
+) -> None:
+    """ReMoE, eq. 6."""
+    router = router_of("relu", **shape)
+    hidden_states, _, routing = route(router, tokens, seed)
+    gates = (hidden_states.double() @ router.weight.double().T).clamp(min=0)
+    for row, ids, weights in zip(gates, routing.topk_ids, routing.topk_weights, strict=True):
+        used = ids != UNUSED
+        assert set(ids[used].tolist()) == set(row.nonzero()[:, 0].tolist())
+        torch.testing.assert_close(weights[used].double(), row[ids[used]], rtol=1e-4, atol=1e-6)
+        assert not weights[~used].any()
+
+
+@given(shape=shapes(), tokens=TOKENS, seed=SEEDS)
+def test_expert_choice_gives_every_expert_its_best_tokens(
+    shape: dict[str, int], tokens: int, seed: int
+) -> None:
+    """Zhou et al. 2022, eq. 1: the same number of tokens for every expert."""
+    router = router_of("expert_choice", **shape)
+    _, _, routing = route(router, tokens, seed)
+    experts = router.n_routed_experts
+    capacity = min(tokens, -(-tokens * shape["top_k"] // experts))
+    assert routing.expert_counts.tolist() == [capacity] * experts
+    for expert in range(experts):
+        got = (routing.topk_ids == expert).any(dim=-1).nonzero()[:, 0].tolist()
+        best = routing.scores[:, expert].argsort(descending=True)[:capacity].tolist()
+        assert sorted(got) == sorted(best)
+
+
+@given(tokens=st.integers(30, 60), seed=SEEDS)
+def test_sinkhorn_evens_out_a_skewed_load_in_training_and_is_greedy_outside(
+    tokens: int, seed: int
+) -> None:
+    router = router_of("sinkhorn", 1, 6, 1)
+    hidden_states = torch.randn(tokens, HIDDEN, generator=chance(seed))
+    with torch.no_grad():
+        router.weight[0] += 3 * hidden_states.mean(dim=0)
+        hidden_states = hidden_states + hidden_states.mean(dim=0) * 3
+    ids = torch.zeros(tokens, dtype=torch.int64)
+    router.train()
+    balanced = router(hidden_states, ids)
+    plan = router.balance(balanced.router_logits).exp()  # type: ignore[operator]
+    torch.testing.assert_close(plan.sum(dim=1), torch.ones(tokens))
+    router.eval()
+    greedy = router(hidden_states, ids)
+    assert torch.equal(greedy.topk_ids[:, 0], greedy.scores.argmax(dim=-1))
+    assert int(balanced.expert_counts.max()) <= int(greedy.expert_counts.max())
+
+
+@given(shape=shapes(), seed=SEEDS)
+def test_hash_depends_on_the_token_id_alone(shape: dict[str, int], seed: int) -> None:
+    router = router_of("hash", **shape, routed_scaling_factor=2.0)
+    ids = torch.randint(VOCAB, (20,), generator=chance(seed))
+    first = router(torch.randn(20, HIDDEN, generator=chance(seed)), ids)
+    second = router(torch.randn(20, HIDDEN, generator=chance(seed + 1)), ids)
+    assert torch.equal(first.topk_ids, second.topk_ids)
+    assert torch.equal(
+        router_of("hash", **shape)(torch.zeros(20, HIDDEN), ids).topk_ids, first.topk_ids
+    )
+    torch.testing.assert_close(
+        first.topk_weights, torch.full_like(first.topk_weights, 2.0 / shape["top_k"])
+    )
+
+
+@pytest.mark.parametrize("topk_method", ROUTERS)
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
+def test_gradients_flow_where_promised_and_nowhere_else(
+    topk_method: str, scoring_func: str
+) -> None:
+    """Held to finite differences of the weights' sum in float64, experts being the same."""
+    plain = {"norm_topk_prob": False, "routed_scaling_factor": 1.0}
+    router = router_of(topk_method, 2, 4, 3, scoring_func=scoring_func, **plain)
+    hidden_states, input_ids, _ = route(router, 9, seed=5)
+    hidden_states.requires_grad_()
+    routing = router(hidden_states, input_ids)
+    mixture = torch.randn(routing.topk_weights.shape, generator=chance(6))
+    loss = (routing.topk_weights * mixture).sum()
+    assert all(not buffer.requires_grad for buffer in router.buffers())
+    if topk_method == "hash":
+        assert not loss.requires_grad
+        return
+    loss.backward()
+    assert (router.weight.grad is None) == (topk_method == "random")
+    assert hidden_states.grad is not None and hidden_states.grad.abs().max() > 0
+    if topk_method == "random":
+        return
+
+    step = 1e-4
+    direction = torch.randn(router.weight.shape, generator=chance(7))
+    sums: list[float] = []
+    with torch.no_grad():
+        for sign in (1, -1):
+            router.weight += sign * step * direction
+            moved = router.double()(hidden_states.double(), input_ids)
+            scores = moved.scores.gather(1, routing.topk_ids.clamp(min=0))
+            sums.append(float((scores * (routing.topk_ids != UNUSED) * mixture).sum()))
+            router.float()
+            router.weight -= sign * step * direction
+    expected = (sums[0] - sums[1]) / (2 * step)
+    assert router.weight.grad is not None
+    assert float((router.weight.grad * direction).sum()) == pytest.approx(
+        expected, rel=0.05, abs=0.02
+    )
