@@ -415,7 +415,7 @@ def test_the_bias_moves_against_the_load_of_the_step(trainer) -> None:
     expected = [0.01 * ((mean > count) - (mean < count)) for count in chosen]
     bias = made.model.model.layers[1].mlp.gate.e_score_correction_bias
     assert bias.tolist() == pytest.approx(expected) and any(expected)
-    assert row["max_violation"] == {"1": pytest.approx(max(chosen) / mean - 1)}
+    assert row["max_violation"]["1"] == pytest.approx(max(chosen) / mean - 1)
 
 
 def expert_aux(scores: Tensor, topk_ids: Tensor) -> float:
@@ -488,13 +488,15 @@ def test_a_balance_term_is_its_formula_summed_over_layers(
     balance: dict[str, float], model: dict[str, str], term, trainer
 ) -> None:
     made = trainer(
-        model={"first_k_dense_replace": 0, **model},
+        model={"first_k_dense_replace": 0, "num_nextn_predict_layers": 0, **model},
         balance={"sequence_aux": 0.0, **balance},
         training={"dtype": "float32"},
     )
     ids, kept = next_ids(made), Kept()
     config = made.config
-    recorder = BalanceRecorder(config.model, config.balance, seq=24, l1_weight=made.l1.weight)
+    recorder = BalanceRecorder(
+        config.model, config.balance, rows=len(ids), l1_weight=made.l1.weight
+    )
     losses = compute_losses(made.model, ids, recorder, 0.3)
     made.model(ids[:, :-1], recorder=kept)
     assert list(kept.routings) == [0, 1]
@@ -505,12 +507,24 @@ def test_a_balance_term_is_its_formula_summed_over_layers(
     assert losses.total.item() == pytest.approx(whole.item())
 
 
+def test_a_prediction_depths_experts_are_balanced_too(trainer) -> None:
+    made = trainer(model={"num_nextn_predict_layers": 1})
+    layers = made.config.model.num_hidden_layers
+    gate = made.model.mtp.depths[0].layer.mlp.gate
+    row = made.train_step()
+    assert str(layers) in row["max_violation"]
+    speed = made.config.balance.bias_update_speed
+    moved = gate.e_score_correction_bias.abs().tolist()
+    assert all(size == pytest.approx(speed) for size in moved if size)
+    assert any(moved)
+
+
 def test_further_tokens_are_predicted_by_later_depths(trainer) -> None:
     """DeepSeek-V3, eq. 21-25: depth d joins the token d ahead and predicts the one after it."""
     made = trainer(training={"dtype": "float32"}, model={"num_nextn_predict_layers": 2})
     config, network = made.config, made.model
     ids = next_ids(made)  # (4, 25)
-    recorder = BalanceRecorder(config.model, config.balance, seq=24, l1_weight=0.0)
+    recorder = BalanceRecorder(config.model, config.balance, rows=len(ids), l1_weight=0.0)
     losses = compute_losses(network, ids, recorder, 0.3)
     hidden, means = network(ids[:, :-1]).detach(), []  # (4, 24, hidden)
     for ahead, depth in ((1, network.mtp.depths[0]), (2, network.mtp.depths[1])):

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 from moescope.config import ModelConfig
 from moescope.model.layer import DecoderLayer
 from moescope.model.norm import RMSNorm
+from moescope.model.recorder import Recorder
 
 
 class MultiTokenPredictor(nn.Module):
@@ -42,7 +43,8 @@ class PredictorDepth(nn.Module):
         input_ids: Tensor,
         rotation: tuple[Tensor, Tensor],
         positions: Tensor,
+        recorder: Recorder | None = None,
     ) -> Tensor:
         """Join `(batch, seq, hidden)` states with the later tokens' embeddings, run the layer."""
         joined = torch.cat([self.enorm(embedded), self.hnorm(hidden_states)], dim=-1)
-        return self.layer(self.eh_proj(joined), input_ids, rotation, positions)
+        return self.layer(self.eh_proj(joined), input_ids, rotation, positions, recorder=recorder)

@@ -46,14 +46,19 @@ class LoadRecorder(Recorder):
 
 
 class BalanceRecorder(LoadRecorder):
-    """Also sums the auxiliary losses that the balance config weighs above zero."""
+    """Also sums the auxiliary losses that the balance config weighs above zero.
+
+    The sparsity that ReMoE's L1 holds is that of the main model: multi-token-prediction depths
+    get the other terms only.
+    """
 
     def __init__(
-        self, config: ModelConfig, balance: BalanceConfig, *, seq: int, l1_weight: float
+        self, config: ModelConfig, balance: BalanceConfig, *, rows: int, l1_weight: float
     ) -> None:
         super().__init__()
         self._balance = balance
-        self._seq = seq
+        self._rows = rows
+        self._main_layers = config.num_hidden_layers
         self._top_k = config.num_experts_per_tok or 0
         moe_layers = sum(map(config.is_moe_layer, range(config.num_hidden_layers)))
         self._l1_weight = l1_weight / moe_layers if config.topk_method == "relu" else 0.0
@@ -62,6 +67,7 @@ class BalanceRecorder(LoadRecorder):
     def routing(self, layer_idx: int, routing: Routing) -> None:
         super().routing(layer_idx, routing)
         scores, topk_ids, weights = routing.scores, routing.topk_ids, self._balance
+        seq = scores.shape[0] // self._rows
         loss = self.loss.to(scores.device)
         if weights.expert_aux:
             loss = loss + weights.expert_aux * expert_level_loss(scores, topk_ids)
@@ -69,10 +75,10 @@ class BalanceRecorder(LoadRecorder):
             groups = weights.device_groups
             loss = loss + weights.device_aux * device_level_loss(scores, topk_ids, groups)
         if weights.sequence_aux:
-            loss = loss + weights.sequence_aux * sequence_wise_loss(scores, topk_ids, self._seq)
+            loss = loss + weights.sequence_aux * sequence_wise_loss(scores, topk_ids, seq)
         if weights.z_loss:
             loss = loss + weights.z_loss * router_z_loss(routing.router_logits)
-        if self._l1_weight:
+        if self._l1_weight and layer_idx < self._main_layers:
             loss = loss + self._l1_weight * load_balanced_l1(scores, topk_ids, self._top_k)
         self.loss = loss
 
@@ -85,12 +91,14 @@ def compute_losses(
     next_token = _cross_entropy(model, hidden_states, ids[:, 1:])
     further_tokens = torch.zeros_like(next_token)
     if model.mtp is not None and mtp_loss_weight:
-        further_tokens = _further_tokens_loss(model, hidden_states, ids)
+        further_tokens = _further_tokens_loss(model, hidden_states, ids, recorder)
     total = next_token + mtp_loss_weight * further_tokens + recorder.loss
     return Losses(total, next_token.detach(), further_tokens.detach(), recorder.loss.detach())
 
 
-def _further_tokens_loss(model: CausalLM, hidden_states: Tensor, ids: Tensor) -> Tensor:
+def _further_tokens_loss(
+    model: CausalLM, hidden_states: Tensor, ids: Tensor, recorder: Recorder
+) -> Tensor:
     """Mean loss of the multi-token-prediction depths (DeepSeek-V3, eq. 24-25)."""
     assert model.mtp is not None
     seq = hidden_states.shape[1]
@@ -101,7 +109,7 @@ def _further_tokens_loss(model: CausalLM, hidden_states: Tensor, ids: Tensor) ->
         positions = torch.arange(inputs.shape[1], device=ids.device).expand_as(inputs)
         rotation = model.model.rotary_emb(positions, hidden_states.dtype)
         embedded = model.model.embed_tokens(inputs)
-        hidden_states = depth(hidden_states, embedded, inputs, rotation, positions)
+        hidden_states = depth(hidden_states, embedded, inputs, rotation, positions, recorder)
         normed: Tensor = depth.get_submodule("norm")(hidden_states)
         losses.append(_cross_entropy(model, normed, ids[:, ahead + 1 :]))
     return torch.stack(losses).mean()

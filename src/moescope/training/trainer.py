@@ -217,7 +217,7 @@ class Trainer:
             recorder = BalanceRecorder(
                 config.model,
                 config.balance,
-                seq=config.data.sequence_length,
+                rows=len(part),
                 l1_weight=self.l1.weight,
             )
             losses = compute_losses(self.model, part, recorder, training.mtp_loss_weight)
@@ -269,14 +269,15 @@ class Trainer:
 
     def _rebalance(self, counts: dict[int, Tensor]) -> None:
         """Move the loss-free biases and the L1 weight by the step's load."""
-        for layer, received in counts.items():
-            mlp = self.model.model.layers[layer].mlp
-            assert isinstance(mlp, MoE)
-            if isinstance(mlp.gate, NoAuxTopK):
-                speed = self.config.balance.bias_update_speed
-                update_bias(mlp.gate.e_score_correction_bias, received, speed)
-        if counts:
-            chosen = torch.stack(list(counts.values())).sum(dim=1).float().mean()
+        for module in self.model.modules():
+            if isinstance(module, MoE) and isinstance(module.gate, NoAuxTopK):
+                received = counts.get(module.layer_idx)
+                if received is not None:
+                    speed = self.config.balance.bias_update_speed
+                    update_bias(module.gate.e_score_correction_bias, received, speed)
+        main = [c for layer, c in counts.items() if layer < self.config.model.num_hidden_layers]
+        if main:
+            chosen = torch.stack(main).sum(dim=1).float().mean()
             top_k = self.config.model.required("num_experts_per_tok")
             self.l1.update(float(chosen) / self.tokens_per_step, top_k)
 
