@@ -65,6 +65,7 @@ def save_weights(
         total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
         index = {"metadata": {"total_size": total}, "weight_map": weight_map}
         write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+    (folder / (WEIGHTS if shards[1:] else INDEX)).unlink(missing_ok=True)
     model.config.save(folder / "config.json")
 
 
