@@ -22,12 +22,12 @@ def atomic_path(path: Path) -> Generator[Path]:
         try:
             yield partial
             partial.chmod(0o666 & ~_umask())
-            _fsync(partial)
+            fsync(partial)
             partial.replace(path)
         except BaseException:
             partial.unlink(missing_ok=True)
             raise
-        _fsync(path.parent)
+        fsync(path.parent)
     except OSError as error:
         raise UserError(
             f"cannot write {path}: {error.strerror or error}; free some space or choose "
@@ -48,7 +48,8 @@ def _umask() -> int:
     return mask
 
 
-def _fsync(path: Path) -> None:
+def fsync(path: Path) -> None:
+    """Wait until a file, or a folder's list of files, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)

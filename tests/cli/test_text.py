@@ -41,6 +41,7 @@ def test_generate_json_tells_ids_logprobs_and_why_it_ended(
         (["generate"], "missing argument"),
         (["explain", "x", "--model", "nowhere"], "there is no model 'nowhere'"),
         (["explain", "--json"], "--json needs a PROMPT"),
+        (["chat", "--json"], "--json needs a MESSAGE"),
         (["chat", "hi", "--model", "nowhere"], "there is no model 'nowhere'"),
         (["tokenizer", "train", "nowhere", "--out", "x"], "nowhere"),
     ],
@@ -64,6 +65,18 @@ def test_chat_answers_once_and_ends_without_a_terminal(
     assert run(["chat", "is it frost?", "--model", folder, "--max-tokens", "8"]) == 0
     asked = model.tokenizer.apply_chat_template([{"role": "user", "content": "is it frost?"}])
     assert capsys.readouterr().out == model.generate(asked, max_tokens=8).text + "\n"
+
+
+def test_chat_json_is_the_answer_and_why_it_ended(
+    model: Model, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["chat", "is it frost?", "--model", folder, "--max-tokens", "8", "--json"]) == 0
+    asked = model.tokenizer.apply_chat_template([{"role": "user", "content": "is it frost?"}])
+    expected = model.generate(asked, max_tokens=8)
+    assert json.loads(capsys.readouterr().out) == {
+        "answer": expected.text,
+        "finish_reason": expected.finish_reason,
+    }
 
 
 def test_chat_remembers_what_was_said(

@@ -1,5 +1,6 @@
 """`moescope chat`: talk with a model."""
 
+import json
 import sys
 from typing import Annotated, Any
 
@@ -33,6 +34,9 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print the answer to MESSAGE as one JSON object.")
+    ] = False,
 ) -> None:
     """Talk with a model in its own chat form; an empty line or Ctrl-D ends it.
 
@@ -40,14 +44,25 @@ def chat(
     """
     from moescope.api import load
 
+    if as_json and message is None:
+        raise typer.BadParameter("--json needs a MESSAGE")
+
     sampling = given(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
     opened = load(model)
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     said = message if message is not None else _listen()
     while said:
         messages.append({"role": "user", "content": said})
+        prompt = opened.tokenizer.apply_chat_template(messages)
+        if as_json:
+            generation = opened.generate(prompt, **sampling)
+            reason = generation.finish_reason
+            print(
+                json.dumps({"answer": generation.text, "finish_reason": reason}, ensure_ascii=False)
+            )
+            return
         answer = ""
-        for token in opened.stream(opened.tokenizer.apply_chat_template(messages), **sampling):
+        for token in opened.stream(prompt, **sampling):
             print(token.text, end="", flush=True)
             answer += token.text
         print()

@@ -6,7 +6,6 @@ it stayed whole.
 
 import hashlib
 import json
-import os
 import re
 import shutil
 from collections.abc import Collection
@@ -18,6 +17,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moescope.errors import UserError
+from moescope.files import fsync
 
 TENSORS, STATE, CHECKSUMS = "state.safetensors", "state.json", "sha256.json"
 
@@ -53,11 +53,11 @@ def save_checkpoint(
         checksums = {name: _digest(partial / name) for name in (TENSORS, STATE)}
         (partial / CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
         for written in (TENSORS, STATE, CHECKSUMS, "."):
-            _fsync(partial / written)
+            fsync(partial / written)
         if path.exists():
             path.rename(folder / f".{path.name}.replaced")
         partial.rename(path)
-        _fsync(folder)
+        fsync(folder)
         shutil.rmtree(folder / f".{path.name}.replaced", ignore_errors=True)
     except (OSError, SafetensorError) as error:
         shutil.rmtree(partial, ignore_errors=True)
@@ -118,11 +118,3 @@ def _damaged(path: Path, error: Exception) -> UserError:
     return UserError(
         f"cannot read the checkpoint {path} ({error}); delete it to continue from an older one"
     )
-
-
-def _fsync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
