@@ -38,7 +38,7 @@ ARCHITECTURES: dict[str, str] = {
 class RopeScaling(BaseModel):
     """How rotary angles are stretched beyond the trained context (`rope_scaling`)."""
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     type: Literal["yarn", "linear", "llama3"]
     factor: float = Field(gt=0)
@@ -59,7 +59,7 @@ class ModelConfig(BaseModel):
     `kv_lora_rank` uses grouped-query attention instead of multi-head latent attention.
     """
 
-    model_config = ConfigDict(frozen=True, extra="ignore")
+    model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     model_type: ModelType
     vocab_size: int = Field(gt=0)
@@ -89,7 +89,7 @@ class ModelConfig(BaseModel):
     v_head_dim: int | None = Field(default=None, gt=0)
 
     n_routed_experts: int | None = Field(default=None, gt=0)
-    n_shared_experts: int | None = Field(default=None, ge=0)
+    n_shared_experts: int = Field(default=0, ge=0)
     num_experts_per_tok: int | None = Field(default=None, gt=0)
     moe_intermediate_size: int | None = Field(default=None, gt=0)
     moe_layer_freq: int = Field(default=1, gt=0)
@@ -140,6 +140,9 @@ class ModelConfig(BaseModel):
         if not isinstance(data, dict):
             return data
         fields: dict[str, Any] = {**data}  # pyright: ignore[reportUnknownVariableType]
+        for field in ("rope_parameters", "rope_scaling"):
+            if not isinstance(fields.get(field) or {}, dict):
+                raise ValueError(f"`{field}` is {fields[field]!r}: input should be an object")
         rope: dict[str, Any] = fields.get("rope_parameters") or {}
         if "rope_theta" in rope:
             fields.setdefault("rope_theta", rope["rope_theta"])
@@ -233,6 +236,7 @@ class ModelConfig(BaseModel):
         fields = self.model_dump(exclude_none=True)
         fields["architectures"] = [ARCHITECTURES[self.model_type]]
         # `transformers` gives a null field its default, so absent and null must be told apart.
+        fields |= {"bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id}
         if self.uses_mla:
             fields["q_lora_rank"] = self.q_lora_rank
         return fields
