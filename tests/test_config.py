@@ -3,10 +3,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from transformers import AutoConfig, DeepseekV2Config
+import torch
+import transformers
+from hypothesis import given
+from hypothesis import strategies as st
+from pydantic import ValidationError
+from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config
 
-from moescope.config import ModelConfig
+from moescope.checkpoint import save_weights
+from moescope.config import ARCHITECTURES, ModelConfig
 from moescope.errors import UserError
+from moescope.model.decoder import CausalLM, initialise
 
 SMALL: dict[str, Any] = {
     "model_type": "deepseek_v2",
@@ -19,11 +26,14 @@ SMALL: dict[str, Any] = {
     "num_experts_per_tok": 2,
     "moe_intermediate_size": 8,
 }
-YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
+LATENT = {"kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
+STRETCHED = {"factor": 40, "original_max_position_embeddings": 4096}
+YARN = {"type": "yarn", **STRETCHED}
+TRANSFORMERS_FAMILIES = sorted(ARCHITECTURES.keys() - {"deepseek"})
 
 
 def test_positions_are_read_in_deepseeks_dialect_and_in_transformers() -> None:
-    theirs = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, **YARN}}
+    theirs = {"rope_parameters": {"rope_type": "yarn", "rope_theta": 500.0, **STRETCHED}}
     ours = {"rope_scaling": YARN, "rope_theta": 500.0}
     first, second = (ModelConfig.from_dict({**SMALL, **dialect}) for dialect in (theirs, ours))
     assert first == second
@@ -41,8 +51,7 @@ def test_what_transformers_writes_is_understood(tmp_path: Path) -> None:
 
 
 def test_what_we_write_is_understood_by_transformers_and_by_us(tmp_path: Path) -> None:
-    latent = {"kv_lora_rank": 8, "qk_nope_head_dim": 6, "qk_rope_head_dim": 4, "v_head_dim": 5}
-    fields = {**SMALL, **latent, "q_lora_rank": None, "rope_scaling": YARN}
+    fields = {**SMALL, **LATENT, "q_lora_rank": None, "rope_scaling": YARN}
     config = ModelConfig.from_dict(fields)
     config.save(tmp_path / "config.json")
     assert ModelConfig.from_file(tmp_path / "config.json") == config
@@ -51,9 +60,129 @@ def test_what_we_write_is_understood_by_transformers_and_by_us(tmp_path: Path) -
     assert theirs.rope_parameters["factor"] == 40
 
 
+def of_family(model_type: str) -> ModelConfig:
+    mixture = model_type.startswith("deepseek_")
+    more = {**LATENT, "topk_group": 1, "n_group": 2} if mixture else {"num_key_value_heads": 2}
+    return ModelConfig.from_dict({**SMALL, **more, "model_type": model_type})
+
+
+@pytest.mark.parametrize("model_type", TRANSFORMERS_FAMILIES)
+def test_no_field_is_lost_on_the_way_through_transformers(model_type: str, tmp_path: Path) -> None:
+    config = of_family(model_type)
+    config.save(tmp_path / "config.json")
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert hasattr(transformers, theirs.architectures[0])
+    theirs.save_pretrained(tmp_path / "theirs")
+    back = ModelConfig.from_file(tmp_path / "theirs/config.json")
+    changes = {} if model_type == "qwen2" else {"head_dim": 4}  # width of the rotated part
+    assert back == config.model_copy(update=changes)
+
+
+@pytest.mark.parametrize("model_type", ["deepseek_v2", "deepseek_v3"])
+def test_transformers_adds_no_shared_experts_to_a_model_without(
+    model_type: str, tmp_path: Path
+) -> None:
+    ours = CausalLM(of_family(model_type))
+    initialise(ours, seed=0)
+    save_weights(ours, tmp_path)
+    theirs = AutoModelForCausalLM.from_pretrained(tmp_path)
+    assert sum(p.numel() for p in theirs.parameters()) == sum(p.numel() for p in ours.parameters())
+    input_ids = torch.arange(10)[None]
+    with torch.inference_mode():
+        torch.testing.assert_close(ours.logits(ours(input_ids)), theirs(input_ids).logits)
+
+
+@pytest.mark.parametrize("model_type", TRANSFORMERS_FAMILIES)
+def test_token_ids_that_a_model_lacks_are_not_made_up(model_type: str, tmp_path: Path) -> None:
+    """V3's default in `transformers` would end every text at token 1."""
+    of_family(model_type).save(tmp_path / "config.json")
+    theirs = AutoConfig.from_pretrained(tmp_path)
+    assert theirs.eos_token_id is None and theirs.bos_token_id is None
+
+
+def test_what_a_family_takes_for_granted_is_filled_in() -> None:
+    v3 = ModelConfig.from_dict({**SMALL, **LATENT, "model_type": "deepseek_v3"})
+    assert (v3.scoring_func, v3.topk_method) == ("sigmoid", "noaux_tc")
+    assert (v3.norm_topk_prob, v3.routed_scaling_factor) == (True, 2.5)
+    assert (v3.n_group, v3.topk_group) == (1, 1)
+    v2 = ModelConfig.from_dict(SMALL)
+    assert (v2.scoring_func, v2.topk_method) == ("softmax", "greedy")
+    assert (v2.norm_topk_prob, v2.routed_scaling_factor) == (False, 1.0)
+    said = {"scoring_func": "softmax", "topk_method": "greedy", "routed_scaling_factor": 1.0}
+    other = ModelConfig.from_dict({**SMALL, "model_type": "deepseek_v3", **said})
+    assert said.items() <= other.model_dump().items()
+
+
+@pytest.mark.parametrize(
+    ("model_type", "interleave", "bias", "experts"),
+    [
+        ("deepseek", False, False, 8),
+        ("deepseek_v2", True, False, 8),
+        ("deepseek_v3", True, False, 8),
+        ("llama", False, False, None),
+        ("qwen2", False, True, None),
+    ],
+)
+def test_what_sets_the_families_apart(
+    model_type: str, interleave: bool, bias: bool, experts: int | None
+) -> None:
+    config = ModelConfig.from_dict({**SMALL, "model_type": model_type})
+    assert config.rope_interleave == interleave
+    assert config.attention_bias == bias
+    assert config.n_routed_experts == experts
+    assert config.num_key_value_heads == config.num_attention_heads
+
+
+def test_the_width_of_a_head_is_given_divided_or_latent() -> None:
+    assert ModelConfig.from_dict(SMALL).qk_head_dim == 16 // 4
+    assert ModelConfig.from_dict({**SMALL, "head_dim": 10}).qk_head_dim == 10
+    assert ModelConfig.from_dict({**SMALL, **LATENT}).qk_head_dim == 6 + 4
+
+
+def test_a_config_cannot_be_changed() -> None:
+    with pytest.raises(ValidationError, match="frozen"):
+        ModelConfig.from_dict(SMALL).vocab_size = 7
+
+
+@given(
+    st.fixed_dictionaries(
+        {},
+        optional={
+            "model_type": st.sampled_from(sorted(ARCHITECTURES)),
+            "rope_scaling": st.sampled_from([None, YARN, {"type": "linear", "factor": 2.0}]),
+            "topk_method": st.sampled_from(["greedy", "noaux_tc", "relu", "expert_choice", "hash"]),
+            "scoring_func": st.sampled_from(["softmax", "sigmoid"]),
+            "norm_topk_prob": st.booleans(),
+            "routed_scaling_factor": st.floats(0.1, 20),
+            "rms_norm_eps": st.floats(1e-9, 1e-3),
+            "n_shared_experts": st.integers(0, 3),
+            "q_lora_rank": st.none() | st.integers(1, 9),
+            "num_nextn_predict_layers": st.integers(0, 2),
+            "eos_token_id": st.none() | st.integers(0, 49) | st.lists(st.integers(0, 49)),
+            "tie_word_embeddings": st.booleans(),
+        },
+    ),
+    st.booleans(),
+)
+def test_a_config_survives_its_own_json(change: dict[str, Any], latent: bool) -> None:
+    config = ModelConfig.from_dict({**SMALL, **(LATENT if latent else {}), **change})
+    assert ModelConfig.from_dict(json.loads(json.dumps(config.to_dict()))) == config
+
+
 @pytest.mark.parametrize(
     ("change", "sentence"),
     [
+        ({"rope_scaling": "yarn"}, "`rope_scaling` is 'yarn': input should be an object"),
+        ({"rope_parameters": [1]}, r"`rope_parameters` is \[1\]: input should be an object"),
+        ({"rope_scaling": {"type": "yarn"}}, "`rope_scaling.factor` is missing"),
+        (
+            {"rope_scaling": {"rope_type": "ntk", "factor": 2}},
+            "`rope_scaling.type` is 'ntk': input should be 'yarn', 'linear' or 'llama3'",
+        ),
+        ({"routed_scaling_factor": float("nan")}, "`routed_scaling_factor` is nan: .* finite"),
+        ({"rope_scaling": {**YARN, "factor": float("inf")}}, "`rope_scaling.factor` is inf: "),
+        ({"num_experts_per_tok": None}, "lacks `num_experts_per_tok`"),
+        ({"hidden_act": "gelu"}, "`hidden_act` is 'gelu'"),
         ({"hidden_size": 0}, r"`hidden_size` is 0: input should be greater than 0"),
         ({"model_type": "mixtral"}, r"`model_type` is 'mixtral'"),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds n_routed_experts 8"),
