@@ -4,6 +4,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from moescope.config import ModelConfig
@@ -32,6 +33,7 @@ LATENT: dict[str, Any] = {
     "moe_intermediate_size": 10,
     "first_k_dense_replace": 1,
 }
+MIXTURE = ("mlp.gate", "mlp.experts", "mlp.shared_experts")
 FAMILIES: dict[str, dict[str, Any]] = {
     "deepseek": {k: v for k, v in LATENT.items() if k != "kv_lora_rank"},
     "deepseek_v2": LATENT | {"q_lora_rank": 9},
@@ -63,6 +65,17 @@ def test_pieces_through_a_cache_equal_the_whole_text(model_type: str) -> None:
             positions = torch.arange(start, end).expand(2, -1)
             pieces.append(made(input_ids[:, start:end], positions, cache))
     torch.testing.assert_close(torch.cat(pieces, dim=1), whole, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_training_computes_what_inference_does(model_type: str) -> None:
+    """Attention has a path of its own where gradients are wanted."""
+    made, input_ids = network(model_type), some_ids(2, 15)
+    with torch.inference_mode():
+        expected = made(input_ids)
+    trained = made(input_ids)
+    assert trained.requires_grad
+    torch.testing.assert_close(trained.detach(), expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("model_type", FAMILIES)
@@ -129,6 +142,71 @@ def test_a_recorder_sees_every_station_in_order_and_changes_no_bit() -> None:
     assert watcher.seen == expected
 
 
+class Keeper(Recorder):
+    wants_attention = True
+
+    def __init__(self) -> None:
+        self.seen: dict[tuple[str, int], Any] = {}
+
+    def embedding(self, hidden_states: Tensor) -> None:
+        self.seen["embed_tokens", -1] = hidden_states
+
+    def attention(self, layer_idx: int, probabilities: Tensor) -> None:
+        self.seen["attention", layer_idx] = probabilities
+
+    def routing(self, layer_idx: int, routing: Routing) -> None:
+        self.seen["mlp.gate", layer_idx] = routing
+
+    def experts(self, layer_idx: int, routed_output: Tensor, shared_output: Tensor | None) -> None:
+        self.seen["mlp.experts", layer_idx] = routed_output
+        self.seen["mlp.shared_experts", layer_idx] = shared_output
+
+    def layer(self, layer_idx: int, hidden_states: Tensor) -> None:
+        self.seen["", layer_idx] = hidden_states
+
+
+def hooked(made: CausalLM, names: list[str]) -> dict[str, Any]:
+    """Fill a dictionary with the outputs of submodules, and the inputs of `o_proj`."""
+    outputs: dict[str, Any] = {}
+    for name in names:
+
+        def keep(_: Any, inputs: tuple[Any, ...], output: Any, name: str = name) -> None:
+            outputs[name] = inputs[0] if name.endswith("o_proj") else output
+
+        made.model.get_submodule(name).register_forward_hook(keep)
+    return outputs
+
+
+@pytest.mark.parametrize("model_type", FAMILIES)
+def test_a_recorder_is_handed_what_was_computed(model_type: str) -> None:
+    made, keeper = network(model_type), Keeper()
+    mixtures = [1, 2] if "deepseek" in model_type else []
+    names = [f"layers.{i}.{part}" for i in mixtures for part in MIXTURE]
+    values = "kv_b_proj" if made.config.uses_mla else "v_proj"
+    names += [f"layers.{i}.self_attn.{part}" for i in range(3) for part in ("o_proj", values)]
+    names += ["embed_tokens", *(f"layers.{i}" for i in range(3))]
+    outputs = hooked(made, names)
+    with torch.inference_mode():
+        made(some_ids(2, 7), recorder=keeper)
+    stations = keeper.seen.keys() - {("attention", i) for i in range(3)}
+    assert len(stations) == 1 + 3 + 3 * len(mixtures)
+    for part, layer_idx in stations:
+        name = part if layer_idx < 0 else f"layers.{layer_idx}.{part}".rstrip(".")
+        assert keeper.seen[part, layer_idx] is outputs[name]
+    for i in range(3):  # probabilities are those that mixed the values
+        probabilities = keeper.seen["attention", i]
+        value = outputs[f"layers.{i}.self_attn.{values}"]
+        heads = 4 if made.config.uses_mla else made.config.num_key_value_heads
+        value = value.unflatten(-1, (heads, -1)).transpose(1, 2)
+        if made.config.uses_mla:
+            value = value[..., 6:]
+        value = torch.stack([value[:, head * heads // 4] for head in range(4)], dim=1)
+        mixed = (probabilities.double() @ value).transpose(1, 2).flatten(2)
+        torch.testing.assert_close(
+            mixed, outputs[f"layers.{i}.self_attn.o_proj"], rtol=1e-4, atol=1e-5
+        )
+
+
 @pytest.mark.parametrize("topk_method", ROUTERS)
 def test_every_router_works_in_every_layer_and_trains_end_to_end(topk_method: str) -> None:
     groups = {"n_group": 2, "topk_group": 1, "first_k_dense_replace": 0}
@@ -144,26 +222,110 @@ def test_every_router_works_in_every_layer_and_trains_end_to_end(topk_method: st
     assert all("gate.weight" in name for name in frozen)
 
 
-def test_prediction_depths_send_gradients_into_the_main_model() -> None:
-    made = network("deepseek_v3", num_nextn_predict_layers=1).train()
+def normed(states: Tensor, weight: Tensor) -> Tensor:
+    return states / (states.square().mean(dim=-1, keepdim=True) + 1e-6).sqrt() * weight
+
+
+def random_norms(made: CausalLM) -> None:
+    """One by one, the weights of norms are indistinguishable from none at all."""
+    with torch.no_grad():
+        for parameter in made.parameters():
+            if parameter.ndim == 1:
+                parameter += torch.rand(parameter.shape, generator=torch.Generator().manual_seed(3))
+
+
+def run_depth(made: CausalLM, hidden_states: Tensor, embedded: Tensor, ids: Tensor) -> Tensor:
     assert made.mtp is not None
-    input_ids = some_ids(2, 6)
-    hidden_states = made(input_ids[:, :-1])
-    positions = torch.arange(5).expand(2, -1)
-    rotation = made.model.rotary_emb(positions, torch.float64)
+    positions = torch.arange(ids.shape[1]).expand_as(ids)
+    rotation = made.model.rotary_emb(positions, hidden_states.dtype)
+    return made.mtp.depths[0](hidden_states, embedded, ids, rotation, positions)
+
+
+def test_a_prediction_depth_is_equation_21_and_a_layer() -> None:
+    """DeepSeek-V3: `eh_proj` takes the embedding before the state, as the released weights do."""
+    made, ids = network("deepseek_v3", num_nextn_predict_layers=1), some_ids(2, 5)
+    random_norms(made)
+    assert made.mtp is not None
     depth: Any = made.mtp.depths[0]
-    output = depth(
-        hidden_states,
-        made.model.embed_tokens(input_ids[:, 1:]),
-        input_ids[:, 1:],
-        rotation,
-        positions,
+    states, embedded = torch.randn(
+        2, 2, 5, 24, dtype=torch.float64, generator=torch.Generator().manual_seed(4)
     )
-    assert output.shape == (2, 5, 24)
-    output.square().sum().backward()
-    for name in ("layers.0.self_attn.o_proj.weight", "embed_tokens.weight"):
-        gradient = made.model.get_parameter(name).grad
-        assert gradient is not None and bool(gradient.any())
+    joined = torch.cat(
+        [normed(embedded, depth.enorm.weight), normed(states, depth.hnorm.weight)], dim=-1
+    )
+    seen: list[Tensor] = []
+    depth.layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    depth.layer.register_forward_hook(lambda *call: seen.append(call[-1]))
+    output = run_depth(made, states, embedded, ids)
+    torch.testing.assert_close(seen[0], joined @ depth.eh_proj.weight.T, rtol=1e-5, atol=1e-5)
+    assert output is seen[1] and output.shape == (2, 5, 24)
+
+
+def test_prediction_depths_count_on_from_the_last_layer() -> None:
+    """So they are mixtures, whatever the first layers are, and are told apart by recorders."""
+    made = network("deepseek_v3", num_nextn_predict_layers=2)
+    assert made.mtp is not None
+    for depth, layer_idx in zip(made.mtp.depths, (3, 4), strict=True):
+        assert depth.get_submodule("layer").layer_idx == layer_idx
+        assert depth.get_submodule("layer.mlp").layer_idx == layer_idx
+        assert depth.get_submodule("layer.mlp.gate").n_routed_experts == 8
+
+
+def test_prediction_depths_send_gradients_into_states_and_embedding() -> None:
+    made, ids = network("deepseek_v3", num_nextn_predict_layers=1).train(), some_ids(2, 6)
+    for from_states in (True, False):
+        made.zero_grad()
+        hidden_states, embedded = made(ids[:, :-1]), made.model.embed_tokens(ids[:, 1:])
+        if from_states:
+            embedded = embedded.detach()
+        else:
+            hidden_states = hidden_states.detach()
+        run_depth(made, hidden_states, embedded, ids[:, 1:]).square().sum().backward()
+        trunk = made.model.get_parameter("layers.0.self_attn.o_proj.weight").grad
+        assert (trunk is not None and bool(trunk.any())) == from_states
+        table = made.model.embed_tokens.weight.grad
+        assert table is not None and bool(table.any())
+
+
+def test_further_tokens_are_learned() -> None:
+    """Trained for the token after the next alone, the model learns a text by heart."""
+    made = network("deepseek_v3", num_nextn_predict_layers=1).float().train()
+    assert made.mtp is not None
+    ids, norm = some_ids(4, 14), made.mtp.depths[0].get_submodule("norm")
+    optimizer = torch.optim.Adam((p for p in made.parameters() if p.requires_grad), lr=0.01)
+    losses: list[float] = []
+    for _ in range(60):
+        hidden_states, inputs = made(ids[:, :-2]), ids[:, 1:-1]
+        output = norm(run_depth(made, hidden_states, made.model.embed_tokens(inputs), inputs))
+        loss = F.cross_entropy(made.logits(output).flatten(0, 1), ids[:, 2:].flatten())
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[0] > 4  # ln 61 = 4.1
+    assert losses[-1] < 0.5
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_logits_are_the_normed_states_times_the_head_in_float32(tied: bool) -> None:
+    made, input_ids = network("llama", tie_word_embeddings=tied), some_ids(2, 5)
+    random_norms(made)
+    assert (made.lm_head.weight is made.model.embed_tokens.weight) == tied
+    head = made.model.embed_tokens.weight if tied else made.lm_head.weight
+    with torch.inference_mode():
+        expected = normed(made.model(input_ids), made.model.norm.weight) @ head.T
+        logits = made.logits(made(input_ids))
+        assert made.bfloat16().logits(made(input_ids)).dtype == torch.float32
+    assert logits.dtype == torch.float32
+    torch.testing.assert_close(logits.double(), expected, rtol=1e-4, atol=1e-4)
+
+
+def test_norms_begin_at_one_and_biases_at_zero() -> None:
+    made = network("qwen2")
+    flat = {name: p for name, p in made.named_parameters() if p.ndim == 1}
+    assert {name.rsplit(".", 1)[1] for name in flat} == {"weight", "bias"}
+    for name, parameter in flat.items():
+        assert bool((parameter == (0 if name.endswith("bias") else 1)).all()), name
 
 
 def test_the_seed_decides_every_weight() -> None:
@@ -179,6 +341,10 @@ def test_the_seed_decides_every_weight() -> None:
 def test_maps_into_the_residual_stream_begin_smaller() -> None:
     made = network("llama", hidden_size=256, intermediate_size=512)
     layer = made.model.layers[1]
-    assert float(layer.get_parameter("mlp.gate_proj.weight").std()) == pytest.approx(0.3, rel=0.02)
+    assert float(layer.get_parameter("mlp.gate_proj.weight").detach().std()) == pytest.approx(
+        0.3, rel=0.02
+    )
     for name in ("mlp.down_proj.weight", "self_attn.o_proj.weight"):
-        assert float(layer.get_parameter(name).std()) == pytest.approx(0.3 / 6**0.5, rel=0.02)
+        assert float(layer.get_parameter(name).detach().std()) == pytest.approx(
+            0.3 / 6**0.5, rel=0.02
+        )
