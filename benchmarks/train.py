@@ -44,9 +44,7 @@ def ours(config: TrainConfig, optimizer_kind: str, ids: Tensor) -> Callable[[], 
 
     def step() -> None:
         for part in ids.split(config.training.rows_at_a_time):
-            recorder = BalanceRecorder(
-                config.model, config.balance, rows=len(part), l1_weight=0.0
-            )
+            recorder = BalanceRecorder(config.model, config.balance, rows=len(part), l1_weight=0.0)
             losses = compute_losses(model, part, recorder, 0.0)
             losses.total.backward()
             optimizer.accumulate()
