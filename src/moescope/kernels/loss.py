@@ -24,13 +24,26 @@ def linear_cross_entropy(hidden_states: Tensor, weight: Tensor, targets: Tensor)
 
 
 @fused
+def _softmax(logits: Tensor, scale: float) -> tuple[Tensor, Tensor]:
+    """`scale` times the softmax of `(tokens, vocab)`, in its type, and the log of its sums."""
+    largest = logits.amax(dim=-1, keepdim=True).float()
+    exponentials = (logits.float() - largest).exp()
+    sums = exponentials.sum(dim=-1, keepdim=True)
+    probabilities = exponentials * (scale / sums)
+    return probabilities.to(logits.dtype), largest + sums.log()  # (tokens, vocab), (tokens, 1)
+
+
 def _loss_and_gradient(logits: Tensor, targets: Tensor, scale: float) -> tuple[Tensor, Tensor]:
-    """Summed cross-entropy of `(tokens, vocab)` logits, and its gradient times `scale`."""
-    log_probs = logits.float().log_softmax(dim=-1)
-    chosen = log_probs.gather(1, targets[:, None])
-    probabilities = log_probs.exp()
-    gradient = probabilities.scatter(1, targets[:, None], chosen.exp() - 1) * scale
-    return -chosen.sum(), gradient.to(logits.dtype)
+    """Summed cross-entropy of `(tokens, vocab)` logits, and its gradient times `scale`.
+
+    The targets' entries are set outside the fused pass: a scatter inside it would keep the
+    compiler from using vector instructions, which made it ten times slower.
+    """
+    gradient, log_sums = _softmax(logits, scale)
+    index = targets[:, None]
+    chosen = logits.gather(1, index).float() - log_sums  # (tokens, 1) log-probabilities
+    gradient.scatter_(1, index, (chosen.expm1() * scale).to(gradient.dtype))
+    return -chosen.sum(), gradient
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
