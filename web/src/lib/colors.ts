@@ -1,0 +1,67 @@
+/**
+ * Colours that mean something.
+ *
+ * An expert has one colour everywhere: its hue follows the golden angle, so that neighbouring ids
+ * differ most, and its lightness takes three steps, so that it can be told apart without the hue.
+ * Colour never stands alone: a number goes with it.
+ */
+
+const GOLDEN_ANGLE = 137.508;
+const LIGHTNESS = [0.6, 0.52, 0.66];
+
+/** Colour of an expert as `#rrggbb`; 3 : 1 or better against the page, light or dark. */
+export function expertColor(id: number, n = 64): string {
+  // Beyond 64 experts hues come close: a second ring with less chroma keeps them apart.
+  const chroma = n > 64 && id % 2 ? 0.09 : 0.145;
+  return oklch(LIGHTNESS[id % LIGHTNESS.length], chroma, (id * GOLDEN_ANGLE + 250) % 360);
+}
+
+/** Shared experts are always on and have no colour of their own. */
+export const SHARED_COLOR = 'var(--shared)';
+
+/** Sequential scale for heat maps, 0 (the page's ground) to 1 (strongest). */
+export function heat(value: number, dark: boolean): string {
+  const x = Math.min(1, Math.max(0, value));
+  return dark
+    ? oklch(0.24 + 0.62 * x, 0.02 + 0.13 * Math.sin(Math.PI * (0.15 + 0.6 * x)), 255 - 165 * x)
+    : oklch(0.97 - 0.6 * x, 0.01 + 0.15 * Math.sin(Math.PI * (0.1 + 0.62 * x)), 90 + 175 * x);
+}
+
+/** Diverging scale, -1 (blue) over 0 (ground) to 1 (orange). */
+export function diverging(value: number, dark: boolean): string {
+  const x = Math.min(1, Math.max(-1, value));
+  const size = Math.abs(x);
+  const hue = x < 0 ? 255 : 55;
+  return dark ? oklch(0.27 + 0.5 * size, 0.15 * size, hue) : oklch(0.955 - 0.42 * size, 0.16 * size, hue);
+}
+
+/** OKLCH to `#rrggbb`; chroma shrinks until the colour fits into sRGB. */
+export function oklch(lightness: number, chroma: number, hue: number): string {
+  for (let c = chroma; ; c *= 0.95) {
+    const rgb = toLinear(lightness, c, hue);
+    if (c < 0.01 || rgb.every((x) => x >= -0.0005 && x <= 1.0005)) {
+      return '#' + rgb.map(toHex).join('');
+    }
+  }
+}
+
+function toLinear(lightness: number, chroma: number, hue: number): number[] {
+  const a = chroma * Math.cos((hue * Math.PI) / 180);
+  const b = chroma * Math.sin((hue * Math.PI) / 180);
+  const l = (lightness + 0.3963377774 * a + 0.2158037573 * b) ** 3;
+  const m = (lightness - 0.1055613458 * a - 0.0638541728 * b) ** 3;
+  const s = (lightness - 0.0894841775 * a - 1.291485548 * b) ** 3;
+  return [
+    4.0767416621 * l - 3.3077115913 * m + 0.2309699292 * s,
+    -1.2684380046 * l + 2.6097574011 * m - 0.3413193965 * s,
+    -0.0041960863 * l - 0.7034186147 * m + 1.707614701 * s,
+  ];
+}
+
+function toHex(linear: number): string {
+  const x = Math.min(1, Math.max(0, linear));
+  const encoded = x <= 0.0031308 ? 12.92 * x : 1.055 * x ** (1 / 2.4) - 0.055;
+  return Math.round(255 * encoded)
+    .toString(16)
+    .padStart(2, '0');
+}

@@ -1,0 +1,22 @@
+/** What the reader has not changed. */
+import type { SamplingRequest, SteeringRequest } from './types';
+
+export const NO_STEERING: SteeringRequest = {
+  num_experts_per_tok: null,
+  rule: null,
+  without_bias: false,
+  noise: 0,
+  noise_seed: 0,
+  bias: [],
+  disabled: [],
+  forced: [],
+};
+
+export const GREEDY: SamplingRequest = {
+  temperature: 0,
+  top_k: null,
+  top_p: null,
+  min_p: null,
+  repetition_penalty: 1,
+  seed: 0,
+};

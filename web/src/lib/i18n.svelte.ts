@@ -1,0 +1,49 @@
+/** Two languages, one catalogue: a key or a language that is missing breaks `npm run check`. */
+import { en } from '../messages/en';
+import { zh } from '../messages/zh';
+
+export type Language = 'zh' | 'en';
+type Catalogue = typeof en;
+export type Key = {
+  [Section in keyof Catalogue & string]: `${Section}.${keyof Catalogue[Section] & string}`;
+}[keyof Catalogue & string];
+type Values = Record<string, string | number>;
+
+const catalogues: Record<Language, Catalogue> = { en, zh };
+
+export const i18n = $state({ language: browserLanguage() });
+
+/** The message of a key, with `{name}` filled in; numbers are written as the language does. */
+export function t(key: Key, values: Values = {}): string {
+  const [section, name] = key.split('.') as [keyof Catalogue, never];
+  const message: string = catalogues[i18n.language][section][name];
+  return message.replace(/\{(\w+)\}/g, (_, field: string) => {
+    const value = values[field];
+    return typeof value === 'number' ? formatNumber(value) : String(value);
+  });
+}
+
+const locale = () => (i18n.language === 'zh' ? 'zh-CN' : 'en');
+
+/** A number with at most `digits` decimals. */
+export function formatNumber(value: number, digits = 2): string {
+  return new Intl.NumberFormat(locale(), { maximumFractionDigits: digits }).format(value);
+}
+
+/** A share as per cent: two significant digits below 10 %, whole numbers above. */
+export function formatPercent(share: number): string {
+  const digits = share < 0.0995 ? { maximumSignificantDigits: 2 } : { maximumFractionDigits: 0 };
+  return new Intl.NumberFormat(locale(), { style: 'percent', ...digits }).format(share);
+}
+
+/** A large count in few characters: 8.6M, 860万. */
+export function formatCount(count: number): string {
+  return new Intl.NumberFormat(locale(), {
+    notation: 'compact',
+    maximumSignificantDigits: 3,
+  }).format(count);
+}
+
+function browserLanguage(): Language {
+  return navigator.language.toLowerCase().startsWith('zh') ? 'zh' : 'en';
+}

@@ -1,0 +1,406 @@
+/** The page's one state: what was typed, what the model answered, and what the reader chose. */
+import { getContext, setContext } from 'svelte';
+import { ApiError, generate, getModel, isAbort, MAX_TEXT, token, trace } from './api';
+import { GREEDY, NO_STEERING } from './defaults';
+import { i18n, t, type Language } from './i18n.svelte';
+import type {
+  EndEvent,
+  ExpertId,
+  ModelInfo,
+  SamplingRequest,
+  SteeringRequest,
+  TokenDetail,
+  TokenStep,
+} from './types';
+import { readUrl, writeUrl } from './url';
+
+export type Status = 'idle' | 'loading' | 'playing' | 'paused' | 'ended' | 'error';
+export type Theme = 'auto' | 'light' | 'dark';
+
+/** Milliseconds between two tokens while playing: the model is faster than the eye. */
+const PACE = { prompt: 25, made: 110 };
+/** Milliseconds without a further change before the server is asked for details. */
+const SETTLED = 30;
+
+const darkQuery = matchMedia('(prefers-color-scheme: dark)');
+
+export class AppState {
+  model: ModelInfo | null = $state.raw(null);
+  theme: Theme = $state('auto');
+
+  prompt: string = $state('');
+  steps: TokenStep[] = $state.raw([]);
+  promptTokens: number = $state(0);
+  status: Status = $state('idle');
+  error: string | null = $state(null);
+  endEvent: EndEvent | null = $state.raw(null);
+
+  selected: number = $state(0);
+  layer: number = $state(0);
+  selectedExpert: number | null = $state(null);
+
+  steering: SteeringRequest = $state.raw(NO_STEERING);
+  sampling: SamplingRequest = $state.raw(GREEDY);
+  maxTokens: number = $state(32);
+  guessFirst: boolean = $state(false);
+  /** The token that the reader bet on in "guess first"; null until then. */
+  bet: number | null = $state(null);
+
+  detail: TokenDetail | null = $state.raw(null);
+  baseline: TokenDetail | null = $state.raw(null);
+  /** Token and layer that `detail` is of: it lags behind the choice by one answer. */
+  detailAt: { index: number; layer: number } | null = $state.raw(null);
+
+  /** Stations that the reader folded. */
+  folded: string[] = $state.raw([]);
+
+  #prefersDark: boolean = $state(darkQuery.matches);
+  /** The text that `steps` began with; differs from `prompt` while the reader edits. */
+  #shownPrompt: string | null = null;
+  #run: AbortController | null = null;
+
+  ids: number[] = $derived(this.steps.map((step) => step.id));
+  /** The selected token. */
+  current: TokenStep | null = $derived(this.steps[this.selected] ?? null);
+  moeLayers: number[] = $derived(
+    (this.model?.layers ?? []).flatMap((layer, index) => (layer.kind === 'moe' ? [index] : [])),
+  );
+  /** The chosen layer, or the mixture-of-experts layer nearest to it. */
+  moeLayer: number = $derived(
+    this.moeLayers.reduce(
+      (best, index) =>
+        Math.abs(index - this.layer) < Math.abs(best - this.layer) ? index : best,
+      this.moeLayers[0] ?? 0,
+    ),
+  );
+  steered: boolean = $derived(JSON.stringify(this.steering) !== JSON.stringify(NO_STEERING));
+  dark: boolean = $derived(this.theme === 'auto' ? this.#prefersDark : this.theme === 'dark');
+  /** Whether the guesses at what follows the selected token are to stay covered. */
+  covered: boolean = $derived(
+    this.guessFirst && this.bet === null && this.selected === this.steps.length - 1,
+  );
+
+  get language(): Language {
+    return i18n.language;
+  }
+
+  set language(language: Language) {
+    i18n.language = language;
+  }
+
+  constructor() {
+    darkQuery.addEventListener('change', (event) => (this.#prefersDark = event.matches));
+    $effect(() => {
+      document.documentElement.lang = i18n.language === 'zh' ? 'zh-CN' : 'en';
+      document.documentElement.dataset.theme = this.theme;
+    });
+    $effect(() => this.#fetchDetail());
+    $effect(() => this.#fetchBaseline());
+    $effect(() => this.#writeUrl());
+  }
+
+  // --- what the reader does ----------------------------------------------------------------------
+
+  /** Ask for the model and show what the address says, or an example. */
+  async start(): Promise<void> {
+    this.status = 'loading';
+    this.error = null;
+    this.fromUrl();
+    await this.#guard(async () => {
+      this.model = await getModel();
+      const wanted = readUrl(location.search);
+      this.setLayer(wanted.layer ?? this.moeLayers[Math.floor(this.moeLayers.length / 2)] ?? 0);
+      this.prompt ||= this.#firstExample();
+      await this.#show({ ids: wanted.ids, promptTokens: wanted.promptTokens });
+      this.select(wanted.selected ?? this.steps.length - 1);
+    });
+  }
+
+  /** Continue the text, from the prompt if it was edited. */
+  async play(): Promise<void> {
+    await this.#continue(this.maxTokens);
+  }
+
+  /** Make one more token. */
+  async step(): Promise<void> {
+    await this.#continue(1);
+  }
+
+  /** Take the last made token back. */
+  back(): void {
+    this.pause();
+    if (this.steps.length <= this.promptTokens) return;
+    this.steps = this.steps.slice(0, -1);
+    this.endEvent = null;
+    this.status = 'paused';
+    this.select(this.steps.length - 1);
+  }
+
+  pause(): void {
+    this.#run?.abort();
+    this.#run = null;
+    if (this.status === 'playing' || this.status === 'loading') this.status = 'paused';
+  }
+
+  /** Back to the prompt alone, as it is written now. */
+  async reset(): Promise<void> {
+    this.pause();
+    await this.#guard(() => this.#show());
+    this.select(this.steps.length - 1);
+  }
+
+  select(index: number): void {
+    this.selected = Math.max(0, Math.min(index, this.steps.length - 1));
+    this.bet = null;
+  }
+
+  setLayer(layer: number): void {
+    this.layer = Math.max(0, Math.min(layer, (this.model?.layers.length ?? 1) - 1));
+    this.selectedExpert = null;
+  }
+
+  toggleDisabled(layer: number, expert: number): void {
+    const same = (id: ExpertId) => id.layer === layer && id.expert === expert;
+    const { disabled } = this.steering;
+    this.setSteering({
+      disabled: disabled.some(same)
+        ? disabled.filter((id) => !same(id))
+        : [...disabled, { layer, expert }],
+    });
+  }
+
+  /** Change the router; the text's tokens stay, what they meet is computed again. */
+  setSteering(change: Partial<SteeringRequest>): void {
+    this.steering = { ...this.steering, ...change };
+    void this.#retrace();
+  }
+
+  clearSteering(): void {
+    this.setSteering(NO_STEERING);
+  }
+
+  setSampling(change: Partial<SamplingRequest>): void {
+    this.sampling = { ...this.sampling, ...change };
+  }
+
+  fold(station: string, folded: boolean): void {
+    this.folded = this.folded.filter((name) => name !== station).concat(folded ? [station] : []);
+  }
+
+  /** Open a station and bring it into view. */
+  visit(station: string): void {
+    this.fold(station, false);
+    const smooth = !matchMedia('(prefers-reduced-motion: reduce)').matches;
+    const element = document.getElementById(`station-${station}`);
+    element?.scrollIntoView({ behavior: smooth ? 'smooth' : 'auto', block: 'start' });
+    element?.querySelector<HTMLElement>('h2')?.focus({ preventScroll: true });
+  }
+
+  // --- the address -------------------------------------------------------------------------------
+
+  toUrl(): string {
+    return writeUrl({
+      prompt: this.#shownPrompt ?? this.prompt,
+      ids: this.steps.length > this.promptTokens ? this.ids : undefined,
+      promptTokens: this.promptTokens,
+      selected: this.selected,
+      layer: this.layer,
+      steering: this.steering,
+      sampling: this.sampling,
+      language: this.language,
+    });
+  }
+
+  fromUrl(): void {
+    const wanted = readUrl(location.search);
+    if (wanted.language) this.language = wanted.language;
+    if (wanted.prompt) this.prompt = wanted.prompt;
+    this.steering = wanted.steering;
+    this.sampling = wanted.sampling;
+  }
+
+  // --- talking to the server ---------------------------------------------------------------------
+
+  /** Trace the prompt, or exactly `ids`, and show that. */
+  async #show(wanted: { ids?: number[] | undefined; promptTokens?: number | undefined } = {}) {
+    this.#checkPrompt();
+    const run = this.#newRun();
+    this.status = 'loading';
+    const { steps } = await trace(
+      {
+        ...(wanted.ids ? { ids: wanted.ids } : { prompt: this.prompt.toWellFormed() }),
+        steering: this.steering,
+      },
+      run.signal,
+    );
+    this.#shownPrompt = this.prompt;
+    this.promptTokens = wanted.promptTokens ?? steps.length;
+    this.steps = steps.map((step) => ({ ...step, in_prompt: step.index < this.promptTokens }));
+    this.endEvent = null;
+    this.status = 'paused';
+  }
+
+  async #continue(maxTokens: number): Promise<void> {
+    await this.#guard(async () => {
+      const fresh = this.steps.length === 0 || this.prompt !== this.#shownPrompt;
+      if (fresh) this.#checkPrompt();
+      const run = this.#newRun();
+      this.status = 'playing';
+      this.endEvent = null;
+      if (fresh) {
+        this.steps = [];
+        this.promptTokens = 0;
+        this.#shownPrompt = this.prompt;
+      }
+      this.select(this.steps.length - 1);
+      await this.#playBack(run, {
+        ...(fresh ? { prompt: this.prompt.toWellFormed() } : { ids: this.ids }),
+        max_tokens: maxTokens,
+        sampling: this.sampling,
+        steering: this.steering,
+      });
+    });
+  }
+
+  /** Stream a continuation and show its tokens one by one, no faster than the eye follows. */
+  async #playBack(run: AbortController, request: Parameters<typeof generate>[0]): Promise<void> {
+    const known = this.steps.length;
+    const fresh = known === 0;
+    let shown = Promise.resolve();
+    let failure: unknown = null;
+    const enqueue = (milliseconds: number, show: () => void) => {
+      shown = shown.then(async () => {
+        await new Promise((resolve) => setTimeout(resolve, milliseconds));
+        if (run === this.#run && !failure) show();
+      });
+    };
+    await generate(
+      request,
+      (event) => {
+        if (event.type === 'error') failure = new ApiError(event.message);
+        else if (event.type === 'end') enqueue(0, () => this.#end(event));
+        else if (event.step.index >= known) {
+          const { step } = event;
+          const inPrompt = fresh ? step.in_prompt : false;
+          enqueue(inPrompt ? PACE.prompt : PACE.made, () =>
+            this.#append({ ...step, in_prompt: inPrompt }),
+          );
+        }
+      },
+      run.signal,
+    );
+    if (failure) throw failure;
+    await shown;
+  }
+
+  #append(step: TokenStep): void {
+    const following = this.selected >= this.steps.length - 1;
+    this.steps = [...this.steps, step];
+    if (step.in_prompt) this.promptTokens = this.steps.length;
+    if (following) this.select(this.steps.length - 1);
+  }
+
+  #end(event: EndEvent): void {
+    this.endEvent = event;
+    this.status = event.finish_reason === 'stop' ? 'ended' : 'paused';
+    this.#run = null;
+  }
+
+  /** The same tokens under the steering of now. */
+  async #retrace(): Promise<void> {
+    if (this.steps.length === 0) return;
+    const { ids, promptTokens } = this;
+    this.pause();
+    await this.#guard(async () => {
+      const run = this.#newRun();
+      const { steps } = await trace({ ids, steering: this.steering }, run.signal);
+      this.steps = steps.map((step) => ({ ...step, in_prompt: step.index < promptTokens }));
+    });
+  }
+
+  #fetchDetail(): (() => void) | void {
+    const request = this.#detailRequest();
+    if (!request) {
+      this.detail = this.detailAt = null;
+      return;
+    }
+    const { index, layer } = request;
+    const { steering } = this;
+    return this.#later(async (signal) => {
+      this.detail = await token({ ...request, steering }, signal);
+      this.detailAt = { index, layer };
+    });
+  }
+
+  #fetchBaseline(): (() => void) | void {
+    const request = this.steered ? this.#detailRequest() : null;
+    if (!request) {
+      this.baseline = null;
+      return;
+    }
+    return this.#later(async (signal) => {
+      this.baseline = await token(request, signal);
+    });
+  }
+
+  #detailRequest() {
+    const { ids, selected: index, layer, sampling } = this;
+    return this.model && index < ids.length ? { ids, index, layer, sampling } : null;
+  }
+
+  /** Run `task` when things have settled; the answer to give back to `$effect` calls it off. */
+  #later(task: (signal: AbortSignal) => Promise<void>): () => void {
+    const controller = new AbortController();
+    const timer = setTimeout(() => void this.#guard(() => task(controller.signal)), SETTLED);
+    return () => {
+      clearTimeout(timer);
+      controller.abort();
+    };
+  }
+
+  #writeUrl(): () => void {
+    const url = this.toUrl();
+    // Browsers refuse more than some hundred changes of the address in half a minute.
+    const timer = setTimeout(() => history.replaceState(null, '', url), 250);
+    return () => clearTimeout(timer);
+  }
+
+  #newRun(): AbortController {
+    this.#run?.abort();
+    this.error = null;
+    return (this.#run = new AbortController());
+  }
+
+  #checkPrompt(): void {
+    if (!this.prompt.trim()) throw new ApiError(t('common.empty'));
+    if ([...this.prompt].length > MAX_TEXT)
+      throw new ApiError(t('common.tooLong', { n: [...this.prompt].length, max: MAX_TEXT }));
+  }
+
+  async #guard(task: () => Promise<void>): Promise<void> {
+    try {
+      await task();
+    } catch (error) {
+      if (isAbort(error)) return;
+      if (!(error instanceof ApiError)) throw error;
+      this.error = error.message;
+      this.status = 'error';
+      this.#run = null;
+    }
+  }
+
+  #firstExample(): string {
+    const examples = this.model?.examples ?? [];
+    return (examples.find((e) => e.language === this.language) ?? examples[0])?.text ?? '';
+  }
+}
+
+const CONTEXT = Symbol('app');
+
+export function provideApp(): AppState {
+  return setContext(CONTEXT, new AppState());
+}
+
+export function useApp(): AppState {
+  return getContext<AppState>(CONTEXT);
+}

@@ -1,0 +1,27 @@
+/** How a token is spelled for the eye. */
+import type { TokenStep } from './types';
+
+const REPLACEMENT = '\ufffd';
+
+/** Spelling of a token: white space made visible where nothing else is. */
+export function shown(text: string): string {
+  const visible = text.replaceAll('\n', '↵').replaceAll('\t', '⇥');
+  return /^ +$/.test(visible) ? visible.replaceAll(' ', '␣') : visible;
+}
+
+/** Spelling of a step; a piece of a character shows its bytes. */
+export function spelling(step: TokenStep): string {
+  return step.text.includes(REPLACEMENT) && step.bytes.length > 0
+    ? step.bytes.map(hex).join(' ')
+    : shown(step.text);
+}
+
+/** At most `length` characters. */
+export function clip(text: string, length: number): string {
+  const characters = [...text];
+  return characters.length > length ? characters.slice(0, length - 1).join('') + '…' : text;
+}
+
+export function hex(byte: number): string {
+  return byte.toString(16).toUpperCase().padStart(2, '0');
+}

@@ -1,0 +1,41 @@
+/** Short names of the server's messages. */
+import type { components } from './schema';
+
+type Schemas = components['schemas'];
+
+export type ModelInfo = Schemas['ModelInfo'];
+export type LayerInfo = Schemas['LayerInfo'];
+export type Example = Schemas['Example'];
+export type ExpertId = Schemas['ExpertId'];
+export type ExpertBias = Schemas['ExpertBias'];
+export type SteeringRequest = Schemas['SteeringRequest'];
+export type SamplingRequest = Schemas['SamplingRequest'];
+export type Candidate = Schemas['Candidate'];
+export type PickCandidate = Schemas['PickCandidate'];
+export type LayerStep = Schemas['LayerStep'];
+export type TokenStep = Schemas['TokenStep'];
+export type GenerateRequest = Schemas['GenerateRequest'];
+export type TokenEvent = Schemas['TokenEvent'];
+export type EndEvent = Schemas['EndEvent'];
+export type ErrorEvent = Schemas['ErrorEvent'];
+export type GenerateEvent = TokenEvent | EndEvent | ErrorEvent;
+export type TextRequest = Schemas['TextRequest'];
+export type TraceAnswer = Schemas['TraceAnswer'];
+export type TokenRequest = Schemas['TokenRequest'];
+export type TokenDetail = Schemas['TokenDetail'];
+export type Neighbour = Schemas['Neighbour'];
+export type AttentionDetail = Schemas['AttentionDetail'];
+export type RouterDetail = Schemas['RouterDetail'];
+export type Contribution = Schemas['Contribution'];
+export type MergeDetail = Schemas['MergeDetail'];
+export type ExpertRequest = Schemas['ExpertRequest'];
+export type ExpertDetail = Schemas['ExpertDetail'];
+export type TypicalToken = Schemas['TypicalToken'];
+export type SpecializationAnswer = Schemas['SpecializationAnswer'];
+export type DenseRequest = Schemas['DenseRequest'];
+export type DenseAnswer = Schemas['DenseAnswer'];
+export type Contestant = Schemas['Contestant'];
+export type TrainingRow = Schemas['TrainingRow'];
+export type ExpertsSnapshot = Schemas['ExpertsSnapshot'];
+export type TrainingAnswer = Schemas['TrainingAnswer'];
+export type TrainingEvent = Schemas['TrainingEvent'];

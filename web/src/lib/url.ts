@@ -1,0 +1,110 @@
+/** The state in the address: short names, left out where nothing was changed. */
+import { GREEDY, NO_STEERING } from './defaults';
+import type { Language } from './i18n.svelte';
+import type { ExpertBias, ExpertId, SamplingRequest, SteeringRequest } from './types';
+
+export interface UrlState {
+  prompt?: string | undefined;
+  ids?: number[] | undefined;
+  promptTokens?: number | undefined;
+  selected?: number | undefined;
+  layer?: number | undefined;
+  language?: Language | undefined;
+  steering: SteeringRequest;
+  sampling: SamplingRequest;
+}
+
+const RULES = ['softmax', 'sigmoid', 'relu', 'random'] as const;
+
+export function writeUrl(state: UrlState): string {
+  const query = new URLSearchParams();
+  const set = (name: string, value: unknown, unchanged: unknown = undefined) => {
+    if (value !== undefined && value !== null && value !== '' && value !== unchanged)
+      query.set(name, String(value));
+  };
+  const { steering: s, sampling: p } = state;
+  set('lang', state.language);
+  set('prompt', state.prompt);
+  if (state.ids) {
+    set('ids', state.ids.join('.'));
+    set('typed', state.promptTokens);
+  }
+  set('at', state.selected);
+  set('layer', state.layer);
+  set('k', s.num_experts_per_tok);
+  set('rule', s.rule);
+  set('unbiased', s.without_bias ? 1 : null);
+  set('noise', s.noise, 0);
+  set('noise-seed', s.noise_seed, 0);
+  set('bias', s.bias.map((b) => `${b.layer}:${b.expert}:${b.bias}`).join());
+  set('off', s.disabled.map(expertName).join());
+  set('force', s.forced.map(expertName).join());
+  set('temperature', p.temperature, GREEDY.temperature);
+  set('top-k', p.top_k);
+  set('top-p', p.top_p);
+  set('min-p', p.min_p);
+  set('repetition', p.repetition_penalty, GREEDY.repetition_penalty);
+  set('seed', p.seed, GREEDY.seed);
+  return `${location.pathname}?${query}`;
+}
+
+/** Read an address; what makes no sense is taken as not said. */
+export function readUrl(search: string): UrlState {
+  const query = new URLSearchParams(search);
+  const number = (name: string, low: number, high = Number.MAX_SAFE_INTEGER): number | null => {
+    const value = Number(query.get(name) || NaN);
+    return value >= low && value <= high ? value : null;
+  };
+  const integer = (name: string, low = 0) => {
+    const value = number(name, low);
+    return value !== null && Number.isInteger(value) ? value : null;
+  };
+  const list = (name: string) => (query.get(name) ?? '').split(',').filter(Boolean);
+  const language = query.get('lang');
+  const ids = (query.get('ids') ?? '').split('.').filter(Boolean).map(Number);
+  return {
+    language: language === 'zh' || language === 'en' ? language : undefined,
+    prompt: query.get('prompt') ?? undefined,
+    ids: ids.length > 0 && ids.every(isIndex) ? ids : undefined,
+    promptTokens: integer('typed') ?? undefined,
+    selected: integer('at') ?? undefined,
+    layer: integer('layer') ?? undefined,
+    steering: {
+      num_experts_per_tok: integer('k', 1),
+      rule: RULES.find((rule) => rule === query.get('rule')) ?? null,
+      without_bias: query.get('unbiased') === '1',
+      noise: number('noise', 0, 100) ?? NO_STEERING.noise,
+      noise_seed: integer('noise-seed') ?? NO_STEERING.noise_seed,
+      bias: list('bias').flatMap(parseBias),
+      disabled: list('off').flatMap(parseExpert),
+      forced: list('force').flatMap(parseExpert),
+    },
+    sampling: {
+      temperature: number('temperature', 0, 100) ?? GREEDY.temperature,
+      top_k: integer('top-k', 1),
+      top_p: number('top-p', 1e-9, 1),
+      min_p: number('min-p', 0, 1),
+      repetition_penalty: number('repetition', 1e-9, 100) ?? GREEDY.repetition_penalty,
+      seed: integer('seed') ?? GREEDY.seed,
+    },
+  };
+}
+
+const isIndex = (value: number) => Number.isInteger(value) && value >= 0;
+
+const expertName = (id: ExpertId) => `${id.layer}:${id.expert}`;
+
+function parseExpert(text: string): ExpertId[] {
+  const [layer, expert, ...rest] = text.split(':').map(Number);
+  return isIndex(layer) && isIndex(expert) && rest.length === 0
+    ? [{ layer, expert }]
+    : [];
+}
+
+function parseBias(text: string): ExpertBias[] {
+  const cut = text.lastIndexOf(':');
+  const bias = Number(text.slice(cut + 1));
+  return Number.isFinite(bias)
+    ? parseExpert(text.slice(0, cut)).map((id) => ({ ...id, bias }))
+    : [];
+}

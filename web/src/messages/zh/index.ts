@@ -1,0 +1,31 @@
+import common from './common';
+import prompt from './prompt';
+import flow from './flow';
+import tokens from './tokens';
+import attention from './attention';
+import router from './router';
+import experts from './experts';
+import merge from './merge';
+import next from './next';
+import balance from './balance';
+import dense from './dense';
+import whatif from './whatif';
+import thinking from './thinking';
+import training from './training';
+
+export const zh = {
+  common,
+  prompt,
+  flow,
+  tokens,
+  attention,
+  router,
+  experts,
+  merge,
+  next,
+  balance,
+  dense,
+  whatif,
+  thinking,
+  training,
+};
