@@ -82,3 +82,15 @@ def test_every_public_name_is_there() -> None:
         assert getattr(moescope, name) is not None
     with pytest.raises(AttributeError, match="no attribute 'Modle'"):
         _ = moescope.Modle
+
+
+def test_steering_adds_up_and_shares_the_weights(model: Model, tmp_path: Path) -> None:
+    steered = model.steer(disabled={(1, 3)}).steer(num_experts_per_tok=1)
+    assert steered.steering.disabled == {(1, 3)} and steered.steering.num_experts_per_tok == 1
+    assert steered.network.lm_head.weight is model.network.lm_head.weight
+    back = steered.steer(disabled=(), num_experts_per_tok=None)
+    assert back.network is model.network
+    with pytest.raises(UserError, match="there is no steering field 'top_k'; choose from num_ex"):
+        model.steer(top_k=3)
+    with pytest.raises(UserError, match="a checkpoint cannot hold steering"):
+        steered.save(tmp_path)

@@ -1,6 +1,7 @@
 """`moescope.load`: a model and its tokenizer, ready to use."""
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
 
@@ -14,6 +15,7 @@ from moescope.engine.engine import Engine, Generation, Token
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM
+from moescope.model.steering import Steering, steered
 from moescope.scope.recording import record
 from moescope.scope.trace import Trace
 from moescope.tokenizer import Tokenizer
@@ -71,6 +73,7 @@ class Model:
         tokenizer: turns text into ids and back.
         network: the PyTorch module.
         engine: the five steps from text to text.
+        steering: what `steer` changed about the routers.
     """
 
     def __init__(self, name: str, network: CausalLM, tokenizer: Tokenizer) -> None:
@@ -79,6 +82,8 @@ class Model:
         self.tokenizer = tokenizer
         self.network = network
         self.engine = Engine(network, tokenizer)
+        self.steering = Steering()
+        self._unsteered = network
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor) -> Tensor:
@@ -146,12 +151,36 @@ class Model:
             self.name, self.network, self.tokenizer, input_ids, len(prompt_ids), attention
         )
 
+    def steer(self, **changes: Any) -> "Model":
+        """Return this model with routers that decide otherwise; weights are shared.
+
+        Args:
+            changes: fields of `moescope.model.steering.Steering`: `num_experts_per_tok`, `rule`,
+                `without_bias`, `noise`, `noise_seed`, `bias`, `disabled`, `forced`. Those made
+                before stay, unless they are given anew.
+
+        Raises:
+            UserError: there is no such field, or the model cannot do what it asks.
+        """
+        known = Steering.__dataclass_fields__
+        unknown = [name for name in changes if name not in known]
+        if unknown:
+            raise UserError(
+                f"there is no steering field {unknown[0]!r}; choose from {', '.join(known)}"
+            )
+        steering = replace(self.steering, **changes)
+        model = Model(self.name, steered(self._unsteered, steering), self.tokenizer)
+        model.steering, model._unsteered = steering, self._unsteered
+        return model
+
     def save(self, folder: str | Path) -> None:
         """Write what `transformers.AutoModelForCausalLM.from_pretrained` opens.
 
         Raises:
-            UserError: the folder cannot be written or the disk is full.
+            UserError: the folder cannot be written, the disk is full, or the model is steered.
         """
+        if not self.steering.changes_nothing:
+            raise UserError("a checkpoint cannot hold steering; save the model before `steer`")
         folder = Path(folder)
         save_weights(self.network, folder)
         self.tokenizer.save(folder)

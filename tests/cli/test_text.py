@@ -102,3 +102,45 @@ def test_a_learned_tokenizer_is_saved_and_opens(
     assert run(["tokenizer", "train", str(tmp_path / "text.txt"), *options]) == 0
     assert json.loads(capsys.readouterr().out)["vocab_size"] == 280
     assert Tokenizer.load(tmp_path / "out").vocab_size == 280
+
+
+def test_options_steer_the_router(
+    model: Model, folder: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    options = ["--num-experts-per-tok", "2", "--disable-expert", "1:3", "--disable-expert", "2:0"]
+    options += ["--force-expert", "1:5", "--router-rule", "softmax", "--router-noise", "0.5"]
+    steered = model.steer(
+        num_experts_per_tok=2,
+        disabled={(1, 3), (2, 0)},
+        forced={(1, 5)},
+        rule="softmax",
+        noise=0.5,
+    )
+    for verb in ("generate", "chat", "explain"):
+        assert (
+            run([verb, "the moon", "--model", folder, *options, "--max-tokens", "9", "--json"]) == 0
+        )
+        told = json.loads(capsys.readouterr().out)
+        if verb == "generate":
+            made = steered.generate("the moon", max_tokens=9)
+            assert told["ids"] == [token.id for token in made.tokens]
+        if verb == "explain":
+            assert all(5 in ids for ids in told["layers"][1]["router"]["topk_ids"])
+
+
+@pytest.mark.parametrize(
+    ("option", "sentence"),
+    [
+        (["--disable-expert", "1"], "'1' names no expert; write LAYER:ID"),
+        (["--force-expert", "1:x"], "'1:x' names no expert"),
+        (["--force-expert", "1:8"], "there is no expert 8 in layer 1; its experts are 0 to 7"),
+        (["--num-experts-per-tok", "9"], "num_experts_per_tok is 9; the model has 1 to 8"),
+        (["--router-rule", "best"], "rule is 'best'; choose from softmax"),
+        (["--router-noise", "-1"], "noise is -1.0; it must be 0 or more"),
+    ],
+)
+def test_a_steering_mistake_is_one_sentence(
+    folder: str, option: list[str], sentence: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert run(["generate", "x", "--model", folder, *option]) == 2
+    assert sentence in capsys.readouterr().err

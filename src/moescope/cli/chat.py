@@ -18,6 +18,14 @@ from moescope.cli.sampling import (
     TopP,
     given,
 )
+from moescope.cli.steering import (
+    DisableExpert,
+    ForceExpert,
+    NumExpertsPerTok,
+    RouterNoise,
+    RouterRule,
+    steer,
+)
 
 
 def chat(
@@ -34,6 +42,11 @@ def chat(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    num_experts_per_tok: NumExpertsPerTok = None,
+    disable_expert: DisableExpert = None,
+    force_expert: ForceExpert = None,
+    router_rule: RouterRule = None,
+    router_noise: RouterNoise = 0.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the answer to MESSAGE as one JSON object.")
     ] = False,
@@ -48,7 +61,9 @@ def chat(
         raise typer.BadParameter("--json needs a MESSAGE")
 
     sampling = given(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
-    opened = load(model)
+    opened = steer(
+        load(model), num_experts_per_tok, disable_expert, force_expert, router_rule, router_noise
+    )
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     said = message if message is not None else _listen()
     while said:

@@ -6,6 +6,14 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moescope.cli.steering import (
+    DisableExpert,
+    ForceExpert,
+    NumExpertsPerTok,
+    RouterNoise,
+    RouterRule,
+    steer,
+)
 from moescope.errors import UserError
 
 if TYPE_CHECKING:
@@ -21,6 +29,11 @@ def explain(
     save: Annotated[
         Path | None, typer.Option(help="Also write the whole trace into this JSON file.")
     ] = None,
+    num_experts_per_tok: NumExpertsPerTok = None,
+    disable_expert: DisableExpert = None,
+    force_expert: ForceExpert = None,
+    router_rule: RouterRule = None,
+    router_noise: RouterNoise = 0.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the trace as JSON instead of drawing it.")
     ] = False,
@@ -33,7 +46,9 @@ def explain(
 
     if prompt is None and as_json:
         raise typer.BadParameter("--json needs a PROMPT")
-    opened = load(model)
+    opened = steer(
+        load(model), num_experts_per_tok, disable_expert, force_expert, router_rule, router_noise
+    )
     if prompt is not None:
         _show(opened, prompt, max_tokens, save, as_json)
         return

@@ -17,6 +17,14 @@ from moescope.cli.sampling import (
     TopP,
     given,
 )
+from moescope.cli.steering import (
+    DisableExpert,
+    ForceExpert,
+    NumExpertsPerTok,
+    RouterNoise,
+    RouterRule,
+    steer,
+)
 
 
 def generate(
@@ -30,6 +38,11 @@ def generate(
     repetition_penalty: RepetitionPenalty = 1.0,
     seed: Seed = None,
     stop: Stop = None,
+    num_experts_per_tok: NumExpertsPerTok = None,
+    disable_expert: DisableExpert = None,
+    force_expert: ForceExpert = None,
+    router_rule: RouterRule = None,
+    router_noise: RouterNoise = 0.0,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the continuation as one JSON object.")
     ] = False,
@@ -38,7 +51,9 @@ def generate(
     from moescope.api import load
 
     sampling = given(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
-    opened = load(model)
+    opened = steer(
+        load(model), num_experts_per_tok, disable_expert, force_expert, router_rule, router_noise
+    )
     if as_json:
         generation = opened.generate(prompt, **sampling)
         described = {
