@@ -1,7 +1,7 @@
 """Put a finished training into the package: `python recipes/tiny/pack.py MOE_OUT CORPUS`.
 
-Stores the weights as int8 with one scale a row, with their tokenizer, and prints what that costs
-in held-out loss.
+Stores the weights as int8 with one scale a row, with their tokenizer and which experts serve which
+domain of the held-out text, and prints what rounding the weights costs in held-out loss.
 """
 
 import argparse
@@ -11,6 +11,8 @@ import torch
 
 from moescope.catalog import BOX
 from moescope.checkpoint import load_model, save_weights
+from moescope.scope.specialization import specialize
+from moescope.scope.texts import labelled_documents
 from moescope.tokenizer import Tokenizer
 from moescope.training.config import TrainConfig
 from moescope.training.data import build_shards
@@ -43,6 +45,9 @@ def main() -> None:
     )
     for domain, loss in before.loss.items():
         print(f"{domain:12} {loss:.4f} -> {after.loss[domain]:.4f} nats a token")
+    documents = labelled_documents(arguments.corpus)
+    found = specialize(arguments.box.name, packed, tokenizer, documents)
+    found.save(arguments.box / "specialization.json")
     size = sum(file.stat().st_size for file in arguments.box.iterdir())
     print(f"{size / 1e6:.1f} MB in {arguments.box}")
 

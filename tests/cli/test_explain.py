@@ -64,7 +64,7 @@ def test_the_trace_is_printed_and_saved_as_json(
     options = ["--model", folder, "--max-tokens", "3", "--save", str(file), "--json"]
     assert run(["explain", ENGLISH, *options]) == 0
     printed = Trace.from_json(capsys.readouterr().out)
-    assert printed == Trace.load(file)
+    assert printed == Trace.from_file(file)
     assert json.loads(file.read_text(encoding="utf-8"))["prompt_tokens"] == printed.prompt_tokens
     assert len(printed.tokens) == printed.prompt_tokens + 3
 

@@ -125,15 +125,15 @@ def test_attention_is_left_out_unless_asked_for(model: Model) -> None:
 
 def test_a_trace_survives_json(trace: Trace, tmp_path: Path) -> None:
     trace.save(tmp_path / "trace.json")
-    assert Trace.load(tmp_path / "trace.json") == trace
+    assert Trace.from_file(tmp_path / "trace.json") == trace
 
 
 def test_what_is_no_trace_is_a_sentence(tmp_path: Path) -> None:
     (tmp_path / "other.json").write_text('{"model": 3}')
     with pytest.raises(UserError, match="this is no trace: "):
-        Trace.load(tmp_path / "other.json")
+        Trace.from_file(tmp_path / "other.json")
     with pytest.raises(UserError, match="cannot read a trace from"):
-        Trace.load(tmp_path / "absent.json")
+        Trace.from_file(tmp_path / "absent.json")
 
 
 class Operations(TorchDispatchMode):

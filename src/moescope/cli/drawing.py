@@ -76,7 +76,7 @@ CHINESE = Labels(
 
 def draw(trace: Trace, console: Console) -> None:
     """Print the whole picture: paths, parameters, load, and the guesses layer by layer."""
-    labels = CHINESE if _is_chinese("".join(token.text for token in trace.tokens)) else ENGLISH
+    labels = CHINESE if is_chinese("".join(token.text for token in trace.tokens)) else ENGLISH
     blocks = BLOCKS if console.encoding.lower().startswith("utf") else PLAIN_BLOCKS
     width = min(console.width, WIDEST)
     console.print()
@@ -138,7 +138,7 @@ def _draw_paths(trace: Trace, labels: Labels, console: Console, width: int) -> N
         leading = [ids[0] if (ids := r.topk_ids[number]) else None for _, r in shown]
         share = sum(router.shared_share[number] for _, router in routed) / len(routed)
         table.add_row(
-            Text(mark + _visible(token.text), style=_foreground(leading[-1])),
+            Text(mark + visible(token.text), style=_foreground(leading[-1])),
             *(Text("-" if e is None else f"{e}", style=_background(e)) for e in leading),
             _millions(token.parameters_used),
             f"{share:.0%}",
@@ -175,7 +175,7 @@ def _draw_load(trace: Trace, labels: Labels, console: Console, width: int, block
 def _draw_lens(trace: Trace, labels: Labels, console: Console, width: int) -> None:
     """The guesses at the end of the prompt, as they form from layer to layer."""
     place = trace.prompt_tokens - 1
-    title = labels.lens.format(token=_visible(trace.tokens[place].text))
+    title = labels.lens.format(token=visible(trace.tokens[place].text))
     console.print()
     console.print(Text(title, style="bold"), width=width)
     for at, layer in enumerate(trace.layers):
@@ -195,7 +195,7 @@ def _guess(candidates: list[Candidate]) -> Text:
     text = Text()
     for candidate in candidates[:3]:
         style = "bold" if candidate.probability >= 0.5 else ""
-        text.append(f"{_visible(candidate.text)} ", style=style or "default")
+        text.append(f"{visible(candidate.text)} ", style=style or "default")
         text.append(f"{candidate.probability:.0%}  ", style="dim")
     return text
 
@@ -214,7 +214,7 @@ def _hue(expert: int) -> str:
     return f"rgb({int(red * 255)},{int(green * 255)},{int(blue * 255)})"
 
 
-def _visible(text: str) -> str:
+def visible(text: str) -> str:
     """A token's text with blanks, line ends and the bars of special tokens made plain."""
     if special := SPECIAL.fullmatch(text):
         return f"<{special[1]}>"
@@ -224,7 +224,7 @@ def _visible(text: str) -> str:
     return "".join(named.get(c, c if unicodedata.category(c)[0] != "C" else "?") for c in text)
 
 
-def _is_chinese(text: str) -> bool:
+def is_chinese(text: str) -> bool:
     return any("\u4e00" <= character <= "\u9fff" for character in text)
 
 

@@ -17,6 +17,7 @@ from moescope.cli.doctor import doctor
 from moescope.cli.explain import explain
 from moescope.cli.generate import generate
 from moescope.cli.plan import plan
+from moescope.cli.specialize import specialize
 from moescope.cli.train import train
 from moescope.errors import UserError
 
@@ -56,6 +57,7 @@ for verb, example in (
     (explain, 'moescope explain "It is a truth universally acknowledged"'),
     (plan, "moescope plan deepseek-v3"),
     (train, "moescope train recipes/smoke.toml --data my-text --out my-model"),
+    (specialize, "moescope specialize tiny my-text"),
     (doctor, "moescope doctor --json"),
 ):
     app.command(epilog=f"Example: {example}")(verb)

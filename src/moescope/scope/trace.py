@@ -1,12 +1,9 @@
 """What happened to each token in each layer, as plain data that saves to JSON."""
 
 from dataclasses import dataclass
-from pathlib import Path
+from typing import ClassVar
 
-from pydantic import TypeAdapter, ValidationError
-
-from moescope.errors import UserError
-from moescope.files import write_text
+from moescope.scope.saved import Saved
 
 
 @dataclass(frozen=True)
@@ -81,7 +78,7 @@ class LayerTrace:
 
 
 @dataclass(frozen=True)
-class Trace:
+class Trace(Saved):
     """A text's way through a model.
 
     Attributes:
@@ -94,6 +91,8 @@ class Trace:
         guesses: for each token, what the model says comes next, likeliest first.
     """
 
+    noun: ClassVar[str] = "a trace"
+
     model: str
     tokens: list[TracedToken]
     prompt_tokens: int
@@ -101,41 +100,3 @@ class Trace:
     embedding_norm: list[float]
     layers: list[LayerTrace]
     guesses: list[list[Candidate]]
-
-    def to_json(self) -> str:
-        """Return everything as one JSON object."""
-        return _TRACE.dump_json(self).decode()
-
-    @classmethod
-    def from_json(cls, text: str) -> "Trace":
-        """Read what `to_json` wrote.
-
-        Raises:
-            UserError: the text is no trace.
-        """
-        try:
-            return _TRACE.validate_json(text)
-        except ValidationError as error:
-            first = error.errors()[0]
-            place = ".".join(str(part) for part in first["loc"]) or "the text"
-            raise UserError(f"this is no trace: {place}: {first['msg']}") from error
-
-    def save(self, path: str | Path) -> None:
-        """Write the JSON into a file, atomically."""
-        write_text(Path(path), self.to_json() + "\n")
-
-    @classmethod
-    def load(cls, path: str | Path) -> "Trace":
-        """Read what `save` wrote.
-
-        Raises:
-            UserError: there is no such file, or it holds no trace.
-        """
-        try:
-            text = Path(path).read_text(encoding="utf-8")
-        except (OSError, UnicodeDecodeError) as error:
-            raise UserError(f"cannot read a trace from {path}: {error}") from error
-        return cls.from_json(text)
-
-
-_TRACE = TypeAdapter(Trace)

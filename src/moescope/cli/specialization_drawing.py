@@ -1,0 +1,137 @@
+"""A specialization drawn in the terminal: a map of each layer, and the most devoted experts."""
+
+import math
+from dataclasses import dataclass
+
+from rich.cells import cell_len, set_cell_size
+from rich.console import Console
+from rich.text import Text
+
+from moescope.cli.drawing import BLOCKS, PLAIN_BLOCKS, WIDEST, is_chinese, visible
+from moescope.scope.specialization import Specialization
+
+NAME = 12
+"""Columns for a domain's name."""
+FULLEST = 4.0
+"""Times an even share at which a cell is full."""
+DEVOTED = 2
+"""Experts that are shown for each domain."""
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Everything that is said, in one language."""
+
+    summary: str
+    legend: str
+    layer: str
+    devoted: str
+    expert: str
+
+
+ENGLISH = Labels(
+    summary="{name}: {layers} layers of {experts} experts, {tokens:,} tokens in {documents:,} "
+    "documents of {domains} domains.",
+    legend="How much of a domain each expert serves: one column an expert, from 0 to {last}; "
+    "full at {fullest:g} times an even share",
+    layer="layer {layer}: an expert tells {bits:.2f} ± {error:.3f} of {most:.2f} bits about the "
+    "domain; the token alone decides {token:.0%} of its experts",
+    devoted="The most devoted experts of each domain, and the tokens they receive",
+    expert="layer {layer} expert {expert}: {share:.0%}",
+)
+CHINESE = Labels(
+    summary="{name}：{layers} 层，每层 {experts} 个专家；{domains} 个领域的 {documents:,} 篇文本，"
+    "共 {tokens:,} 个词元。",
+    legend="各专家为各领域出力多少：一列一个专家（0 到 {last}），平均的 {fullest:g} 倍为满格",
+    layer="层 {layer}：专家透露领域信息 {bits:.2f} ± {error:.3f} 比特（最多 {most:.2f}）；"
+    "词元本身决定 {token:.0%}",
+    devoted="各领域最专一的专家，及其分到的典型词元",
+    expert="层 {layer} 专家 {expert}：{share:.0%}",
+)
+
+
+def draw(found: Specialization, console: Console) -> None:
+    """Print the map of every layer, then the most devoted experts with their tokens."""
+    labels = CHINESE if _mostly_chinese(found) else ENGLISH
+    blocks = BLOCKS if console.encoding.lower().startswith("utf") else PLAIN_BLOCKS
+    width = min(console.width, WIDEST)
+    experts = len(found.load[0][0])
+    summary = labels.summary.format(
+        name=found.model,
+        layers=len(found.layers),
+        experts=experts,
+        tokens=sum(found.tokens),
+        documents=sum(found.documents),
+        domains=len(found.domains),
+    )
+    console.print()
+    console.print(Text(summary), width=width)
+    legend = labels.legend.format(last=experts - 1, fullest=FULLEST)
+    console.print(Text(legend, style="bold"), width=width)
+    for position in range(len(found.layers)):
+        _draw_layer(found, position, labels, console, width, blocks)
+    console.print()
+    console.print(Text(labels.devoted, style="bold"), width=width)
+    for domain in range(len(found.domains)):
+        _draw_devoted(found, domain, labels, console, width)
+
+
+def _draw_layer(
+    found: Specialization,
+    position: int,
+    labels: Labels,
+    console: Console,
+    width: int,
+    blocks: str,
+) -> None:
+    title = labels.layer.format(
+        layer=found.layers[position],
+        bits=found.mutual_information[position],
+        error=found.mutual_information_error[position],
+        most=math.log2(len(found.domains)),
+        token=found.token_share[position],
+    )
+    console.print()
+    console.print(Text(title), width=width)
+    for domain, name in enumerate(found.domains):
+        shares = found.load[domain][position]
+        cells = [
+            blocks[
+                min(math.ceil(share * len(shares) / FULLEST * (len(blocks) - 1)), len(blocks) - 1)
+            ]
+            for share in shares
+        ]
+        columns = width - NAME - 1
+        for start in range(0, len(cells), columns):
+            line = set_cell_size(name if not start else "", NAME) + " "
+            line += "".join(cells[start : start + columns])
+            console.print(Text(line), width=width, no_wrap=True)
+
+
+def _draw_devoted(
+    found: Specialization, domain: int, labels: Labels, console: Console, width: int
+) -> None:
+    """One line an expert: how much of its load is the domain's, were domains as frequent."""
+    devotion = {
+        (position, expert): share / sum(by_layer[position][expert] for by_layer in found.load)
+        for position, shares in enumerate(found.load[domain])
+        for expert, share in enumerate(shares)
+        if share >= 1 / len(shares)
+    }
+    best = sorted(devotion, key=lambda place: -devotion[place])[:DEVOTED]
+    for number, (position, expert) in enumerate(best):
+        line = Text(set_cell_size("" if number else found.domains[domain], NAME) + " ")
+        told = labels.expert.format(
+            layer=found.layers[position], expert=expert, share=devotion[position, expert]
+        )
+        line.append(told + " " * max(1, 26 - cell_len(told)), style="dim")
+        line.append("  ".join(visible(token.text) for token in found.typical[position][expert]))
+        line.truncate(width, overflow="ellipsis")
+        console.print(line, width=width, no_wrap=True)
+
+
+def _mostly_chinese(found: Specialization) -> bool:
+    """Whether more of the experts' tokens are Chinese than Latin."""
+    texts = [token.text for layer in found.typical for expert in layer for token in expert]
+    latin = sum(any(c.isascii() and c.isalpha() for c in text) for text in texts)
+    return sum(map(is_chinese, texts)) > latin

@@ -1,0 +1,47 @@
+"""`moescope specialize`: which experts serve which domain."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def specialize(
+    model: Annotated[str, typer.Argument(help='"tiny", a folder or a Hub name.')],
+    texts: Annotated[
+        Path,
+        typer.Argument(
+            help="File or folder of text, one subfolder a domain; of a folder that holds train/ "
+            "and held_out/, the latter is read."
+        ),
+    ],
+    bytes_per_domain: Annotated[
+        int, typer.Option("--bytes", min=1, help="Most bytes of text that are read of a domain.")
+    ] = 100_000,
+    save: Annotated[Path | None, typer.Option(help="Also write the result into this file.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of drawing.")
+    ] = False,
+) -> None:
+    """Show which experts serve which domain, and which tokens each receives.
+
+    Labels are Chinese where most of the experts' tokens are.
+    """
+    from rich.console import Console
+
+    from moescope.api import load
+    from moescope.cli.progress import progress_bar
+    from moescope.cli.specialization_drawing import draw
+    from moescope.scope.specialization import specialize as measure
+    from moescope.scope.texts import labelled_documents
+
+    documents = labelled_documents(texts, bytes_per_domain)
+    opened = load(model)
+    with progress_bar("reading") as progress:
+        found = measure(opened.name, opened.network, opened.tokenizer, documents, progress)
+    if save is not None:
+        found.save(save)
+    if as_json:
+        print(found.to_json())
+    else:
+        draw(found, Console(highlight=False))

@@ -1,0 +1,110 @@
+"""Labelled text to measure on: some documents of each domain, the same for every model.
+
+Documents are chosen by the hash of their text, so the choice is spread over a domain's files and
+the same each time, and cut into windows that a model can take at once.
+"""
+
+import heapq
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moescope.documents import Document, hash_of, is_split, read_documents, text_files
+from moescope.errors import UserError
+from moescope.model.decoder import CausalLM
+from moescope.tokenizer import Tokenizer
+
+BYTES_PER_DOMAIN = 200_000
+WINDOW = 512
+"""Most tokens that are read at once; fewer where a model's context is shorter."""
+TOKENS_AT_ONCE = 4096
+
+
+def labelled_documents(source: Path, max_bytes: int = BYTES_PER_DOMAIN) -> list[Document]:
+    """Return up to `max_bytes` UTF-8 bytes of each domain, domains in alphabetical order.
+
+    Of a source that holds `train/` and `held_out/` only the held-out part is read. A domain's
+    last document is cut where the bytes end.
+
+    Raises:
+        UserError: there is no text, or it cannot be read.
+    """
+    samples: dict[str, _Sample] = {}
+    for file in text_files(source / "held_out" if is_split(source) else source):
+        for document in read_documents(file):
+            samples.setdefault(document.domain, _Sample(max_bytes)).add(document.text)
+    if not samples:
+        raise UserError(f"there is no text in {source}; its files hold only empty documents")
+    return [
+        Document(text, domain) for domain in sorted(samples) for text in samples[domain].texts()
+    ]
+
+
+class _Sample:
+    """The texts with the smallest hashes, as many as fill `max_bytes`."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._heap: list[tuple[int, str]] = []  # the largest hash first
+
+    def add(self, text: str) -> None:
+        heapq.heappush(self._heap, (-int.from_bytes(hash_of(text)), text))
+        self._bytes += len(text.encode())
+        while self._bytes - (size := len(self._heap[0][1].encode())) >= self._max_bytes:
+            heapq.heappop(self._heap)
+            self._bytes -= size
+
+    def texts(self) -> Iterator[str]:
+        room = self._max_bytes
+        for _, text in sorted(self._heap, reverse=True):
+            part = text.encode()[:room]
+            room -= len(part)
+            yield part.decode(errors="ignore")
+
+
+def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[list[int]]:
+    """Return the ids of each document, after the begin token if the model was taught one."""
+    start = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
+    return [[*start, *ids] for ids in tokenizer.encode_batch([d.text for d in documents])]
+
+
+@dataclass(frozen=True)
+class Window:
+    """Tokens `start` to `end` of a document."""
+
+    document: int
+    start: int
+    end: int
+
+
+def windows(encoded: Sequence[Sequence[int]], length: int, overlap: int) -> list[Window]:
+    """Cut documents into windows of `length + overlap` tokens that begin `length` apart."""
+    return [
+        Window(number, start, min(start + length + overlap, len(ids)))
+        for number, ids in enumerate(encoded)
+        for start in range(0, len(ids) - overlap, length)
+    ]
+
+
+def window_length(model: CausalLM) -> int:
+    return min(WINDOW, model.config.max_position_embeddings)
+
+
+def batches(
+    encoded: Sequence[Sequence[int]], cut: Sequence[Window]
+) -> Iterator[tuple[list[Window], Tensor]]:
+    """Yield windows of about the same length with their ids, `(rows, longest)` int64.
+
+    A shorter row ends with repetitions of its last id, which none of its own tokens sees.
+    """
+    ordered = sorted(cut, key=lambda window: window.end - window.start)
+    while ordered:
+        longest = ordered[-1].end - ordered[-1].start
+        rows = max(1, TOKENS_AT_ONCE // longest)
+        ordered, batch = ordered[:-rows], ordered[-rows:]
+        ids = [encoded[w.document][w.start : w.end] for w in batch]
+        yield batch, torch.tensor([[*row, *[row[-1]] * (longest - len(row))] for row in ids])
