@@ -4,9 +4,11 @@ import json
 from pathlib import Path
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from moescope.errors import UserError
-from moescope.scope.texts import batches, labelled_documents, windows
+from moescope.scope.texts import BYTES_PER_PASSAGE, batches, labelled_documents, passages, windows
 
 
 def write(path: Path, *texts: str) -> None:
@@ -46,6 +48,16 @@ def test_empty_text_is_a_sentence(tmp_path: Path) -> None:
     write(tmp_path / "d" / "x.jsonl", "")
     with pytest.raises(UserError, match="only empty documents"):
         labelled_documents(tmp_path)
+
+
+@given(st.lists(st.tuples(st.sampled_from(["a", "月", "月光\n", "\n"]), st.integers(0, 5000))))
+def test_passages_are_short_and_join_to_the_text(runs: list[tuple[str, int]]) -> None:
+    text = "".join(piece * times for piece, times in runs)
+    cut = list(passages(text))
+    assert "".join(cut) == text
+    assert all(0 < len(passage.encode()) <= BYTES_PER_PASSAGE for passage in cut)
+    for passage in cut[:-1]:
+        assert passage.endswith("\n") or "\n" not in passage
 
 
 @pytest.mark.parametrize("overlap", [0, 1])

@@ -12,6 +12,7 @@ from typing import Annotated
 import typer
 
 from moescope.cli import tokenizer
+from moescope.cli.ablate import ablate
 from moescope.cli.chat import chat
 from moescope.cli.doctor import doctor
 from moescope.cli.explain import explain
@@ -58,6 +59,7 @@ for verb, example in (
     (plan, "moescope plan deepseek-v3"),
     (train, "moescope train recipes/smoke.toml --data my-text --out my-model"),
     (specialize, "moescope specialize tiny my-text"),
+    (ablate, "moescope ablate tiny my-text --layer 3"),
     (doctor, "moescope doctor --json"),
 ):
     app.command(epilog=f"Example: {example}")(verb)

@@ -3,15 +3,14 @@
 import math
 from dataclasses import dataclass
 
-from rich.cells import cell_len, set_cell_size
+from rich.cells import cell_len
 from rich.console import Console
 from rich.text import Text
 
-from moescope.cli.drawing import BLOCKS, PLAIN_BLOCKS, WIDEST, is_chinese, visible
+from moescope.cli.drawing import WIDEST, is_chinese, visible
+from moescope.cli.maps import draw_map, named
 from moescope.scope.specialization import Specialization
 
-NAME = 12
-"""Columns for a domain's name."""
 FULLEST = 4.0
 """Times an even share at which a cell is full."""
 DEVOTED = 2
@@ -53,7 +52,6 @@ CHINESE = Labels(
 def draw(found: Specialization, console: Console) -> None:
     """Print the map of every layer, then the most devoted experts with their tokens."""
     labels = CHINESE if _mostly_chinese(found) else ENGLISH
-    blocks = BLOCKS if console.encoding.lower().startswith("utf") else PLAIN_BLOCKS
     width = min(console.width, WIDEST)
     experts = len(found.load[0][0])
     summary = labels.summary.format(
@@ -69,7 +67,7 @@ def draw(found: Specialization, console: Console) -> None:
     legend = labels.legend.format(last=experts - 1, fullest=FULLEST)
     console.print(Text(legend, style="bold"), width=width)
     for position in range(len(found.layers)):
-        _draw_layer(found, position, labels, console, width, blocks)
+        _draw_layer(found, position, labels, console, width)
     console.print()
     console.print(Text(labels.devoted, style="bold"), width=width)
     for domain in range(len(found.domains)):
@@ -82,7 +80,6 @@ def _draw_layer(
     labels: Labels,
     console: Console,
     width: int,
-    blocks: str,
 ) -> None:
     title = labels.layer.format(
         layer=found.layers[position],
@@ -93,19 +90,12 @@ def _draw_layer(
     )
     console.print()
     console.print(Text(title), width=width)
-    for domain, name in enumerate(found.domains):
-        shares = found.load[domain][position]
-        cells = [
-            blocks[
-                min(math.ceil(share * len(shares) / FULLEST * (len(blocks) - 1)), len(blocks) - 1)
-            ]
-            for share in shares
-        ]
-        columns = width - NAME - 1
-        for start in range(0, len(cells), columns):
-            line = set_cell_size(name if not start else "", NAME) + " "
-            line += "".join(cells[start : start + columns])
-            console.print(Text(line), width=width, no_wrap=True)
+    even = FULLEST / len(found.load[0][position])
+    rows = {
+        name: [share / even for share in by_layer[position]]
+        for name, by_layer in zip(found.domains, found.load, strict=True)
+    }
+    draw_map(rows, console, width)
 
 
 def _draw_devoted(
@@ -120,7 +110,7 @@ def _draw_devoted(
     }
     best = sorted(devotion, key=lambda place: -devotion[place])[:DEVOTED]
     for number, (position, expert) in enumerate(best):
-        line = Text(set_cell_size("" if number else found.domains[domain], NAME) + " ")
+        line = Text(named("" if number else found.domains[domain]))
         told = labels.expert.format(
             layer=found.layers[position], expert=expert, share=devotion[position, expert]
         )

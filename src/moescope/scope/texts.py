@@ -1,7 +1,8 @@
-"""Labelled text to measure on: some documents of each domain, the same for every model.
+"""Labelled text to measure on: some passages of each domain, the same for every model.
 
-Documents are chosen by the hash of their text, so the choice is spread over a domain's files and
-the same each time, and cut into windows that a model can take at once.
+Long documents are cut into passages at the ends of lines. Passages are chosen by their hash, so
+the choice is spread over a domain's documents and the same each time; they are what resampling
+resamples. A model takes them in windows of so many tokens.
 """
 
 import heapq
@@ -18,16 +19,17 @@ from moescope.model.decoder import CausalLM
 from moescope.tokenizer import Tokenizer
 
 BYTES_PER_DOMAIN = 200_000
+BYTES_PER_PASSAGE = 4000
 WINDOW = 512
 """Most tokens that are read at once; fewer where a model's context is shorter."""
 TOKENS_AT_ONCE = 4096
 
 
 def labelled_documents(source: Path, max_bytes: int = BYTES_PER_DOMAIN) -> list[Document]:
-    """Return up to `max_bytes` UTF-8 bytes of each domain, domains in alphabetical order.
+    """Return passages of up to `max_bytes` UTF-8 bytes of each domain, sorted by domain.
 
     Of a source that holds `train/` and `held_out/` only the held-out part is read. A domain's
-    last document is cut where the bytes end.
+    last passage is cut where the bytes end.
 
     Raises:
         UserError: there is no text, or it cannot be read.
@@ -35,12 +37,28 @@ def labelled_documents(source: Path, max_bytes: int = BYTES_PER_DOMAIN) -> list[
     samples: dict[str, _Sample] = {}
     for file in text_files(source / "held_out" if is_split(source) else source):
         for document in read_documents(file):
-            samples.setdefault(document.domain, _Sample(max_bytes)).add(document.text)
+            sample = samples.setdefault(document.domain, _Sample(max_bytes))
+            for passage in passages(document.text):
+                sample.add(passage)
     if not samples:
         raise UserError(f"there is no text in {source}; its files hold only empty documents")
     return [
         Document(text, domain) for domain in sorted(samples) for text in samples[domain].texts()
     ]
+
+
+def passages(text: str) -> Iterator[str]:
+    """Cut a text into parts of at most `BYTES_PER_PASSAGE`, between lines where there are any."""
+    data, start = text.encode(), 0
+    while start < len(data):
+        end = start + BYTES_PER_PASSAGE
+        if end < len(data):
+            line_end = data.rfind(b"\n", start, end) + 1
+            while not line_end and data[end] & 0xC0 == 0x80:  # inside a character
+                end -= 1
+            end = line_end or end
+        yield data[start:end].decode()
+        start = end
 
 
 class _Sample:

@@ -1,0 +1,61 @@
+"""`moescope ablate`: what each domain loses without each expert."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def ablate(
+    model: Annotated[str, typer.Argument(help='"tiny", a folder or a Hub name.')],
+    texts: Annotated[
+        Path,
+        typer.Argument(
+            help="File or folder of text, one subfolder a domain; of a folder that holds train/ "
+            "and held_out/, the latter is read."
+        ),
+    ],
+    layer: Annotated[
+        list[int] | None, typer.Option(help="Try this layer's experts only; may be repeated.")
+    ] = None,
+    force: Annotated[
+        bool, typer.Option("--force", help="Send every token to the expert instead.")
+    ] = False,
+    bytes_per_domain: Annotated[
+        int,
+        typer.Option(
+            "--bytes", min=1, help="Most bytes of a domain; they are read once for each expert."
+        ),
+    ] = 10_000,
+    save: Annotated[Path | None, typer.Option(help="Also write the result into this file.")] = None,
+    as_json: Annotated[
+        bool, typer.Option("--json", help="Print one JSON object instead of drawing.")
+    ] = False,
+) -> None:
+    """Switch experts off one at a time and measure what each domain's loss loses."""
+    from rich.console import Console
+
+    from moescope.api import load
+    from moescope.cli.ablation_drawing import draw
+    from moescope.cli.progress import progress_bar
+    from moescope.scope.ablation import ablate as measure
+    from moescope.scope.texts import labelled_documents
+
+    documents = labelled_documents(texts, bytes_per_domain)
+    opened = load(model)
+    with progress_bar("experts") as progress:
+        found = measure(
+            opened.name,
+            opened.network,
+            opened.tokenizer,
+            documents,
+            layers=layer,
+            force=force,
+            progress=progress,
+        )
+    if save is not None:
+        found.save(save)
+    if as_json:
+        print(found.to_json())
+    else:
+        draw(found, Console(highlight=False))
