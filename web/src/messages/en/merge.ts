@@ -1,4 +1,18 @@
 export default {
   title: 'How do their answers become one?',
   sentence: 'Each answer is multiplied by its weight, then all are added up.',
+  add: 'Answers added so far',
+  split: '{shared} from the shared experts, {routed} from the routed ones',
+  picture: 'Each expert’s part of the sum, one bar after the other',
+  who: 'who × weight',
+  adds: 'adds',
+  shared: 'shared',
+  rest: '{n} more',
+  output: 'the sum',
+  sofar: 'so far',
+  note: 'A bar is how far an answer carries the sum in its final direction; a dashed one pulls back. The bars add up to the length of the sum exactly.',
+  residual: 'The sum is added to the token’s vector, which goes on to the next layer. Lengths of the vectors:',
+  residualBefore: 'the token before',
+  residualAdded: 'what is added',
+  residualAfter: 'the token after',
 };
