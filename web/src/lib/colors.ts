@@ -23,8 +23,8 @@ export const SHARED_COLOR = 'var(--shared)';
 export function heat(value: number, dark: boolean): string {
   const x = Math.min(1, Math.max(0, value));
   return dark
-    ? oklch(0.24 + 0.62 * x, 0.02 + 0.13 * Math.sin(Math.PI * (0.15 + 0.6 * x)), 255 - 165 * x)
-    : oklch(0.97 - 0.6 * x, 0.01 + 0.15 * Math.sin(Math.PI * (0.1 + 0.62 * x)), 90 + 175 * x);
+    ? oklch(0.25 + 0.6 * x, 0.015 + 0.12 * x ** 0.7, 270)
+    : oklch(0.965 - 0.56 * x, 0.008 + 0.17 * x ** 0.7, 266);
 }
 
 /** Diverging scale, -1 (blue) over 0 (ground) to 1 (orange). */

@@ -111,7 +111,7 @@ export class AppState {
       const wanted = readUrl(location.search);
       this.setLayer(wanted.layer ?? this.moeLayers[Math.floor(this.moeLayers.length / 2)] ?? 0);
       this.prompt ||= this.#firstExample();
-      await this.#show({ ids: wanted.ids, promptTokens: wanted.promptTokens });
+      await this.#show(this.prompt, wanted.ids, wanted.promptTokens);
       this.select(wanted.selected ?? this.steps.length - 1);
     });
   }
@@ -145,7 +145,22 @@ export class AppState {
   /** Back to the prompt alone, as it is written now. */
   async reset(): Promise<void> {
     this.pause();
-    await this.#guard(() => this.#show());
+    await this.#guard(() => this.#show(this.prompt));
+    this.select(this.steps.length - 1);
+  }
+
+  /** Let the text go on with `id` after the selected token, whatever the model would pick. */
+  async take(id: number): Promise<void> {
+    const kept = this.ids.slice(0, this.selected + 1);
+    const typed = Math.min(this.promptTokens, kept.length);
+    await this.load(this.#shownPrompt ?? this.prompt, [...kept, id], typed);
+  }
+
+  /** Show exactly these tokens, the first `promptTokens` of them as the reader's. */
+  async load(prompt: string, ids: number[], promptTokens: number): Promise<void> {
+    this.pause();
+    this.prompt = prompt;
+    await this.#guard(() => this.#show(prompt, ids, promptTokens));
     this.select(this.steps.length - 1);
   }
 
@@ -221,20 +236,15 @@ export class AppState {
 
   // --- talking to the server ---------------------------------------------------------------------
 
-  /** Trace the prompt, or exactly `ids`, and show that. */
-  async #show(wanted: { ids?: number[] | undefined; promptTokens?: number | undefined } = {}) {
-    this.#checkPrompt();
+  /** Trace a prompt, or exactly `ids`, and show that. */
+  async #show(prompt: string, ids?: number[], promptTokens?: number): Promise<void> {
+    if (!ids) this.#checkPrompt();
     const run = this.#newRun();
     this.status = 'loading';
-    const { steps } = await trace(
-      {
-        ...(wanted.ids ? { ids: wanted.ids } : { prompt: this.prompt.toWellFormed() }),
-        steering: this.steering,
-      },
-      run.signal,
-    );
-    this.#shownPrompt = this.prompt;
-    this.promptTokens = wanted.promptTokens ?? steps.length;
+    const text = ids ? { ids } : { prompt: prompt.toWellFormed() };
+    const { steps } = await trace({ ...text, steering: this.steering }, run.signal);
+    this.#shownPrompt = prompt;
+    this.promptTokens = promptTokens ?? steps.length;
     this.steps = steps.map((step) => ({ ...step, in_prompt: step.index < this.promptTokens }));
     this.endEvent = null;
     this.status = 'paused';

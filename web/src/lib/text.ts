@@ -9,11 +9,18 @@ export function shown(text: string): string {
   return /^ +$/.test(visible) ? visible.replaceAll(' ', '␣') : visible;
 }
 
-/** Spelling of a step; a piece of a character shows its bytes. */
+/** Spelling of a step; a piece of a character shows its bytes, a long control token its first word. */
 export function spelling(step: TokenStep): string {
+  const control = /^<｜([^▁｜]*).*｜>$/.exec(step.text);
+  if (control) return `⟨${control[1]}⟩`;
   return step.text.includes(REPLACEMENT) && step.bytes.length > 0
     ? step.bytes.map(hex).join(' ')
     : shown(step.text);
+}
+
+/** The same for running text, without the spaces around it. */
+export function quoted(step: TokenStep): string {
+  return spelling(step).trim() || spelling(step);
 }
 
 /** At most `length` characters. */

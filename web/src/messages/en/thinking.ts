@@ -1,4 +1,16 @@
 export default {
   title: 'Can it work something out?',
-  sentence: 'Asked for a sum, it writes its steps between <think> and </think> first.',
+  sentence: 'Asked for a sum, the model first writes down its steps, then the answer.',
+  question: 'A sum',
+  ask: 'Think',
+  closer: 'See this text in every picture',
+  empty: 'Write a sum and press “Think”.',
+  partQuestion: 'Question',
+  partThought: 'Thought',
+  partAnswer: 'Answer',
+  unfinished: 'It ran out of room before it came to an answer.',
+  right: 'right',
+  wrong: 'wrong, it is {truth}',
+  loads: 'Which experts worked on which part (layer {layer})',
+  load: 'Expert {expert}: visited by {share} of the tokens',
 };

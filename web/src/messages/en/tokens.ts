@@ -1,4 +1,10 @@
 export default {
   title: 'What does the model read?',
-  sentence: 'Text is cut into tokens, and each token becomes a list of numbers.',
+  sentence: 'Text is cut into tokens, and each token stands for a list of numbers.',
+  split: 'Token, its number, its bytes',
+  legend: 'A common word is one token; a rare character falls into pieces of its bytes.',
+  vector: '“{text}” as {n} numbers',
+  vectorLabel: 'Embedding of the token: blue below zero, orange above',
+  neighbours: 'Tokens with a similar vector',
+  neighboursLegend: '1 would be the same direction, 0 nothing in common (cosine).',
 };

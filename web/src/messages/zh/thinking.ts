@@ -2,6 +2,18 @@ import type en from '../en/thinking';
 
 const zh: typeof en = {
   title: '它会一步步算吗？',
-  sentence: '遇到算术题，它先在 <think> 和 </think> 之间写出步骤。',
+  sentence: '给它一道算术题，它先写步骤，再写答案。',
+  question: '一道算式',
+  ask: '开始想',
+  closer: '在每张图里细看这段文字',
+  empty: '写一道算式，按“开始想”。',
+  partQuestion: '题目',
+  partThought: '思考',
+  partAnswer: '答案',
+  unfinished: '篇幅用完了，还没写到答案。',
+  right: '答对了',
+  wrong: '答错了，应是 {truth}',
+  loads: '各部分由哪些专家经手（第 {layer} 层）',
+  load: '专家 {expert}：经手了 {share} 的词元',
 };
 export default zh;

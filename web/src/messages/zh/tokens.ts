@@ -2,6 +2,12 @@ import type en from '../en/tokens';
 
 const zh: typeof en = {
   title: '模型读到的是什么？',
-  sentence: '文字先切成词元，每个词元再变成一串数字。',
+  sentence: '文字先切成词元，每个词元对应一串数字。',
+  split: '词元、编号、字节',
+  legend: '常见的词是一个词元；生僻字会拆成几段字节。',
+  vector: '“{text}”变成 {n} 个数',
+  vectorLabel: '词元的嵌入向量：蓝色为负，橙色为正',
+  neighbours: '向量相近的词元',
+  neighboursLegend: '1 表示方向相同，0 表示毫不相干（余弦相似度）。',
 };
 export default zh;

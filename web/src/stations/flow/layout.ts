@@ -28,8 +28,10 @@ export interface Layout {
   expertsOut: string;
   /** Where the detours join again. */
   joins: Point[];
-  /** The picked token's way back to the beginning. */
-  again: string;
+  /** The picked token's way back to the beginning, and where that is said. */
+  again: { path: string; label: Point & { anchor: 'middle' | 'end' } };
+  /** Where it is said that blocks add to the stream. */
+  note: Point;
   /** What a moving token travels, part by part; the experts' own lines lie between the two. */
   journey: { toExperts: string; fromExperts: string };
 }
@@ -79,12 +81,16 @@ function wide(width: number): Layout {
     expertsIn: rounded(e.in),
     expertsOut: rounded(e.out),
     joins: [a.out[2], e.out[2]],
-    again: rounded([
-      { x: guess.x + guess.w - 60, y: guess.y + guess.h + 4 },
-      { x: guess.x + guess.w - 60, y: 384 },
-      { x: tokens.x + tokens.w / 2, y: 384 },
-      { x: tokens.x + tokens.w / 2, y: tokens.y + tokens.h + 8 },
-    ]),
+    again: {
+      path: rounded([
+        { x: guess.x + guess.w - 60, y: guess.y + guess.h + 4 },
+        { x: guess.x + guess.w - 60, y: 384 },
+        { x: tokens.x + tokens.w / 2, y: 384 },
+        { x: tokens.x + tokens.w / 2, y: tokens.y + tokens.h + 8 },
+      ]),
+      label: { x: width / 2, y: 402, anchor: 'middle' },
+    },
+    note: { x: layer.x + 16, y: stream + 24 },
     journey: {
       toExperts: rounded([right(tokens), left(embedding), { x: start.x, y: left(embedding).y }, corner, ...a.in, ...a.out, ...e.in]),
       fromExperts: rounded([...e.out, end, top]),
@@ -127,12 +133,16 @@ function narrow(width: number): Layout {
     expertsIn: rounded(e.in),
     expertsOut: rounded(e.out),
     joins: [a.out[3], e.out[3]],
-    again: rounded([
-      { x: 60, y: guess.y + guess.h + 2 },
-      { x: 60, y: 974 },
-      { x: width - 1.5, y: 974 },
-      { x: width - 1.5, y: tokens.y + tokens.h + 6 },
-    ]),
+    again: {
+      path: rounded([
+        { x: 60, y: guess.y + guess.h + 2 },
+        { x: 60, y: 974 },
+        { x: width - 1.5, y: 974 },
+        { x: width - 1.5, y: tokens.y + tokens.h + 6 },
+      ]),
+      label: { x: width - 8, y: 968, anchor: 'end' },
+    },
+    note: { x: 30, y: layer.y + layer.h - 14 },
     journey: {
       toExperts: rounded([start, ...a.in, ...a.out, ...e.in]),
       fromExperts: rounded([...e.out, end]),
