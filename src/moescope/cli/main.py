@@ -14,6 +14,7 @@ import typer
 from moescope.cli import tokenizer
 from moescope.cli.ablate import ablate
 from moescope.cli.chat import chat
+from moescope.cli.compare import compare
 from moescope.cli.doctor import doctor
 from moescope.cli.explain import explain
 from moescope.cli.generate import generate
@@ -60,6 +61,7 @@ for verb, example in (
     (train, "moescope train recipes/smoke.toml --data my-text --out my-model"),
     (specialize, "moescope specialize tiny my-text"),
     (ablate, "moescope ablate tiny my-text --layer 3"),
+    (compare, "moescope compare my-moe my-dense --text my-text"),
     (doctor, "moescope doctor --json"),
 ):
     app.command(epilog=f"Example: {example}")(verb)
