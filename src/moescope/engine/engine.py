@@ -12,6 +12,7 @@ from moescope.engine.sampling import SamplingParams, choose
 from moescope.engine.stopping import StopFinder
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM
+from moescope.model.recorder import Recorder
 from moescope.tokenizer import StreamDecoder, Tokenizer
 
 FinishReason = Literal["stop", "length"]
@@ -89,28 +90,39 @@ class Engine:
         bos_id = self.tokenizer.bos_id
         if self.tokenizer.adds_bos and bos_id is not None and ids[:1] != [bos_id]:
             ids = [bos_id, *ids]
-        limit = self.model.config.max_position_embeddings
+        self.check(ids)
+        return ids
+
+    def check(self, ids: Sequence[int]) -> None:
+        """Refuse a prompt, as ids, that the model cannot read.
+
+        Raises:
+            UserError: there are none, too many for the context, or one the model does not know.
+        """
+        vocab_size, limit = self.model.config.vocab_size, self.model.config.max_position_embeddings
         if not ids:
             raise UserError("the prompt is empty and the model has no begin token; give some text")
-        if max(ids) >= self.model.config.vocab_size:
-            raise UserError(
-                f"the prompt holds token {max(ids)} but the model knows only "
-                f"{self.model.config.vocab_size}; give the tokenizer that belongs to the model"
-            )
+        for token_id in (min(ids), max(ids)):
+            if not 0 <= token_id < vocab_size:
+                raise UserError(
+                    f"the prompt holds token {token_id} but the model knows only {vocab_size}; "
+                    "give the tokenizer that belongs to the model"
+                )
         if len(ids) > limit:
             raise UserError(
                 f"the prompt has {len(ids)} tokens but the model's context holds {limit}; "
                 "shorten it"
             )
-        return ids
 
-    def transform(self, input_ids: Tensor, positions: Tensor, cache: Cache) -> Tensor:
+    def transform(
+        self, input_ids: Tensor, positions: Tensor, cache: Cache, recorder: Recorder | None = None
+    ) -> Tensor:
         """Step 2: run new tokens through all layers.
 
         Maps ids `(batch, seq)` at `positions` `(batch, seq)` to hidden states
         `(batch, seq, hidden)`; earlier tokens are read from the cache, new ones added to it.
         """
-        return self.model(input_ids, positions, cache)
+        return self.model(input_ids, positions, cache, recorder)
 
     def predict(self, hidden_states: Tensor) -> Tensor:
         """Step 3: turn the last tokens' hidden states `(batch, hidden)` into logits over the
@@ -135,17 +147,24 @@ class Engine:
         ]
 
     @torch.inference_mode()
-    def repeat(self, prompts: Sequence[Sequence[int]], params: SamplingParams) -> Iterator[Token]:
+    def repeat(
+        self,
+        prompts: Sequence[Sequence[int]],
+        params: SamplingParams,
+        recorder: Recorder | None = None,
+    ) -> Iterator[Token]:
         """Step 5: append each row's token and go on until every row has ended.
 
-        Prompts, as ids, may be of unequal length. Tokens come out as they are made.
+        Prompts, as ids, may be of unequal length. Tokens come out as they are made. When one
+        does, a `recorder` has been shown what was read for it: all prompts before the rows'
+        first tokens, then each row's last token.
         """
         rows = [_Row(self, number, ids, params) for number, ids in enumerate(prompts)]
         rows = [row for row in rows if row.room]
         cache = Cache()
         input_ids, positions, last = self._padded(rows)
         while rows:
-            hidden_states = self.transform(input_ids, positions, cache)
+            hidden_states = self.transform(input_ids, positions, cache, recorder)
             last_states = hidden_states[torch.arange(len(rows)), last]  # (batch, hidden)
             logits = self.predict(last_states)  # (batch, vocab)
             ids = self.pick(logits, [r.ids for r in rows], params, [r.generator for r in rows])

@@ -89,15 +89,16 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
     return logits.masked_fill(probabilities < min_p * probabilities.max(), -torch.inf)
 
 
-def choose(logits: Tensor, seen: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
-    """Choose the next token's id from its logits `(vocab,)` float32.
+def distribution(logits: Tensor, seen: Tensor, params: SamplingParams) -> Tensor:
+    """Return the probabilities `(vocab,)` from which the next token is drawn.
 
-    `seen` `(any,)` are the ids of the prompt and of what has been made of it.
+    Temperature 0 leaves everything to the likeliest token. `seen` `(any,)` are the ids of the
+    prompt and of what has been made of it; `logits` are `(vocab,)` float32.
     """
     if params.repetition_penalty != 1.0:
         logits = penalise(logits, seen, params.repetition_penalty)
     if params.temperature == 0:
-        return int(logits.argmax())
+        return torch.zeros_like(logits).index_fill(0, logits.argmax(), 1.0)
     logits = logits / params.temperature
     if params.top_k is not None:
         logits = keep_top_k(logits, params.top_k)
@@ -105,4 +106,12 @@ def choose(logits: Tensor, seen: Tensor, params: SamplingParams, generator: torc
         logits = keep_top_p(logits, params.top_p)
     if params.min_p is not None:
         logits = keep_min_p(logits, params.min_p)
-    return int(torch.multinomial(logits.softmax(dim=-1), 1, generator=generator))
+    return logits.softmax(dim=-1)
+
+
+def choose(logits: Tensor, seen: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
+    """Choose the next token's id from its logits; arguments as for `distribution`."""
+    probabilities = distribution(logits, seen, params)
+    if params.temperature == 0:
+        return int(probabilities.argmax())
+    return int(torch.multinomial(probabilities, 1, generator=generator))

@@ -73,7 +73,8 @@ class LatentAttention(nn.Module):
         else:
             latents, k_rope = cache.update(self.layer_idx, latents, k_rope, positions)
             mask = visible(positions, latents.shape[1])
-            if hidden_states.shape[1] == 1 and recorder is None:
+            shown = recorder is not None and recorder.wants_attention
+            if hidden_states.shape[1] == 1 and not shown:
                 output = self.attend_absorbed(q_nope, q_rope, latents, k_rope, mask)
                 return self.o_proj(output.flatten(2))
         query = torch.cat([q_nope, q_rope], dim=-1)  # (batch, seq, heads, nope + rope)

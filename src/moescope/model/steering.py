@@ -140,7 +140,9 @@ def steered(model: CausalLM, steering: Steering) -> CausalLM:
     way = {model, model.model, layers, *(layers[i] for i in changed)}
     way |= {mixtures[i] for i in changed}
     shared: list[object] = [module for module in model.modules() if module not in way]
-    shared += [model.config, *model.parameters(), *model.buffers()]
+    for module in way:  # what they hold beside modules, as the config or packed weights
+        shared += [value for name, value in vars(module).items() if not name.startswith("_")]
+    shared += [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {id(thing): thing for thing in shared} | replaced
     return copy.deepcopy(model, memo)
 

@@ -39,7 +39,7 @@ def record(
             guesses=guess(hidden_states),
             attention=_listed(recorder.attentions.get(layer_idx)),
         )
-        for layer_idx, hidden_states in enumerate(recorder.hidden_states)
+        for layer_idx, hidden_states in recorder.hidden_states.items()
     ]
     used = parameters_used(model, recorder.routings, len(input_ids))
     tokens = [
@@ -58,12 +58,12 @@ def record(
 
 
 class TraceRecorder(Recorder):
-    """Keeps what one forward pass over one sequence hands it."""
+    """Keeps what the last forward pass over one sequence handed it."""
 
     def __init__(self, *, wants_attention: bool = False) -> None:
         self.wants_attention = wants_attention
         self.embedded = torch.empty(0)  # (tokens, hidden)
-        self.hidden_states: list[Tensor] = []  # a layer: (tokens, hidden)
+        self.hidden_states: dict[int, Tensor] = {}  # after a layer: (tokens, hidden)
         self.routings: dict[int, Routing] = {}
         self.outputs: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.attentions: dict[int, Tensor] = {}  # a layer: (heads, tokens, tokens)
@@ -81,7 +81,7 @@ class TraceRecorder(Recorder):
         self.outputs[layer_idx] = routed_output, shared_output
 
     def layer(self, layer_idx: int, hidden_states: Tensor) -> None:
-        self.hidden_states.append(hidden_states[0])
+        self.hidden_states[layer_idx] = hidden_states[0]
 
 
 class _Guesser:
@@ -131,21 +131,30 @@ def _router_trace(recorder: TraceRecorder, layer_idx: int) -> RouterTrace | None
     routing = recorder.routings.get(layer_idx)
     if routing is None:
         return None
-    order = routing.topk_weights.argsort(dim=-1, descending=True)  # (tokens, slots)
-    ids, weights = routing.topk_ids.gather(1, order), routing.topk_weights.gather(1, order)
-    routed_output, shared_output = recorder.outputs[layer_idx]
+    topk_ids, topk_weights = chosen(routing)
     return RouterTrace(
         scores=routing.scores.tolist(),
-        topk_ids=[[i for i in row if i != UNUSED] for row in ids.tolist()],
-        topk_weights=[
-            [w for i, w in zip(row_ids, row, strict=True) if i != UNUSED]
-            for row_ids, row in zip(ids.tolist(), weights.tolist(), strict=True)
-        ],
-        shared_share=_shared_share(routed_output, shared_output),
+        topk_ids=topk_ids,
+        topk_weights=topk_weights,
+        shared_share=shared_share(*recorder.outputs[layer_idx]),
     )
 
 
-def _shared_share(routed_output: Tensor, shared_output: Tensor | None) -> list[float]:
+def chosen(routing: Routing) -> tuple[list[list[int]], list[list[float]]]:
+    """Return each token's experts and their weights, the heaviest first, without unused slots."""
+    order = routing.topk_weights.argsort(dim=-1, descending=True, stable=True)  # (tokens, slots)
+    ids = routing.topk_ids.gather(1, order).tolist()
+    weights = routing.topk_weights.gather(1, order).tolist()
+    topk_ids = [[i for i in row if i != UNUSED] for row in ids]
+    topk_weights = [
+        [w for i, w in zip(row_ids, row, strict=True) if i != UNUSED]
+        for row_ids, row in zip(ids, weights, strict=True)
+    ]
+    return topk_ids, topk_weights
+
+
+def shared_share(routed_output: Tensor, shared_output: Tensor | None) -> list[float]:
+    """Share of the shared experts in the lengths of both outputs `(tokens, hidden)`, per token."""
     if shared_output is None:
         return [0.0] * routed_output.shape[0]
     shared, routed = shared_output.float().norm(dim=-1), routed_output.float().norm(dim=-1)

@@ -1,0 +1,377 @@
+"""One token in one layer, taken apart: what attention, router and experts made of it."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from moescope.engine.engine import Engine
+from moescope.engine.native import NativeExperts
+from moescope.engine.sampling import SamplingParams, choose, distribution
+from moescope.errors import UserError
+from moescope.model.decoder import CausalLM
+from moescope.model.layer import DecoderLayer
+from moescope.model.moe import MoE
+from moescope.model.recorder import Recorder
+from moescope.model.steering import SteeredRouter, Steering, moe_layers
+from moescope.scope.recording import TraceRecorder, chosen
+from moescope.scope.steps import spell
+from moescope.scope.trace import Candidate
+
+CANDIDATES = 40
+LENS_CANDIDATES = 5
+NEIGHBOURS = 8
+
+
+@dataclass(frozen=True)
+class Neighbour:
+    """A token whose embedding points the same way; `similarity` is the cosine."""
+
+    id: int
+    text: str
+    similarity: float
+
+
+@dataclass(frozen=True)
+class AttentionDetail:
+    """What the token looks back at in one layer: `heads[head][place]`, and their mean."""
+
+    heads: list[list[float]]
+    mean: list[float]
+
+
+@dataclass(frozen=True)
+class RouterDetail:
+    """One router's decision about the token; lists run over the layer's routed experts.
+
+    Attributes:
+        logits: the router's linear map (after noise).
+        scores: after the scoring function.
+        bias: the balancing bias, with the reader's own added.
+        choice_scores: what the choice went by; None for experts that were ruled out (switched
+            off, outside the chosen groups, or not chosen by a rule without a fixed number).
+        threshold: the lowest choice score that was chosen.
+        topk_ids, topk_weights: the chosen, the heaviest first.
+    """
+
+    logits: list[float]
+    scores: list[float]
+    bias: list[float]
+    choice_scores: list[float | None]
+    threshold: float
+    topk_ids: list[int]
+    topk_weights: list[float]
+
+
+@dataclass(frozen=True)
+class Contribution:
+    """One summand of the layer's output: a routed expert, or all shared ones (`expert` None).
+
+    Attributes:
+        weight: what its output was multiplied by (1 for the shared experts).
+        norm: length of the weighted output.
+        projection: its part along the direction of the whole sum; these add up to the length of
+            the sum.
+    """
+
+    expert: int | None
+    weight: float
+    norm: float
+    projection: float
+
+
+@dataclass(frozen=True)
+class MergeDetail:
+    """How the layer's output came together.
+
+    Attributes:
+        contributions: the routed experts' first, the heaviest first, then the shared ones'.
+        output_norm: length of their sum.
+        residual_norm_before, residual_norm_after: length of the residual stream without and with
+            that sum.
+    """
+
+    contributions: list[Contribution]
+    output_norm: float
+    residual_norm_before: float
+    residual_norm_after: float
+
+
+@dataclass(frozen=True)
+class PickCandidate:
+    """A guess with its logit, and its probability before and after temperature and filters."""
+
+    id: int
+    text: str
+    probability: float
+    logit: float
+    filtered_probability: float
+
+
+@dataclass(frozen=True)
+class TokenDetail:
+    """Everything about one token in one layer.
+
+    Attributes:
+        embedding: the token's vector, `(hidden,)`.
+        neighbours: tokens with the most similar embeddings.
+        hidden_norms: length of the residual stream: embedding, then after each layer.
+        attention: in this layer.
+        router, merge: None in a dense layer.
+        lens: the likeliest next tokens read off after each layer.
+        candidates: what comes after this token, likeliest first.
+        picked: what greedy choice, or the seed's first draw, picks from them.
+    """
+
+    embedding: list[float]
+    neighbours: list[Neighbour]
+    hidden_norms: list[float]
+    attention: AttentionDetail
+    router: RouterDetail | None
+    merge: MergeDetail | None
+    lens: list[list[Candidate]]
+    candidates: list[PickCandidate]
+    picked: int
+
+
+@dataclass(frozen=True)
+class ExpertDetail:
+    """One expert at work on a token: `down(silu(gate) * up)`.
+
+    Attributes:
+        gate, up, activated: `(moe_intermediate_size,)`.
+        output: `(hidden,)`, before the routing weight.
+    """
+
+    gate: list[float]
+    up: list[float]
+    activated: list[float]
+    output: list[float]
+
+
+class Reading:
+    """One forward pass over a text, kept for questions about its tokens.
+
+    Raises:
+        UserError: the ids are no text for the model.
+    """
+
+    @torch.inference_mode()
+    def __init__(self, engine: Engine, ids: Sequence[int]) -> None:
+        engine.check(ids)
+        self.model: CausalLM = engine.model
+        self.tokenizer = engine.tokenizer
+        self.ids = list(ids)
+        self._input_ids = torch.tensor([self.ids], device=engine.device)  # (1, tokens)
+        self._seen = TraceRecorder()
+        self.model(self._input_ids, recorder=self._seen)
+
+    # --- questions --------------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def token(self, index: int, layer_idx: int, params: SamplingParams) -> TokenDetail:
+        """Take apart what layer `layer_idx` made of token `index`, and what may follow it.
+
+        Raises:
+            UserError: there is no such token or layer.
+        """
+        self._check(index, layer_idx)
+        attended, attention = self._attend(layer_idx)
+        streams = [self._seen.embedded, *self._seen.hidden_states.values()]
+        states = torch.stack([stream[index] for stream in streams])  # (1 + layers, hidden)
+        logits = self.model.logits(self.model.model.norm(states[1:]))  # (layers, vocab)
+        candidates, picked = self._pick(logits[-1], index, params)
+        return TokenDetail(
+            embedding=states[0].tolist(),
+            neighbours=self._neighbours(self.ids[index]),
+            hidden_norms=states.float().norm(dim=-1).tolist(),
+            attention=AttentionDetail(
+                heads=attention[:, index, : index + 1].tolist(),
+                mean=attention[:, index, : index + 1].mean(dim=0).tolist(),
+            ),
+            router=self._router(index, layer_idx),
+            merge=self._merge(index, layer_idx, attended[index]),
+            lens=[self._likeliest(row) for row in logits],
+            candidates=candidates,
+            picked=picked,
+        )
+
+    @torch.inference_mode()
+    def expert(self, index: int, layer_idx: int, expert: int) -> ExpertDetail:
+        """Show an expert at work on token `index`, whether it was chosen for it or not.
+
+        Raises:
+            UserError: there is no such token, layer or expert, or its weights are packed.
+        """
+        self._check(index, layer_idx)
+        moe = moe_layers(self.model).get(layer_idx)
+        if moe is None:
+            raise UserError(f"layer {layer_idx} is dense; it has no routed experts")
+        experts = moe.experts
+        if not 0 <= expert < experts.gate_up_proj.shape[0]:
+            raise UserError(
+                f"there is no expert {expert}; layer {layer_idx} has experts 0 to "
+                f"{experts.gate_up_proj.shape[0] - 1}"
+            )
+        if isinstance(experts, NativeExperts):
+            raise UserError("packed experts cannot be looked into; open the model unquantized")
+        attended, _ = self._attend(layer_idx)
+        given = self._normed(layer_idx, attended[index])  # (hidden,)
+        gate, up = F.linear(given, experts.gate_up_proj[expert]).chunk(2)
+        activated = F.silu(gate) * up
+        output = F.linear(activated, experts.down_proj[expert])
+        return ExpertDetail(gate.tolist(), up.tolist(), activated.tolist(), output.tolist())
+
+    def _check(self, index: int, layer_idx: int) -> None:
+        if not 0 <= index < len(self.ids):
+            raise UserError(f"there is no token {index}; the text has 0 to {len(self.ids) - 1}")
+        layers = self.model.config.num_hidden_layers
+        if not 0 <= layer_idx < layers:
+            raise UserError(f"there is no layer {layer_idx}; the model has 0 to {layers - 1}")
+
+    # --- one layer again --------------------------------------------------------------------------
+
+    def _attend(self, layer_idx: int) -> tuple[Tensor, Tensor]:
+        """Repeat a layer's attention step.
+
+        Returns:
+            The residual stream after it, `(tokens, hidden)`, and the attention probabilities,
+            `(heads, tokens, tokens)`.
+        """
+        layer = self._layer(layer_idx)
+        before = self._seen.hidden_states[layer_idx - 1] if layer_idx else self._seen.embedded
+        before = before[None]  # (1, tokens, hidden)
+        positions = torch.arange(len(self.ids), device=before.device)[None]
+        rotation = self.model.model.rotary_emb(positions, before.dtype)
+        recorder = _AttentionRecorder()
+        normed = layer.input_layernorm(before)
+        after = before + layer.self_attn(normed, rotation, positions, None, recorder)
+        return after[0], recorder.probabilities
+
+    def _normed(self, layer_idx: int, attended: Tensor) -> Tensor:
+        """What the feed-forward part of a layer is given, `(..., hidden)`."""
+        return self._layer(layer_idx).post_attention_layernorm(attended)
+
+    def _layer(self, layer_idx: int) -> DecoderLayer:
+        return cast(DecoderLayer, self.model.model.layers[layer_idx])
+
+    def _chosen(self, index: int, layer_idx: int) -> tuple[list[int], list[float]]:
+        """The experts of a token and their weights, the heaviest first."""
+        topk_ids, topk_weights = chosen(self._seen.routings[layer_idx])
+        return topk_ids[index], topk_weights[index]
+
+    def _router(self, index: int, layer_idx: int) -> RouterDetail | None:
+        routing = self._seen.routings.get(layer_idx)
+        if routing is None:
+            return None
+        gate = moe_layers(self.model)[layer_idx].gate
+        if not isinstance(gate, SteeredRouter):
+            gate = SteeredRouter(self.model.config, gate, layer_idx, Steering())
+        choice_scores = gate.choice_scores(
+            routing.scores, routing.router_logits, self._input_ids[0]
+        )[index]  # (experts,)
+        topk_ids, topk_weights = self._chosen(index, layer_idx)
+        taken = choice_scores[topk_ids]
+        taken = taken[taken > -torch.inf]
+        return RouterDetail(
+            logits=routing.router_logits[index].tolist(),
+            scores=routing.scores[index].tolist(),
+            bias=gate.bias.tolist(),
+            choice_scores=[s if s > -torch.inf else None for s in choice_scores.tolist()],
+            threshold=float(taken.min()) if taken.numel() else 0.0,
+            topk_ids=topk_ids,
+            topk_weights=topk_weights,
+        )
+
+    def _merge(self, index: int, layer_idx: int, attended: Tensor) -> MergeDetail | None:
+        """Sum again what the experts of a token returned; `attended` is `(hidden,)`."""
+        moe = moe_layers(self.model).get(layer_idx)
+        if moe is None:
+            return None
+        given = self._normed(layer_idx, attended)
+        ids, weights = self._chosen(index, layer_idx)
+        outputs = [*_weighted_outputs(moe, given, ids, weights)] if ids else []
+        owners: list[tuple[int | None, float]] = [*zip(ids, weights, strict=True)]
+        if moe.shared_experts is not None:
+            outputs.append(moe.shared_experts(given[None])[0])
+            owners.append((None, 1.0))
+        if not outputs:  # a ReLU router may choose nobody
+            outputs.append(torch.zeros_like(given))
+            owners.append((None, 0.0))
+        parts = torch.stack(outputs).float()  # (summands, hidden)
+        whole = parts.sum(dim=0)
+        projections = parts @ (whole / whole.norm().clamp(min=1e-30))
+        norms = parts.norm(dim=-1)
+        return MergeDetail(
+            contributions=[
+                Contribution(expert, weight, norm, projection)
+                for (expert, weight), norm, projection in zip(
+                    owners, norms.tolist(), projections.tolist(), strict=True
+                )
+            ],
+            output_norm=float(whole.norm()),
+            residual_norm_before=float(attended.float().norm()),
+            residual_norm_after=float(self._seen.hidden_states[layer_idx][index].float().norm()),
+        )
+
+    # --- what may follow --------------------------------------------------------------------------
+
+    def _pick(
+        self, logits: Tensor, index: int, params: SamplingParams
+    ) -> tuple[list[PickCandidate], int]:
+        """The likeliest of `(vocab,)` logits, and which token is picked."""
+        seen = torch.tensor(self.ids[: index + 1])
+        logits = logits.cpu()
+        probabilities = logits.softmax(dim=-1)
+        filtered = distribution(logits, seen, params)
+        picked = choose(logits, seen, params, torch.Generator().manual_seed(params.seed or 0))
+        best = logits.topk(min(CANDIDATES, logits.shape[-1])).indices.tolist()
+        candidates = [
+            PickCandidate(
+                id=token_id,
+                text=spell(self.tokenizer, token_id),
+                probability=float(probabilities[token_id]),
+                logit=float(logits[token_id]),
+                filtered_probability=float(filtered[token_id]),
+            )
+            for token_id in best
+        ]
+        return candidates, picked
+
+    def _likeliest(self, logits: Tensor) -> list[Candidate]:
+        best = logits.softmax(dim=-1).topk(min(LENS_CANDIDATES, logits.shape[-1]))
+        return [
+            Candidate(token_id, spell(self.tokenizer, token_id), probability)
+            for token_id, probability in zip(
+                best.indices.tolist(), best.values.tolist(), strict=True
+            )
+        ]
+
+    def _neighbours(self, token_id: int) -> list[Neighbour]:
+        table = self.model.model.embed_tokens.weight  # (vocab, hidden)
+        similarity = F.cosine_similarity(table.float(), table[token_id].float()[None])  # (vocab,)
+        similarity[token_id] = -torch.inf
+        best = similarity.topk(min(NEIGHBOURS, similarity.shape[0] - 1))
+        return [
+            Neighbour(i, spell(self.tokenizer, i), cosine)
+            for i, cosine in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+        ]
+
+
+class _AttentionRecorder(Recorder):
+    """Keeps one layer's attention."""
+
+    wants_attention = True
+
+    def attention(self, layer_idx: int, probabilities: Tensor) -> None:
+        self.probabilities = probabilities[0]
+
+
+def _weighted_outputs(moe: MoE, given: Tensor, ids: list[int], weights: list[float]) -> Tensor:
+    """What each of the experts adds for one token `(hidden,)`: `(experts asked, hidden)`."""
+    topk_ids = torch.tensor(ids, device=given.device)[:, None]  # (experts asked, 1)
+    topk_weights = torch.tensor(weights, device=given.device)[:, None]
+    return moe.experts(given.expand(len(ids), -1), topk_ids, topk_weights)

@@ -1,0 +1,223 @@
+"""A text token by token, as it is read and made: what each token took, and what may follow it."""
+
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor
+
+from moescope.engine.engine import Engine, FinishReason
+from moescope.engine.sampling import SamplingParams
+from moescope.model.decoder import CausalLM
+from moescope.scope.recording import (
+    TOKENS_AT_ONCE,
+    TraceRecorder,
+    chosen,
+    parameters_used,
+    shared_share,
+)
+from moescope.scope.trace import Candidate
+from moescope.tokenizer import Tokenizer
+
+CANDIDATES = 10
+
+
+@dataclass(frozen=True)
+class LayerStep:
+    """What one mixture-of-experts layer did with one token.
+
+    Attributes:
+        topk_ids: the chosen experts, the heaviest first.
+        topk_weights: what each one's output was multiplied by.
+        shared_share: length of the shared experts' output over the sum of the lengths of theirs
+            and the routed experts'; 0 without shared experts.
+    """
+
+    topk_ids: list[int]
+    topk_weights: list[float]
+    shared_share: float
+
+
+@dataclass(frozen=True)
+class TokenStep:
+    """One token of a text and what it took.
+
+    Attributes:
+        index: place in the text, from 0.
+        id: in the vocabulary.
+        text: its spelling; a piece of a character reads U+FFFD.
+        bytes: its UTF-8 bytes.
+        in_prompt: whether it was given, not made.
+        special: whether it steers rather than spells.
+        logprob: natural logarithm of the probability that the model gave it; None for the first.
+        parameters_used: weights that worked on it.
+        layers: per layer; None where the layer is dense.
+        lens: the likeliest next token read off after each layer ("logit lens").
+        candidates: what the model says comes after this token, likeliest first.
+    """
+
+    index: int
+    id: int
+    text: str
+    bytes: list[int]
+    in_prompt: bool
+    special: bool
+    logprob: float | None
+    parameters_used: int
+    layers: list[LayerStep | None]
+    lens: list[Candidate]
+    candidates: list[Candidate]
+
+
+@dataclass(frozen=True)
+class End:
+    """How a text ended.
+
+    Attributes:
+        finish_reason: "stop" at an end token, "length" at `max_tokens` or the context's end.
+        prompt_tokens, new_tokens: how many there are.
+        seconds: that reading and making the new tokens took, without describing them.
+    """
+
+    finish_reason: FinishReason
+    prompt_tokens: int
+    new_tokens: int
+    seconds: float
+
+
+@torch.inference_mode()
+def stream(
+    engine: Engine, prompt_ids: Sequence[int], params: SamplingParams
+) -> Iterator[TokenStep | End]:
+    """Continue `prompt_ids` as `Engine.repeat` does; yield every token once it has been read.
+
+    The prompt's tokens come first, then each that is made, then the end. A made token is known
+    before it is read, but what the layers do with it is not: so one more token is asked for than
+    `params.max_tokens`, which has the last one read, and is dropped.
+    """
+    recorder = TraceRecorder()
+    describe = Describer(engine.model, engine.tokenizer, len(prompt_ids))
+    asked = replace(params, max_tokens=params.max_tokens + 1)
+    made = engine.repeat([prompt_ids], asked, recorder)
+    unread, new_tokens, seconds = list(prompt_ids), 0, 0.0
+    reason: FinishReason = "length"
+    while True:
+        start = time.perf_counter()
+        token = next(made)
+        seconds += time.perf_counter() - start if new_tokens else 0.0
+        yield from describe(recorder, unread)
+        if new_tokens == params.max_tokens or token.finish_reason == "length":
+            break
+        unread, new_tokens = [token.id], new_tokens + 1
+        if token.finish_reason == "stop":
+            reason = "stop"
+            yield from describe.unread(token.id)
+            break
+    yield End(reason, len(prompt_ids), new_tokens, seconds)
+
+
+@torch.inference_mode()
+def read(engine: Engine, ids: Sequence[int]) -> list[TokenStep]:
+    """Describe all tokens of a text at once, as `stream` yields those of a prompt."""
+    recorder = TraceRecorder()
+    engine.model(torch.tensor([list(ids)], device=engine.device), recorder=recorder)
+    return Describer(engine.model, engine.tokenizer, len(ids))(recorder, ids)
+
+
+class Describer:
+    """Turns what a recorder saw of the next tokens of a text into steps, in order."""
+
+    def __init__(self, model: CausalLM, tokenizer: Tokenizer, prompt_tokens: int) -> None:
+        self.model, self.tokenizer, self.prompt_tokens = model, tokenizer, prompt_tokens
+        self._ids: list[int] = []
+        self._last = torch.empty(0)  # (1, vocab) log probabilities after the last token so far
+
+    def __call__(self, recorder: TraceRecorder, ids: Sequence[int]) -> list[TokenStep]:
+        """Describe the `ids` that the recorder has just seen."""
+        used = parameters_used(self.model, recorder.routings, len(ids)).tolist()
+        layers = [_layer_steps(recorder, layer_idx) for layer_idx in recorder.hidden_states]
+        steps: list[TokenStep] = []
+        for start in range(0, len(ids), TOKENS_AT_ONCE):
+            part = slice(start, start + TOKENS_AT_ONCE)
+            streams = [states[part] for states in recorder.hidden_states.values()]
+            logprobs, candidates = self._predictions(streams[-1], ids[part])
+            lenses = zip(*map(self._likeliest, streams), strict=True)  # a token: over the layers
+            known = zip(ids[part], logprobs, candidates, lenses, strict=True)
+            for offset, (token_id, logprob, guesses, lens) in enumerate(known, start):
+                index = len(self._ids)
+                self._ids.append(token_id)
+                steps.append(
+                    TokenStep(
+                        index=index,
+                        id=token_id,
+                        text=spell(self.tokenizer, token_id),
+                        bytes=list(self.tokenizer.token_bytes(token_id)),
+                        in_prompt=index < self.prompt_tokens,
+                        special=token_id in self.tokenizer.special_ids,
+                        logprob=logprob,
+                        parameters_used=used[offset],
+                        layers=[None if layer is None else layer[offset] for layer in layers],
+                        lens=list(lens),
+                        candidates=guesses,
+                    )
+                )
+        return steps
+
+    def unread(self, token_id: int) -> list[TokenStep]:
+        """Read one more token, with the whole text before it, and describe it."""
+        ids = [*self._ids, token_id]
+        whole = Describer(self.model, self.tokenizer, self.prompt_tokens)
+        recorder = TraceRecorder()
+        self.model(torch.tensor([ids], device=self.model.lm_head.weight.device), recorder=recorder)
+        return whole(recorder, ids)[-1:]
+
+    def _predictions(
+        self, hidden_states: Tensor, ids: Sequence[int]
+    ) -> tuple[list[float | None], list[list[Candidate]]]:
+        """How likely each of `ids` was before it came, and the guesses at what follows it.
+
+        `hidden_states` is the residual stream after the last layer, `(tokens, hidden)`.
+        """
+        after = self._logits(hidden_states).log_softmax(dim=-1)  # (tokens, vocab)
+        before = torch.cat([self._last, after[:-1]]) if self._ids else after[:-1]
+        self._last = after[-1:]
+        came = torch.tensor(ids[len(ids) - len(before) :], dtype=torch.int64, device=after.device)
+        logprobs = before.gather(1, came[:, None])[:, 0].tolist()
+        best = after.topk(min(CANDIDATES, after.shape[-1]), dim=-1)
+        candidates = [
+            [
+                Candidate(token_id, spell(self.tokenizer, token_id), probability)
+                for token_id, probability in zip(row_ids, probabilities, strict=True)
+            ]
+            for row_ids, probabilities in zip(
+                best.indices.tolist(), best.values.exp().tolist(), strict=True
+            )
+        ]
+        return [*[None] * (len(ids) - len(before)), *logprobs], candidates
+
+    def _likeliest(self, hidden_states: Tensor) -> list[Candidate]:
+        """The likeliest next token read off each of `(tokens, hidden)`."""
+        logits = self._logits(hidden_states)  # (tokens, vocab)
+        best = logits.max(dim=-1)
+        probabilities = (best.values - logits.logsumexp(dim=-1)).exp().tolist()
+        return [
+            Candidate(token_id, spell(self.tokenizer, token_id), probability)
+            for token_id, probability in zip(best.indices.tolist(), probabilities, strict=True)
+        ]
+
+    def _logits(self, hidden_states: Tensor) -> Tensor:
+        return self.model.logits(self.model.model.norm(hidden_states))
+
+
+def spell(tokenizer: Tokenizer, token_id: int) -> str:
+    """The text of one token; a piece of a character reads U+FFFD."""
+    return tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def _layer_steps(recorder: TraceRecorder, layer_idx: int) -> list[LayerStep] | None:
+    if layer_idx not in recorder.routings:
+        return None
+    topk_ids, topk_weights = chosen(recorder.routings[layer_idx])
+    shares = shared_share(*recorder.outputs[layer_idx])
+    return [LayerStep(*step) for step in zip(topk_ids, topk_weights, shares, strict=True)]
