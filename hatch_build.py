@@ -16,6 +16,8 @@ class BuildHook(BuildHookInterface):
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         root = Path(self.root)
         for script, function in STEPS.items():
+            if not (root / script).exists():
+                continue
             spec = importlib.util.spec_from_file_location(function, root / script)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)

