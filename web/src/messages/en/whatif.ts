@@ -1,4 +1,18 @@
 export default {
   title: 'What if an expert were missing?',
   sentence: 'Switch experts off, or force one, and read both continuations.',
+  offer: 'Busiest on your text; press to switch off:',
+  switchOff: 'Switch off expert {expert} of layer {layer}',
+  changed: 'Changed:',
+  off: 'off',
+  forced: 'forced',
+  undo: 'Undo the change of expert {expert} of layer {layer}',
+  write: 'Write both',
+  running: 'Writing …',
+  length: 'Tokens to write',
+  nothing: 'Nothing is changed yet, so both are the same. Switch an expert off above.',
+  parts: 'They part at new token {n}.',
+  same: 'The text stays the same; only the probabilities move.',
+  at: 'What came after “{text}”',
+  apart: 'After they part, the two read different texts; pick a token before that to compare.',
 };
