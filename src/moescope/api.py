@@ -12,8 +12,10 @@ from moescope.catalog import BOX
 from moescope.checkpoint import load_model, save_weights
 from moescope.config import ModelConfig
 from moescope.engine.engine import Engine, Generation, Token
+from moescope.engine.native import PackedLinear, Packer
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
+from moescope.machine import memory
 from moescope.model.decoder import CausalLM
 from moescope.model.steering import Steering, steered
 from moescope.scope.recording import record
@@ -21,26 +23,56 @@ from moescope.scope.trace import Trace
 from moescope.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+BACKENDS = ("torch", "cpu")
 PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 """What is fetched of a model on the Hub: nothing that could be executed."""
 
 
-def load(name_or_path: str | Path, *, dtype: str | None = None) -> "Model":
+def load(
+    name_or_path: str | Path,
+    *,
+    dtype: str | None = None,
+    backend: str | None = None,
+    quantize: str | None = None,
+) -> "Model":
     """Open a model.
 
     Args:
         name_or_path: `tiny` (the model in the box), a folder with `config.json`, safetensors and
             `tokenizer.json`, or a Hub name such as `deepseek-ai/DeepSeek-V2-Lite`.
         dtype: `float32` or `bfloat16`; None takes that of the file's norms.
+        backend: `torch` computes with PyTorch, `cpu` with the native kernels, whose weights are
+            rounded and whose activations are float32. None means `cpu` if `quantize` is given,
+            else `torch`.
+        quantize: `int8` or `int4`, for the backend `cpu`; None means `int8` there.
 
     Raises:
-        UserError: there is no such model, or it is damaged or of a kind moescope does not know.
+        UserError: there is no such model, it is damaged, does not fit into memory or is of a kind
+            moescope does not know, or backend and `quantize` do not go together.
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
+    packer = packer_for(backend, quantize)
     folder = locate(name_or_path)
-    model = load_model(folder, dtype=DTYPES[dtype] if dtype else None)
+    if packer is not None:
+        packer.refuse_if_too_large(ModelConfig.from_file(folder / "config.json"), memory()[1])
+    model = load_model(folder, dtype=DTYPES[dtype] if dtype else None, packer=packer)
     return Model(str(name_or_path), model, Tokenizer.load(folder))
+
+
+def packer_for(backend: str | None, quantize: str | None) -> Packer | None:
+    """Return what packs the weights for the native kernels; None for PyTorch.
+
+    Raises:
+        UserError: there is no such backend or format, or the two do not go together.
+    """
+    if backend not in (None, *BACKENDS):
+        raise UserError(f"backend is {backend!r}; choose from {', '.join(BACKENDS)}")
+    if backend == "torch" and quantize is not None:
+        raise UserError(f'quantize is {quantize!r}, but backend "torch" rounds nothing; use "cpu"')
+    if backend != "cpu" and quantize is None:
+        return None
+    return Packer(quantize or "int8")
 
 
 def locate(name_or_path: str | Path) -> Path:
@@ -177,8 +209,14 @@ class Model:
         """Write what `transformers.AutoModelForCausalLM.from_pretrained` opens.
 
         Raises:
-            UserError: the folder cannot be written, the disk is full, or the model is steered.
+            UserError: the folder cannot be written, the disk is full, or the model is steered
+                or packed.
         """
+        if isinstance(self.network.lm_head, PackedLinear):
+            raise UserError(
+                "a packed model holds rounded weights only; open it without backend and quantize "
+                "to save it"
+            )
         if not self.steering.changes_nothing:
             raise UserError("a checkpoint cannot hold steering; save the model before `steer`")
         folder = Path(folder)

@@ -5,9 +5,9 @@ matrices by themselves, and multi-token-prediction depths as layers behind the l
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -69,8 +69,24 @@ def save_weights(
     model.config.save(folder / "config.json")
 
 
+class WeightPacker(Protocol):
+    """Takes matrices from files into a form of its own, one after another."""
+
+    def wants(self, model: CausalLM) -> set[str]:
+        """Return the names of the weights that it reads itself, or that no one needs."""
+        ...
+
+    def pack(self, model: CausalLM, read: Callable[[str], Tensor]) -> None:
+        """Read those weights by name and replace the modules that they belong to."""
+        ...
+
+
 def load_model(
-    folder: Path, *, dtype: torch.dtype | None = None, device: str | torch.device = "cpu"
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    device: str | torch.device = "cpu",
+    packer: WeightPacker | None = None,
 ) -> CausalLM:
     """Open the model in `folder`: files are memory-mapped and read tensor by tensor.
 
@@ -81,6 +97,7 @@ def load_model(
         folder: holds `config.json` and safetensors.
         dtype: type that the network computes in; None takes that of the file's final norm.
         device: where the weights go.
+        packer: takes the matrices it wants; at no time are all of them in memory unpacked.
 
     Raises:
         UserError: there is no config or no safetensors, a file is damaged, or a tensor is
@@ -94,18 +111,26 @@ def load_model(
     with torch.device("meta"):
         model = CausalLM(config)
     dtype = dtype or files.dtype("model.norm.weight")
-    weights: dict[str, Tensor] = {}
-    for name, slot in model.state_dict().items():
-        if name == "lm_head.weight" and config.tie_word_embeddings:
-            continue
+    shapes = {name: slot.shape for name, slot in model.state_dict().items()}
+    packed: set[str] = set() if packer is None else packer.wants(model)
+
+    def read(name: str) -> Tensor:
         wanted = torch.float32 if name.endswith(CORRECTION_BIAS) else dtype
-        weights[name] = _assemble(files, name, slot.shape, wanted, config).to(device)
-    files.refuse_unread(config)
+        return _assemble(files, name, shapes[name], wanted, config).to(device)
+
+    weights = {
+        name: read(name)
+        for name in shapes
+        if name not in packed and not (name == "lm_head.weight" and config.tie_word_embeddings)
+    }
     model.load_state_dict(weights, strict=False, assign=True)
     model.lm_head.weight = (
         model.model.embed_tokens.weight if config.tie_word_embeddings else model.lm_head.weight
     )
     _make_fixed_buffers(model, device)
+    if packer is not None:
+        packer.pack(model, read)
+    files.refuse_unread(config)
     return model.eval()
 
 

@@ -1,7 +1,6 @@
 """The network: embed -> layers -> norm -> logits."""
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moescope.config import ModelConfig
@@ -73,7 +72,7 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Map normed `(..., hidden)` to next-token logits `(..., vocab)`, float32."""
-        return F.linear(hidden_states, self.lm_head.weight).float()
+        return self.lm_head(hidden_states).float()
 
 
 @torch.no_grad()

@@ -1,0 +1,117 @@
+"""Builds the native CPU kernels into `src/moescope/kernels/`: `python csrc/build.py`.
+
+Calls the C++ compiler itself: eleven small files do not need a build system, and so a build needs
+nothing but a compiler and nanobind. Each instruction set has its own object file, compiled with
+its own flags; which one runs is decided when the extension is loaded.
+"""
+
+import os
+import platform
+import shlex
+import shutil
+import subprocess
+import sys
+import sysconfig
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+NAME = "_native"
+COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
+SOURCES = ["module", "pool", "memory", "isa", "weights", "linear", "feed_forward", "attention"]
+X86_KERNELS = {
+    "kernels_avx2": ["-mavx2", "-mfma"],
+    "kernels_avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],
+    "kernels_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
+}
+"""Kernel files of x86 and what they are compiled with; everything else is for any processor."""
+
+
+def build_native(root: Path) -> Path | None:
+    """Compile the extension of the project at `root` and return its path.
+
+    Returns None, after printing why in a sentence, where there is no C++ compiler or it fails:
+    moescope then runs on PyTorch alone. `CXX` names another compiler, `CXXFLAGS` are added.
+    """
+    compiler = shlex.split(os.environ.get("CXX", "")) or _find_compiler()
+    if not compiler:
+        print(
+            "moescope: no C++ compiler was found, so the native CPU kernels are left out and "
+            "PyTorch computes instead, several times slower (install g++ or clang++ and then "
+            "moescope again)"
+        )
+        return None
+    csrc, build = root / "csrc", root / "build" / "native"
+    build.mkdir(parents=True, exist_ok=True)
+    target = root / "src" / "moescope" / "kernels" / (NAME + sysconfig.get_config_var("EXT_SUFFIX"))
+    try:
+        _compile(compiler, csrc, build, target)
+    except (subprocess.CalledProcessError, OSError) as error:
+        details = (getattr(error, "stderr", None) or str(error)).strip()
+        print(
+            f"moescope: {compiler[0]} could not build the native CPU kernels, so PyTorch computes "
+            f"instead, several times slower; it said:\n{details}"
+        )
+        return None
+    return target
+
+
+def _find_compiler() -> list[str]:
+    found = next(filter(None, map(shutil.which, ("g++", "clang++", "c++"))), None)
+    return [found] if found else []
+
+
+def _compile(compiler: list[str], csrc: Path, build: Path, target: Path) -> None:
+    """Compile what changed, then link into `target` in one step, so that it is whole or absent."""
+    import nanobind
+
+    nanobind_dir = Path(nanobind.__file__).parent
+    flags = [*COMMON, *shlex.split(os.environ.get("CXXFLAGS", "")), f"-I{csrc}"]
+    # Not `-I`: warnings in others' headers are not ours to mend.
+    binding = [
+        f"-isystem{sysconfig.get_path('include')}",
+        f"-isystem{nanobind_dir / 'include'}",
+        f"-isystem{nanobind_dir / 'ext' / 'robin_map' / 'include'}",
+        "-DNB_COMPACT_ASSERTIONS",
+        "-fno-strict-aliasing",
+    ]
+    kernels = {"kernels_portable": []}
+    if platform.machine().lower() in ("x86_64", "amd64"):
+        kernels |= X86_KERNELS
+        flags.append("-DMOESCOPE_X86")
+    units = {csrc / f"{name}.cpp": flags + binding * (name == "module") for name in SOURCES}
+    units |= {csrc / f"{name}.cpp": flags + extra for name, extra in kernels.items()}
+    units[nanobind_dir / "src" / "nb_combined.cpp"] = flags + binding + ["-w"]
+
+    objects = {source: build / f"{source.stem}.o" for source in units}
+    headers = [Path(__file__), *csrc.glob("*.h")]
+
+    def compile_unit(source: Path) -> None:
+        command = [*compiler, *units[source], "-c", str(source), "-o", str(objects[source])]
+        stamp = objects[source].with_suffix(".command")
+        parts = [source] if source.stem == "nb_combined" else [source, *headers]
+        newest = max(part.stat().st_mtime for part in parts)
+        if (
+            objects[source].exists()
+            and objects[source].stat().st_mtime >= newest
+            and stamp.exists()
+            and stamp.read_text() == shlex.join(command)
+        ):
+            return
+        stamp.unlink(missing_ok=True)
+        subprocess.run(command, check=True, capture_output=True, text=True)
+        stamp.write_text(shlex.join(command))
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(compile_unit, units))
+    partial = target.with_name(f".{target.name}.partial")
+    link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--gc-sections"]
+    command = [*compiler, *flags, "-shared", *map(str, objects.values()), *link, "-pthread"]
+    subprocess.run([*command, "-o", str(partial)], check=True, capture_output=True, text=True)
+    partial.replace(target)
+
+
+if __name__ == "__main__":
+    built = build_native(Path(__file__).resolve().parent.parent)
+    if built is None:
+        sys.exit(1)
+    print(built)

@@ -1,0 +1,150 @@
+#include <algorithm>
+#include <stdexcept>
+
+#include "ops.h"
+#include "pool.h"
+
+namespace moescope {
+namespace {
+
+// One expert's part of the work: the tokens that visit it, one row each.
+struct Visit {
+  const Experts* experts;
+  int64_t matrix;
+  int64_t first_row;  // in the intermediate activations
+  int64_t rows;
+};
+
+struct Scratch {
+  QuantizedRows inputs, routed, shared;
+  std::vector<int32_t> token_of_row;
+  std::vector<float> weight_of_row;
+  std::vector<int64_t> edges;
+  std::vector<Visit> visits;
+};
+
+void check(const Experts& experts, const Weights& like) {
+  const Weights &gate = *experts.gate, &up = *experts.up, &down = *experts.down;
+  if (gate.columns() != like.columns() || up.columns() != gate.columns() ||
+      up.outputs() != gate.outputs() || down.columns() != gate.outputs() ||
+      down.outputs() != gate.columns() || up.matrices() != gate.matrices() ||
+      down.matrices() != gate.matrices() || gate.group() != like.group() ||
+      up.group() != gate.group() || down.group() != gate.group())
+    throw std::invalid_argument("gate, up and down projections do not fit together");
+}
+
+}  // namespace
+
+FeedForward::FeedForward(Experts routed, Experts shared)
+    : routed_(std::move(routed)), shared_(std::move(shared)) {
+  if (!routed_.gate && !shared_.gate) throw std::invalid_argument("there are no experts");
+  if (routed_.gate) check(routed_, any());
+  if (shared_.gate) check(shared_, any());
+}
+
+void FeedForward::forward(const float* x, int64_t tokens, const int64_t* topk_ids,
+                          const float* topk_weights, int64_t slots, float* out) const {
+  static thread_local Scratch caller_scratch;
+  Scratch& scratch = caller_scratch;  // the caller's, seen by all threads
+  const int64_t hidden = any().columns(), experts = routed_experts();
+
+  // Dispatch: sort the slots by expert; the shared experts' rows, one a token, come behind.
+  std::vector<int64_t>& edges = scratch.edges;
+  edges.assign(experts + 1, 0);
+  for (int64_t slot = 0; slot < tokens * slots; ++slot) {
+    if (topk_ids[slot] >= experts) throw std::invalid_argument("there is no such expert");
+    if (topk_ids[slot] >= 0) ++edges[topk_ids[slot] + 1];
+  }
+  for (int64_t e = 0; e < experts; ++e) edges[e + 1] += edges[e];
+  const int64_t routed_rows = edges[experts], shared_rows = shared_.gate ? tokens : 0;
+  scratch.token_of_row.resize(routed_rows + shared_rows);
+  scratch.weight_of_row.resize(routed_rows + shared_rows);
+  scratch.visits.clear();
+  if (shared_.gate) scratch.visits.push_back({&shared_, 0, routed_rows, tokens});
+  int64_t bytes = 0;
+  for (int64_t e = 0; e < experts; ++e)
+    if (edges[e] < edges[e + 1])
+      scratch.visits.push_back({&routed_, e, edges[e], edges[e + 1] - edges[e]});
+  for (int64_t slot = 0; slot < tokens * slots; ++slot) {
+    if (topk_ids[slot] < 0) continue;
+    const int64_t row = edges[topk_ids[slot]]++;
+    scratch.token_of_row[row] = static_cast<int32_t>(slot / slots);
+    scratch.weight_of_row[row] = topk_weights[slot];
+  }
+  for (int64_t token = 0; token < shared_rows; ++token) {
+    scratch.token_of_row[routed_rows + token] = static_cast<int32_t>(token);
+    scratch.weight_of_row[routed_rows + token] = 1;
+  }
+
+  // Round the inputs once for all experts.
+  scratch.inputs.resize(any(), tokens);
+  const auto quantize = [&](int64_t token) {
+    scratch.inputs.set(token, 0, x + token * hidden, hidden, any().padded_columns());
+  };
+  if (tokens < threads() * 4)
+    for (int64_t token = 0; token < tokens; ++token) quantize(token);
+  else
+    parallel(tokens, quantize);
+  const Activations inputs = scratch.inputs.view();
+
+  // silu(gate) * up, tile by tile of every visit, rounded where it stands.
+  if (routed_.gate) scratch.routed.resize(*routed_.down, routed_rows);
+  if (shared_.gate) scratch.shared.resize(*shared_.down, shared_rows);
+  std::vector<int64_t> first_task(scratch.visits.size() + 1, 0);
+  for (size_t v = 0; v < scratch.visits.size(); ++v) {
+    const Experts& of = *scratch.visits[v].experts;
+    first_task[v + 1] = first_task[v] + of.gate->tiles();
+    bytes += of.gate->matrix_bytes() + of.up->matrix_bytes() + of.down->matrix_bytes();
+  }
+  parallel(first_task.back(), [&](int64_t task) {
+    const size_t v =
+        std::upper_bound(first_task.begin(), first_task.end(), task) - first_task.begin() - 1;
+    const Visit& visit = scratch.visits[v];
+    const Experts& of = *visit.experts;
+    const int64_t tile = task - first_task[v], start = tile * kTile;
+    const int64_t width = std::min<int64_t>(kTile, of.gate->outputs() - start);
+    const int64_t padded = std::min<int64_t>(kTile, of.down->padded_columns() - start);
+    const bool is_shared = visit.experts == &shared_;
+    QuantizedRows& activated = is_shared ? scratch.shared : scratch.routed;
+    alignas(64) float gate[kRowBlock * kTile], up[kRowBlock * kTile];
+    for (int64_t first = 0; first < visit.rows; first += kRowBlock) {
+      const int count = static_cast<int>(std::min<int64_t>(kRowBlock, visit.rows - first));
+      const int32_t* rows = scratch.token_of_row.data() + visit.first_row + first;
+      of.gate->multiply(visit.matrix, tile, inputs, rows, count, gate);
+      of.up->multiply(visit.matrix, tile, inputs, rows, count, up);
+      for (int r = 0; r < count; ++r) {
+        kernels().swiglu(gate + r * kTile, up + r * kTile, width);
+        const int64_t row = (is_shared ? 0 : visit.first_row) + first + r;
+        activated.set(row, start, gate + r * kTile, width, padded);
+      }
+    }
+  });
+
+  // Down projections and the weighted sum: a task owns some outputs of all tokens.
+  const Activations routed = scratch.routed.view(), shared = scratch.shared.view();
+  const int64_t out_tiles = (hidden + kTile - 1) / kTile;
+  parallel(out_tiles, [&](int64_t tile) {
+    const int64_t start = tile * kTile, width = std::min<int64_t>(kTile, hidden - start);
+    for (int64_t token = 0; token < tokens; ++token)
+      std::fill_n(out + token * hidden + start, width, 0.0f);
+    alignas(64) float product[kRowBlock * kTile];
+    for (const Visit& visit : scratch.visits) {
+      const bool is_shared = visit.experts == &shared_;
+      for (int64_t first = 0; first < visit.rows; first += kRowBlock) {
+        const int count = static_cast<int>(std::min<int64_t>(kRowBlock, visit.rows - first));
+        const int64_t base = visit.first_row + first;
+        int32_t rows[kRowBlock];
+        for (int r = 0; r < count; ++r)
+          rows[r] = static_cast<int32_t>((is_shared ? first : base) + r);
+        visit.experts->down->multiply(visit.matrix, tile, is_shared ? shared : routed, rows, count,
+                                      product);
+        for (int r = 0; r < count; ++r)
+          kernels().axpy(scratch.weight_of_row[base + r], product + r * kTile,
+                         out + scratch.token_of_row[base + r] * hidden + start, width);
+      }
+    }
+  });
+  count_weight_bytes(bytes);
+}
+
+}  // namespace moescope

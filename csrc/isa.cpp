@@ -1,0 +1,52 @@
+#include "isa.h"
+
+#include <atomic>
+#include <cstdlib>
+#include <stdexcept>
+
+namespace moescope {
+namespace {
+
+std::atomic<const Kernels*> current{nullptr};
+
+}  // namespace
+
+std::vector<const Kernels*> available_kernels() {
+  std::vector<const Kernels*> found;
+#ifdef MOESCOPE_X86
+  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
+  if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
+      __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
+      __builtin_cpu_supports("avx512vnni"))
+    found.push_back(&avx512_kernels);
+  if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&avxvnni_kernels);
+  if (avx2) found.push_back(&avx2_kernels);
+#endif
+  found.push_back(&portable_kernels);
+  return found;
+}
+
+void use_kernels(const std::string& name) {
+  std::string names;
+  for (const Kernels* set : available_kernels()) {
+    if (name == set->name) {
+      current.store(set);
+      return;
+    }
+    names += (names.empty() ? "" : ", ") + std::string(set->name);
+  }
+  throw std::invalid_argument("MOESCOPE_ISA is '" + name + "'; this processor runs " + names);
+}
+
+const Kernels& kernels() {
+  const Kernels* chosen = current.load(std::memory_order_relaxed);
+  if (chosen != nullptr) return *chosen;
+  const char* wanted = std::getenv("MOESCOPE_ISA");
+  if (wanted != nullptr && *wanted != 0)
+    use_kernels(wanted);
+  else
+    current.store(available_kernels().front());
+  return *current.load();
+}
+
+}  // namespace moescope

@@ -1,0 +1,85 @@
+// What every instruction set provides: the innermost loops, behind one table of functions.
+//
+// The files that implement it (kernels_*.cpp) are compiled with flags of their own and must not
+// use inline functions of the standard library: the linker keeps one copy of those for all files,
+// and it could be one that this processor cannot run.
+#pragma once
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace moescope {
+
+constexpr int kPanel = 16;               // outputs whose weights are interleaved
+constexpr int kPanels = 4;               // panels in a tile
+constexpr int kTile = kPanel * kPanels;  // outputs that one call computes
+constexpr int kChunk = 32;               // columns are padded to a multiple of this
+constexpr int kRowBlock = 96;            // rows at a time, so that their results stay in the cache
+
+constexpr int kInt8Zero = 128;  // int8 weights are stored plus this, as unsigned bytes
+constexpr int kInt4Zero = 8;    // int4 weights are stored plus this, as nibbles
+
+// Rows of activations in int8, symmetric, with one scale a group of columns. `offsets` holds
+// `-zero * sum` of each group's integers: where the dot products start, so that they end as if the
+// weights had been stored without their zero point.
+struct Activations {
+  const int8_t* values;    // (rows, columns)
+  const float* scales;     // (rows, groups)
+  const int32_t* offsets;  // (rows, groups)
+  int64_t columns;         // padded
+  int64_t group;           // columns that share a scale
+  int64_t groups;
+};
+
+// The weights of one tile: `panels` panels of 16 outputs over all columns. Layout by format:
+//   int8: [columns / 4][panels][16 outputs][4 columns] bytes; `row_scales` (panels * 16).
+//   int4: for each 32 columns, [4][panels][16 outputs][4 columns] bytes, whose low nibbles are the
+//         first 16 columns and whose high nibbles the others; then [panels][16] scales in bf16.
+struct Tile {
+  const uint8_t* weights;
+  const float* row_scales;
+  int panels;
+};
+
+struct Kernels {
+  const char* name;
+  // Round one row `x` (columns) to int8; padding becomes zero.
+  void (*quantize)(const float* x, int64_t columns, int64_t padded, int64_t group, int zero,
+                   int8_t* values, float* scales, int32_t* offsets);
+  // out (count, kTile) = activations[rows] times the tile's weights; `rows` null means 0, 1, 2 ...
+  void (*multiply_int8)(const Tile&, const Activations&, const int32_t* rows, int count,
+                        float* out);
+  void (*multiply_int4)(const Tile&, const Activations&, const int32_t* rows, int count,
+                        float* out);
+  // gate = silu(gate) * up
+  void (*swiglu)(float* gate, const float* up, int64_t n);
+  // y += a * x
+  void (*axpy)(float a, const float* x, float* y, int64_t n);
+  // out[i * heads + h] = dot(x_i, q_h) for 4 heads and `count` rows of `width`, `stride` apart
+  void (*dots)(const float* x, int64_t stride, int64_t count, const float* q, int64_t q_stride,
+               int64_t width, float* out, int64_t out_stride);
+  // mix_h += sum_i p[h * p_stride + i] * x_i for 4 heads
+  void (*mix)(const float* x, int64_t stride, int64_t count, const float* p, int64_t p_stride,
+              int64_t width, float* mixed, int64_t mixed_stride);
+  // x = softmax(scale * x)
+  void (*softmax)(float* x, float scale, int64_t n);
+  // out = x / sqrt(mean(x^2) + eps) * weight
+  void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
+};
+
+extern const Kernels portable_kernels;
+#ifdef MOESCOPE_X86
+extern const Kernels avx2_kernels, avxvnni_kernels, avx512_kernels;
+#endif
+
+// The sets that this processor runs, the best first.
+std::vector<const Kernels*> available_kernels();
+
+// The set in use: the best one, or the one that MOESCOPE_ISA or `use_kernels` names. Throws
+// std::invalid_argument where that name is unknown or the processor lacks it.
+const Kernels& kernels();
+void use_kernels(const std::string& name);
+
+constexpr int kHeads = 4;  // heads that `dots` and `mix` take at once
+
+}  // namespace moescope

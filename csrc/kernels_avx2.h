@@ -1,0 +1,280 @@
+// AVX2, with or without VNNI: included by kernels_avx2.cpp and kernels_avxvnni.cpp, whose compiler
+// flags make the difference.
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#include "isa.h"
+
+namespace moescope {
+namespace {
+
+constexpr int kRows = 4;
+constexpr int64_t kColumnBlock = 256;  // columns of a tile that stay in the first-level cache
+
+inline __m256i load(const void* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+
+inline __m256i broadcast(const int8_t* x) {
+  int32_t four;
+  memcpy(&four, x, sizeof four);
+  return _mm256_set1_epi32(four);
+}
+
+inline float sum_of(__m256 v) {
+  const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
+  const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
+  return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
+}
+
+// The sums start at the activations' offsets where weights are taken as they are stored, and at
+// zero where the zero point is taken off them first.
+#ifdef __AVXVNNI__
+constexpr bool kInt8AsStored = true;
+inline __m256i dot_int8(__m256i sums, __m256i weights, __m256i x) {
+  return _mm256_dpbusd_avx_epi32(sums, weights, x);
+}
+inline __m256i dot_int4(__m256i sums, __m256i weights, __m256i x) {
+  return _mm256_dpbusd_avx_epi32(sums, weights, x);
+}
+#else
+constexpr bool kInt8AsStored = false;
+inline __m256i add_pairs(__m256i sums, __m256i pairs) {
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
+}
+// `maddubs` saturates for bytes above 127, so magnitudes are multiplied with signs moved across.
+inline __m256i dot_int8(__m256i sums, __m256i weights, __m256i x) {
+  const __m256i signed_weights = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
+  return add_pairs(sums, _mm256_maddubs_epi16(_mm256_abs_epi8(signed_weights),
+                                              _mm256_sign_epi8(x, signed_weights)));
+}
+inline __m256i dot_int4(__m256i sums, __m256i weights, __m256i x) {
+  return add_pairs(sums, _mm256_maddubs_epi16(weights, x));
+}
+#endif
+
+void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, int zero,
+              int8_t* values, float* scales, int32_t* offsets) {
+  const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
+  for (int64_t start = 0, g = 0; start < padded; start += group, ++g) {
+    const int64_t end = start + group < padded ? start + group : padded;
+    const int64_t filled = end < columns ? end : columns;
+    __m256 largest = _mm256_setzero_ps();
+    int64_t k = start;
+    for (; k + 8 <= filled; k += 8)
+      largest = _mm256_max_ps(largest, _mm256_and_ps(magnitude, _mm256_loadu_ps(x + k)));
+    float lanes[8], most = 0;
+    _mm256_storeu_ps(lanes, largest);
+    for (float lane : lanes) most = lane > most ? lane : most;
+    for (; k < filled; ++k) most = fabsf(x[k]) > most ? fabsf(x[k]) : most;
+    const float inverse = most > 0 ? 127 / most : 0;
+    int32_t sum = 0;
+    int32_t rounded[8];
+    for (k = start; k + 8 <= filled; k += 8) {
+      const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + k), _mm256_set1_ps(inverse));
+      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded), _mm256_cvtps_epi32(scaled));
+      for (int i = 0; i < 8; ++i) {
+        values[k + i] = static_cast<int8_t>(rounded[i]);
+        sum += rounded[i];
+      }
+    }
+    for (; k < end; ++k) {
+      const int value = k < filled ? _mm_cvtss_si32(_mm_set_ss(x[k] * inverse)) : 0;
+      values[k] = static_cast<int8_t>(value);
+      sum += value;
+    }
+    scales[g] = most / 127;
+    offsets[g] = -zero * sum;
+  }
+}
+
+// Adds M rows of one panel over the columns of groups [first, last) to `out`, or sets it there.
+template <int M>
+inline __attribute__((always_inline)) void add_int8(const uint8_t* panel, int64_t step,
+                                                    const Activations& a, const int64_t* row,
+                                                    int64_t first, int64_t last, bool fresh,
+                                                    float* out) {
+  __m256 sums[M][2];
+  for (int m = 0; m < M; ++m)
+    for (int p = 0; p < 2; ++p)
+      sums[m][p] = fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(out + m * kTile + p * 8);
+  for (int64_t g = first; g < last; ++g) {
+    __m256i dots[M][2];
+    for (int m = 0; m < M; ++m)
+      dots[m][0] = dots[m][1] =
+          _mm256_set1_epi32(kInt8AsStored ? a.offsets[row[m] * a.groups + g] : 0);
+    const int64_t end = (g + 1) * a.group < a.columns ? (g + 1) * a.group : a.columns;
+    for (int64_t k = g * a.group; k < end; k += 4) {
+      const uint8_t* w = panel + k / 4 * step;
+      const __m256i left = load(w), right = load(w + 32);
+      for (int m = 0; m < M; ++m) {
+        const __m256i x = broadcast(a.values + row[m] * a.columns + k);
+        dots[m][0] = dot_int8(dots[m][0], left, x);
+        dots[m][1] = dot_int8(dots[m][1], right, x);
+      }
+    }
+    for (int m = 0; m < M; ++m) {
+      const __m256 scale = _mm256_set1_ps(a.scales[row[m] * a.groups + g]);
+      for (int p = 0; p < 2; ++p)
+        sums[m][p] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dots[m][p]), sums[m][p]);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int p = 0; p < 2; ++p) _mm256_storeu_ps(out + m * kTile + p * 8, sums[m][p]);
+}
+
+template <int M>
+inline __attribute__((always_inline)) void add_int4(const uint8_t* panel, const uint8_t* scales,
+                                                    int64_t step, int64_t chunk,
+                                                    const Activations& a, const int64_t* row,
+                                                    int64_t first, int64_t last, bool fresh,
+                                                    float* out) {
+  const __m256i low = _mm256_set1_epi8(15);
+  __m256 sums[M][2];
+  for (int m = 0; m < M; ++m)
+    for (int p = 0; p < 2; ++p)
+      sums[m][p] = fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(out + m * kTile + p * 8);
+  for (int64_t g = first; g < last; ++g) {
+    __m256i dots[M][2];
+    for (int m = 0; m < M; ++m)
+      dots[m][0] = dots[m][1] = _mm256_set1_epi32(a.offsets[row[m] * a.groups + g]);
+    for (int s = 0; s < 4; ++s) {
+      for (int p = 0; p < 2; ++p) {
+        const __m256i both = load(panel + g * chunk + s * step + p * 32);
+        const __m256i first_half = _mm256_and_si256(both, low);
+        const __m256i second_half = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
+        for (int m = 0; m < M; ++m) {
+          const int8_t* values = a.values + row[m] * a.columns + g * kChunk + s * 4;
+          dots[m][p] = dot_int4(dots[m][p], first_half, broadcast(values));
+          dots[m][p] = dot_int4(dots[m][p], second_half, broadcast(values + 16));
+        }
+      }
+    }
+    for (int p = 0; p < 2; ++p) {
+      const __m128i bits =
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + g * chunk + p * 16));
+      const __m256 weight_scale =
+          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+      for (int m = 0; m < M; ++m) {
+        const __m256 scale =
+            _mm256_mul_ps(weight_scale, _mm256_set1_ps(a.scales[row[m] * a.groups + g]));
+        sums[m][p] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dots[m][p]), sums[m][p]);
+      }
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int p = 0; p < 2; ++p) _mm256_storeu_ps(out + m * kTile + p * 8, sums[m][p]);
+}
+
+template <bool Int4, int M>
+void add(const Tile& tile, int p, const Activations& a, const int64_t* row, int64_t first,
+         int64_t last, bool fresh, float* out) {
+  const int64_t step = tile.panels * 64;
+  const uint8_t* panel = tile.weights + p * 64;
+  if constexpr (Int4)
+    add_int4<M>(panel, tile.weights + 4 * step + p * 32, step, tile.panels * 288, a, row, first,
+                last, fresh, out);
+  else
+    add_int8<M>(panel, step, a, row, first, last, fresh, out);
+}
+
+template <bool Int4>
+void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int count, float* out) {
+  const int64_t step = count <= kRows ? a.groups : kColumnBlock / a.group;
+  for (int64_t first = 0; first < a.groups; first += step) {
+    const int64_t last = first + step < a.groups ? first + step : a.groups;
+    for (int start = 0; start < count; start += kRows) {
+      const int m = count - start < kRows ? count - start : kRows;
+      int64_t row[kRows];
+      for (int i = 0; i < m; ++i) row[i] = rows ? rows[start + i] : start + i;
+      for (int p = 0; p < tile.panels; ++p) {
+        float* to = out + start * kTile + p * kPanel;
+        switch (m) {
+          case 1: add<Int4, 1>(tile, p, a, row, first, last, first == 0, to); break;
+          case 2: add<Int4, 2>(tile, p, a, row, first, last, first == 0, to); break;
+          case 3: add<Int4, 3>(tile, p, a, row, first, last, first == 0, to); break;
+          default: add<Int4, 4>(tile, p, a, row, first, last, first == 0, to);
+        }
+      }
+    }
+  }
+  if constexpr (!Int4)
+    for (int r = 0; r < count; ++r)
+      for (int n = 0; n < tile.panels * kPanel; ++n) out[r * kTile + n] *= tile.row_scales[n];
+}
+
+void swiglu(float* gate, const float* up, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
+}
+
+void axpy(float a, const float* x, float* y, int64_t n) {
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8)
+    _mm256_storeu_ps(y + i, _mm256_fmadd_ps(_mm256_set1_ps(a), _mm256_loadu_ps(x + i),
+                                            _mm256_loadu_ps(y + i)));
+  for (; i < n; ++i) y[i] += a * x[i];
+}
+
+void dots(const float* x, int64_t stride, int64_t count, const float* q, int64_t q_stride,
+          int64_t width, float* out, int64_t out_stride) {
+  for (int64_t i = 0; i < count; ++i) {
+    const float* from = x + i * stride;
+    __m256 sums[kHeads] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(),
+                           _mm256_setzero_ps()};
+    int64_t k = 0;
+    for (; k + 8 <= width; k += 8) {
+      const __m256 a = _mm256_loadu_ps(from + k);
+      for (int h = 0; h < kHeads; ++h)
+        sums[h] = _mm256_fmadd_ps(a, _mm256_loadu_ps(q + h * q_stride + k), sums[h]);
+    }
+    for (int h = 0; h < kHeads; ++h) {
+      float sum = sum_of(sums[h]);
+      for (int64_t rest = k; rest < width; ++rest) sum += from[rest] * q[h * q_stride + rest];
+      out[h * out_stride + i] += sum;
+    }
+  }
+}
+
+void mix(const float* x, int64_t stride, int64_t count, const float* p, int64_t p_stride,
+         int64_t width, float* mixed, int64_t mixed_stride) {
+  int64_t k = 0;
+  for (; k + 8 <= width; k += 8) {
+    __m256 sums[kHeads];
+    for (int h = 0; h < kHeads; ++h) sums[h] = _mm256_loadu_ps(mixed + h * mixed_stride + k);
+    for (int64_t i = 0; i < count; ++i) {
+      const __m256 a = _mm256_loadu_ps(x + i * stride + k);
+      for (int h = 0; h < kHeads; ++h)
+        sums[h] = _mm256_fmadd_ps(_mm256_set1_ps(p[h * p_stride + i]), a, sums[h]);
+    }
+    for (int h = 0; h < kHeads; ++h) _mm256_storeu_ps(mixed + h * mixed_stride + k, sums[h]);
+  }
+  for (; k < width; ++k)
+    for (int h = 0; h < kHeads; ++h)
+      for (int64_t i = 0; i < count; ++i)
+        mixed[h * mixed_stride + k] += p[h * p_stride + i] * x[i * stride + k];
+}
+
+void softmax(float* x, float scale, int64_t n) {
+  float largest = x[0];
+  for (int64_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  float sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i] = expf(scale * (x[i] - largest));
+  for (int64_t i = 0; i < n; ++i) x[i] /= sum;
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) {
+  __m256 squares = _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256 v = _mm256_loadu_ps(x + i);
+    squares = _mm256_fmadd_ps(v, v, squares);
+  }
+  float sum = sum_of(squares);
+  for (; i < n; ++i) sum += x[i] * x[i];
+  const float factor = 1 / sqrtf(sum / static_cast<float>(n) + eps);
+  for (i = 0; i < n; ++i) out[i] = x[i] * factor * weight[i];
+}
+
+}  // namespace
+}  // namespace moescope

@@ -1,0 +1,337 @@
+// AVX-512 with VNNI: one `vpdpbusd` multiplies 4 columns of 16 outputs.
+#include <immintrin.h>
+#include <math.h>
+#include <string.h>
+
+#include "each.h"
+#include "isa.h"
+
+namespace moescope {
+namespace {
+
+constexpr int kRows = 6;                  // 6 x 4 sums, 4 weights and a broadcast fill the registers
+constexpr int64_t kColumnBlock = 256;     // columns of a tile that stay in the first-level cache
+constexpr int64_t kPrefetch = 2048;       // bytes ahead
+
+inline __m512i broadcast(const int8_t* x) {
+  int32_t four;
+  memcpy(&four, x, sizeof four);
+  return _mm512_set1_epi32(four);
+}
+
+// sums += weights * x, four products to a sum. As an intrinsic, GCC 12 copies every sum of a large
+// tile through the stack.
+MOESCOPE_INLINE inline void dot(__m512i& sums, __m512i weights, __m512i x) {
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(x));
+}
+
+void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, int zero,
+              int8_t* values, float* scales, int32_t* offsets) {
+  for (int64_t start = 0, g = 0; start < padded; start += group, ++g) {
+    const int64_t end = start + group < padded ? start + group : padded;
+    __m512 largest = _mm512_setzero_ps();
+    for (int64_t k = start; k < end && k < columns; k += 16) {
+      const int64_t left = columns - k;
+      const __mmask16 mask = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
+      largest = _mm512_max_ps(largest, _mm512_abs_ps(_mm512_maskz_loadu_ps(mask, x + k)));
+    }
+    const float most = _mm512_reduce_max_ps(largest);
+    const __m512 inverse = _mm512_set1_ps(most > 0 ? 127 / most : 0);
+    __m512i sum = _mm512_setzero_si512();
+    for (int64_t k = start; k < end; k += 16) {
+      const int64_t left = columns - k;
+      const __mmask16 mask =
+          left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1 << left) - 1);
+      const __m512i rounded =
+          _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + k), inverse));
+      sum = _mm512_add_epi32(sum, rounded);
+      _mm_storeu_si128(reinterpret_cast<__m128i*>(values + k), _mm512_cvtepi32_epi8(rounded));
+    }
+    scales[g] = most / 127;
+    offsets[g] = -zero * _mm512_reduce_add_epi32(sum);
+  }
+}
+
+// Where M rows x P panels of sums start: as if no zero point had been stored with the weights.
+template <int M, int P>
+MOESCOPE_INLINE inline void start(__m512i (&dots)[M][P], const Activations& a, const int64_t* row,
+                                  int64_t g) {
+  each<M>([&](auto m) MOESCOPE_INLINE {
+    const __m512i offset = _mm512_set1_epi32(a.offsets[row[m] * a.groups + g]);
+    each<P>([&](auto p) MOESCOPE_INLINE { dots[m][p] = offset; });
+  });
+}
+
+// Multiplies 4 columns of M rows and P panels.
+template <int M, int P>
+MOESCOPE_INLINE inline void multiply_step(__m512i (&dots)[M][P], const __m512i (&panel)[P],
+                                          const int8_t* const (&x)[M], int64_t k) {
+  each<M>([&](auto m) MOESCOPE_INLINE {
+    const __m512i four = broadcast(x[m] + k);
+    each<P>([&](auto p) MOESCOPE_INLINE {
+      dot(dots[m][p], panel[p], four);
+    });
+  });
+}
+
+// out += scale * dots
+MOESCOPE_INLINE inline void accumulate(__m512 scale, __m512i dots, float* out) {
+  _mm512_storeu_ps(out, _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(dots), _mm512_loadu_ps(out)));
+}
+
+// Adds M rows x P panels over the columns of groups [first, last) to `out`.
+template <int M, int P>
+MOESCOPE_INLINE inline void add_int8(const uint8_t* weights, const Activations& a,
+                                     const int64_t* row, int64_t first, int64_t last, float* out) {
+  for (int64_t g = first; g < last; ++g) {
+    __m512i dots[M][P];
+    start(dots, a, row, g);
+    const int64_t begin = g * a.group;
+    const int64_t columns = a.columns - begin < a.group ? a.columns - begin : a.group;
+    const uint8_t* w = weights + begin * (P * kPanel);
+    const int8_t* x[M];
+    each<M>([&](auto m) MOESCOPE_INLINE { x[m] = a.values + row[m] * a.columns + begin; });
+    for (int64_t k = 0; k < columns; k += 4, w += P * 64) {
+      __m512i panel[P];
+      each<P>([&](auto p) MOESCOPE_INLINE {
+        if constexpr (M == 1)
+          _mm_prefetch(reinterpret_cast<const char*>(w + p * 64 + kPrefetch), _MM_HINT_T0);
+        panel[p] = _mm512_loadu_si512(w + p * 64);
+      });
+      multiply_step(dots, panel, x, k);
+    }
+    each<M>([&](auto m) MOESCOPE_INLINE {
+      const __m512 scale = _mm512_set1_ps(a.scales[row[m] * a.groups + g]);
+      each<P>([&](auto p) MOESCOPE_INLINE {
+        accumulate(scale, dots[m][p], out + m * kTile + p * kPanel);
+      });
+    });
+  }
+}
+
+template <int M, int P>
+MOESCOPE_INLINE inline void add_int4(const uint8_t* weights, const Activations& a,
+                                     const int64_t* row, int64_t first, int64_t last, float* out) {
+  constexpr int64_t kChunkBytes = P * kPanel * (kChunk / 2 + 2);
+  const __m512i low = _mm512_set1_epi8(15);
+  const int8_t* x[M];
+  each<M>([&](auto m) MOESCOPE_INLINE { x[m] = a.values + row[m] * a.columns; });
+  for (int64_t g = first; g < last; ++g) {
+    const uint8_t* chunk = weights + g * kChunkBytes;
+    if constexpr (M == 1)
+      for (int64_t line = 0; line < kChunkBytes; line += 64)
+        _mm_prefetch(reinterpret_cast<const char*>(chunk + line + kPrefetch), _MM_HINT_T0);
+    __m512i dots[M][P];
+    start(dots, a, row, g);
+    for (int step = 0; step < 4; ++step) {
+      const uint8_t* nibbles = chunk + step * P * 64;
+      __m512i panel[P];
+      each<P>([&](auto p) MOESCOPE_INLINE {
+        panel[p] = _mm512_and_si512(_mm512_loadu_si512(nibbles + p * 64), low);
+      });
+      multiply_step(dots, panel, x, g * kChunk + step * 4);
+      each<P>([&](auto p) MOESCOPE_INLINE {
+        const __m512i high = _mm512_srli_epi16(_mm512_loadu_si512(nibbles + p * 64), 4);
+        panel[p] = _mm512_and_si512(high, low);
+      });
+      multiply_step(dots, panel, x, g * kChunk + step * 4 + 16);
+    }
+    each<P>([&](auto p) MOESCOPE_INLINE {
+      const __m256i bits =
+          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunk + P * 256 + p * 32));
+      const __m512 weight_scale =
+          _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+      each<M>([&](auto m) MOESCOPE_INLINE {
+        accumulate(_mm512_mul_ps(weight_scale, _mm512_set1_ps(a.scales[row[m] * a.groups + g])),
+                   dots[m][p], out + m * kTile + p * kPanel);
+      });
+    });
+  }
+}
+
+template <bool Int4, int M, int P>
+__attribute__((noinline)) void add(const uint8_t* weights, const Activations& a, const int64_t* row, int64_t first,
+         int64_t last, float* out) {
+  if constexpr (Int4)
+    add_int4<M, P>(weights, a, row, first, last, out);
+  else
+    add_int8<M, P>(weights, a, row, first, last, out);
+}
+
+template <bool Int4, int P>
+void multiply_panels(const Tile& tile, const Activations& a, const int32_t* rows, int count,
+                     float* out) {
+  memset(out, 0, count * kTile * sizeof(float));
+  // Few rows pass once over all columns; many go block by block, so that each block of weights is
+  // read from the first-level cache for all rows but the first.
+  const int64_t step = count <= kRows ? a.groups : kColumnBlock / a.group;
+  for (int64_t first = 0; first < a.groups; first += step) {
+    const int64_t last = first + step < a.groups ? first + step : a.groups;
+    for (int start = 0; start < count; start += kRows) {
+      const int m = count - start < kRows ? count - start : kRows;
+      int64_t row[kRows];
+      for (int i = 0; i < m; ++i) row[i] = rows ? rows[start + i] : start + i;
+      float* to = out + start * kTile;
+      switch (m) {
+        case 1: add<Int4, 1, P>(tile.weights, a, row, first, last, to); break;
+        case 2: add<Int4, 2, P>(tile.weights, a, row, first, last, to); break;
+        case 3: add<Int4, 3, P>(tile.weights, a, row, first, last, to); break;
+        case 4: add<Int4, 4, P>(tile.weights, a, row, first, last, to); break;
+        case 5: add<Int4, 5, P>(tile.weights, a, row, first, last, to); break;
+        default: add<Int4, 6, P>(tile.weights, a, row, first, last, to);
+      }
+    }
+  }
+  if constexpr (!Int4) {
+    __m512 scale[P];
+    for (int p = 0; p < P; ++p) scale[p] = _mm512_loadu_ps(tile.row_scales + p * kPanel);
+    for (int r = 0; r < count; ++r)
+      for (int p = 0; p < P; ++p) {
+        float* to = out + r * kTile + p * kPanel;
+        _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), scale[p]));
+      }
+  }
+}
+
+template <bool Int4>
+void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int count, float* out) {
+  switch (tile.panels) {
+    case 1: return multiply_panels<Int4, 1>(tile, a, rows, count, out);
+    case 2: return multiply_panels<Int4, 2>(tile, a, rows, count, out);
+    case 3: return multiply_panels<Int4, 3>(tile, a, rows, count, out);
+    default: return multiply_panels<Int4, 4>(tile, a, rows, count, out);
+  }
+}
+
+// exp to about 2 units in the last place: exp(x) = 2^n * p(x - n ln 2), p the Taylor polynomial.
+inline __m512 exponential(__m512 x) {
+  x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0f)), _mm512_set1_ps(-87.0f));
+  const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
+  __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
+  r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);
+  __m512 p = _mm512_set1_ps(1.0f / 720);
+  const float coefficients[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  for (float c : coefficients) p = _mm512_fmadd_ps(p, r, _mm512_set1_ps(c));
+  return _mm512_scalef_ps(p, n);
+}
+
+void swiglu(float* gate, const float* up, int64_t n) {
+  const __m512 one = _mm512_set1_ps(1);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
+    const __m512 g = _mm512_maskz_loadu_ps(mask, gate + i);
+    const __m512 u = _mm512_maskz_loadu_ps(mask, up + i);
+    const __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), g));
+    _mm512_mask_storeu_ps(gate + i, mask, _mm512_mul_ps(_mm512_div_ps(g, _mm512_add_ps(one, e)), u));
+  }
+}
+
+void axpy(float a, const float* x, float* y, int64_t n) {
+  const __m512 factor = _mm512_set1_ps(a);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
+    const __m512 sum = _mm512_fmadd_ps(factor, _mm512_maskz_loadu_ps(mask, x + i),
+                                       _mm512_maskz_loadu_ps(mask, y + i));
+    _mm512_mask_storeu_ps(y + i, mask, sum);
+  }
+}
+
+void dots(const float* x, int64_t stride, int64_t count, const float* q, int64_t q_stride,
+          int64_t width, float* out, int64_t out_stride) {
+  for (int64_t i = 0; i < count; i += 2) {
+    const float* first = x + i * stride;
+    const float* second = i + 1 < count ? first + stride : first;
+    __m512 sums[2][kHeads];
+    for (int h = 0; h < kHeads; ++h) sums[0][h] = sums[1][h] = _mm512_setzero_ps();
+    for (int64_t k = 0; k < width; k += 16) {
+      const __mmask16 mask =
+          width - k >= 16 ? 0xffff : static_cast<__mmask16>((1 << (width - k)) - 1);
+      const __m512 a = _mm512_maskz_loadu_ps(mask, first + k);
+      const __m512 b = _mm512_maskz_loadu_ps(mask, second + k);
+      for (int h = 0; h < kHeads; ++h) {
+        const __m512 query = _mm512_maskz_loadu_ps(mask, q + h * q_stride + k);
+        sums[0][h] = _mm512_fmadd_ps(a, query, sums[0][h]);
+        sums[1][h] = _mm512_fmadd_ps(b, query, sums[1][h]);
+      }
+    }
+    for (int h = 0; h < kHeads; ++h) {
+      out[h * out_stride + i] += _mm512_reduce_add_ps(sums[0][h]);
+      if (i + 1 < count) out[h * out_stride + i + 1] += _mm512_reduce_add_ps(sums[1][h]);
+    }
+  }
+}
+
+void mix(const float* x, int64_t stride, int64_t count, const float* p, int64_t p_stride,
+         int64_t width, float* mixed, int64_t mixed_stride) {
+  for (int64_t k = 0; k < width; k += 32) {
+    const int64_t left = width - k;
+    const __mmask16 low = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
+    const __mmask16 high = left >= 32   ? 0xffff
+                           : left <= 16 ? 0
+                                        : static_cast<__mmask16>((1 << (left - 16)) - 1);
+    __m512 sums[kHeads][2];
+    for (int h = 0; h < kHeads; ++h) {
+      sums[h][0] = _mm512_maskz_loadu_ps(low, mixed + h * mixed_stride + k);
+      sums[h][1] = _mm512_maskz_loadu_ps(high, mixed + h * mixed_stride + k + 16);
+    }
+    for (int64_t i = 0; i < count; ++i) {
+      const __m512 a = _mm512_maskz_loadu_ps(low, x + i * stride + k);
+      const __m512 b = _mm512_maskz_loadu_ps(high, x + i * stride + k + 16);
+      for (int h = 0; h < kHeads; ++h) {
+        const __m512 weight = _mm512_set1_ps(p[h * p_stride + i]);
+        sums[h][0] = _mm512_fmadd_ps(weight, a, sums[h][0]);
+        sums[h][1] = _mm512_fmadd_ps(weight, b, sums[h][1]);
+      }
+    }
+    for (int h = 0; h < kHeads; ++h) {
+      _mm512_mask_storeu_ps(mixed + h * mixed_stride + k, low, sums[h][0]);
+      _mm512_mask_storeu_ps(mixed + h * mixed_stride + k + 16, high, sums[h][1]);
+    }
+  }
+}
+
+void softmax(float* x, float scale, int64_t n) {
+  __m512 largest = _mm512_set1_ps(-INFINITY);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
+    largest = _mm512_mask_max_ps(largest, mask, largest, _mm512_maskz_loadu_ps(mask, x + i));
+  }
+  const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+  __m512 sums = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
+    const __m512 below = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), most);
+    const __m512 e =
+        _mm512_maskz_mov_ps(mask, exponential(_mm512_mul_ps(below, _mm512_set1_ps(scale))));
+    sums = _mm512_add_ps(sums, e);
+    _mm512_mask_storeu_ps(x + i, mask, e);
+  }
+  const __m512 factor = _mm512_set1_ps(1 / _mm512_reduce_add_ps(sums));
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
+    _mm512_mask_storeu_ps(x + i, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), factor));
+  }
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) {
+  __m512 squares = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
+    const __m512 v = _mm512_maskz_loadu_ps(mask, x + i);
+    squares = _mm512_fmadd_ps(v, v, squares);
+  }
+  const float mean = _mm512_reduce_add_ps(squares) / static_cast<float>(n);
+  const __m512 factor = _mm512_set1_ps(1 / sqrtf(mean + eps));
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
+    const __m512 v = _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), factor);
+    _mm512_mask_storeu_ps(out + i, mask, _mm512_mul_ps(v, _mm512_maskz_loadu_ps(mask, weight + i)));
+  }
+}
+
+}  // namespace
+
+const Kernels avx512_kernels = {"avx512", quantize, multiply<false>, multiply<true>, swiglu,
+                                axpy,     dots,     mix,             softmax,        rms_norm};
+
+}  // namespace moescope

@@ -1,0 +1,136 @@
+// The loops in plain C++: right on any processor, and what the others are read against.
+#include <math.h>
+#include <string.h>
+
+#include "isa.h"
+
+namespace moescope {
+namespace {
+
+void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, int zero,
+              int8_t* values, float* scales, int32_t* offsets) {
+  for (int64_t start = 0, g = 0; start < padded; start += group, ++g) {
+    const int64_t end = start + group < padded ? start + group : padded;
+    const int64_t filled = end < columns ? end : columns;
+    float largest = 0;
+    for (int64_t k = start; k < filled; ++k) largest = fmaxf(largest, fabsf(x[k]));
+    const float inverse = largest > 0 ? 127 / largest : 0;
+    int32_t sum = 0;
+    for (int64_t k = start; k < end; ++k) {
+      const int rounded = k < filled ? static_cast<int>(rintf(x[k] * inverse)) : 0;
+      values[k] = static_cast<int8_t>(rounded);
+      sum += rounded;
+    }
+    scales[g] = largest / 127;
+    offsets[g] = -zero * sum;
+  }
+}
+
+void multiply_int8(const Tile& tile, const Activations& a, const int32_t* rows, int count,
+                   float* out) {
+  const int width = tile.panels * kPanel;
+  for (int r = 0; r < count; ++r) {
+    const int64_t row = rows ? rows[r] : r;
+    float* sums = out + r * kTile;
+    memset(sums, 0, kTile * sizeof(float));
+    for (int64_t g = 0; g < a.groups; ++g) {
+      int32_t dots[kTile];
+      for (int n = 0; n < width; ++n) dots[n] = a.offsets[row * a.groups + g];
+      const int64_t start = g * a.group;
+      const int64_t end = start + a.group < a.columns ? start + a.group : a.columns;
+      for (int64_t k = start; k < end; k += 4) {
+        const int8_t* x = a.values + row * a.columns + k;
+        const uint8_t* w = tile.weights + k * width;
+        for (int n = 0; n < width; ++n)
+          dots[n] += w[4 * n] * x[0] + w[4 * n + 1] * x[1] + w[4 * n + 2] * x[2] +
+                     w[4 * n + 3] * x[3];
+      }
+      const float scale = a.scales[row * a.groups + g];
+      for (int n = 0; n < width; ++n) sums[n] += scale * static_cast<float>(dots[n]);
+    }
+    for (int n = 0; n < width; ++n) sums[n] *= tile.row_scales[n];
+  }
+}
+
+float from_bf16(uint16_t bits) {
+  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
+  float value;
+  memcpy(&value, &wide, sizeof value);
+  return value;
+}
+
+void multiply_int4(const Tile& tile, const Activations& a, const int32_t* rows, int count,
+                   float* out) {
+  const int width = tile.panels * kPanel;
+  const int64_t chunk_bytes = width * (kChunk / 2 + 2);
+  for (int r = 0; r < count; ++r) {
+    const int64_t row = rows ? rows[r] : r;
+    float* sums = out + r * kTile;
+    memset(sums, 0, kTile * sizeof(float));
+    for (int64_t g = 0; g < a.groups; ++g) {
+      int32_t dots[kTile];
+      for (int n = 0; n < width; ++n) dots[n] = a.offsets[row * a.groups + g];
+      const uint8_t* chunk = tile.weights + g * chunk_bytes;
+      for (int step = 0; step < 4; ++step) {
+        const int8_t* x = a.values + row * a.columns + g * kChunk + step * 4;
+        const uint8_t* w = chunk + step * width * 4;
+        for (int n = 0; n < width; ++n)
+          for (int j = 0; j < 4; ++j)
+            dots[n] += (w[4 * n + j] & 15) * x[j] + (w[4 * n + j] >> 4) * x[16 + j];
+      }
+      const float scale = a.scales[row * a.groups + g];
+      for (int n = 0; n < width; ++n) {
+        uint16_t bits;
+        memcpy(&bits, chunk + width * 16 + 2 * n, sizeof bits);
+        sums[n] += scale * from_bf16(bits) * static_cast<float>(dots[n]);
+      }
+    }
+  }
+}
+
+void swiglu(float* gate, const float* up, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
+}
+
+void axpy(float a, const float* x, float* y, int64_t n) {
+  for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];
+}
+
+void dots(const float* x, int64_t stride, int64_t count, const float* q, int64_t q_stride,
+          int64_t width, float* out, int64_t out_stride) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int h = 0; h < kHeads; ++h) {
+      float sum = 0;
+      for (int64_t k = 0; k < width; ++k) sum += x[i * stride + k] * q[h * q_stride + k];
+      out[h * out_stride + i] += sum;
+    }
+}
+
+void mix(const float* x, int64_t stride, int64_t count, const float* p, int64_t p_stride,
+         int64_t width, float* mixed, int64_t mixed_stride) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int h = 0; h < kHeads; ++h)
+      axpy(p[h * p_stride + i], x + i * stride, mixed + h * mixed_stride, width);
+}
+
+void softmax(float* x, float scale, int64_t n) {
+  float largest = x[0];
+  for (int64_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  float sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i] = expf(scale * (x[i] - largest));
+  for (int64_t i = 0; i < n; ++i) x[i] /= sum;
+}
+
+void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) {
+  float sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i] * x[i];
+  const float factor = 1 / sqrtf(sum / static_cast<float>(n) + eps);
+  for (int64_t i = 0; i < n; ++i) out[i] = x[i] * factor * weight[i];
+}
+
+}  // namespace
+
+const Kernels portable_kernels = {"portable", quantize, multiply_int8, multiply_int4, swiglu,
+                                  axpy,       dots,     mix,           softmax,       rms_norm};
+
+}  // namespace moescope

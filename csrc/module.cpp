@@ -1,0 +1,184 @@
+// The Python module `moescope.kernels._native`: checks shapes, lets go of the interpreter's lock,
+// and calls what ops.h declares. Arrays cross as DLPack, so no PyTorch is needed to build this.
+#include <nanobind/nanobind.h>
+#include <nanobind/ndarray.h>
+#include <nanobind/stl/optional.h>
+#include <nanobind/stl/shared_ptr.h>
+#include <nanobind/stl/string.h>
+#include <nanobind/stl/vector.h>
+
+#include <optional>
+#include <stdexcept>
+#include <string>
+
+#include "ops.h"
+#include "pool.h"
+
+namespace nb = nanobind;
+using namespace nb::literals;
+using namespace moescope;
+
+namespace {
+
+template <int Dimensions>
+using Floats = nb::ndarray<const float, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+template <int Dimensions>
+using Output = nb::ndarray<float, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+template <int Dimensions>
+using Ids = nb::ndarray<const int64_t, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+using CacheArray = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;
+using Matrices = nb::ndarray<nb::ro, nb::ndim<3>, nb::device::cpu>;
+using SharedWeights = std::shared_ptr<Weights>;
+
+void require(bool fits, const char* what) {
+  if (!fits) throw std::invalid_argument(what);
+}
+
+template <typename Array>
+bool has_shape(const Array& array, std::initializer_list<int64_t> shape) {
+  size_t axis = 0;
+  for (int64_t size : shape)
+    if (static_cast<int64_t>(array.shape(axis++)) != size) return false;
+  return true;
+}
+
+SharedWeights pack(const Matrices& matrices, const std::string& format) {
+  require(format == "int8" || format == "int4", "the format must be int8 or int4");
+  const nb::dlpack::dtype type = matrices.dtype();
+  const bool bf16 = type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat);
+  const bool f32 = type == nb::dtype<float>();
+  require(bf16 || f32, "weights must be float32 or bfloat16");
+  require(matrices.size() > 0, "there are no weights");
+  require(matrices.shape(2) == 1 || matrices.stride(2) == 1, "columns must lie side by side");
+  const Source source{matrices.data(), bf16, matrices.stride(0), matrices.stride(1)};
+  const int64_t count = matrices.shape(0), outputs = matrices.shape(1), columns = matrices.shape(2);
+  nb::gil_scoped_release unlocked;
+  return std::make_shared<Weights>(format == "int8" ? Format::int8 : Format::int4, count, outputs,
+                                   columns, source);
+}
+
+void unpack(const Weights& weights, const Output<3>& out) {
+  require(has_shape(out, {weights.matrices(), weights.outputs(), weights.columns()}),
+          "out has another shape than the weights");
+  weights.unpack(out.data());
+}
+
+void apply_linear(const Weights& weights, const Floats<2>& x,
+                  const std::optional<Floats<1>>& bias, const Output<2>& out) {
+  const int64_t rows = x.shape(0);
+  require(weights.matrices() == 1 && has_shape(x, {rows, weights.columns()}) &&
+              has_shape(out, {rows, weights.outputs()}) &&
+              (!bias || has_shape(*bias, {weights.outputs()})),
+          "x, bias or out do not fit the weights");
+  nb::gil_scoped_release unlocked;
+  linear(weights, x.data(), rows, bias ? bias->data() : nullptr, out.data());
+}
+
+// Weights never change, so that a copy of a network shares them.
+nb::object same(nb::object self, nb::handle) { return self; }
+
+Experts experts_of(const SharedWeights& gate, const SharedWeights& up, const SharedWeights& down) {
+  require((gate && up && down) || (!gate && !up && !down), "experts need gate, up and down");
+  return {gate, up, down};
+}
+
+void apply_feed_forward(const FeedForward& layer, const Floats<2>& x,
+                        const std::optional<Ids<2>>& topk_ids,
+                        const std::optional<Floats<2>>& topk_weights, const Output<2>& out) {
+  const int64_t tokens = x.shape(0), hidden = layer.any().columns();
+  const int64_t slots = topk_ids ? topk_ids->shape(1) : 0;
+  require(has_shape(x, {tokens, hidden}) && has_shape(out, {tokens, hidden}) &&
+              topk_ids.has_value() == topk_weights.has_value() &&
+              (!topk_ids || (has_shape(*topk_ids, {tokens, slots}) &&
+                             has_shape(*topk_weights, {tokens, slots}))),
+          "x, topk_ids, topk_weights or out do not fit the layer");
+  nb::gil_scoped_release unlocked;
+  layer.forward(x.data(), tokens, topk_ids ? topk_ids->data() : nullptr,
+                topk_weights ? topk_weights->data() : nullptr, slots, out.data());
+}
+
+AbsorbedAttention::Cache cache_of(const CacheArray& array) {
+  return {array.data(), array.stride(0), array.stride(1), static_cast<int64_t>(array.shape(2))};
+}
+
+void apply_attention(const AbsorbedAttention& attention, const Floats<3>& q_nope,
+                     const Floats<3>& q_rope, const CacheArray& latents, const CacheArray& k_rope,
+                     const Ids<1>& lengths, const Output<3>& out) {
+  const Weights &up_key = *attention.up_key, &up_value = *attention.up_value;
+  const int64_t batch = q_nope.shape(0), heads = up_key.matrices();
+  const int64_t slots = latents.shape(1), rope = k_rope.shape(2);
+  require(has_shape(q_nope, {batch, heads, up_key.columns()}) &&
+              has_shape(q_rope, {batch, heads, rope}) &&
+              has_shape(latents, {batch, slots, up_key.outputs()}) &&
+              has_shape(k_rope, {batch, slots, rope}) && has_shape(lengths, {batch}) &&
+              has_shape(out, {batch, heads, up_value.outputs()}),
+          "queries, cache or out do not fit the attention");
+  require((latents.stride(2) == 1 || latents.shape(2) == 1) &&
+              (k_rope.stride(2) == 1 || k_rope.shape(2) == 1),
+          "the numbers of a slot must lie side by side");
+  for (int64_t row = 0; row < batch; ++row)
+    require(lengths.data()[row] >= 1 && lengths.data()[row] <= slots, "a length is not in the cache");
+  nb::gil_scoped_release unlocked;
+  attention.forward(q_nope.data(), q_rope.data(), cache_of(latents), cache_of(k_rope),
+                    lengths.data(), batch, out.data());
+}
+
+void apply_rms_norm(const Floats<2>& x, const Floats<1>& weight, float eps, const Output<2>& out) {
+  const int64_t rows = x.shape(0), width = x.shape(1);
+  require(has_shape(weight, {width}) && has_shape(out, {rows, width}) && width > 0,
+          "weight or out do not fit x");
+  nb::gil_scoped_release unlocked;
+  for (int64_t row = 0; row < rows; ++row)
+    kernels().rms_norm(x.data() + row * width, weight.data(), eps, width, out.data() + row * width);
+}
+
+}  // namespace
+
+NB_MODULE(_native, m) {
+  m.def("instruction_set", [] { return kernels().name; });
+  m.def("instruction_sets", [] {
+    std::vector<std::string> names;
+    for (const Kernels* set : available_kernels()) names.push_back(set->name);
+    return names;
+  });
+  m.def("use_instruction_set", &use_kernels, "name"_a);
+  m.def("threads", &threads);
+  m.def("set_threads", &set_threads, "count"_a);
+  m.def("weight_bytes_read", &weight_bytes_read);
+  m.def("rms_norm", &apply_rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a);
+
+  nb::class_<Weights>(m, "Weights")
+      .def_prop_ro("matrix_bytes", &Weights::matrix_bytes)
+      .def("__deepcopy__", &same)
+      .def("unpack", &unpack, "out"_a)
+      .def("linear", &apply_linear, "x"_a, "bias"_a.none(), "out"_a);
+  m.def("pack", &pack, "matrices"_a, "format"_a);
+
+  nb::class_<FeedForward>(m, "FeedForward")
+      .def("__deepcopy__", &same)
+      .def(
+          "__init__",
+          [](FeedForward* self, SharedWeights gate, SharedWeights up, SharedWeights down,
+             SharedWeights shared_gate, SharedWeights shared_up, SharedWeights shared_down) {
+            new (self) FeedForward(experts_of(gate, up, down),
+                                   experts_of(shared_gate, shared_up, shared_down));
+          },
+          "gate"_a.none(), "up"_a.none(), "down"_a.none(), "shared_gate"_a.none(),
+          "shared_up"_a.none(), "shared_down"_a.none())
+      .def("__call__", &apply_feed_forward, "x"_a, "topk_ids"_a.none(), "topk_weights"_a.none(),
+           "out"_a);
+
+  nb::class_<AbsorbedAttention>(m, "AbsorbedAttention")
+      .def("__deepcopy__", &same)
+      .def(
+          "__init__",
+          [](AbsorbedAttention* self, SharedWeights up_key, SharedWeights up_value, float scale) {
+            require(up_key->matrices() == up_value->matrices() &&
+                        up_key->outputs() == up_value->columns(),
+                    "up_key and up_value do not fit together");
+            new (self) AbsorbedAttention{up_key, up_value, scale};
+          },
+          "up_key"_a, "up_value"_a, "scale"_a)
+      .def("__call__", &apply_attention, "q_nope"_a, "q_rope"_a, "latents"_a, "k_rope"_a,
+           "lengths"_a, "out"_a);
+}

@@ -1,0 +1,156 @@
+#include "pool.h"
+
+#include <algorithm>
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <mutex>
+#include <thread>
+#include <vector>
+
+#if defined(__linux__)
+#include <sched.h>
+#endif
+
+namespace moescope {
+namespace {
+
+constexpr auto kSpin = std::chrono::microseconds(200);  // then a thread without work sleeps
+
+inline void relax() {
+#if defined(__x86_64__)
+  __builtin_ia32_pause();
+#elif defined(__aarch64__)
+  asm volatile("yield");
+#endif
+}
+
+int usable_cores() {
+#if defined(__linux__)
+  cpu_set_t set;
+  if (sched_getaffinity(0, sizeof set, &set) == 0) return CPU_COUNT(&set);
+#endif
+  return std::max(1u, std::thread::hardware_concurrency());
+}
+
+// A round of work is open while the lowest bit of `gate_` is set; the bits above count the threads
+// that joined it, and the upper half numbers the rounds. Whoever opened a round works until no task
+// is left, closes it, and waits only for those that joined: a thread that the system has put aside
+// holds up nobody, and after a fork, where no thread is left, the caller does all alone.
+class Pool {
+ public:
+  Pool() { start(usable_cores()); }
+  ~Pool() { stop(); }
+
+  void run(int64_t count, const std::function<void(int64_t)>& task) {
+    std::lock_guard<std::mutex> turn(turn_);
+    if (count == 1 || workers_.empty()) {
+      for (int64_t i = 0; i < count; ++i) task(i);
+      return;
+    }
+    task_ = &task;
+    count_ = count;
+    next_.store(0, std::memory_order_relaxed);
+    left_.store(0, std::memory_order_relaxed);
+    const uint64_t round = (gate_.load(std::memory_order_relaxed) >> 32) + 1;
+    gate_.store(round << 32 | kOpen);  // sequentially consistent, as is the check of sleepers_
+    if (sleepers_.load() > 0) {
+      { std::lock_guard<std::mutex> lock(sleep_); }
+      wake_.notify_all();
+    }
+    work();
+    const uint64_t joined = (gate_.fetch_and(~kOpen) & 0xffffffffu) >> 1;
+    while (left_.load(std::memory_order_acquire) != joined) relax();
+  }
+
+  int size() const { return static_cast<int>(workers_.size()) + 1; }
+
+  void resize(int count) {
+    std::lock_guard<std::mutex> turn(turn_);
+    stop();
+    start(std::max(1, count));
+  }
+
+ private:
+  static constexpr uint64_t kOpen = 1, kOne = 2;
+
+  void start(int count) {
+    stopping_.store(false);
+    for (int i = 1; i < count; ++i) workers_.emplace_back([this] { serve(); });
+  }
+
+  void stop() {
+    {
+      std::lock_guard<std::mutex> lock(sleep_);
+      stopping_.store(true);
+    }
+    wake_.notify_all();
+    for (std::thread& worker : workers_) worker.join();
+    workers_.clear();
+  }
+
+  void work() {
+    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*task_)(i);
+  }
+
+  bool has_news(uint64_t seen) const {
+    const uint64_t gate = gate_.load();
+    return stopping_.load() || ((gate & kOpen) && gate >> 32 != seen);
+  }
+
+  void serve() {
+    uint64_t seen = 0;  // the last round that this thread joined
+    while (await(seen)) {
+      uint64_t gate = gate_.load();
+      while ((gate & kOpen) && gate >> 32 != seen) {
+        if (!gate_.compare_exchange_weak(gate, gate + kOne)) continue;
+        seen = gate >> 32;
+        work();
+        left_.fetch_add(1, std::memory_order_release);
+      }
+    }
+  }
+
+  // Wait for a round other than `seen`; false when the pool stops.
+  bool await(uint64_t seen) {
+    const auto until = std::chrono::steady_clock::now() + kSpin;
+    do {
+      for (int i = 0; i < 64; ++i) {
+        if (has_news(seen)) return !stopping_.load();
+        relax();
+      }
+    } while (std::chrono::steady_clock::now() < until);
+    std::unique_lock<std::mutex> lock(sleep_);
+    sleepers_.fetch_add(1);
+    wake_.wait(lock, [&] { return has_news(seen); });
+    sleepers_.fetch_sub(1);
+    return !stopping_.load();
+  }
+
+  std::vector<std::thread> workers_;
+  std::mutex turn_, sleep_;
+  std::condition_variable wake_;
+  std::atomic<uint64_t> gate_{0};
+  std::atomic<int64_t> next_{0};
+  std::atomic<uint64_t> left_{0};
+  std::atomic<int> sleepers_{0};
+  std::atomic<bool> stopping_{false};
+  const std::function<void(int64_t)>* task_ = nullptr;
+  int64_t count_ = 0;
+};
+
+// Never destroyed: at exit the threads may already be gone, and the system ends them anyway.
+Pool& pool() {
+  static Pool* const made = new Pool;
+  return *made;
+}
+
+}  // namespace
+
+void parallel(int64_t count, const std::function<void(int64_t)>& task) { pool().run(count, task); }
+
+int threads() { return pool().size(); }
+
+void set_threads(int count) { pool().resize(count); }
+
+}  // namespace moescope

@@ -1,0 +1,19 @@
+// One pool of threads for all kernels.
+#pragma once
+#include <cstdint>
+#include <functional>
+
+namespace moescope {
+
+// Call `task(i)` once for each i in [0, count), on the calling thread and on those of the pool that
+// are awake in time; return when all calls have returned. Tasks are handed out one at a time, so
+// uneven ones still end together. Calls from several threads take turns.
+void parallel(int64_t count, const std::function<void(int64_t)>& task);
+
+// Threads that share the work, the caller's included.
+int threads();
+
+// Use `count` threads from the next call on.
+void set_threads(int count);
+
+}  // namespace moescope

@@ -1,0 +1,289 @@
+"""A network whose weights are packed for the native CPU kernels.
+
+The network's definition stays the one in `model/`: modules are replaced by ones of the same kind
+that hold packed weights and call `kernels.cpu`. Router, norms and scores stay float32; the
+embedding keeps its type. Without the extension, weights are rounded all the same, and PyTorch
+computes with them.
+"""
+
+from collections.abc import Callable, Iterator
+from typing import cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from moescope.catalog import count_parameters
+from moescope.config import ModelConfig
+from moescope.errors import UserError
+from moescope.kernels import cpu
+from moescope.kernels.quantize import rounded
+from moescope.model.attention import GroupedQueryAttention, KVCache, LatentAttention
+from moescope.model.decoder import CausalLM
+from moescope.model.moe import MLP, GroupedExperts, MoE
+from moescope.model.norm import RMSNorm
+from moescope.model.recorder import Recorder
+
+FORMATS = ("int8", "int4")
+HEAD_FORMAT = {"int8": "int8", "int4": "int8"}
+"""The output head's format by that of the rest."""
+
+BITS_PER_WEIGHT = {"int8": 8.0, "int4": 4.5}
+"""int4 has a 16-bit scale for each 32 weights; the scales of int8, one a row, are not counted."""
+
+Read = Callable[[str], Tensor]
+"""Returns the weight of a name in the network's state dict."""
+
+
+class Packer:
+    """Turns a network's matrices into `int8` or `int4`, one module at a time.
+
+    Raises:
+        UserError: there is no such format.
+    """
+
+    def __init__(self, weight_format: str) -> None:
+        if weight_format not in FORMATS:
+            raise UserError(f"quantize is {weight_format!r}; choose from {', '.join(FORMATS)}")
+        self.weight_format = weight_format
+
+    def refuse_if_too_large(self, config: ModelConfig, available: int) -> None:
+        """Compare what the packed network takes with the bytes that are free.
+
+        Raises:
+            UserError: it does not fit; the sentence has the sizes.
+        """
+        parameters = count_parameters(config)
+        matrices = parameters.total - parameters.embedding - parameters.lm_head
+        bits = BITS_PER_WEIGHT[self.weight_format]
+        needed = matrices * bits / 8 + 2 * parameters.embedding
+        needed += parameters.lm_head * BITS_PER_WEIGHT[HEAD_FORMAT[self.weight_format]] / 8
+        if needed > available:
+            raise UserError(
+                f"the model takes {needed / 2**30:.1f} GiB in {self.weight_format}, but "
+                f"{available / 2**30:.1f} GiB are free; close other programs, choose a smaller "
+                "format or a smaller model"
+            )
+
+    def wants(self, model: CausalLM) -> set[str]:
+        """Return the names of the weights that `pack` reads itself, or that no one needs."""
+        wanted = {name for name in model.state_dict() if name.startswith("mtp.")}
+        for prefix, module in _packable(model):
+            names = module.state_dict() if isinstance(module, GroupedExperts) else ("weight",)
+            wanted |= {f"{prefix}.{name}" for name in names}
+        return wanted
+
+    def pack(self, model: CausalLM, read: Read) -> None:
+        """Replace the modules of a network of which everything else is loaded, in place."""
+        model.mtp = None
+        if not cpu.available():
+            self._round(model, read)
+            return
+        for layer_idx, layer in enumerate(model.model.layers):
+            at = f"model.layers.{layer_idx}"
+            attention, mlp = layer.self_attn, layer.mlp
+            assert isinstance(attention, LatentAttention | GroupedQueryAttention)
+            self._pack_linears(attention, f"{at}.self_attn", read)
+            if isinstance(attention, LatentAttention):
+                weight = read(f"{at}.self_attn.kv_b_proj.weight")
+                layer.self_attn = NativeLatentAttention(
+                    model.config, attention, weight, self.weight_format
+                )
+            if isinstance(mlp, MoE):
+                layer.mlp = NativeMoE(model.config, mlp, f"{at}.mlp", read, self.weight_format)
+            elif isinstance(mlp, MLP):
+                layer.mlp = NativeMLP(mlp, f"{at}.mlp", read, self.weight_format)
+        tied = model.config.tie_word_embeddings
+        embedding = cast(nn.Parameter, model.model.embed_tokens.weight)
+        head = embedding if tied else read("lm_head.weight")
+        model.lm_head = PackedLinear(head, None, HEAD_FORMAT[self.weight_format])
+        if tied:
+            model.lm_head.weight = embedding
+        model.model.embed_tokens = WideEmbedding(embedding)
+        for name, module in list(model.named_modules()):
+            if isinstance(module, RMSNorm):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, NativeRMSNorm(module))
+
+    def _pack_linears(self, parent: nn.Module, at: str, read: Read) -> None:
+        for name, child in list(parent.named_children()):
+            if isinstance(child, nn.Linear):
+                weight = read(f"{at}.{name}.weight")
+                setattr(parent, name, PackedLinear(weight, child.bias, self.weight_format))
+
+    def _round(self, model: CausalLM, read: Read) -> None:
+        for name in self.wants(model):
+            parent, _, child = name.rpartition(".")
+            in_head = name == "lm_head.weight"
+            kind = HEAD_FORMAT[self.weight_format] if in_head else self.weight_format
+            weight = nn.Parameter(rounded(read(name), kind), requires_grad=False)
+            setattr(model.get_submodule(parent), child, weight)
+
+
+def _packable(model: CausalLM) -> Iterator[tuple[str, nn.Module]]:
+    """The modules whose weights are packed, by name; a tied head is none, as it has none."""
+    for name, module in model.named_modules():
+        if name.startswith("mtp.") or (name == "lm_head" and model.config.tie_word_embeddings):
+            continue
+        if isinstance(module, nn.Linear | GroupedExperts):
+            yield name, module
+
+
+def _stand_in(*shape: int) -> nn.Parameter:
+    """A parameter that keeps counts and devices right where the weights are packed.
+
+    It takes four bytes, and whoever computes with it by mistake sees NaN.
+    """
+    return nn.Parameter(torch.full((), torch.nan).expand(shape), requires_grad=False)
+
+
+def _unpacked_shapes(module: nn.Module) -> None:
+    """Put stand-ins in the place of a module's parameters."""
+    for name, parameter in list(module.named_parameters()):
+        parent, _, child = name.rpartition(".")
+        setattr(module.get_submodule(parent), child, _stand_in(*parameter.shape))
+
+
+class PackedLinear(nn.Linear):
+    """A linear map with packed weights."""
+
+    def __init__(self, weight: Tensor, bias: Tensor | None, weight_format: str) -> None:
+        outputs, columns = weight.shape
+        super().__init__(columns, outputs, bias=False, device="meta")
+        self.weight = _stand_in(outputs, columns)
+        self.packed = cpu.pack(weight, weight_format)
+        self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `(..., columns)` to `(..., outputs)` float32."""
+        return cpu.linear(self.packed, self.out_features, input, self.bias)
+
+
+class NativeMLP(MLP):
+    """A feed-forward block in one call."""
+
+    def __init__(self, mlp: MLP, at: str, read: Read, weight_format: str) -> None:
+        with torch.device("meta"):
+            super().__init__(mlp.gate_proj.in_features, mlp.gate_proj.out_features)
+        _unpacked_shapes(self)
+        self.packed = cpu.expert_weights(
+            read(f"{at}.gate_proj.weight"),
+            read(f"{at}.up_proj.weight"),
+            read(f"{at}.down_proj.weight"),
+            weight_format,
+        )
+        self.layer = cpu.feed_forward_layer(None, self.packed)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Map `(..., hidden)` to `(..., hidden)`."""
+        return cpu.feed_forward(self.layer, hidden_states)
+
+
+class NativeExperts(GroupedExperts):
+    """The routed experts in one call."""
+
+    def __init__(self, config: ModelConfig, at: str, read: Read, weight_format: str) -> None:
+        with torch.device("meta"):
+            super().__init__(config)
+        _unpacked_shapes(self)
+        gate_proj, up_proj = read(f"{at}.gate_up_proj").chunk(2, dim=1)
+        self.packed = cpu.expert_weights(gate_proj, up_proj, read(f"{at}.down_proj"), weight_format)
+        self.layer = cpu.feed_forward_layer(self.packed, None)
+
+    def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Dispatch `(tokens, hidden)` to the chosen experts and sum what they return, weighted."""
+        return cpu.feed_forward(self.layer, hidden_states, topk_ids, topk_weights)
+
+
+class NativeMoE(MoE):
+    """Routed and shared experts in one call, unless a recorder wants to see them apart."""
+
+    def __init__(
+        self, config: ModelConfig, moe: MoE, at: str, read: Read, weight_format: str
+    ) -> None:
+        nn.Module.__init__(self)
+        self.layer_idx = moe.layer_idx
+        self.gate = moe.gate.float()
+        self.experts = NativeExperts(config, f"{at}.experts", read, weight_format)
+        self.shared_experts = None
+        if moe.shared_experts is not None:
+            self.shared_experts = NativeMLP(
+                moe.shared_experts, f"{at}.shared_experts", read, weight_format
+            )
+        shared = None if self.shared_experts is None else self.shared_experts.packed
+        self.layer = cpu.feed_forward_layer(self.experts.packed, shared)
+
+    def forward(
+        self, hidden_states: Tensor, input_ids: Tensor, recorder: Recorder | None = None
+    ) -> Tensor:
+        """Map `(batch, seq, hidden)` to the same shape; `input_ids` is `(batch, seq)`."""
+        if recorder is not None:
+            return super().forward(hidden_states, input_ids, recorder)
+        routing = self.gate(hidden_states.flatten(0, 1), input_ids.flatten())
+        return cpu.feed_forward(self.layer, hidden_states, routing.topk_ids, routing.topk_weights)
+
+
+class NativeLatentAttention(LatentAttention):
+    """Latent attention whose projections are packed already; new tokens attend absorbed."""
+
+    def __init__(
+        self, config: ModelConfig, attention: LatentAttention, kv_b_proj: Tensor, weight_format: str
+    ) -> None:
+        with torch.device("meta"):
+            super().__init__(config, attention.layer_idx)
+        for name, child in attention.named_children():
+            setattr(self, name, child)
+        self.absorbed = cpu.absorbed_attention(
+            kv_b_proj.unflatten(0, (self.heads, -1)), self.nope, self.scale, weight_format
+        )
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        positions: Tensor,
+        cache: KVCache | None = None,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """Map `(batch, seq, hidden)` to the same shape."""
+        shown = recorder is not None and recorder.wants_attention
+        if cache is None or hidden_states.shape[1] > 1 or shown:
+            return super().forward(hidden_states, rotation, positions, cache, recorder)
+        q_nope, q_rope = self.queries(hidden_states, rotation)
+        latents, k_rope = self.latents(hidden_states, rotation)
+        latents, k_rope = cache.update(self.layer_idx, latents, k_rope, positions)
+        output = cpu.attend_absorbed(
+            self.absorbed,
+            q_nope[:, 0],
+            q_rope[:, 0],
+            latents,
+            k_rope,
+            positions[:, 0] + 1,
+            self.v_head_dim,
+        )  # (batch, heads, v_head_dim)
+        return self.o_proj(output.flatten(1)[:, None])
+
+
+class NativeRMSNorm(RMSNorm):
+    """The norm in one call."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        super().__init__(norm.weight.numel(), norm.eps)
+        self.weight = nn.Parameter(norm.weight.detach().float(), requires_grad=False)
+
+    def forward(self, hidden_states: Tensor) -> Tensor:
+        """Normalise the last dimension, in float32."""
+        return cpu.rms_norm(hidden_states, self.weight, self.eps)
+
+
+class WideEmbedding(nn.Embedding):
+    """An embedding in a narrow type whose rows are handed out in float32."""
+
+    def __init__(self, weight: nn.Parameter) -> None:
+        rows, width = weight.shape
+        super().__init__(rows, width, device="meta")
+        self.weight = weight
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map ids to `(..., hidden)` float32."""
+        return F.embedding(input, self.weight).float()

@@ -1,0 +1,366 @@
+"""The native kernels equal the reference, on every instruction set that this machine runs."""
+
+import os
+import shutil
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from moescope.errors import UserError
+from moescope.kernels import cpu, reference
+from moescope.kernels.quantize import dequantize_int8, quantize_int8, rounded
+from moescope.model.routing import UNUSED
+
+BUILT = cpu.available()
+SETS = cpu.instruction_sets() or ["none"]
+SEEDS = st.integers(0, 1000)
+WIDTHS = st.one_of(st.integers(1, 40), st.integers(60, 70), st.integers(250, 300))
+ROWS = st.one_of(st.integers(1, 9), st.integers(90, 200))
+
+
+def test_the_extension_is_there_wherever_it_can_be_built() -> None:
+    assert BUILT or shutil.which("g++") is None, "run `python csrc/build.py`"
+
+
+needs_extension = pytest.mark.skipif(not BUILT, reason="the test above says why this is fine")
+
+
+@pytest.fixture(params=SETS)
+def isa(request: pytest.FixtureRequest) -> Iterator[str]:
+    """Each instruction set in turn."""
+    before = cpu.instruction_set()
+    assert before is not None
+    cpu.use_instruction_set(request.param)
+    yield request.param
+    cpu.use_instruction_set(before)
+
+
+def examples(count: int) -> settings:
+    return settings(max_examples=count, suppress_health_check=[HealthCheck.function_scoped_fixture])
+
+
+def chance(seed: int) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+def whole_numbers(rows: int, columns: int, generator: torch.Generator) -> Tensor:
+    """Activations that int8 holds exactly: each group of 32 has 127 as its largest magnitude."""
+    x = torch.randint(-127, 128, (rows, columns), generator=generator).float()
+    x[:, ::32] = 127
+    return x
+
+
+def close(ours: Tensor, exact: Tensor, bound: float) -> None:
+    assert ours.shape == exact.shape and ours.dtype == torch.float32
+    assert not ours.isnan().any()
+    scale = exact.double().norm() / exact.numel() ** 0.5
+    error = (ours.double() - exact.double()).norm() / exact.numel() ** 0.5
+    assert float(error) <= bound * float(scale) + 1e-6
+
+
+@needs_extension
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@settings(max_examples=25)
+@given(outputs=WIDTHS, columns=WIDTHS, seed=SEEDS, size=st.floats(1e-6, 1e6))
+def test_packed_weights_are_those_that_quantize_makes(
+    weight_format: str, dtype: torch.dtype, outputs: int, columns: int, seed: int, size: float
+) -> None:
+    weight = (torch.randn(3, outputs, columns, generator=chance(seed)) * size).to(dtype)
+    held = cpu.unpacked(cpu.pack(weight, weight_format), tuple(weight.shape))
+    exact = rounded(weight.float(), weight_format)
+    # Ties, and candidates that are equally good (all are for a single column), fall either way.
+    errors = [float((guess - weight.float()).norm()) for guess in (held, exact)]
+    assert errors[0] <= errors[1] * 1.001 + 0.004 * float(weight.float().norm())
+    if columns >= 32:
+        assert float(torch.isclose(held, exact, rtol=1e-3, atol=1e-30).float().mean()) > 0.98
+
+
+@needs_extension
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@examples(15)
+@given(rows=ROWS, outputs=WIDTHS, columns=WIDTHS, seed=SEEDS, biased=st.booleans())
+def test_linear_is_exact_where_activations_are(
+    isa: str, weight_format: str, rows: int, outputs: int, columns: int, seed: int, biased: bool
+) -> None:
+    generator = chance(seed)
+    weight = torch.randn(outputs, columns, generator=generator)
+    bias = torch.randn(outputs, generator=generator) if biased else None
+    packed = cpu.pack(weight, weight_format)
+    held = cpu.unpacked(packed, (1, outputs, columns))[0].double()
+    x = whole_numbers(rows, columns, generator)
+    exact = x.double() @ held.T + (0 if bias is None else bias)
+    close(cpu.linear(packed, outputs, x, bias), exact, 1e-5)
+
+
+@needs_extension
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@examples(8)
+@given(rows=ROWS, outputs=WIDTHS, columns=WIDTHS, seed=SEEDS, size=st.floats(1e-6, 1e6))
+def test_rounding_activations_costs_under_a_percent(
+    isa: str, weight_format: str, rows: int, outputs: int, columns: int, seed: int, size: float
+) -> None:
+    generator = chance(seed)
+    packed = cpu.pack(torch.randn(outputs, columns, generator=generator), weight_format)
+    held = cpu.unpacked(packed, (1, outputs, columns))[0]
+    x = torch.randn(rows, columns, generator=generator) * size
+    bound = 0.01 if outputs * rows * columns > 64 else 0.1  # a single product may be unlucky
+    close(cpu.linear(packed, outputs, x) / size, (x.double() / size) @ held.double().T, bound)
+
+
+@needs_extension
+@examples(10)
+@given(seed=SEEDS)
+def test_extreme_activations_stay_in_their_group(isa: str, seed: int) -> None:
+    """One massive activation costs its neighbours precision, and nobody else."""
+    generator = chance(seed)
+    packed = cpu.pack(torch.randn(48, 256, generator=generator), "int8")
+    x = torch.randn(4, 256, generator=generator)
+    x[:, 7] = 1e4
+    held = cpu.unpacked(packed, (1, 48, 256))[0].clone()
+    held[:, 7] = 0
+    exact = x.double() @ held.double().T
+    product = cpu.linear(packed, 48, x).double()
+    product -= x[:, 7:8].double() * cpu.unpacked(packed, (1, 48, 256))[0][:, 7].double()
+    error = (product - exact).norm() / exact.norm()
+    assert float(error) < 0.7  # all of the 64 neighbours lost is a half
+
+
+@needs_extension
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@examples(15)
+@given(
+    tokens=ROWS,
+    experts=st.integers(1, 9),
+    slots=st.integers(1, 4),
+    hidden=WIDTHS,
+    intermediate=st.integers(1, 140),
+    shared=st.integers(0, 70),
+    unused=st.sampled_from([0.0, 0.3, 1.0]),
+    seed=SEEDS,
+)
+def test_the_mixture_equals_the_reference(
+    isa: str,
+    weight_format: str,
+    tokens: int,
+    experts: int,
+    slots: int,
+    hidden: int,
+    intermediate: int,
+    shared: int,
+    unused: float,
+    seed: int,
+) -> None:
+    generator = chance(seed)
+
+    def matrices(count: int, width: int) -> list[Tensor]:
+        up = torch.randn(2, count, width, hidden, generator=generator) / hidden**0.5
+        down = torch.randn(count, hidden, width, generator=generator) / width**0.5
+        return [*up, down]
+
+    def held(packed: tuple[cpu.Weights, ...], like: list[Tensor]) -> list[Tensor]:
+        return [
+            cpu.unpacked(weights, tuple(matrix.shape)).double()
+            for weights, matrix in zip(packed, like, strict=True)
+        ]
+
+    routed = matrices(experts, intermediate)
+    packed = cpu.expert_weights(*routed, weight_format)
+    topk_ids = torch.randint(experts, (tokens, slots), generator=generator)
+    topk_ids[torch.rand(tokens, slots, generator=generator) < unused] = UNUSED
+    topk_weights = torch.rand(tokens, slots, generator=generator)
+    x = whole_numbers(tokens, hidden, generator) / 64  # so that only what goes down is rounded
+
+    gate, up, down = held(packed, routed)
+    exact = reference.routed_experts(
+        x.double(), torch.cat([gate, up], dim=1), down, topk_ids, topk_weights.double()
+    )
+    packed_shared = None
+    if shared:
+        shared_matrices = matrices(1, shared)
+        packed_shared = cpu.expert_weights(*shared_matrices, weight_format)
+        gate, up, down = held(packed_shared, shared_matrices)
+        exact += reference.swiglu(x.double() @ gate[0].T, x.double() @ up[0].T) @ down[0].T
+    layer = cpu.feed_forward_layer(packed, packed_shared)
+    before = cpu.weight_bytes_read()
+    output = cpu.feed_forward(layer, x, topk_ids, topk_weights)
+    read = cpu.weight_bytes_read() - before
+    close(output, exact, 0.03)
+
+    visited = len(set(topk_ids.flatten().tolist()) - {UNUSED})
+    expected = visited * sum(weights.matrix_bytes for weights in packed)
+    expected += sum(weights.matrix_bytes for weights in packed_shared or ())
+    assert read == expected, "only the experts that somebody visits are read"
+
+
+@needs_extension
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@examples(10)
+@given(
+    batch=st.integers(1, 3),
+    heads=st.integers(1, 9),
+    slots=st.one_of(st.integers(1, 20), st.integers(60, 70), st.integers(120, 200)),
+    nope=st.integers(1, 70),
+    rope=st.integers(1, 20),
+    rank=st.integers(1, 100),
+    width=st.integers(1, 70),
+    seed=SEEDS,
+)
+def test_absorbed_attention_equals_softmax_over_expanded_keys(
+    isa: str,
+    weight_format: str,
+    batch: int,
+    heads: int,
+    slots: int,
+    nope: int,
+    rope: int,
+    rank: int,
+    width: int,
+    seed: int,
+) -> None:
+    generator = chance(seed)
+
+    def normal(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator)
+
+    kv_b_proj = normal(heads, nope + width, rank) / rank**0.5
+    q_nope, q_rope = normal(batch, heads, nope), normal(batch, heads, rope)
+    latents = normal(batch, slots + 3, rank)[:, :slots]  # a view into a longer cache
+    k_rope = normal(batch, slots + 3, rope)[:, :slots]
+    lengths = torch.randint(1, slots + 1, (batch,), generator=generator)
+    scale = (nope + rope) ** -0.5
+    packed = cpu.absorbed_attention(kv_b_proj, nope, scale, weight_format)
+    output = cpu.attend_absorbed(packed, q_nope, q_rope, latents, k_rope, lengths, width)
+
+    up_key = rounded(kv_b_proj[:, :nope].mT.contiguous(), weight_format).mT.double()
+    up_value = rounded(kv_b_proj[:, nope:].contiguous(), weight_format).double()
+    keys = torch.einsum("bsr,hnr->bhsn", latents.double(), up_key)
+    values = torch.einsum("bsr,hvr->bhsv", latents.double(), up_value)
+    logits = torch.einsum("bhn,bhsn->bhs", q_nope.double(), keys)
+    logits = (logits + torch.einsum("bhr,bsr->bhs", q_rope.double(), k_rope.double())) * scale
+    unseen = torch.arange(slots) >= lengths[:, None, None]
+    probabilities = logits.masked_fill(unseen, -torch.inf).softmax(dim=-1)
+    exact = torch.einsum("bhs,bhsv->bhv", probabilities, values)
+    close(output, exact, 0.06 if batch * heads * width > 100 else 0.3)
+
+
+@needs_extension
+@examples(10)
+@given(rows=st.integers(1, 9), width=WIDTHS, seed=SEEDS)
+def test_rms_norm_equals_the_reference(isa: str, rows: int, width: int, seed: int) -> None:
+    x = torch.randn(rows, width, generator=chance(seed)) * 3
+    weight = torch.rand(width, generator=chance(seed + 1)) + 0.5
+    exact = x.double() / (x.double().square().mean(dim=-1, keepdim=True) + 1e-3).sqrt() * weight
+    close(cpu.rms_norm(x, weight, 1e-3), exact, 1e-6)
+
+
+@needs_extension
+def test_zeros_and_infinities_are_no_trouble(isa: str) -> None:
+    for weight_format in ("int8", "int4"):
+        nothing = cpu.pack(torch.zeros(20, 40), weight_format)
+        assert not cpu.linear(nothing, 20, torch.ones(2, 40)).any()
+        packed = cpu.pack(torch.ones(20, 40), weight_format)
+        assert not cpu.linear(packed, 20, torch.zeros(2, 40)).any()
+        x = torch.ones(2, 40)
+        x[0, 3] = torch.inf
+        assert cpu.linear(packed, 20, x)[1].isfinite().all(), "rows do not touch each other"
+
+
+@needs_extension
+def test_shapes_that_do_not_fit_are_refused() -> None:
+    packed = cpu.pack(torch.randn(20, 40), "int8")
+    with pytest.raises(ValueError, match="do not fit"):
+        cpu.linear(packed, 20, torch.ones(2, 41))
+    with pytest.raises(ValueError, match="int8 or int4"):
+        cpu.pack(torch.ones(2, 2), "int3")
+    weights = cpu.expert_weights(
+        torch.ones(2, 8, 16), torch.ones(2, 8, 16), torch.ones(2, 16, 9), "int8"
+    )
+    with pytest.raises(ValueError, match="do not fit together"):
+        cpu.feed_forward_layer(weights, None)
+    weights = cpu.expert_weights(
+        torch.ones(2, 8, 16), torch.ones(2, 8, 16), torch.ones(2, 16, 8), "int8"
+    )
+    layer = cpu.feed_forward_layer(weights, None)
+    with pytest.raises(ValueError, match="no such expert"):
+        cpu.feed_forward(layer, torch.ones(1, 16), torch.tensor([[2]]), torch.ones(1, 1))
+
+
+@needs_extension
+def test_any_number_of_threads_computes_the_same() -> None:
+    generator = chance(0)
+    packed = cpu.pack(torch.randn(700, 300, generator=generator), "int8")
+    x = torch.randn(130, 300, generator=generator)
+    before = cpu.threads()
+    try:
+        results: list[Tensor] = []
+        for threads in (1, 2, 5):
+            cpu.set_threads(threads)
+            assert cpu.threads() == threads
+            results += [cpu.linear(packed, 700, x) for _ in range(20)]
+        assert all(torch.equal(result, results[0]) for result in results)
+    finally:
+        cpu.set_threads(before)
+
+
+@needs_extension
+def test_callers_from_several_threads_take_turns() -> None:
+    generator = chance(0)
+    packed = cpu.pack(torch.randn(200, 100, generator=generator), "int8")
+    inputs = [torch.randn(rows, 100, generator=generator) for rows in (1, 3, 40, 100)]
+    expected = [cpu.linear(packed, 200, x) for x in inputs]
+    wrong: list[int] = []
+
+    def call(index: int) -> None:
+        for _ in range(50):
+            if not torch.equal(cpu.linear(packed, 200, inputs[index]), expected[index]):
+                wrong.append(index)
+
+    callers = [threading.Thread(target=call, args=(index,)) for index in range(4)]
+    for caller in callers:
+        caller.start()
+    for caller in callers:
+        caller.join()
+    assert not wrong
+
+
+@needs_extension
+@pytest.mark.parametrize("name", SETS)
+def test_the_environment_chooses_the_instruction_set(name: str) -> None:
+    program = "from moescope.kernels import cpu; print(cpu.instruction_set())"
+    environment = {**os.environ, "MOESCOPE_ISA": name}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True, check=True
+    )
+    assert done.stdout.strip() == name
+
+
+@needs_extension
+def test_an_unknown_instruction_set_is_one_sentence() -> None:
+    with pytest.raises(UserError, match=r"MOESCOPE_ISA is 'mmx'; this processor runs .*portable"):
+        cpu.use_instruction_set("mmx")
+
+
+@given(rows=st.integers(1, 5), columns=st.integers(1, 80), seed=SEEDS)
+def test_int4_groups_err_by_half_a_step_at_most(rows: int, columns: int, seed: int) -> None:
+    weight = torch.randn(rows, columns, generator=chance(seed))
+    error = (rounded(weight, "int4") - weight).abs()
+    assert float(error.max()) <= float(weight.abs().max()) / 6.6 + 1e-6
+    plain = dequantize_int8(*quantize_int8(weight), torch.float32)
+    assert torch.equal(rounded(weight, "int8"), plain)
+
+
+def test_the_search_beats_plain_rounding_in_int4() -> None:
+    weight = torch.randn(64, 320, generator=chance(0))
+    groups = weight.unflatten(-1, (-1, 32))
+    step = groups.abs().amax(dim=-1, keepdim=True) / 7
+    plain = ((groups / step).round() * step).flatten(-2)
+    searched = rounded(weight, "int4")
+    assert float((searched - weight).norm()) < 0.93 * float((plain - weight).norm())

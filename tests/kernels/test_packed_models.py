@@ -1,0 +1,228 @@
+"""Networks on the native kernels say what those on PyTorch say, with and without the extension."""
+
+import copy
+import importlib.util
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from moescope.api import Model, load
+from moescope.catalog import count_parameters
+from moescope.checkpoint import save_weights
+from moescope.config import ModelConfig
+from moescope.engine.cache import Cache
+from moescope.engine.native import NativeMoE, Packer
+from moescope.errors import UserError
+from moescope.kernels import cpu
+from moescope.model.decoder import CausalLM, initialise
+
+ROOT = Path(__file__).parents[2]
+SMALL: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 96,
+    "intermediate_size": 130,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+EXPERTS: dict[str, Any] = {
+    "moe_intermediate_size": 48,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+}
+LATENT: dict[str, Any] = {
+    "kv_lora_rank": 40,
+    "qk_nope_head_dim": 24,
+    "qk_rope_head_dim": 12,
+    "v_head_dim": 20,
+}
+FAMILIES: dict[str, dict[str, Any]] = {
+    "v3": {**EXPERTS, **LATENT, "model_type": "deepseek_v3", "q_lora_rank": 33},
+    "v2, biased": {**EXPERTS, **LATENT, "model_type": "deepseek_v2", "attention_bias": True},
+    "v2, tied, no shared experts": {
+        **EXPERTS,
+        **LATENT,
+        "model_type": "deepseek_v2",
+        "n_shared_experts": 0,
+        "tie_word_embeddings": True,
+    },
+    "moe": {**EXPERTS, "model_type": "deepseek"},
+    "qwen2": {"model_type": "qwen2", "num_key_value_heads": 2},
+    "v3 with multi-token prediction": {
+        **EXPERTS,
+        **LATENT,
+        "model_type": "deepseek_v3",
+        "num_nextn_predict_layers": 1,
+    },
+}
+
+
+def network(family: str, seed: int = 0) -> CausalLM:
+    made = CausalLM(ModelConfig.from_dict({**SMALL, **FAMILIES[family]}))
+    initialise(made, seed)
+    return made.eval().requires_grad_(False)
+
+
+def packed(model: CausalLM, weight_format: str) -> CausalLM:
+    weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    packer, made = Packer(weight_format), copy.deepcopy(model)
+    packer.pack(made, weights.__getitem__)
+    return made
+
+
+@torch.inference_mode()
+def prefill(model: CausalLM, ids: Tensor) -> Tensor:
+    return model.logits(model(ids))
+
+
+@torch.inference_mode()
+def token_by_token(model: CausalLM, ids: Tensor, prompt: int) -> Tensor:
+    cache = Cache()
+    positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
+    parts = [model(ids[:, :prompt], positions[:, :prompt], cache)]
+    parts += [
+        model(ids[:, at : at + 1], positions[:, at : at + 1], cache)
+        for at in range(prompt, ids.shape[1])
+    ]
+    return model.logits(torch.cat(parts, dim=1))
+
+
+def difference(ours: Tensor, expected: Tensor) -> float:
+    """Median over tokens of the relative error: a few tokens may go to another expert."""
+    errors = (ours - expected).norm(dim=-1) / expected.norm(dim=-1)
+    return float(errors.median())
+
+
+def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_native", None)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+def test_packed_networks_agree_with_rounded_ones(
+    family: str, weight_format: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not cpu.available():
+        pytest.skip("tests/kernels/test_cpu.py says why this is fine")
+    original = network(family)
+    native = packed(original, weight_format)
+    with monkeypatch.context() as patched:
+        without_extension(patched)
+        rounded_only = packed(original, weight_format)
+    ids = torch.randint(300, (3, 24), generator=torch.Generator().manual_seed(1))
+    expected = prefill(rounded_only, ids)
+    assert difference(prefill(native, ids), expected) < 0.04
+    # In int4, absorbed keys have their scales along another axis than expanded ones.
+    bound = 0.05 if weight_format == "int8" else 0.2
+    assert difference(token_by_token(native, ids, 10), expected) < bound
+    bound = 0.04 if weight_format == "int8" else 0.6  # random weights amplify every error
+    assert difference(expected, prefill(original, ids)) < bound
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_counts_stay_those_of_the_network(family: str) -> None:
+    original = network(family)
+    expected = count_parameters(original.config).total
+    native = packed(original, "int8")
+    assert sum(parameter.numel() for parameter in native.parameters()) == expected
+
+
+def test_a_packed_model_does_all_that_a_model_does(model: Model, tmp_path: Path) -> None:
+    model.save(tmp_path)
+    plain = load(tmp_path)
+    for options in ({"backend": "cpu"}, {"quantize": "int8"}, {"quantize": "int4"}):
+        opened = load(tmp_path, **options)
+        generation = opened.generate("床前明月光", max_tokens=8)
+        assert len(generation.tokens) == 8
+        together = opened.generate(["床前明月光", "the moon"], max_tokens=8)
+        assert together[0].text == generation.text
+        assert "".join(t.text for t in opened.stream("床前", max_tokens=4))
+        trace, expected = opened.trace("the moon"), plain.trace("the moon")
+        assert trace.total_parameters == expected.total_parameters
+        assert [t.parameters_used for t in trace.tokens] == [
+            t.parameters_used for t in expected.tokens
+        ]
+        steered = opened.steer(num_experts_per_tok=1)
+        assert steered.generate("床前明月光", max_tokens=3).tokens
+        if cpu.available():
+            with pytest.raises(UserError, match="rounded weights only"):
+                opened.save(tmp_path / "again")
+
+
+def test_packing_from_files_is_packing_from_memory(model: Model, tmp_path: Path) -> None:
+    save_weights(model.network, tmp_path)
+    model.tokenizer.save(tmp_path)
+    ids = torch.arange(20)[None]
+    from_memory = prefill(packed(model.network, "int8"), ids)
+    assert torch.equal(load(tmp_path, quantize="int8").logits(ids), from_memory)
+
+
+def test_without_the_extension_everything_still_runs(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model.save(tmp_path)
+    without_extension(monkeypatch)
+    assert cpu.instruction_set() is None and cpu.instruction_sets() == []
+    opened = load(tmp_path, backend="cpu", quantize="int8")
+    assert not any(isinstance(module, NativeMoE) for module in opened.network.modules())
+    ids = torch.arange(20)[None]
+    difference_to_plain = difference(opened.logits(ids), model.logits(ids))
+    assert 0 < difference_to_plain < 0.05
+    assert opened.generate("床前明月光", max_tokens=4).tokens
+
+
+@pytest.mark.parametrize(
+    ("options", "sentence"),
+    [
+        ({"backend": "gpu"}, "backend is 'gpu'; choose from torch, cpu"),
+        ({"quantize": "int3"}, "quantize is 'int3'; choose from int8, int4"),
+        ({"backend": "torch", "quantize": "int8"}, 'backend "torch" rounds nothing'),
+    ],
+)
+def test_options_without_meaning_are_refused(options: dict[str, str], sentence: str) -> None:
+    with pytest.raises(UserError, match=sentence):
+        load("nowhere", **options)
+
+
+def test_too_little_memory_is_said_before_loading() -> None:
+    with pytest.raises(UserError, match=r"takes 0\.0 GiB in int8, but 0\.0 GiB are free"):
+        Packer("int8").refuse_if_too_large(network("v3").config, available=1000)
+
+
+# --- the build -----------------------------------------------------------------------------------
+
+
+def build_script() -> Any:
+    spec = importlib.util.spec_from_file_location("native_build", ROOT / "csrc" / "build.py")
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_no_compiler_is_one_sentence_and_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.delenv("CXX", raising=False)
+    assert build_script().build_native(tmp_path) is None
+    printed = capsys.readouterr().out
+    assert "no C++ compiler was found" in printed and len(printed.splitlines()) == 1
+
+
+def test_a_compiler_that_fails_is_no_error(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("CXX", "false")
+    (tmp_path / "csrc").mkdir()
+    for source in (ROOT / "csrc").glob("*"):
+        if source.is_file():
+            (tmp_path / "csrc" / source.name).write_bytes(source.read_bytes())
+    assert build_script().build_native(tmp_path) is None
+    assert "could not build the native CPU kernels" in capsys.readouterr().out
