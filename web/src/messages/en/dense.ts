@@ -14,7 +14,7 @@ export default {
   flops: 'Arithmetic for one token (FLOPs)',
   bytes: 'Weights read from memory for one token',
   time: 'Time for one token, measured just now',
-  loss: 'Surprise per token on this text (loss, in nats; less is better)',
+  loss: 'Surprise per token (loss, nats; less is better)',
   who: 'The mixture expected {n} of {total} tokens better',
   perToken: 'Which model expected each token better',
   leads: 'A bar upwards: the mixture gave this token more probability; downwards: the twin did. Longer is clearer.',

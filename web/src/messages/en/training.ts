@@ -11,10 +11,10 @@ export default {
   column: 'One column is one expert, coloured by the text it works on:',
   experts: '{n} experts',
   chart: 'Loss and balance over the steps of the training',
-  loss: 'Loss (nats per token): grey in training, coloured on unseen text',
-  balance: 'Imbalance: how far the busiest expert is above an even share (blue: mean of the layers; grey: each layer)',
+  loss: 'Loss, nats a token (grey: training, coloured: unseen)',
+  balance: 'Imbalance of work (blue: mean, grey: each layer)',
   reading: 'Step {step} of {total}: loss {loss}; in the worst layer the busiest expert has {violation} shares too many.',
   none: 'This model brings no history of its training.',
   waiting: 'Waiting for the first step of the training …',
-  explain: 'The columns stand in the order that they have at the end, so that one sees them sort themselves out. Every kind of text counts alike, however much of it there is.',
+  explain: 'Imbalance is how many even shares the busiest expert has beyond its own. The columns stand in the order that they have at the end, so that one sees them sort themselves out. Every kind of text counts alike, however much of it there is.',
 };
