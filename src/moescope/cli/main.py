@@ -20,6 +20,7 @@ from moescope.cli.explain import explain
 from moescope.cli.generate import generate
 from moescope.cli.plan import plan
 from moescope.cli.specialize import specialize
+from moescope.cli.study import study
 from moescope.cli.train import train
 from moescope.errors import UserError
 
@@ -62,6 +63,7 @@ for verb, example in (
     (specialize, "moescope specialize tiny my-text"),
     (ablate, "moescope ablate tiny my-text --layer 3"),
     (compare, "moescope compare my-moe my-dense --text my-text"),
+    (study, "moescope study routers --data my-text --out my-study"),
     (doctor, "moescope doctor --json"),
 ):
     app.command(epilog=f"Example: {example}")(verb)
