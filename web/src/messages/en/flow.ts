@@ -4,7 +4,6 @@ export default {
   walk: 'Follow it through the layers',
   stop: 'Stop',
   layerOf: 'Layer {layer} of 0 – {last}',
-  visit: '{title}: see in detail',
   tokens: 'Tokens',
   embedding: 'Vector',
   attention: 'Attention: looks back',

@@ -14,8 +14,6 @@ export default {
   ask: 'What comes after “{text}”? Bet on one.',
   won: 'Right: the model picks “{text}”, too.',
   lost: 'You bet on “{bet}”; the model picks “{picked}”.',
-  betOn: 'Bet on {text}',
-  takeIt: '{text}, {probability}: go on with it',
   pick: 'picked',
   inText: 'in the text',
   yourBet: 'your bet',

@@ -6,7 +6,6 @@ const zh: typeof en = {
   walk: '跟它走过每一层',
   stop: '停下',
   layerOf: '第 {layer} 层（共 0 – {last}）',
-  visit: '{title}：看细节',
   tokens: '词元',
   embedding: '向量',
   attention: '注意力：回头看',

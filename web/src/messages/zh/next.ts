@@ -16,8 +16,6 @@ const zh: typeof en = {
   ask: '“{text}”后面会是什么？押一个。',
   won: '猜对了，模型也选“{text}”。',
   lost: '你押“{bet}”，模型选了“{picked}”。',
-  betOn: '押 {text}',
-  takeIt: '{text}，{probability}：从它接着写',
   pick: '选中',
   inText: '文中是它',
   yourBet: '你押的',
