@@ -10,7 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moescope.kernels import fusion
+from moescope.kernels import cpu, fusion
 
 INSTRUCTION_SETS = {
     "avx2": "avx2",
@@ -44,6 +44,7 @@ class Machine:
     torch_threads: int
     onednn: bool
     cxx: str | None  # path of the C++ compiler that fusing kernels needs
+    native_instruction_set: str | None  # of the native CPU kernels; None if they are not built
     gpu: str | None
     gpu_memory_total: int | None  # bytes
 
@@ -68,6 +69,7 @@ class Machine:
             torch_threads=torch.get_num_threads(),
             onednn=torch.backends.mkldnn.is_available(),
             cxx=fusion.compiler(),
+            native_instruction_set=cpu.instruction_set(),
             gpu=gpu,
             gpu_memory_total=gpu_memory,
         )

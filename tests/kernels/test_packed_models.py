@@ -2,6 +2,10 @@
 
 import copy
 import importlib.util
+import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +16,7 @@ from torch import Tensor
 from moescope.api import Model, load
 from moescope.catalog import count_parameters
 from moescope.checkpoint import save_weights
+from moescope.cli.main import run
 from moescope.config import ModelConfig
 from moescope.engine.cache import Cache
 from moescope.engine.native import NativeMoE, Packer
@@ -226,3 +231,46 @@ def test_a_compiler_that_fails_is_no_error(
             (tmp_path / "csrc" / source.name).write_bytes(source.read_bytes())
     assert build_script().build_native(tmp_path) is None
     assert "could not build the native CPU kernels" in capsys.readouterr().out
+
+
+# --- the command line ----------------------------------------------------------------------------
+
+
+def test_the_verbs_take_backend_and_quantize(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.save(tmp_path)
+    options = ["--model", str(tmp_path), "--backend", "cpu", "--quantize", "int8"]
+    for verb in (["generate", "床前", "--max-tokens", "3"], ["explain", "床前", "--json"]):
+        assert run([*verb, *options]) == 0
+        assert capsys.readouterr().out
+    assert run(["generate", "床前", "--quantize", "int5"]) == 2
+    assert "quantize is 'int5'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("built", [True, False])
+def test_doctor_says_which_kernels_run(
+    built: bool, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if not built:
+        without_extension(monkeypatch)
+    monkeypatch.setattr("moescope.cli.doctor.SECONDS", 0.01)
+    assert run(["doctor", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["native_instruction_set"] == cpu.instruction_set()
+    path = told["paths"]["--backend cpu"]
+    if cpu.available():
+        assert path.startswith(f"native kernels, {cpu.instruction_set()}")
+    else:
+        assert "not built" in path and "several times slower" in path
+
+
+def test_doctor_tells_a_wrong_instruction_set() -> None:
+    if not cpu.available():
+        return
+    program = "import sys; from moescope.cli.main import run; sys.exit(run(['doctor']))"
+    environment = {**os.environ, "MOESCOPE_ISA": "mmx"}
+    done = subprocess.run(
+        [sys.executable, "-c", program], env=environment, capture_output=True, text=True
+    )
+    assert done.returncode == 2 and "this processor runs" in done.stderr

@@ -7,9 +7,11 @@ from typing import Annotated, Any
 import typer
 
 from moescope.cli.sampling import (
+    Backend,
     MaxTokens,
     MinP,
     ModelName,
+    Quantize,
     RepetitionPenalty,
     Seed,
     Stop,
@@ -33,6 +35,8 @@ def chat(
         str | None, typer.Argument(metavar="[MESSAGE]", help="Said first; asked for if left out.")
     ] = None,
     model: ModelName = "tiny",
+    backend: Backend = None,
+    quantize: Quantize = None,
     system: Annotated[str | None, typer.Option(help="What the model is told beforehand.")] = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = 0.0,
@@ -62,7 +66,12 @@ def chat(
 
     sampling = given(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
     opened = steer(
-        load(model), num_experts_per_tok, disable_expert, force_expert, router_rule, router_noise
+        load(model, backend=backend, quantize=quantize),
+        num_experts_per_tok,
+        disable_expert,
+        force_expert,
+        router_rule,
+        router_noise,
     )
     messages: list[dict[str, Any]] = [{"role": "system", "content": system}] if system else []
     said = message if message is not None else _listen()

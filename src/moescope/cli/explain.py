@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from moescope.cli.sampling import Backend, Quantize
 from moescope.cli.steering import (
     DisableExpert,
     ForceExpert,
@@ -25,6 +26,8 @@ def explain(
         str | None, typer.Argument(metavar="[PROMPT]", help="Text; asked for if left out.")
     ] = None,
     model: Annotated[str, typer.Option(help='"tiny", a folder or a Hub name.')] = "tiny",
+    backend: Backend = None,
+    quantize: Quantize = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to continue the text by.")] = 12,
     save: Annotated[
         Path | None, typer.Option(help="Also write the whole trace into this JSON file.")
@@ -47,7 +50,12 @@ def explain(
     if prompt is None and as_json:
         raise typer.BadParameter("--json needs a PROMPT")
     opened = steer(
-        load(model), num_experts_per_tok, disable_expert, force_expert, router_rule, router_noise
+        load(model, backend=backend, quantize=quantize),
+        num_experts_per_tok,
+        disable_expert,
+        force_expert,
+        router_rule,
+        router_noise,
     )
     if prompt is not None:
         _show(opened, prompt, max_tokens, save, as_json)

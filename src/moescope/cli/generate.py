@@ -6,9 +6,11 @@ from typing import Annotated
 import typer
 
 from moescope.cli.sampling import (
+    Backend,
     MaxTokens,
     MinP,
     ModelName,
+    Quantize,
     RepetitionPenalty,
     Seed,
     Stop,
@@ -30,6 +32,8 @@ from moescope.cli.steering import (
 def generate(
     prompt: Annotated[str, typer.Argument(metavar="PROMPT", help="Text to continue.")],
     model: ModelName = "tiny",
+    backend: Backend = None,
+    quantize: Quantize = None,
     max_tokens: MaxTokens = 64,
     temperature: Temperature = 0.0,
     top_k: TopK = None,
@@ -52,7 +56,12 @@ def generate(
 
     sampling = given(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
     opened = steer(
-        load(model), num_experts_per_tok, disable_expert, force_expert, router_rule, router_noise
+        load(model, backend=backend, quantize=quantize),
+        num_experts_per_tok,
+        disable_expert,
+        force_expert,
+        router_rule,
+        router_noise,
     )
     if as_json:
         generation = opened.generate(prompt, **sampling)

@@ -5,6 +5,10 @@ from typing import Annotated, Any
 import typer
 
 ModelName = Annotated[str, typer.Option(help='"tiny", a folder or a Hub name.')]
+Backend = Annotated[
+    str | None, typer.Option(help='"torch", or "cpu": native kernels on rounded weights.')
+]
+Quantize = Annotated[str | None, typer.Option(help='Weights of "cpu": "int8" or "int4".')]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to make at most.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest; higher is livelier.")]
 TopK = Annotated[int | None, typer.Option(help="Choose among this many likeliest tokens.")]
