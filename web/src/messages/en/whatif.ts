@@ -3,6 +3,7 @@ export default {
   sentence: 'Switch experts off, or force one, and read both continuations.',
   offer: 'Busiest on your text; press to switch off:',
   switchOff: 'Switch off expert {expert} of layer {layer}',
+  others: 'another one, or force one',
   changed: 'Changed:',
   off: 'off',
   forced: 'forced',

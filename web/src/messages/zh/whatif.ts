@@ -5,6 +5,7 @@ const zh: typeof en = {
   sentence: '关掉几位专家，或强制请一位，再对照两种续写。',
   offer: '在你的文字上最忙的几位，点一下就关掉：',
   switchOff: '关掉第 {layer} 层专家 {expert}',
+  others: '换一位，或强制请一位',
   changed: '改动：',
   off: '关掉',
   forced: '必请',

@@ -1,0 +1,151 @@
+"""The page in a real browser: Debian's Chromium, and a server with the model in the box."""
+
+import contextlib
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import IO
+
+import pytest
+
+import moescope
+from moescope.api import Model
+
+ROOT = Path(__file__).parents[2]
+MODEL = os.environ.get("MOESCOPE_PAGE_MODEL", "tiny")
+"""What the server shows; another name or folder tries the page with another model."""
+PATIENCE = 60.0
+"""Seconds that the server may take to answer first."""
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "page: the page in a real browser")
+
+
+class Server:
+    """`moescope open` on a free port, which a test may stop and start again."""
+
+    def __init__(self, log: IO[str]) -> None:
+        with socket.socket() as free:
+            free.bind(("127.0.0.1", 0))
+            self.port: int = free.getsockname()[1]
+        self.address = f"http://127.0.0.1:{self.port}/"
+        self._log = log
+        self._process: subprocess.Popen[str] | None = None
+
+    def start(self) -> None:
+        command = Path(sys.executable).with_name("moescope")
+        self._process = subprocess.Popen(
+            [str(command), "open", MODEL, "--no-browser", "--port", str(self.port)],
+            stdout=self._log,
+            stderr=subprocess.STDOUT,
+            text=True,
+        )
+        deadline = time.monotonic() + PATIENCE
+        while time.monotonic() < deadline and self._process.poll() is None:
+            with contextlib.suppress(urllib.error.URLError, ConnectionError, TimeoutError):
+                urllib.request.urlopen(self.address + "api/model", timeout=5).close()
+                return
+            time.sleep(0.1)
+        self._log.seek(0)
+        pytest.fail(f"`moescope open` does not answer; it said: {self._log.read().strip()}")
+
+    def stop(self) -> None:
+        if self._process is not None:
+            self._process.terminate()
+            self._process.wait(timeout=20)
+            self._process = None
+
+
+@pytest.fixture(scope="session")
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Server]]:
+    """Return a way to start a server; all of them end with the session."""
+    servers: list[Server] = []
+    with contextlib.ExitStack() as logs:
+
+        def start() -> Server:
+            folder = tmp_path_factory.mktemp("server")
+            log = logs.enter_context((folder / "log.txt").open("w+", encoding="utf-8"))
+            server = Server(log)
+            servers.append(server)
+            server.start()
+            return server
+
+        yield start
+        for server in servers:
+            server.stop()
+
+
+@pytest.fixture(scope="session")
+def server(start_server: Callable[[], Server]) -> Server:
+    """A server that all tests share."""
+    return start_server()
+
+
+@pytest.fixture(scope="session")
+def engine() -> Model:
+    """The same model, asked without the page."""
+    return moescope.load(MODEL)
+
+
+@pytest.fixture(scope="session")
+def browser():
+    """Debian's Chromium, driven by playwright."""
+    chromium = shutil.which("chromium") or shutil.which("chromium-browser")
+    if chromium is None:
+        pytest.fail("the page is tested in Chromium, which is missing: apt install chromium")
+    try:
+        from playwright.sync_api import sync_playwright
+    except ImportError:
+        pytest.fail("the page's tests need playwright: pip install -e '.[dev]'")
+    with sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
+        yield browser
+        browser.close()
+
+
+@pytest.fixture
+def open_page(browser, server: Server):
+    """Return a way to open the page; at the end, its console must have stayed silent."""
+    said: list[str] = []
+    contexts = []
+
+    def open_page(query: str = "", *, address: str | None = None, **options):
+        context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
+        contexts.append(context)
+        page = context.new_page()
+        page.on(
+            "console",
+            lambda message: (
+                said.append(message.text) if message.type in ("error", "warning") else None
+            ),
+        )
+        page.on("pageerror", lambda error: said.append(str(error)))
+        page.said = said
+        page.goto(f"{address or server.address}?{query}")
+        page.get_by_test_id("token").first.wait_for()
+        return page
+
+    yield open_page
+    for context in contexts:
+        context.close()
+    assert said == []
+
+
+@pytest.fixture(scope="session")
+def axe() -> str:
+    """The source of axe-core, which finds what shuts people out."""
+    script = ROOT / "web/node_modules/axe-core/axe.min.js"
+    if not script.exists():
+        npm = shutil.which("npm")
+        if npm is None:
+            pytest.fail("axe-core is missing and so is npm: install Node 20.19 or newer")
+        subprocess.run([npm, "ci"], cwd=ROOT / "web", check=True, capture_output=True)
+    return script.read_text(encoding="utf-8")

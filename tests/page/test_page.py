@@ -1,0 +1,345 @@
+"""A reader's way through the page, in both languages; what it shows is what the engine says."""
+
+import gzip
+import re
+import urllib.request
+from xml.etree import ElementTree
+
+import pytest
+
+from moescope.api import Model
+
+pytestmark = [pytest.mark.slow, pytest.mark.page]
+
+LANGUAGES = ["zh", "en"]
+TEXT = {"zh": "床前明月光，", "en": "It is a truth universally acknowledged, that"}
+STATIONS = [
+    *("prompt", "flow", "tokens", "attention", "router", "experts", "merge"),
+    *("next", "balance", "dense", "whatif", "thinking", "training"),
+]
+PICTURES = [name for name in STATIONS if name not in ("prompt", "dense", "whatif", "thinking")]
+"""Stations that have a picture to save as soon as there is a text."""
+
+
+def settle(page) -> None:
+    """Wait until nothing is asked of the server any more."""
+    page.wait_for_load_state("networkidle")
+
+
+def candidates(page) -> dict[int, float]:
+    """The next tokens on the page, by id."""
+    return {
+        int(row.get_attribute("data-token-id")): float(row.get_attribute("data-probability"))
+        for row in page.get_by_test_id("candidate").all()
+    }
+
+
+def token_ids(page) -> list[int]:
+    return [int(chip.get_attribute("data-token-id")) for chip in page.get_by_test_id("token").all()]
+
+
+def write(page, text: str) -> None:
+    """Type a text, play, and wait for the end of the stream."""
+    page.get_by_test_id("prompt").fill(text)
+    play = page.get_by_test_id("play")
+    play.click()
+    page.locator("[data-testid=play][aria-pressed=true]").wait_for()
+    page.locator("[data-testid=play][aria-pressed=false]").wait_for()
+    settle(page)
+
+
+def set_slider(page, testid: str, value: float) -> None:
+    page.get_by_test_id(testid).evaluate(
+        "(input, value) => { input.value = value;"
+        " input.dispatchEvent(new Event('input', { bubbles: true })) }",
+        value,
+    )
+    settle(page)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_readers_way_through_the_page(open_page, language: str) -> None:
+    page = open_page(f"lang={language}")
+    assert page.locator("html").get_attribute("lang") == {"zh": "zh-CN", "en": "en"}[language]
+
+    write(page, TEXT[language])
+    prompt = page.locator("[data-testid=token]:not(.made)").count()
+    assert len(token_ids(page)) > prompt > 1
+
+    page.get_by_test_id("token").nth(prompt - 1).click()
+    settle(page)
+    assert page.locator("[data-testid=token][aria-selected=true]").count() == 1
+
+    for station in STATIONS:
+        section = page.get_by_test_id(f"station-{station}")
+        section.scroll_into_view_if_needed()
+        assert section.locator("h2").inner_text().strip()
+        heading = section.locator("h2 button")
+        if heading.count():
+            heading.click()
+            assert heading.get_attribute("aria-expanded") == "false"
+            heading.click()
+    settle(page)
+
+    before = candidates(page)
+    assert 0 < sum(before.values()) <= 1 + 1e-6
+    set_slider(page, "top-k", 1)
+    assert page.locator("[data-testid=expert][data-active=true]").count() == 1
+    after = candidates(page)
+    assert before != after
+    shown = page.get_by_test_id("station-router").get_by_test_id("changed").first
+    assert float(shown.get_attribute("data-probability")) == pytest.approx(
+        after[int(shown.get_attribute("data-token-id"))]
+    )
+
+    everybody = int(page.get_by_test_id("top-k").get_attribute("max"))
+    set_slider(page, "top-k", everybody)
+    assert page.locator("[data-testid=expert][data-active=true]").count() == everybody
+    page.get_by_test_id("unsteer").click()
+    settle(page)
+    assert candidates(page) == before
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_without_its_experts_the_model_writes_something_else(open_page, language: str) -> None:
+    page = open_page(f"lang={language}")
+    write(page, TEXT[language])
+
+    expert = page.locator("[data-testid=expert][data-active=true]").first
+    number = expert.get_attribute("data-expert")
+    expert.click()
+    page.get_by_test_id("disable-expert").click()
+    settle(page)
+    chosen = page.locator(f"[data-testid=expert][data-expert='{number}']")
+    assert chosen.get_attribute("data-active") == "false"
+    assert page.get_by_test_id("disable-expert").get_attribute("aria-pressed") == "true"
+
+    # One expert of sixty-four may not be missed; many are.
+    for _ in range(8):
+        page.get_by_test_id("offer").first.click()
+        settle(page)
+    page.get_by_test_id("whatif-verdict").wait_for()
+
+    def written(side: str) -> list[str]:
+        return [
+            token.get_attribute("data-token-id")
+            for token in page.get_by_test_id(f"whatif-{side}").locator("[data-token-id]").all()
+        ]
+
+    assert written("before") != written("after")
+    assert page.get_by_test_id("whatif-after").locator(".changed").count() > 0
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_address_brings_the_picture_back(open_page, language: str, tmp_path) -> None:
+    page = open_page(f"lang={language}")
+    write(page, TEXT[language])
+    page.get_by_test_id("token").nth(2).click()
+    set_slider(page, "top-k", 3)
+    page.wait_for_timeout(500)  # the address follows a little later
+
+    def look(page) -> tuple[list[int], dict[int, float], str]:
+        return token_ids(page), candidates(page), save(page, "router")
+
+    def save(page, station: str) -> str:
+        with page.expect_download() as download:
+            page.get_by_test_id(f"station-{station}").get_by_test_id("save-svg").click()
+        file = tmp_path / f"{station}.svg"
+        download.value.save_as(file)
+        return file.read_text(encoding="utf-8")
+
+    first = look(page)
+    again = open_page(page.url.partition("?")[2])
+    settle(again)
+    assert look(again) == first
+
+    for station in PICTURES:
+        picture = ElementTree.fromstring(save(again, station))
+        assert picture.tag.endswith("svg"), station
+        assert len(list(picture.iter())) > 5, station
+
+
+def test_the_pages_numbers_are_the_engines(open_page, engine: Model) -> None:
+    page = open_page("lang=en")
+    write(page, TEXT["zh"])
+    trace = engine.trace(TEXT["zh"], max_tokens=32)
+    ids = token_ids(page)
+    assert ids == [token.id for token in trace.tokens][: len(ids)]
+
+    place = 3
+    page.get_by_test_id("token").nth(place).click()
+    settle(page)
+    shown = candidates(page)
+    for guess in trace.guesses[place]:
+        assert shown[guess.id] == pytest.approx(guess.probability, rel=1e-3)
+
+    layer = int(page.get_by_test_id("layer").input_value())
+    router = trace.layers[layer].router
+    assert router is not None
+    active = page.locator("[data-testid=expert][data-active=true]")
+    weights = {
+        int(cell.get_attribute("data-expert")): float(cell.get_attribute("data-weight"))
+        for cell in active.all()
+    }
+    expected = dict(zip(router.topk_ids[place], router.topk_weights[place], strict=True))
+    assert weights == pytest.approx(expected, rel=1e-3)
+
+    used, total = trace.tokens[place].parameters_used, trace.total_parameters
+    counter = page.get_by_test_id("counter").inner_text()
+    assert f"{round(100 * used / total)}%" in counter
+
+
+def test_the_bars_of_the_merge_add_up(open_page) -> None:
+    page = open_page("lang=en")
+    write(page, TEXT["en"])
+    bars = page.get_by_test_id("station-merge").locator("[data-projection]").all()
+    total = sum(float(bar.get_attribute("data-projection")) for bar in bars)
+    assert page.get_by_test_id("merge-sum").text_content().strip() == f"{total:.2f}"
+
+
+def test_everything_works_by_keyboard(open_page) -> None:
+    page = open_page("lang=en")
+    page.get_by_test_id("prompt").focus()
+    page.keyboard.press("ControlOrMeta+A")
+    page.keyboard.type(TEXT["en"])
+    page.keyboard.press("Tab")
+    assert page.evaluate("document.activeElement.dataset.testid") == "play"
+    page.keyboard.press("Enter")
+    page.locator("[data-testid=play][aria-pressed=true]").wait_for()
+    page.locator("[data-testid=play][aria-pressed=false]").wait_for()
+
+    tab_to(page, "token")
+    page.keyboard.press("Home")
+    page.keyboard.press("ArrowRight")
+    chosen = page.locator("[data-testid=token][aria-selected=true]")
+    assert chosen.get_attribute("data-token-id") == str(token_ids(page)[1])
+
+    tab_to(page, "top-k")
+    settle(page)
+    before = candidates(page)
+    page.keyboard.press("Home")
+    settle(page)
+    assert candidates(page) != before
+
+    tab_to(page, "expert")
+    page.keyboard.press("End")
+    last = page.evaluate("document.activeElement.dataset.expert")
+    assert int(last) == page.get_by_test_id("expert").count() - 1
+    tab_to(page, "disable-expert")
+    page.keyboard.press("Enter")
+    settle(page)
+    pressed = page.get_by_test_id("disable-expert").get_attribute("aria-pressed")
+    assert pressed == "true"
+
+
+def tab_to(page, testid: str) -> None:
+    """Press Tab until the element has the focus; nothing on the way may trap it."""
+    for _ in range(120):
+        page.keyboard.press("Tab")
+        if page.evaluate("document.activeElement.dataset.testid") == testid:
+            return
+    pytest.fail(f"120 tabs did not reach {testid}")
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("theme", ["light", "dark"])
+def test_axe_finds_nothing_serious(open_page, axe: str, language: str, theme: str) -> None:
+    page = open_page(f"lang={language}", color_scheme=theme, bypass_csp=True)
+    write(page, TEXT[language])
+    page.get_by_test_id("dense-moe").click()
+    page.get_by_test_id("write-both").click()
+    page.get_by_test_id("whatif-verdict").wait_for()
+    page.evaluate("document.querySelectorAll('details').forEach((more) => (more.open = true))")
+    settle(page)
+    page.evaluate(axe)
+    found = page.evaluate("axe.run()")["violations"]
+    serious = [
+        (rule["id"], [node["target"] for node in rule["nodes"]])
+        for rule in found
+        if rule["impact"] in ("serious", "critical")
+    ]
+    assert serious == []
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+@pytest.mark.parametrize("width", [390, 2560])
+def test_nothing_sticks_out(open_page, language: str, width: int) -> None:
+    page = open_page(f"lang={language}", viewport={"width": width, "height": 844})
+    write(page, TEXT[language])
+    page.get_by_test_id("dense-moe").click()
+    page.get_by_test_id("write-both").click()
+    page.get_by_test_id("whatif-verdict").wait_for()
+    settle(page)
+    assert page.evaluate("document.documentElement.scrollWidth") <= width
+    for chip in page.get_by_test_id("expert").all()[:4]:
+        box = chip.bounding_box()
+        assert box["width"] >= 24 and box["height"] >= 24
+
+
+def test_a_language_is_one_click_away(open_page) -> None:
+    page = open_page("lang=en")
+    page.get_by_test_id("language").click()
+    assert page.locator("html").get_attribute("lang") == "zh-CN"
+    page.wait_for_timeout(500)
+    assert "lang=zh" in page.url
+    chinese = page.get_by_test_id("station-router").locator("h2").inner_text()
+    assert re.search(r"[一-鿿]", chinese)
+
+
+def test_an_emoji_storm_is_a_text_like_any_other(open_page) -> None:
+    page = open_page("lang=en")
+    write(page, "👩‍👩‍👧‍👦🏳️‍🌈🇨🇳" * 6)
+    assert len(token_ids(page)) > 24
+    assert page.get_by_test_id("error").count() == 0
+
+
+def test_a_text_too_long_is_answered_with_a_sentence(open_page) -> None:
+    page = open_page("lang=en")
+    page.get_by_test_id("prompt").fill("很长" * 50_000)
+    page.get_by_test_id("play").click()
+    error = page.get_by_test_id("error")
+    error.wait_for()
+    assert "100,000" in error.inner_text()
+
+
+def test_a_server_that_dies_is_named_and_missed_no_longer_when_back(
+    open_page, start_server
+) -> None:
+    own = start_server()
+    page = open_page("lang=en", address=own.address)
+    settle(page)
+    own.stop()
+    page.get_by_test_id("play").click()
+    error = page.get_by_test_id("error")
+    error.wait_for()
+    assert "does not answer" in error.inner_text()
+    own.start()
+    error.get_by_role("button").click()
+    write(page, TEXT["en"])
+    assert page.get_by_test_id("error").count() == 0
+    # Chromium itself notes a refused connection; the page says nothing of its own.
+    page.said[:] = [text for text in page.said if "ERR_" not in text]
+
+
+def test_guess_first_covers_every_answer(open_page) -> None:
+    page = open_page("lang=en")
+    write(page, TEXT["en"])
+    page.get_by_test_id("guess-first").check()
+    router = page.get_by_test_id("station-router")
+    assert router.get_by_test_id("changed").count() == 0
+    page.get_by_test_id("candidate").first.click()
+    assert router.get_by_test_id("changed").count() > 0
+
+
+def test_the_page_is_light(server) -> None:
+    """At most 350 KB come over the wire, packed as a browser asks for it."""
+
+    def fetch(path: str) -> bytes:
+        request = urllib.request.Request(server.address + path, headers={"Accept-Encoding": "gzip"})
+        with urllib.request.urlopen(request) as answer:
+            return answer.read()
+
+    index = gzip.decompress(fetch(""))
+    files = re.findall(r'(?:src|href)="\./([^"]+)"', index.decode())
+    assert files
+    assert sum(len(fetch(file)) for file in files) < 350_000
