@@ -14,9 +14,9 @@ MAX_TEXT = 20_000
 
 
 class Message(BaseModel):
-    """A message; unknown fields are mistakes."""
+    """A message; unknown fields are mistakes. Answers are read off the engine's own data."""
 
-    model_config = ConfigDict(extra="forbid")
+    model_config = ConfigDict(extra="forbid", from_attributes=True)
 
 
 # --- what every picture can be asked with --------------------------------------------------------

@@ -63,7 +63,7 @@ class MetricsLog:
 
     def __init__(self, out: Path, last_step: int) -> None:
         self._path = out / "metrics.jsonl"
-        write_text(self._path, "".join(_rows_up_to(self._path, last_step)))
+        write_text(self._path, "".join(rows_up_to(self._path, last_step)))
         self._board: Any = None
         self.has_tensorboard = find_spec("tensorboard") is not None
         with self._disk_errors():
@@ -99,7 +99,11 @@ class MetricsLog:
             ) from error
 
 
-def _rows_up_to(path: Path, last_step: int) -> Iterator[str]:
+def rows_up_to(path: Path, last_step: int) -> Iterator[str]:
+    """Yield the lines of a file of JSON objects whose `step` is at most `last_step`.
+
+    A resumed training writes later ones again.
+    """
     if not path.exists():
         return
     with path.open(encoding="utf-8") as lines:

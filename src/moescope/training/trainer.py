@@ -25,7 +25,13 @@ from moescope.training.allocator import keep_freed_memory
 from moescope.training.batches import PackedBatches
 from moescope.training.config import TrainConfig
 from moescope.training.evaluation import evaluate
-from moescope.training.metrics import MetricsLog, TrainingDisplay, flops_per_token, print_line
+from moescope.training.metrics import (
+    MetricsLog,
+    TrainingDisplay,
+    flops_per_token,
+    print_line,
+    rows_up_to,
+)
 from moescope.training.objective import BalanceRecorder, compute_losses
 from moescope.training.optimizer import Optimizer
 from moescope.training.schedule import warmup_stable_decay
@@ -67,7 +73,7 @@ def train(
     Args:
         config: what to train.
         out: receives the model as `transformers` reads it, `training.json`, `metrics.jsonl`,
-            `specialization.json`, `tensorboard/`, `checkpoints/` and the token files.
+            `specialization.json` and `.jsonl`, `tensorboard/`, `checkpoints/` and the token files.
         resume: continue what is in `out`; without a checkpoint there, begin.
         stream: where progress is shown; standard output if left out.
 
@@ -284,7 +290,10 @@ class Trainer:
     # --- what comes out ---------------------------------------------------------------------------
 
     def evaluate(self) -> dict[str, Any]:
-        """Measure on held-out text; keep the load per domain, layer and expert in a file."""
+        """Measure on held-out text; keep the load per domain, layer and expert in two files.
+
+        `specialization.json` holds the latest, `specialization.jsonl` a line for each step.
+        """
         result = evaluate(
             self.model,
             self.text.held_out,
@@ -293,7 +302,10 @@ class Trainer:
             max_tokens=self.config.evaluation.tokens,
         )
         load = {"step": self.step, "load": result.load}
-        write_text(self.out / "specialization.json", json.dumps(load, ensure_ascii=False) + "\n")
+        line = json.dumps(load, ensure_ascii=False) + "\n"
+        write_text(self.out / "specialization.json", line)
+        series = self.out / "specialization.jsonl"
+        write_text(series, "".join([*rows_up_to(series, self.step - 1), line]))
         return result.to_row()
 
     def _finish(self) -> dict[str, Any]:

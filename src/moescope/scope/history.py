@@ -1,0 +1,162 @@
+"""A training's history in one small file: losses, balance, and who served whom over the steps."""
+
+import json
+import os
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from moescope.errors import UserError
+from moescope.scope.saved import Saved, rounded
+
+FILE = "training_history.json"
+"""What the history of a packed model is called in its folder."""
+METRICS, LOADS, SUMMARY = "metrics.jsonl", "specialization.jsonl", "training.json"
+"""What a training writes into its own folder."""
+MOST_ROWS = 600
+"""Rows beyond this many are thinned out, but none that was evaluated."""
+
+
+@dataclass(frozen=True)
+class TrainingRow:
+    """One logged step.
+
+    Attributes:
+        step: from 1.
+        loss: of the step's own text, nats per token.
+        held_out: nats per token of each domain, where the step was evaluated.
+        max_violation: of each mixture-of-experts layer, by its index (the busiest expert's
+            surplus over an even share).
+    """
+
+    step: int
+    loss: float
+    held_out: dict[str, float]
+    max_violation: dict[str, float]
+
+
+@dataclass(frozen=True)
+class ExpertsSnapshot:
+    """Who served whom at one step.
+
+    Attributes:
+        step: from 1.
+        load: `[domain][layer position][expert]`: share of the domain's routed slots.
+    """
+
+    step: int
+    load: list[list[list[float]]]
+
+
+@dataclass(frozen=True)
+class History(Saved):
+    """A training from its first step to its last.
+
+    Attributes:
+        steps: so many it has, or will have.
+        domains: of the snapshots.
+        rows: ascending; at most some hundreds.
+        snapshots: ascending; none in a dense model.
+    """
+
+    noun: ClassVar[str] = "a training's history"
+
+    steps: int
+    domains: list[str]
+    rows: list[TrainingRow]
+    snapshots: list[ExpertsSnapshot]
+
+
+def history_of(run: Path) -> History:
+    """Gather the history of the training in the folder `run`, finished or not.
+
+    Raises:
+        UserError: there is no training in it.
+    """
+    rows = [to_row(fields) for fields in _json_lines(run / METRICS)]
+    if not rows:
+        raise UserError(f"there is no training in {run}: it lacks {METRICS} with a step in it")
+    loads = list(_json_lines(run / LOADS))
+    domains = list(loads[-1]["load"]) if loads else []
+    snapshots = [_snapshot(fields, domains) for fields in loads]
+    return History(
+        steps=max(planned_steps(run), rows[-1].step),
+        domains=domains,
+        rows=_thinned(rows),
+        snapshots=[snapshot for snapshot in snapshots if snapshot.load and snapshot.load[0]],
+    )
+
+
+def to_row(fields: Mapping[str, Any]) -> TrainingRow:
+    """Take from a line of `metrics.jsonl` what pictures need."""
+    return TrainingRow(
+        step=fields["step"],
+        loss=rounded(fields["loss"]),
+        held_out={d: rounded(loss) for d, loss in fields.get("held_out_loss", {}).items()},
+        max_violation={i: rounded(x) for i, x in fields.get("max_violation", {}).items()},
+    )
+
+
+def planned_steps(run: Path) -> int:
+    """How many steps the training in `run` was to have; 0 while nothing tells."""
+    states = sorted(run.glob("checkpoints/*/state.json"), key=lambda path: path.stat().st_mtime)
+    for file in (run / SUMMARY, *reversed(states)):
+        try:
+            return json.loads(file.read_text(encoding="utf-8"))["config"]["training"]["steps"]
+        except (OSError, ValueError, KeyError):
+            continue  # not written yet, or not whole
+    return 0
+
+
+class Follower:
+    """Reads what a training that runs now adds to its metrics, without touching it."""
+
+    def __init__(self, run: Path) -> None:
+        self._file = run / METRICS
+        self._place: tuple[int, int] | None = None  # the file's number on disk, and bytes read
+
+    def new_rows(self) -> list[TrainingRow]:
+        """Return the rows since the last call; all of them at first, and after a resumption."""
+        try:
+            with self._file.open("rb") as stream:
+                number = os.fstat(stream.fileno()).st_ino
+                if self._place is not None and self._place[0] == number:
+                    stream.seek(self._place[1])
+                start, text = stream.tell(), stream.read()
+        except OSError:
+            return []  # the training has not begun to write
+        whole = text.rpartition(b"\n")[0]
+        self._place = number, start + (len(whole) + 1 if whole else 0)
+        return [to_row(json.loads(line)) for line in whole.splitlines()]
+
+
+def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
+    """The objects in a file that may be growing; none if it is not there."""
+    try:
+        lines = file.read_text(encoding="utf-8").splitlines()
+    except OSError:
+        return
+    for line in lines:
+        try:
+            yield json.loads(line)
+        except ValueError:
+            continue  # the last line, half written
+
+
+def _snapshot(fields: Mapping[str, Any], domains: list[str]) -> ExpertsSnapshot:
+    """Turn counts, domain -> layer -> expert, into shares of each domain's slots."""
+    load = [
+        [
+            [rounded(count / max(sum(counts), 1)) for count in counts]
+            for _, counts in sorted(fields["load"][domain].items(), key=lambda item: int(item[0]))
+        ]
+        for domain in domains
+    ]
+    return ExpertsSnapshot(fields["step"], load)
+
+
+def _thinned(rows: list[TrainingRow]) -> list[TrainingRow]:
+    every = -(-len(rows) // MOST_ROWS)
+    last = len(rows) - 1
+    return [r for i, r in enumerate(rows) if i % every == 0 or i == last or r.held_out]

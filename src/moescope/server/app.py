@@ -1,0 +1,233 @@
+"""The page and its API over HTTP, for the reader's own machine.
+
+The model computes in one thread of its own, one question after the other; a stream takes its turn
+again for every token, so that the page stays alive while it runs, and ends when the reader goes.
+"""
+
+import asyncio
+import ipaddress
+import logging
+import socket
+from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from moescope.errors import UserError
+from moescope.scope.history import Follower, planned_steps
+from moescope.server import schema
+from moescope.server.contract import ENDPOINTS, Endpoint
+from moescope.server.page import serve_page
+from moescope.server.schema import MAX_TEXT, Message
+from moescope.server.studio import NotThere, Studio
+
+MOST_BYTES = 4_000_000
+"""Bytes of a request; more than MAX_TEXT characters and a context of ids take."""
+SECONDS_BETWEEN_LOOKS = 0.5
+"""How often a running training's metrics are looked at."""
+
+Handler = Callable[[Request], Awaitable[Response]]
+
+
+class TooMuch(UserError):
+    """A request is larger than any that makes sense."""
+
+
+def create_app(studio: Studio) -> Starlette:
+    """Return the application that shows `studio`."""
+    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+
+    async def compute(function: Callable[..., Any], *given: Any) -> Any:
+        return await asyncio.get_running_loop().run_in_executor(thread, function, *given)
+
+    asks: dict[str, Callable[..., Any]] = {
+        "/api/model": lambda: studio.info,
+        "/api/generate": studio.generate,
+        "/api/trace": studio.trace,
+        "/api/token": studio.token,
+        "/api/expert": studio.expert,
+        "/api/specialization": studio.specialization,
+        "/api/dense": studio.dense,
+        "/api/training": studio.training,
+    }
+
+    def handler_of(endpoint: Endpoint) -> Handler:
+        async def handle(request: Request) -> Response:
+            if endpoint.path not in asks:
+                if studio.watching is None:
+                    raise NotThere("no training is watched; `moescope train ... --watch` shows one")
+                return _events(_follow(studio.watching))
+            asked = [await _read(request, endpoint.request)] if endpoint.request else []
+            ask = asks[endpoint.path]
+            if not endpoint.streams:
+                return _json(await compute(ask, *asked))
+            events: Iterator[Message] = ask(*asked)
+            first = await compute(next, events)  # a mistake shows here, before the stream begins
+            return _events(_stream(first, events, compute))
+
+        return handle
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncGenerator[None]:
+        yield
+        thread.shutdown(cancel_futures=True)
+
+    routes = [Route(e.path, handler_of(e), methods=[e.method]) for e in ENDPOINTS]
+    app = Starlette(
+        routes=[
+            *routes,
+            Route("/api/{name:path}", _unknown, methods=["GET", "POST", "OPTIONS"]),
+            Route("/", serve_page),
+            Route("/{name:path}", serve_page),
+        ],
+        exception_handlers={
+            UserError: _mistake,
+            HTTPException: _refused,
+            Exception: _failure,
+        },
+        lifespan=lifespan,
+    )
+    app.add_middleware(OwnHostOnly)
+    return app
+
+
+class OwnHostOnly:
+    """Answers only requests that name this machine or an address, not somebody else's domain.
+
+    A page elsewhere can point its own domain at 127.0.0.1 and would then be allowed to read what
+    this server says ("DNS rebinding"); but it cannot make the browser name another host.
+    """
+
+    def __init__(self, app: ASGIApp) -> None:
+        self._app = app
+        self._names = {"localhost", socket.gethostname().lower()}
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] == "http":
+            host = Request(scope).url.hostname or ""
+            if host.lower() not in self._names and not _is_address(host):
+                refusal = _error(
+                    400, f"this server does not answer to the name {host!r}; use its address"
+                )
+                await refusal(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+def _is_address(host: str) -> bool:
+    try:
+        ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    return True
+
+
+# --- requests in, answers out ---------------------------------------------------------------------
+
+
+async def _read(request: Request, kind: type[Message]) -> Message:
+    """Read a JSON body of at most `MOST_BYTES`."""
+    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+        raise HTTPException(415, "send the question as application/json")
+    body = bytearray()
+    async for chunk in request.stream():
+        body += chunk
+        if len(body) > MOST_BYTES:
+            raise TooMuch(f"the request is larger than {MOST_BYTES:,} bytes; shorten the text")
+    try:
+        return kind.model_validate_json(bytes(body))
+    except ValidationError as error:
+        raise _explained(error) from error
+
+
+def _explained(error: ValidationError) -> UserError | HTTPException:
+    """Say in a sentence what is wrong with a request, without repeating all of it."""
+    first = error.errors(include_url=False)[0]
+    place = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "string_too_long":
+        return TooMuch(
+            f"the text has {len(first['input']):,} characters but the page reads {MAX_TEXT:,} at "
+            "most; shorten it"
+        )
+    message = first["msg"][0].lower() + first["msg"][1:]
+    return HTTPException(422, f"`{place}`: {message}" if place else f"the request: {message}")
+
+
+def _json(message: Message) -> Response:
+    return Response(message.model_dump_json(), media_type="application/json")
+
+
+def _events(events: AsyncIterator[Message]) -> Response:
+    async def lines() -> AsyncIterator[str]:
+        async for event in events:
+            yield f"data: {event.model_dump_json()}\n\n"
+
+    headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+    return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
+
+
+async def _stream(
+    first: Message, events: Iterator[Message], compute: Callable[..., Awaitable[Any]]
+) -> AsyncIterator[Message]:
+    """Hand on events as they are made; a mistake in the middle is the last of them."""
+    event: Message | None = first
+    try:
+        while event is not None:
+            yield event
+            event = await compute(next, events, None)
+    except UserError as error:
+        yield schema.ErrorEvent(message=str(error))
+
+
+async def _follow(run: Path) -> AsyncIterator[Message]:
+    """Hand on the rows of a running training as they are written, the latest one at once."""
+    follower, steps = Follower(run), planned_steps(run)
+    rows = (await asyncio.to_thread(follower.new_rows))[-1:]
+    while True:
+        for row in rows:
+            steps = max(steps, row.step)
+            yield schema.TrainingEvent(row=schema.TrainingRow.model_validate(row), steps=steps)
+        await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+        steps = steps or planned_steps(run)
+        rows = await asyncio.to_thread(follower.new_rows)
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+def _error(status: int, message: str) -> Response:
+    return JSONResponse(schema.ErrorEvent(message=message).model_dump(), status_code=status)
+
+
+async def _mistake(_request: Request, error: Exception) -> Response:
+    status = 404 if isinstance(error, NotThere) else 413 if isinstance(error, TooMuch) else 400
+    return _error(status, str(error))
+
+
+async def _refused(_request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    return _error(error.status_code, error.detail)
+
+
+async def _unknown(request: Request) -> Response:
+    path = request.url.path
+    if any(path == endpoint.path for endpoint in ENDPOINTS):
+        return _error(405, f"{path} is not asked by {request.method}")
+    return _error(404, f"there is no {path} here")
+
+
+async def _failure(_request: Request, error: Exception) -> Response:
+    logging.getLogger(__name__).error("a question failed", exc_info=error)
+    return _error(
+        500, f"the server failed at this ({type(error).__name__}); its terminal says more"
+    )

@@ -1,0 +1,52 @@
+"""The built page: its files, packed for the wire and kept by browsers as long as they may be."""
+
+import gzip
+import hashlib
+import mimetypes
+from functools import lru_cache
+from pathlib import Path
+
+from starlette.requests import Request
+from starlette.responses import PlainTextResponse, Response
+
+PAGE = Path(__file__).with_name("page")
+NOT_BUILT = (
+    "The page has not been built. In a checkout of moescope, run `python web/build.py` and load "
+    "this address again; the API under /api works without it.\n"
+    "网页尚未构建：请在 moescope 源码目录运行 `python web/build.py`，然后刷新本页。\n"
+)
+POLICY = (
+    "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
+    "object-src 'none'; base-uri 'none'; frame-ancestors 'self'"
+)
+TEXT_SUFFIXES = {".html", ".js", ".css", ".svg", ".json", ".txt", ".map"}
+
+
+async def serve_page(request: Request) -> Response:
+    """Answer with the file that the path names; the bare address is `index.html`."""
+    name = request.path_params.get("name") or "index.html"
+    files = {path.relative_to(PAGE).as_posix(): path for path in PAGE.rglob("*") if path.is_file()}
+    if "index.html" not in files:
+        return PlainTextResponse(NOT_BUILT, status_code=503)
+    if name not in files:
+        return PlainTextResponse(f"There is no {name} here.\n", status_code=404)
+    plain, packed, tag = _contents(files[name], files[name].stat().st_mtime_ns)
+    kept = "public, max-age=31536000, immutable" if name.startswith("assets/") else "no-cache"
+    headers = {"ETag": tag, "Cache-Control": kept, "Vary": "Accept-Encoding"}
+    if name.endswith(".html"):
+        headers["Content-Security-Policy"] = POLICY
+    if request.headers.get("if-none-match") == tag:
+        return Response(status_code=304, headers=headers)
+    body = plain
+    if packed is not None and "gzip" in request.headers.get("accept-encoding", ""):
+        body = packed
+        headers["Content-Encoding"] = "gzip"
+    return Response(body, headers=headers, media_type=mimetypes.guess_type(name)[0])
+
+
+@lru_cache(maxsize=64)
+def _contents(path: Path, _changed: int) -> tuple[bytes, bytes | None, str]:
+    """The file's bytes, the same packed if that is worth it, and a tag that changes with them."""
+    plain = path.read_bytes()
+    packed = gzip.compress(plain, mtime=0) if path.suffix in TEXT_SUFFIXES else None
+    return plain, packed, f'"{hashlib.sha256(plain).hexdigest()[:24]}"'

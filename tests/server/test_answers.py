@@ -1,0 +1,170 @@
+"""The API's numbers are the engine's."""
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from questions import TEXT, events_of
+from starlette.testclient import TestClient
+
+from moescope.api import Model, sampling_params
+from moescope.catalog import count_parameters
+from moescope.scope.detail import Reading
+from moescope.scope.steps import read
+from moescope.server import schema
+from moescope.server.app import create_app
+from moescope.server.studio import Studio
+
+STEERING = {"num_experts_per_tok": 2, "disabled": [{"layer": 1, "expert": 3}], "noise": 0.2}
+
+
+def steered(model: Model) -> Model:
+    return model.steer(num_experts_per_tok=2, disabled={(1, 3)}, noise=0.2)
+
+
+def test_the_model_is_described(client: TestClient, model: Model) -> None:
+    info = client.get("/api/model").json()
+    assert [layer["kind"] for layer in info["layers"]] == ["dense", "moe", "moe"]
+    assert info["layers"][1] == {"kind": "moe", "n_routed_experts": 8, "n_shared_experts": 1}
+    counted = count_parameters(model.config)
+    assert info["parameters"] == {"total": counted.total, "active": counted.active}
+    assert round(info["reference"]["total"] / 1e9) == 671
+    assert info["cache"] == {"kept": 16 + 4, "full": 2 * (8 + 4 + 8)}
+    assert info["companions"] == ["small-dense"]
+    assert (info["has_specialization"], info["has_training"], info["watching"]) == (1, 1, 0)
+    assert {e["domain"] for e in info["examples"]} >= {"poetry", "prose", "code", "arithmetic"}
+    asked = [e["text"] for e in info["examples"] if e["domain"] == "arithmetic"]
+    assert asked[0] == "<｜User｜>17+25=?<｜Assistant｜>"
+
+
+@pytest.mark.parametrize("steering", [{}, STEERING])
+@pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 5, "top_k": 50}])
+def test_a_stream_holds_the_prompt_what_generate_makes_and_the_end(
+    client: TestClient, model: Model, steering: dict[str, Any], sampling: dict[str, Any]
+) -> None:
+    question = {"prompt": TEXT, "max_tokens": 6, "sampling": sampling, "steering": steering}
+    answer = client.post("/api/generate", json=question)
+    assert answer.headers["content-type"].startswith("text/event-stream")
+    *tokens, end = events_of(answer.text)
+    made = (steered(model) if steering else model).generate(TEXT, max_tokens=6, **sampling)
+    ids = [*model.engine.encode(TEXT), *(token.id for token in made.tokens)]
+    assert [event["step"]["id"] for event in tokens] == ids
+    assert {event["type"] for event in tokens} == {"token"}
+    seconds = end.pop("seconds")
+    assert seconds > 0
+    assert end == {
+        "type": "end",
+        "finish_reason": made.finish_reason,
+        "prompt_tokens": made.prompt_tokens,
+        "new_tokens": len(made.tokens),
+    }
+
+
+def test_ids_are_continued_as_they_stand(client: TestClient, model: Model) -> None:
+    ids = [7, 8, 9]
+    *tokens, _ = events_of(client.post("/api/generate", json={"ids": ids, "max_tokens": 2}).text)
+    assert [event["step"]["id"] for event in tokens][:3] == ids
+    likeliest = model.logits(torch.tensor([ids]))[0, -1].argmax()
+    assert tokens[3]["step"]["id"] == int(likeliest)
+
+
+@pytest.mark.parametrize("steering", [{}, STEERING])
+def test_a_trace_is_what_the_scope_reads(
+    client: TestClient, model: Model, steering: dict[str, Any]
+) -> None:
+    answer = client.post("/api/trace", json={"prompt": TEXT, "steering": steering}).json()
+    engine = (steered(model) if steering else model).engine
+    steps = read(engine, model.engine.encode(TEXT))
+    assert answer["steps"] == [
+        schema.TokenStep.model_validate(step).model_dump(mode="json") for step in steps
+    ]
+
+
+def test_a_token_and_an_expert_are_what_the_scope_takes_apart(
+    client: TestClient, model: Model
+) -> None:
+    ids = model.engine.encode(TEXT)
+    sampling = {"temperature": 0.7, "top_p": 0.9, "seed": 3}
+    place = {"ids": ids, "index": 5, "layer": 2, "steering": STEERING}
+    answer = client.post("/api/token", json={**place, "sampling": sampling}).json()
+    reading = Reading(steered(model).engine, ids)
+    expected = reading.token(5, 2, sampling_params(sampling))
+    assert answer == schema.TokenDetail.model_validate(expected).model_dump(mode="json")
+    work = client.post("/api/expert", json={**place, "expert": 1}).json()
+    mine = reading.expert(5, 2, 1)
+    assert (work["gate"], work["output"]) == (mine.gate, mine.output)
+    assert work["typical"] == [{"id": 299, "text": "x", "count": 3, "lift": 2.5, "context": "axb"}]
+    assert work["domains"] == {"poetry": 0.125, "prose": 0.75}
+
+
+def test_the_dense_twin_reads_the_same_text(client: TestClient, home: Path, model: Model) -> None:
+    answer = client.post("/api/dense", json={"prompt": TEXT}).json()
+    ours, twin = answer["contestants"]
+    assert (ours["name"], twin["name"]) == (str(home), "small-dense")
+    ids = torch.tensor([model.engine.encode(TEXT)])
+    logprobs = model.logits(ids)[0, :-1].log_softmax(dim=-1)
+    losses = -logprobs.gather(1, ids[0, 1:, None])[:, 0]
+    assert ours["losses"] == pytest.approx(losses.tolist(), rel=1e-4)
+    assert len(twin["losses"]) == len(ours["losses"]) and twin["losses"] != ours["losses"]
+    for contestant in (ours, twin):
+        assert contestant["milliseconds_per_token"] > 0 and contestant["flops_per_token"] > 0
+    assert twin["parameters"]["total"] == twin["parameters"]["active"]
+    counted = count_parameters(model.config)
+    assert ours["flops_per_token"] == 2 * (counted.active_without_embedding - counted.norm)
+    assert ours["bytes_per_token"] == 4 * counted.active_without_embedding
+
+
+def test_specialization_is_what_was_measured(client: TestClient) -> None:
+    answer = client.get("/api/specialization").json()
+    assert answer["domains"] == ["poetry", "prose"] and answer["layers"] == [1, 2]
+    assert answer["load"][1][0][:2] == [0.25, 0.75]
+    assert answer["mutual_information"] == [0.1, 0.2]
+
+
+def test_the_training_is_told_from_its_own_files(client: TestClient) -> None:
+    answer = client.get("/api/training").json()
+    assert answer["steps"] == 3 and answer["domains"] == ["poetry", "prose"]
+    assert answer["rows"][1] == {
+        "step": 2,
+        "loss": 1.5,
+        "held_out": {"poetry": 1.0, "prose": 0.5},
+        "max_violation": {"1": 0.5, "2": 0.25},
+    }
+    (snapshot,) = answer["snapshots"]
+    assert snapshot["step"] == 2
+    assert snapshot["load"] == [[[0.25, 0.75], [0.5, 0.5]], [[1.0, 0.0], [0.0, 1.0]]]
+
+
+def test_a_bare_model_says_what_is_missing(model: Model) -> None:
+    with TestClient(create_app(Studio(model)), base_url="http://localhost") as bare:
+        info = bare.get("/api/model").json()
+        assert (info["has_specialization"], info["has_training"], info["companions"]) == (0, 0, [])
+        for answer, words in (
+            (bare.get("/api/specialization"), "nothing is known of what the experts of small"),
+            (bare.get("/api/training"), "the history of the training of small was not kept"),
+            (bare.get("/api/training/live"), "no training is watched"),
+            (bare.post("/api/dense", json={"prompt": "x"}), "there is no dense twin beside small"),
+        ):
+            assert answer.status_code == 404
+            assert answer.json()["type"] == "error" and words in answer.json()["message"]
+        place = {"prompt": "x", "index": 0, "layer": 1, "expert": 0}
+        work = bare.post("/api/expert", json=place).json()
+        assert (work["typical"], work["domains"]) == ([], {})
+
+
+def test_a_layer_slider_reads_the_text_once(
+    studio: Studio, model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    passes: list[int] = []
+    forward = studio.model.network.model.forward
+
+    def counted(*given: Any, **more: Any) -> torch.Tensor:
+        passes.append(1)
+        return forward(*given, **more)
+
+    monkeypatch.setattr(studio.model.network.model, "forward", counted)
+    for layer in (0, 1, 2, 1):
+        for index in (0, 3):
+            studio.token(schema.TokenRequest(prompt="frost is it", index=index, layer=layer))
+    assert len(passes) == 1
