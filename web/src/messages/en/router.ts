@@ -22,7 +22,7 @@ export default {
   scores: 'scores after {scoring}',
   threshold: 'the line of the best {n}',
   weights: 'At the foot: how the chosen ones share the say.',
-  legendBias: 'A short stroke on a bar is the balancing bias; the choice goes by its end.',
+  legendBias: 'The stem on a bar is the balancing bias; the choice goes by its end.',
   legendBefore: 'Rings mark who was chosen before your changes.',
   readExpert: 'Expert {expert}',
   readBias: 'bias {bias}',

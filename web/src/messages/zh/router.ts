@@ -24,7 +24,7 @@ const zh: typeof en = {
   scores: '经过 {scoring} 的路由得分',
   threshold: '前 {n} 名的线',
   weights: '最下面一条：入选的专家各占多少分量。',
-  legendBias: '条上的短线是均衡偏置，入选与否看线的末端。',
+  legendBias: '条上的细线是均衡偏置，入选与否看线的末端。',
   legendBefore: '圆圈标出改动之前入选的专家。',
   readExpert: '专家 {expert}',
   readBias: '偏置 {bias}',
