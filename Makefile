@@ -11,7 +11,7 @@ TEST_SECONDS ?= 1800
 run: .venv/.installed
 	$(BIN)/moescope explain "床前明月光，疑是地上霜。"
 	$(BIN)/moescope explain "It is a truth universally acknowledged, that a single man"
-	@if [ -t 0 ]; then $(BIN)/moescope explain; fi
+	$(BIN)/moescope open
 
 test: lint
 	timeout $(TEST_SECONDS) $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
@@ -24,8 +24,11 @@ lint: .venv/.installed-dev
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# Stamps: a second `make` installs nothing; a change of what is pinned or required does.
-.venv/.installed: pyproject.toml constraints.txt | $(BIN)/pip
+# What the package's own build turns into the page and the native kernels.
+SOURCES := hatch_build.py $(shell find web csrc -name node_modules -prune -o -type f -print)
+
+# Stamps: a second `make` installs nothing; a change of what is pinned, required or built does.
+.venv/.installed: pyproject.toml constraints.txt $(SOURCES) | $(BIN)/pip
 	@echo "Installing moescope into .venv (some minutes the first time) ..."
 	$(INSTALL) -e .
 	@touch $@
