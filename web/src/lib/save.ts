@@ -99,6 +99,7 @@ export function toHtml(note: string, link: string): string {
   const style = document.createElement('style');
   style.textContent = [...document.styleSheets]
     .flatMap((sheet) => [...sheet.cssRules].map((rule) => rule.cssText))
+    .concat('button { pointer-events: none }')
     .join('\n');
   page.querySelector('head')!.append(style);
   const banner = document.createElement('p');
@@ -122,7 +123,7 @@ export function download(content: string | Blob, name: string, type = ''): void 
 
 /** What the reader typed and chose lives in properties; in a file it must stand in attributes. */
 function freezeFields(page: HTMLElement): void {
-  const selector = 'input, textarea, select, button';
+  const selector = 'input, textarea, select';
   const live = document.querySelectorAll<HTMLInputElement>(selector);
   page.querySelectorAll<HTMLInputElement>(selector).forEach((field, i) => {
     if (field.tagName === 'TEXTAREA') field.textContent = live[i].value;

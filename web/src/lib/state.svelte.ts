@@ -6,13 +6,15 @@ import { i18n, t, type Language } from './i18n.svelte';
 import type {
   EndEvent,
   ExpertId,
+  GenerateRequest,
   ModelInfo,
   SamplingRequest,
   SteeringRequest,
   TokenDetail,
   TokenStep,
 } from './types';
-import { readUrl, writeUrl } from './url';
+import { Latest } from './latest';
+import { readUrl, writeUrl, type UrlState } from './url';
 
 export type Status = 'idle' | 'loading' | 'playing' | 'paused' | 'ended' | 'error';
 export type Theme = 'auto' | 'light' | 'dark';
@@ -58,10 +60,15 @@ export class AppState {
   /** The text that `steps` began with; differs from `prompt` while the reader edits. */
   #shownPrompt: string | null = null;
   #run: AbortController | null = null;
+  #details = new Latest();
+  #baselines = new Latest();
+  #traces = new Latest();
 
   ids: number[] = $derived(this.steps.map((step) => step.id));
   /** The selected token. */
   current: TokenStep | null = $derived(this.steps[this.selected] ?? null);
+  /** The model's name without the folders that lead to it. */
+  modelName: string = $derived(this.model?.name.split(/[\\/]/).at(-1) ?? '');
   moeLayers: number[] = $derived(
     (this.model?.layers ?? []).flatMap((layer, index) => (layer.kind === 'moe' ? [index] : [])),
   );
@@ -105,10 +112,9 @@ export class AppState {
   async start(): Promise<void> {
     this.status = 'loading';
     this.error = null;
-    this.fromUrl();
+    const wanted = this.fromUrl();
     await this.#guard(async () => {
       this.model = await getModel();
-      const wanted = readUrl(location.search);
       this.setLayer(wanted.layer ?? this.moeLayers[Math.floor(this.moeLayers.length / 2)] ?? 0);
       this.prompt ||= this.#firstExample();
       await this.#show(this.prompt, wanted.ids, wanted.promptTokens);
@@ -187,7 +193,7 @@ export class AppState {
   /** Change the router; the text's tokens stay, what they meet is computed again. */
   setSteering(change: Partial<SteeringRequest>): void {
     this.steering = { ...this.steering, ...change };
-    void this.#retrace();
+    void this.#traces.ask(() => this.#retrace());
   }
 
   clearSteering(): void {
@@ -226,12 +232,14 @@ export class AppState {
     });
   }
 
-  fromUrl(): void {
+  /** Take over what the address says, but for what needs the model first: that is given back. */
+  fromUrl(): UrlState {
     const wanted = readUrl(location.search);
     if (wanted.language) this.language = wanted.language;
     if (wanted.prompt) this.prompt = wanted.prompt;
     this.steering = wanted.steering;
     this.sampling = wanted.sampling;
+    return wanted;
   }
 
   // --- talking to the server ---------------------------------------------------------------------
@@ -257,13 +265,8 @@ export class AppState {
       const run = this.#newRun();
       this.status = 'playing';
       this.endEvent = null;
-      if (fresh) {
-        this.steps = [];
-        this.promptTokens = 0;
-        this.#shownPrompt = this.prompt;
-      }
       this.select(this.steps.length - 1);
-      await this.#playBack(run, {
+      await this.#playBack(run, fresh, {
         ...(fresh ? { prompt: this.prompt.toWellFormed() } : { ids: this.ids }),
         max_tokens: maxTokens,
         sampling: this.sampling,
@@ -273,9 +276,13 @@ export class AppState {
   }
 
   /** Stream a continuation and show its tokens one by one, no faster than the eye follows. */
-  async #playBack(run: AbortController, request: Parameters<typeof generate>[0]): Promise<void> {
-    const known = this.steps.length;
-    const fresh = known === 0;
+  async #playBack(
+    run: AbortController,
+    fresh: boolean,
+    request: Partial<GenerateRequest>,
+  ): Promise<void> {
+    const known = fresh ? 0 : this.steps.length;
+    const { prompt } = this;
     let shown = Promise.resolve();
     let failure: unknown = null;
     const enqueue = (milliseconds: number, show: () => void) => {
@@ -292,15 +299,24 @@ export class AppState {
         else if (event.step.index >= known) {
           const { step } = event;
           const inPrompt = fresh ? step.in_prompt : false;
-          enqueue(inPrompt ? PACE.prompt : PACE.made, () =>
-            this.#append({ ...step, in_prompt: inPrompt }),
-          );
+          enqueue(inPrompt ? PACE.prompt : PACE.made, () => {
+            if (step.index === 0) this.#clear(prompt);
+            this.#append({ ...step, in_prompt: inPrompt });
+          });
         }
       },
       run.signal,
     );
     if (failure) throw failure;
     await shown;
+  }
+
+  /** Make room for a new text, once its first token is there. */
+  #clear(prompt: string): void {
+    this.steps = [];
+    this.promptTokens = 0;
+    this.#shownPrompt = prompt;
+    this.selected = 0;
   }
 
   #append(step: TokenStep): void {
@@ -319,25 +335,27 @@ export class AppState {
   /** The same tokens under the steering of now. */
   async #retrace(): Promise<void> {
     if (this.steps.length === 0) return;
-    const { ids, promptTokens } = this;
     this.pause();
     await this.#guard(async () => {
+      const { ids, promptTokens, steering } = this;
       const run = this.#newRun();
-      const { steps } = await trace({ ids, steering: this.steering }, run.signal);
+      const { steps } = await trace({ ids, steering }, run.signal);
       this.steps = steps.map((step) => ({ ...step, in_prompt: step.index < promptTokens }));
     });
   }
 
   #fetchDetail(): (() => void) | void {
     const request = this.#detailRequest();
+    const { steering } = this;
     if (!request) {
       this.detail = this.detailAt = null;
       return;
     }
-    const { index, layer } = request;
-    const { steering } = this;
-    return this.#later(async (signal) => {
-      this.detail = await token({ ...request, steering }, signal);
+    return this.#later(this.#details, async () => {
+      const detail = await token({ ...request, steering });
+      const { index, layer } = request;
+      if (this.ids[index] !== request.ids[index]) return; // meanwhile another text
+      this.detail = detail;
       this.detailAt = { index, layer };
     });
   }
@@ -348,8 +366,9 @@ export class AppState {
       this.baseline = null;
       return;
     }
-    return this.#later(async (signal) => {
-      this.baseline = await token(request, signal);
+    return this.#later(this.#baselines, async () => {
+      const baseline = await token(request);
+      if (this.steered) this.baseline = baseline;
     });
   }
 
@@ -358,18 +377,19 @@ export class AppState {
     return this.model && index < ids.length ? { ids, index, layer, sampling } : null;
   }
 
-  /** Run `task` when things have settled; the answer to give back to `$effect` calls it off. */
-  #later(task: (signal: AbortSignal) => Promise<void>): () => void {
-    const controller = new AbortController();
-    const timer = setTimeout(() => void this.#guard(() => task(controller.signal)), SETTLED);
+  /** Ask when things have settled; the answer, given back to `$effect`, calls it off. */
+  #later(queue: Latest, task: () => Promise<void>): () => void {
+    const timer = setTimeout(() => void queue.ask(() => this.#guard(task)), SETTLED);
     return () => {
       clearTimeout(timer);
-      controller.abort();
+      queue.drop();
     };
   }
 
-  #writeUrl(): () => void {
+  #writeUrl(): (() => void) | void {
     const url = this.toUrl();
+    // Until its text is there, the address says more than the state.
+    if (this.steps.length === 0) return;
     // Browsers refuse more than some hundred changes of the address in half a minute.
     const timer = setTimeout(() => history.replaceState(null, '', url), 250);
     return () => clearTimeout(timer);

@@ -5,7 +5,7 @@ const zh: typeof en = {
   sentence: '顺着线看：词元穿过每一层，最后模型猜出下一个。',
   walk: '跟它走过每一层',
   stop: '停下',
-  layerOf: '第 {layer} 层（共 0 – {last}）',
+  layerOf: '第 {layer} 层（0 – {last}）',
   tokens: '词元',
   embedding: '向量',
   attention: '注意力：回头看',

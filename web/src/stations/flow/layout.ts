@@ -45,7 +45,7 @@ export const right = (box: Box): Point => ({ x: box.x + box.w, y: box.y + box.h 
 
 function wide(width: number): Layout {
   const stream = 318;
-  const tokens = { x: 0, y: 96, w: 96, h: 200 };
+  const tokens = { x: 2, y: 96, w: 94, h: 200 };
   const embedding = { x: 134, y: 96, w: 34, h: 200 };
   const guess = { x: width - 206, y: 96, w: 206, h: 200 };
   const layer = { x: 204, y: 30, w: guess.x - 40 - 204, h: 326 };
