@@ -78,10 +78,17 @@ def test_help_of_every_verb_shows_an_example(verb: str, flag: str, capsys) -> No
     assert f"moescope {verb}" in capsys.readouterr().out.split("Example:")[1]
 
 
-def test_bare_command_lists_every_verb(capsys) -> None:
-    assert cli.run([]) == 0
+def test_help_lists_every_verb(capsys) -> None:
+    assert cli.run(["-h"]) == 0
     listed = capsys.readouterr().out
     assert all(verb in listed for verb in VERBS)
+
+
+def test_the_bare_command_opens_the_page(monkeypatch) -> None:
+    opened = []
+    monkeypatch.setattr(cli, "open", lambda: opened.append(True))
+    assert cli.run([]) == 0
+    assert opened == [True]
 
 
 def test_version_is_the_packages(capsys) -> None:
@@ -99,7 +106,7 @@ def test_help_imports_nothing_heavy() -> None:
 
 
 def test_chinese_prints_where_the_terminal_knows_only_ascii() -> None:
-    script = "from moescope.cli.main import run; run([]); print('床前明月光')"
+    script = "from moescope.cli.main import run; run(['-h']); print('床前明月光')"
     finished = subprocess.run(
         [sys.executable, "-c", script],
         env={"PYTHONIOENCODING": "ascii"},

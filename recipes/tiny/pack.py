@@ -11,6 +11,8 @@ import torch
 
 from moescope.catalog import BOX
 from moescope.checkpoint import load_model, save_weights
+from moescope.scope.history import FILE as HISTORY
+from moescope.scope.history import history_of
 from moescope.scope.specialization import specialize
 from moescope.scope.texts import labelled_documents
 from moescope.tokenizer import Tokenizer
@@ -45,9 +47,11 @@ def main() -> None:
     )
     for domain, loss in before.loss.items():
         print(f"{domain:12} {loss:.4f} -> {after.loss[domain]:.4f} nats a token")
-    documents = labelled_documents(arguments.corpus)
-    found = specialize(arguments.box.name, packed, tokenizer, documents)
-    found.save(arguments.box / "specialization.json")
+    if packed.config.n_routed_experts is not None:
+        documents = labelled_documents(arguments.corpus)
+        found = specialize(arguments.box.name, packed, tokenizer, documents)
+        found.save(arguments.box / "specialization.json")
+    history_of(arguments.moe_out).save(arguments.box / HISTORY)
     size = sum(file.stat().st_size for file in arguments.box.iterdir())
     print(f"{size / 1e6:.1f} MB in {arguments.box}")
 

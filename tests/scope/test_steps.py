@@ -94,7 +94,7 @@ def test_reading_all_at_once_tells_the_same(model: Model) -> None:
 def test_long_texts_are_described_in_parts(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = model.engine.encode(TEXT)
     whole = read(model.engine, ids)
-    monkeypatch.setattr("moescope.scope.steps.TOKENS_AT_ONCE", 4)
+    monkeypatch.setattr("moescope.scope.steps.ROWS_AT_ONCE", 9)
     parts = read(model.engine, ids)
     assert [step.layers for step in parts] == [step.layers for step in whole]
     for part, step in zip(parts, whole, strict=True):

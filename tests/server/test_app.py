@@ -194,13 +194,19 @@ def test_a_running_training_is_followed(
 
     async def first_three() -> list[Any]:
         events = app_module._follow(tmp_path)
-        seen = [await anext(events)]
+
+        async def row() -> Any:
+            while (event := await anext(events)) is None:
+                pass
+            return event
+
+        seen = [await row()]
         with (tmp_path / "metrics.jsonl").open("a") as stream:
             stream.write(metrics_line(3) + metrics_line(4)[:9])
             stream.flush()
-            seen.append(await anext(events))
+            seen.append(await row())
             stream.write(metrics_line(4)[9:])
-        seen.append(await anext(events))
+        seen.append(await row())
         await events.aclose()  # pyright: ignore[reportAttributeAccessIssue]
         return seen
 

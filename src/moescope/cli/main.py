@@ -18,6 +18,7 @@ from moescope.cli.compare import compare
 from moescope.cli.doctor import doctor
 from moescope.cli.explain import explain
 from moescope.cli.generate import generate
+from moescope.cli.open import open
 from moescope.cli.plan import plan
 from moescope.cli.specialize import specialize
 from moescope.cli.study import study
@@ -49,12 +50,16 @@ def moescope(
         ),
     ] = False,
 ) -> None:
-    """Train, run and see into mixture-of-experts language models of the DeepSeek kind."""
+    """Train, run and see into mixture-of-experts language models of the DeepSeek kind.
+
+    Without a command, the page opens: `moescope open`.
+    """
     if context.invoked_subcommand is None:
-        typer.echo(context.get_help())
+        open()
 
 
 for verb, example in (
+    (open, "moescope open my-model --port 8080"),
     (generate, 'moescope generate "春眠不觉晓，" --max-tokens 24'),
     (chat, 'moescope chat "What is 17 + 25?"'),
     (explain, 'moescope explain "It is a truth universally acknowledged"'),

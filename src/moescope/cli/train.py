@@ -2,8 +2,9 @@
 
 import json
 import sys
+from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, TextIO
 
 import typer
 
@@ -27,6 +28,9 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")
     ] = False,
+    watch: Annotated[
+        bool, typer.Option("--watch", help="Show the training on a page while it runs.")
+    ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the summary as one JSON object at the end.")
     ] = False,
@@ -44,8 +48,15 @@ def train(
         },
     )
     stream = sys.stderr if as_json else sys.stdout
-    summary = run_training(settings, out, resume=resume, stream=stream)
+    with _page(out, stream) if watch else nullcontext():
+        summary = run_training(settings, out, resume=resume, stream=stream)
     if summary is None:
         raise typer.Exit(130)
     if as_json:
         print(json.dumps(summary, ensure_ascii=False))
+
+
+def _page(out: Path, stream: TextIO) -> AbstractContextManager[None]:
+    from moescope.server.serving import shown_beside
+
+    return shown_beside(out, lambda line: print(line, file=stream, flush=True))

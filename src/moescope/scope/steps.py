@@ -11,7 +11,6 @@ from moescope.engine.engine import Engine, FinishReason
 from moescope.engine.sampling import SamplingParams
 from moescope.model.decoder import CausalLM
 from moescope.scope.recording import (
-    TOKENS_AT_ONCE,
     TraceRecorder,
     chosen,
     parameters_used,
@@ -21,6 +20,8 @@ from moescope.scope.trace import Candidate
 from moescope.tokenizer import Tokenizer
 
 CANDIDATES = 10
+ROWS_AT_ONCE = 256
+"""Logits over the vocabulary are made for this many tokens and layers at a time."""
 
 
 @dataclass(frozen=True)
@@ -138,11 +139,13 @@ class Describer:
         used = parameters_used(self.model, recorder.routings, len(ids)).tolist()
         layers = [_layer_steps(recorder, layer_idx) for layer_idx in recorder.hidden_states]
         steps: list[TokenStep] = []
-        for start in range(0, len(ids), TOKENS_AT_ONCE):
-            part = slice(start, start + TOKENS_AT_ONCE)
-            streams = [states[part] for states in recorder.hidden_states.values()]
-            logprobs, candidates = self._predictions(streams[-1], ids[part])
-            lenses = zip(*map(self._likeliest, streams), strict=True)  # a token: over the layers
+        at_once = max(1, ROWS_AT_ONCE // len(layers))
+        for start in range(0, len(ids), at_once):
+            part = slice(start, start + at_once)
+            states = torch.stack([states[part] for states in recorder.hidden_states.values()], 1)
+            logits = self.model.logits(self.model.model.norm(states))  # (tokens, layers, vocab)
+            logprobs, candidates = self._predictions(logits[:, -1], ids[part])
+            lenses = self._likeliest(logits)
             known = zip(ids[part], logprobs, candidates, lenses, strict=True)
             for offset, (token_id, logprob, guesses, lens) in enumerate(known, start):
                 index = len(self._ids)
@@ -158,7 +161,7 @@ class Describer:
                         logprob=logprob,
                         parameters_used=used[offset],
                         layers=[None if layer is None else layer[offset] for layer in layers],
-                        lens=list(lens),
+                        lens=lens,
                         candidates=guesses,
                     )
                 )
@@ -173,13 +176,13 @@ class Describer:
         return whole(recorder, ids)[-1:]
 
     def _predictions(
-        self, hidden_states: Tensor, ids: Sequence[int]
+        self, logits: Tensor, ids: Sequence[int]
     ) -> tuple[list[float | None], list[list[Candidate]]]:
         """How likely each of `ids` was before it came, and the guesses at what follows it.
 
-        `hidden_states` is the residual stream after the last layer, `(tokens, hidden)`.
+        `logits` are those after each of them, `(tokens, vocab)`.
         """
-        after = self._logits(hidden_states).log_softmax(dim=-1)  # (tokens, vocab)
+        after = logits.log_softmax(dim=-1)  # (tokens, vocab)
         before = torch.cat([self._last, after[:-1]]) if self._ids else after[:-1]
         self._last = after[-1:]
         came = torch.tensor(ids[len(ids) - len(before) :], dtype=torch.int64, device=after.device)
@@ -196,18 +199,17 @@ class Describer:
         ]
         return [*[None] * (len(ids) - len(before)), *logprobs], candidates
 
-    def _likeliest(self, hidden_states: Tensor) -> list[Candidate]:
-        """The likeliest next token read off each of `(tokens, hidden)`."""
-        logits = self._logits(hidden_states)  # (tokens, vocab)
+    def _likeliest(self, logits: Tensor) -> list[list[Candidate]]:
+        """The likeliest token of each of `(tokens, layers, vocab)`."""
         best = logits.max(dim=-1)
-        probabilities = (best.values - logits.logsumexp(dim=-1)).exp().tolist()
+        probabilities = (best.values - logits.logsumexp(dim=-1)).exp()  # (tokens, layers)
         return [
-            Candidate(token_id, spell(self.tokenizer, token_id), probability)
-            for token_id, probability in zip(best.indices.tolist(), probabilities, strict=True)
+            [
+                Candidate(token_id, spell(self.tokenizer, token_id), probability)
+                for token_id, probability in zip(row_ids, row, strict=True)
+            ]
+            for row_ids, row in zip(best.indices.tolist(), probabilities.tolist(), strict=True)
         ]
-
-    def _logits(self, hidden_states: Tensor) -> Tensor:
-        return self.model.logits(self.model.model.norm(hidden_states))
 
 
 def spell(tokenizer: Tokenizer, token_id: int) -> str:

@@ -6,7 +6,6 @@ again for every token, so that the page stays alive while it runs, and ends when
 
 import asyncio
 import ipaddress
-import logging
 import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
@@ -16,6 +15,7 @@ from typing import Any
 
 from pydantic import ValidationError
 from starlette.applications import Starlette
+from starlette.datastructures import State
 from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
@@ -43,7 +43,10 @@ class TooMuch(UserError):
 
 
 def create_app(studio: Studio) -> Starlette:
-    """Return the application that shows `studio`."""
+    """Return the application that shows `studio`.
+
+    Streams end early once its `state.ending` is set.
+    """
     thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
 
     async def compute(function: Callable[..., Any], *given: Any) -> Any:
@@ -65,14 +68,14 @@ def create_app(studio: Studio) -> Starlette:
             if endpoint.path not in asks:
                 if studio.watching is None:
                     raise NotThere("no training is watched; `moescope train ... --watch` shows one")
-                return _events(_follow(studio.watching))
+                return _events(_follow(studio.watching), request.app.state)
             asked = [await _read(request, endpoint.request)] if endpoint.request else []
             ask = asks[endpoint.path]
             if not endpoint.streams:
                 return _json(await compute(ask, *asked))
             events: Iterator[Message] = ask(*asked)
             first = await compute(next, events)  # a mistake shows here, before the stream begins
-            return _events(_stream(first, events, compute))
+            return _events(_stream(first, events, compute), request.app.state)
 
         return handle
 
@@ -96,6 +99,7 @@ def create_app(studio: Studio) -> Starlette:
         },
         lifespan=lifespan,
     )
+    app.state.ending = False
     app.add_middleware(OwnHostOnly)
     return app
 
@@ -167,10 +171,15 @@ def _json(message: Message) -> Response:
     return Response(message.model_dump_json(), media_type="application/json")
 
 
-def _events(events: AsyncIterator[Message]) -> Response:
+def _events(events: AsyncIterator[Message | None], state: State) -> Response:
+    """Stream events; None is a moment without any."""
+
     async def lines() -> AsyncIterator[str]:
         async for event in events:
-            yield f"data: {event.model_dump_json()}\n\n"
+            if state.ending:
+                return
+            if event is not None:
+                yield f"data: {event.model_dump_json()}\n\n"
 
     headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
     return StreamingResponse(lines(), media_type="text/event-stream", headers=headers)
@@ -189,7 +198,7 @@ async def _stream(
         yield schema.ErrorEvent(message=str(error))
 
 
-async def _follow(run: Path) -> AsyncIterator[Message]:
+async def _follow(run: Path) -> AsyncIterator[Message | None]:
     """Hand on the rows of a running training as they are written, the latest one at once."""
     follower, steps = Follower(run), planned_steps(run)
     rows = (await asyncio.to_thread(follower.new_rows))[-1:]
@@ -198,6 +207,7 @@ async def _follow(run: Path) -> AsyncIterator[Message]:
             steps = max(steps, row.step)
             yield schema.TrainingEvent(row=schema.TrainingRow.model_validate(row), steps=steps)
         await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+        yield None
         steps = steps or planned_steps(run)
         rows = await asyncio.to_thread(follower.new_rows)
 
@@ -227,7 +237,6 @@ async def _unknown(request: Request) -> Response:
 
 
 async def _failure(_request: Request, error: Exception) -> Response:
-    logging.getLogger(__name__).error("a question failed", exc_info=error)
     return _error(
         500, f"the server failed at this ({type(error).__name__}); its terminal says more"
     )

@@ -55,7 +55,8 @@ def _value_width(config: ModelConfig) -> int:
 class MetricsLog:
     """Appends one JSON object a line to `metrics.jsonl`, and scalars to TensorBoard if installed.
 
-    Rows after `last_step` are dropped first: a resumed training writes them again.
+    Rows after `last_step` are dropped first, of `specialization.jsonl` too: a resumed training
+    writes them again.
 
     Raises:
         UserError: the folder cannot be written or the disk is full, here and in every method.
@@ -63,7 +64,8 @@ class MetricsLog:
 
     def __init__(self, out: Path, last_step: int) -> None:
         self._path = out / "metrics.jsonl"
-        write_text(self._path, "".join(rows_up_to(self._path, last_step)))
+        for path in (self._path, out / "specialization.jsonl"):
+            write_text(path, "".join(rows_up_to(path, last_step)))
         self._board: Any = None
         self.has_tensorboard = find_spec("tensorboard") is not None
         with self._disk_errors():

@@ -1,0 +1,31 @@
+"""`moescope open`: the page that shows a model at work."""
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+
+def open(
+    model: Annotated[
+        str, typer.Argument(metavar="[MODEL]", help='"tiny", a folder or a Hub name.')
+    ] = "tiny",
+    port: Annotated[
+        int, typer.Option(min=0, max=65_535, help="The next free one is taken if it is busy.")
+    ] = 8000,
+    host: Annotated[
+        str, typer.Option(help="Address to listen at; 127.0.0.1 is this machine alone.")
+    ] = "127.0.0.1",
+    browser: Annotated[
+        bool, typer.Option("--browser/--no-browser", help="Open the page where there is a display.")
+    ] = True,
+    watch: Annotated[
+        Path | None, typer.Option(help="Follow the training that runs in this folder, too.")
+    ] = None,
+) -> None:
+    """Open the page: type a text and watch tokens, router and experts at work. Ctrl-C ends it."""
+    from moescope.server.serving import serve
+    from moescope.server.studio import Studio
+
+    studio = Studio.open(model, watching=watch)
+    serve(studio, host, port, lambda line: print(line, flush=True), browser=browser)
