@@ -17,6 +17,7 @@ from moescope.catalog import count_parameters
 from moescope.config import ModelConfig
 from moescope.errors import UserError
 from moescope.kernels import cpu
+from moescope.kernels.attention import latent_prompt_attention
 from moescope.kernels.quantize import rounded
 from moescope.model.attention import GroupedQueryAttention, KVCache, LatentAttention
 from moescope.model.decoder import CausalLM
@@ -247,11 +248,21 @@ class NativeLatentAttention(LatentAttention):
     ) -> Tensor:
         """Map `(batch, seq, hidden)` to the same shape."""
         shown = recorder is not None and recorder.wants_attention
-        if cache is None or hidden_states.shape[1] > 1 or shown:
+        past, seq = 0 if cache is None else int(positions[0, 0]), positions.shape[1]
+        is_prompt = seq > 1 or cache is None
+        if shown or (is_prompt and not _counts_from(past, positions)):
             return super().forward(hidden_states, rotation, positions, cache, recorder)
         q_nope, q_rope = self.queries(hidden_states, rotation)
         latents, k_rope = self.latents(hidden_states, rotation)
-        latents, k_rope = cache.update(self.layer_idx, latents, k_rope, positions)
+        if cache is not None:
+            latents, k_rope = cache.update(self.layer_idx, latents, k_rope, positions)
+        if is_prompt:
+            expanded = self.kv_b_proj(latents).unflatten(-1, (self.heads, -1))
+            k_nope, value = expanded.split([self.nope, self.v_head_dim], dim=-1)
+            output = latent_prompt_attention(
+                q_nope, q_rope, k_nope, k_rope, value, self.scale, past
+            )
+            return self.o_proj(output.flatten(2))
         output = cpu.attend_absorbed(
             self.absorbed,
             q_nope[:, 0],
@@ -262,6 +273,12 @@ class NativeLatentAttention(LatentAttention):
             self.v_head_dim,
         )  # (batch, heads, v_head_dim)
         return self.o_proj(output.flatten(1)[:, None])
+
+
+def _counts_from(start: int, positions: Tensor) -> bool:
+    """Whether each row of `(batch, seq)` is `start, start + 1, ...`."""
+    counted = torch.arange(start, start + positions.shape[1])
+    return torch.equal(positions, counted.expand_as(positions))
 
 
 class NativeRMSNorm(RMSNorm):

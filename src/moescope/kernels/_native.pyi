@@ -1,11 +1,14 @@
 """What csrc/module.cpp offers. Arrays are float32 or int64 on the CPU, contiguous."""
 
-from torch import Tensor
+from typing import Any
+
+Array = Any
+"""A DLPack capsule, or what has a `__dlpack__` method."""
 
 class Weights:
     matrix_bytes: int
-    def unpack(self, out: Tensor) -> None: ...
-    def linear(self, x: Tensor, bias: Tensor | None, out: Tensor) -> None: ...
+    def unpack(self, out: Array) -> None: ...
+    def linear(self, x: Array, bias: Array | None, out: Array) -> None: ...
 
 class FeedForward:
     def __init__(
@@ -18,23 +21,23 @@ class FeedForward:
         shared_down: Weights | None,
     ) -> None: ...
     def __call__(
-        self, x: Tensor, topk_ids: Tensor | None, topk_weights: Tensor | None, out: Tensor
+        self, x: Array, topk_ids: Array | None, topk_weights: Array | None, out: Array
     ) -> None: ...
 
 class AbsorbedAttention:
     def __init__(self, up_key: Weights, up_value: Weights, scale: float) -> None: ...
     def __call__(
         self,
-        q_nope: Tensor,
-        q_rope: Tensor,
-        latents: Tensor,
-        k_rope: Tensor,
-        lengths: Tensor,
-        out: Tensor,
+        q_nope: Array,
+        q_rope: Array,
+        latents: Array,
+        k_rope: Array,
+        lengths: Array,
+        out: Array,
     ) -> None: ...
 
-def pack(matrices: Tensor, format: str) -> Weights: ...
-def rms_norm(x: Tensor, weight: Tensor, eps: float, out: Tensor) -> None: ...
+def pack(matrices: Array, format: str) -> Weights: ...
+def rms_norm(x: Array, weight: Array, eps: float, out: Array) -> None: ...
 def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...
 def use_instruction_set(name: str) -> None: ...

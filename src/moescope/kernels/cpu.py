@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+from torch.utils.dlpack import to_dlpack
 
 from moescope.errors import UserError
 
@@ -82,14 +83,14 @@ def pack(matrices: Tensor, weight_format: str) -> Weights:
         matrices = matrices[None]
     if matrices.dtype not in (torch.float32, torch.bfloat16):
         matrices = matrices.float()
-    return _native.pack(matrices.detach(), weight_format)
+    return _native.pack(to_dlpack(matrices.detach()), weight_format)
 
 
 def linear(weights: Weights, outputs: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """Map `(..., columns)` to `(..., outputs)` float32."""
     rows = _rows(x)  # (rows, columns)
     out = torch.empty(len(rows), outputs)
-    weights.linear(rows, bias, out)
+    weights.linear(to_dlpack(rows), None if bias is None else to_dlpack(bias), to_dlpack(out))
     return out.view(*x.shape[:-1], outputs)
 
 
@@ -127,9 +128,10 @@ def feed_forward(
     rows = _rows(hidden_states)  # (tokens, hidden)
     out = torch.empty_like(rows)
     if topk_ids is None or topk_weights is None:
-        layer(rows, None, None, out)
+        layer(to_dlpack(rows), None, None, to_dlpack(out))
     else:
-        layer(rows, topk_ids.contiguous(), topk_weights.float().contiguous(), out)
+        ids, weights = topk_ids.contiguous(), topk_weights.float().contiguous()
+        layer(to_dlpack(rows), to_dlpack(ids), to_dlpack(weights), to_dlpack(out))
     return out.view(hidden_states.shape)
 
 
@@ -168,7 +170,14 @@ def attend_absorbed(
         `(batch, heads, v_head_dim)`.
     """
     out = torch.empty(*q_nope.shape[:2], v_head_dim)
-    attention(q_nope.contiguous(), q_rope.contiguous(), latents, k_rope, lengths, out)
+    attention(
+        to_dlpack(q_nope.contiguous()),
+        to_dlpack(q_rope.contiguous()),
+        to_dlpack(latents),
+        to_dlpack(k_rope),
+        to_dlpack(lengths),
+        to_dlpack(out),
+    )
     return out
 
 
@@ -176,7 +185,7 @@ def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `kernels.rms_norm`, in float32 for `(..., width)`."""
     rows = _rows(hidden_states)
     out = torch.empty_like(rows)
-    _native.rms_norm(rows, weight, eps, out)
+    _native.rms_norm(to_dlpack(rows), to_dlpack(weight), eps, to_dlpack(out))
     return out.view(hidden_states.shape)
 
 
@@ -188,7 +197,7 @@ def weight_bytes_read() -> int:
 def unpacked(weights: Weights, shape: tuple[int, int, int]) -> Tensor:
     """The weights as the kernels see them: `shape` is `(matrices, outputs, columns)`."""
     out = torch.empty(shape)
-    weights.unpack(out)
+    weights.unpack(to_dlpack(out))
     return out
 
 
