@@ -20,6 +20,7 @@ from moescope.cli.explain import explain
 from moescope.cli.generate import generate
 from moescope.cli.open import open
 from moescope.cli.plan import plan
+from moescope.cli.report import report
 from moescope.cli.specialize import specialize
 from moescope.cli.study import study
 from moescope.cli.train import train
@@ -69,6 +70,7 @@ for verb, example in (
     (ablate, "moescope ablate tiny my-text --layer 3"),
     (compare, "moescope compare my-moe my-dense --text my-text"),
     (study, "moescope study routers --data my-text --out my-study"),
+    (report, "moescope report found.json my-study/study.json --out my-report"),
     (doctor, "moescope doctor --json"),
 ):
     app.command(epilog=f"Example: {example}")(verb)

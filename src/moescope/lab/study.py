@@ -9,9 +9,10 @@ import multiprocessing
 import os
 import statistics
 from collections.abc import Callable, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor, wait
+from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
 from dataclasses import dataclass
 from importlib.metadata import version
+from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -256,19 +257,21 @@ def _is_done(task: Task) -> bool:
 
 
 def _run_all(tasks: Sequence[Task], workers: int, look: Callable[[], None]) -> None:
-    """Run tasks in processes; stop at the first that fails, and at Ctrl-C, which they see too."""
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(max(1, min(workers, len(tasks))), mp_context=context) as pool:
-        waiting: set[Future[bool]] = {pool.submit(run_task, task) for task in tasks}
-        try:
-            while waiting:
-                done, waiting = wait(waiting, timeout=SECONDS_BETWEEN_LOOKS)
-                look()
-                if not all(future.result() for future in done):
-                    raise KeyboardInterrupt  # a training was told to stop, and saved itself
-        except BaseException:
-            pool.shutdown(wait=False, cancel_futures=True)
-            raise
+    """Run tasks in processes; begin no further one after a failure or Ctrl-C, which they see too.
+
+    Raises:
+        KeyboardInterrupt: a training was told to stop, and saved itself.
+    """
+    context, left = multiprocessing.get_context("spawn"), iter(tasks)
+    with ProcessPoolExecutor(workers, mp_context=context) as pool:
+        waiting = {pool.submit(run_task, task) for task in islice(left, workers)}
+        while waiting:
+            done, waiting = wait(waiting, SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
+            look()
+            if not all(future.result() for future in done):
+                raise KeyboardInterrupt
+            # No task waits inside the pool, from where it could not be called back.
+            waiting |= {pool.submit(run_task, task) for task in islice(left, len(done))}
 
 
 def run_task(task: Task) -> bool:
