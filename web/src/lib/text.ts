@@ -3,16 +3,16 @@ import type { TokenStep } from './types';
 
 const REPLACEMENT = '\ufffd';
 
-/** Spelling of a token: white space made visible where nothing else is. */
+/** Spelling of a token: white space made visible where nothing else is, control tokens short. */
 export function shown(text: string): string {
+  const control = /^<｜([^▁｜]*).*｜>$/.exec(text);
+  if (control) return `⟨${control[1]}⟩`;
   const visible = text.replaceAll('\n', '↵').replaceAll('\t', '⇥');
   return /^ +$/.test(visible) ? visible.replaceAll(' ', '␣') : visible;
 }
 
-/** Spelling of a step; a piece of a character shows its bytes, a long control token its first word. */
+/** Spelling of a step; a piece of a character shows its bytes. */
 export function spelling(step: TokenStep): string {
-  const control = /^<｜([^▁｜]*).*｜>$/.exec(step.text);
-  if (control) return `⟨${control[1]}⟩`;
   return step.text.includes(REPLACEMENT) && step.bytes.length > 0
     ? step.bytes.map(hex).join(' ')
     : shown(step.text);
@@ -27,6 +27,11 @@ export function quoted(step: TokenStep): string {
 export function clip(text: string, length: number): string {
   const characters = [...text];
   return characters.length > length ? characters.slice(0, length - 1).join('') + '…' : text;
+}
+
+/** A text without control tokens, in one line. */
+export function plain(text: string): string {
+  return text.replace(/<｜.*?｜>|<\/?think>/g, ' ').replace(/\s+/g, ' ').trim();
 }
 
 export function hex(byte: number): string {

@@ -6,6 +6,7 @@ export default {
   examples: 'Examples',
   counter: 'Share of the model that worked on this token',
   of: '{used} of {total}',
+  ended: 'The model has ended the text here. Step writes on all the same.',
   domain_poetry: 'Poetry',
   domain_prose: 'Prose',
   domain_code: 'Code',
