@@ -151,7 +151,7 @@ def intervals(
                 label=name,
             )
         axis.set_yticks(places, names if not number else [""] * len(names))
-        axis.invert_yaxis()
+        axis.set_ylim(len(names) - 0.4, -0.6)
         axis.set_xlabel(label, fontsize=8)
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
