@@ -102,7 +102,7 @@ function narrow(width: number): Layout {
   const stream = 14;
   const tokens = { x: 0, y: 34, w: width, h: 34 };
   const embedding = { x: 0, y: 110, w: width, h: 22 };
-  const layer = { x: 0, y: 176, w: width, h: 524 };
+  const layer = { x: 0, y: 176, w: width, h: 534 };
   const attention = { x: 44, y: 232, w: width - 70, h: 150 };
   const experts = { x: 44, y: 436, w: width - 70, h: 230 };
   const guess = { x: 0, y: 764, w: width, h: 190 };
@@ -142,7 +142,7 @@ function narrow(width: number): Layout {
       ]),
       label: { x: width - 8, y: 968, anchor: 'end' },
     },
-    note: { x: 30, y: layer.y + layer.h - 14 },
+    note: { x: 30, y: layer.y + layer.h - 11 },
     journey: {
       toExperts: rounded([start, ...a.in, ...a.out, ...e.in]),
       fromExperts: rounded([...e.out, end]),
