@@ -10,6 +10,7 @@ from starlette.testclient import TestClient
 
 from moescope.api import Model, sampling_params
 from moescope.catalog import count_parameters
+from moescope.checkpoint import save_weights
 from moescope.scope.detail import Reading
 from moescope.scope.steps import read
 from moescope.server import schema
@@ -168,3 +169,18 @@ def test_a_layer_slider_reads_the_text_once(
         for index in (0, 3):
             studio.token(schema.TokenRequest(prompt="frost is it", index=index, layer=layer))
     assert len(passes) == 1
+
+
+def test_a_small_model_is_shown_in_float32(model: Model, tmp_path: Path) -> None:
+    """In bfloat16 a stream and a trace of the same text may tell of different experts."""
+    save_weights(model.network, tmp_path, dtype=torch.bfloat16)
+    model.tokenizer.save(tmp_path)
+    studio = Studio.open(str(tmp_path))
+    assert studio.model.network.lm_head.weight.dtype == torch.float32
+    asked = schema.GenerateRequest(prompt=TEXT, max_tokens=20)
+    *tokens, _ = studio.generate(asked)
+    steps = [event.step for event in tokens if isinstance(event, schema.TokenEvent)]
+    again = studio.trace(schema.TextRequest(ids=[step.id for step in steps])).steps
+    for mine, its in zip(steps, again, strict=True):
+        experts = [layer and layer.topk_ids for layer in mine.layers]
+        assert experts == [layer and layer.topk_ids for layer in its.layers]

@@ -5,6 +5,8 @@ from typing import Annotated
 
 import typer
 
+from moescope.cli.sampling import Backend, Quantize
+
 
 def open(
     model: Annotated[
@@ -19,6 +21,8 @@ def open(
     browser: Annotated[
         bool, typer.Option("--browser/--no-browser", help="Open the page where there is a display.")
     ] = True,
+    backend: Backend = None,
+    quantize: Quantize = None,
     watch: Annotated[
         Path | None, typer.Option(help="Follow the training that runs in this folder, too.")
     ] = None,
@@ -27,5 +31,5 @@ def open(
     from moescope.server.serving import serve
     from moescope.server.studio import Studio
 
-    studio = Studio.open(model, watching=watch)
+    studio = Studio.open(model, watching=watch, backend=backend, quantize=quantize)
     serve(studio, host, port, lambda line: print(line, flush=True), browser=browser)

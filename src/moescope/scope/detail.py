@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from moescope.engine.engine import Engine
 from moescope.engine.native import NativeExperts
@@ -352,13 +353,27 @@ class Reading:
 
     def _neighbours(self, token_id: int) -> list[Neighbour]:
         table = self.model.model.embed_tokens.weight  # (vocab, hidden)
-        similarity = F.cosine_similarity(table.float(), table[token_id].float()[None])  # (vocab,)
-        similarity[token_id] = -torch.inf
-        best = similarity.topk(min(NEIGHBOURS, similarity.shape[0] - 1))
+        # In the table's own type over all of it, then in float32 over the nearest: (vocab,)
+        roughly = (table @ table[token_id]).float() / _lengths(self.model.model.embed_tokens)
+        roughly[token_id] = -torch.inf
+        near = roughly.topk(min(4 * NEIGHBOURS, roughly.shape[0] - 1)).indices
+        similarity = F.cosine_similarity(table[near].float(), table[token_id].float()[None])
+        best = similarity.topk(min(NEIGHBOURS, len(near)))
         return [
             Neighbour(i, spell(self.tokenizer, i), cosine)
-            for i, cosine in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            for i, cosine in zip(near[best.indices].tolist(), best.values.tolist(), strict=True)
         ]
+
+
+_known_lengths: WeakKeyDictionary[nn.Embedding, Tensor] = WeakKeyDictionary()
+
+
+def _lengths(embedding: nn.Embedding) -> Tensor:
+    """Length of each token's vector, computed once: `(vocab,)` float32."""
+    if embedding not in _known_lengths:
+        lengths = embedding.weight.norm(dim=-1, dtype=torch.float32)
+        _known_lengths[embedding] = lengths.clamp(min=1e-30)
+    return _known_lengths[embedding]
 
 
 class _AttentionRecorder(Recorder):
