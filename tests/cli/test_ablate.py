@@ -12,10 +12,13 @@ from moescope.scope.ablation import Ablation
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("texts")
-    (folder / "poems").mkdir()
-    (folder / "poems" / "a.txt").write_text("床前明月光，疑是地上霜。", encoding="utf-8")
-    (folder / "english").mkdir()
-    (folder / "english" / "a.txt").write_text("the moon, is it frost?", encoding="utf-8")
+    for domain, text in (
+        ("poems", "床前明月光，疑是地上霜。"),
+        ("english", "the moon, is it frost?"),
+    ):
+        (folder / domain).mkdir()
+        for name in "ab":
+            (folder / domain / f"{name}.txt").write_text(f"{text} {name}", encoding="utf-8")
     return folder
 
 
@@ -30,7 +33,8 @@ def test_a_map_and_the_most_missed_experts(folder: str, texts: Path, capsys) -> 
 
 def test_labels_are_chinese_where_a_domains_name_is(folder: str, texts: Path, capsys) -> None:
     (texts / "诗").mkdir(exist_ok=True)
-    (texts / "诗" / "a.txt").write_text("低头思故乡", encoding="utf-8")
+    for name in "ab":
+        (texts / "诗" / f"{name}.txt").write_text(f"低头思故乡 {name}", encoding="utf-8")
     assert run(["ablate", folder, str(texts), "--layer", "1", "--force"]) == 0
     shown = capsys.readouterr().out
     assert "强制所有词元" in shown
@@ -39,7 +43,7 @@ def test_labels_are_chinese_where_a_domains_name_is(folder: str, texts: Path, ca
 
 def test_json_is_printed_and_saved(folder: str, texts: Path, tmp_path: Path, capsys) -> None:
     file = tmp_path / "found.json"
-    options = ["--layer", "2", "--bytes", "15", "--save", str(file), "--json"]
+    options = ["--layer", "2", "--bytes", "60", "--save", str(file), "--json"]
     assert run(["ablate", folder, str(texts), *options]) == 0
     printed = Ablation.from_json(capsys.readouterr().out)
     assert printed == Ablation.from_file(file)
@@ -51,6 +55,7 @@ def test_json_is_printed_and_saved(folder: str, texts: Path, tmp_path: Path, cap
     [
         (["--layer", "0"], "layer 0 has no routed experts"),
         (["--layer", "x"], "'--layer'"),
+        (["--bytes", "5"], "has a single passage"),
     ],
 )
 def test_a_mistake_is_one_sentence(

@@ -13,10 +13,13 @@ from moescope.lab.compare import Comparison
 @pytest.fixture(scope="module")
 def texts(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder: Path = tmp_path_factory.mktemp("texts")
-    (folder / "poems").mkdir()
-    (folder / "poems" / "a.txt").write_text("床前明月光，疑是地上霜。", encoding="utf-8")
-    (folder / "english").mkdir()
-    (folder / "english" / "a.txt").write_text("the moon, is it frost?", encoding="utf-8")
+    for domain, text in (
+        ("poems", "床前明月光，疑是地上霜。"),
+        ("english", "the moon, is it frost?"),
+    ):
+        (folder / domain).mkdir()
+        for name in "ab":
+            (folder / domain / f"{name}.txt").write_text(f"{text} {name}", encoding="utf-8")
     return folder
 
 
@@ -32,7 +35,7 @@ def test_two_models_side_by_side(
     assert f"again against {Path(folder).name}" in shown
     assert "+0.0000 [+0.0000, +0.0000]  not certain" in shown
     found = Comparison.from_file(file)
-    assert found.documents == {"english": 1, "poems": 1}
+    assert found.documents == {"english": 2, "poems": 2}
     assert run(["compare", folder, str(tmp_path / "again"), *options, "--json"]) == 0
     assert Comparison.from_json(capsys.readouterr().out).results[0].name == folder
 

@@ -26,7 +26,7 @@ def ablate(
         typer.Option(
             "--bytes", min=1, help="Most bytes of a domain; they are read once for each expert."
         ),
-    ] = 10_000,
+    ] = 20_000,
     save: Annotated[Path | None, typer.Option(help="Also write the result into this file.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of drawing.")

@@ -21,7 +21,7 @@ from moescope.machine import Machine
 from moescope.scope.losses import document_losses
 from moescope.scope.resampling import Interval, rate_interval
 from moescope.scope.saved import Saved
-from moescope.scope.texts import encode
+from moescope.scope.texts import check_resampling, encode
 
 PROMPT_BYTES = 600
 NEW_TOKENS = 32
@@ -180,8 +180,10 @@ def compare(
         progress: told what is being done.
 
     Raises:
-        UserError: two models have the same name, or a model's context is too short to be timed.
+        UserError: two models have the same name, a model's context is too short to be timed, or
+            a domain has a single document.
     """
+    check_resampling(documents)
     names = [entrant.name for entrant in entrants]
     for name in names:
         if names.count(name) > 1:

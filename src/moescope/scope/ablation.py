@@ -15,7 +15,7 @@ from moescope.scope.choices import Progress
 from moescope.scope.losses import document_losses
 from moescope.scope.resampling import rate_intervals
 from moescope.scope.saved import Saved, rounded
-from moescope.scope.texts import encode
+from moescope.scope.texts import check_resampling, encode
 from moescope.tokenizer import Tokenizer
 
 
@@ -80,8 +80,10 @@ def ablate(
         progress: called with (experts tried, experts to try).
 
     Raises:
-        UserError: the model has no routed experts, or a layer has none.
+        UserError: the model has no routed experts, a layer has none, or a domain has a single
+            document.
     """
+    check_resampling(documents)
     mixtures = list(moe_layers(model))
     for layer in layers or ():
         if layer not in mixtures:

@@ -38,7 +38,7 @@ def rate_intervals(amounts: Floats, sizes: npt.NDArray[np.int64]) -> tuple[Float
 
     Returns:
         The rate and both ends of its 95 % interval, shape `(...)` each. With fewer than about
-        twenty documents the interval is too narrow; with one it has no width.
+        twenty documents the interval is somewhat too narrow; there must be two.
     """
     documents = len(sizes)
     rng = np.random.default_rng(0)

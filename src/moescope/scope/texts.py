@@ -19,7 +19,7 @@ from moescope.model.decoder import CausalLM
 from moescope.tokenizer import Tokenizer
 
 BYTES_PER_DOMAIN = 200_000
-BYTES_PER_PASSAGE = 4000
+BYTES_PER_PASSAGE = 2000
 WINDOW = 512
 """Most tokens that are read at once; fewer where a model's context is shorter."""
 TOKENS_AT_ONCE = 4096
@@ -82,6 +82,21 @@ class _Sample:
             part = text.encode()[:room]
             room -= len(part)
             yield part.decode(errors="ignore")
+
+
+def check_resampling(documents: Sequence[Document]) -> None:
+    """Refuse text of which no interval can be told.
+
+    Raises:
+        UserError: a domain has a single document.
+    """
+    labels = [document.domain for document in documents]
+    for domain in sorted(set(labels)):
+        if labels.count(domain) == 1:
+            raise UserError(
+                f"the domain {domain} has a single passage, from which nothing can be told about "
+                "others; give more documents of it, or raise --bytes"
+            )
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[list[int]]:
