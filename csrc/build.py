@@ -1,6 +1,6 @@
 """Builds the native CPU kernels into `src/moescope/kernels/`: `python csrc/build.py`.
 
-Calls the C++ compiler itself: eleven small files do not need a build system, and so a build needs
+Calls the C++ compiler itself: a dozen small files do not need a build system, and so a build needs
 nothing but a compiler and nanobind. Each instruction set has its own object file, compiled with
 its own flags; which one runs is decided when the extension is loaded.
 """
@@ -17,7 +17,7 @@ from pathlib import Path
 
 NAME = "_native"
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
-SOURCES = ["module", "pool", "memory", "isa", "weights", "linear", "feed_forward", "attention"]
+SOURCES = ["module", "pool", "memory", "isa", "weights", "linear", "feed_forward", "attention", "step"]
 X86_KERNELS = {
     "kernels_avx2": ["-mavx2", "-mfma"],
     "kernels_avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],

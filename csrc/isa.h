@@ -58,6 +58,8 @@ struct Kernels {
   // out[i * heads + h] = dot(x_i, q_h) for 4 heads and `count` rows of `width`, `stride` apart
   void (*dots)(const float* x, int64_t stride, int64_t count, const float* q, int64_t q_stride,
                int64_t width, float* out, int64_t out_stride);
+  // out[i] = dot(x_i, q) for `count` rows of `width`, one behind the other
+  void (*dot_rows)(const float* x, int64_t count, const float* q, int64_t width, float* out);
   // mix_h += sum_i p[h * p_stride + i] * x_i for 4 heads
   void (*mix)(const float* x, int64_t stride, int64_t count, const float* p, int64_t p_stride,
               int64_t width, float* mixed, int64_t mixed_stride);

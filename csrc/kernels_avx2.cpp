@@ -2,5 +2,5 @@
 
 namespace moescope {
 const Kernels avx2_kernels = {"avx2", quantize, multiply<false>, multiply<true>, swiglu,
-                              axpy,   dots,     mix,             softmax,        rms_norm};
+                              axpy,   dots,     dot_rows,        mix,            softmax, rms_norm};
 }  // namespace moescope

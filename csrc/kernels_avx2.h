@@ -236,6 +236,20 @@ void dots(const float* x, int64_t stride, int64_t count, const float* q, int64_t
   }
 }
 
+void dot_rows(const float* x, int64_t count, const float* q, int64_t width, float* out) {
+  for (int64_t i = 0; i < count; ++i, x += width) {
+    __m256 sums[2] = {_mm256_setzero_ps(), _mm256_setzero_ps()};
+    int64_t k = 0;
+    for (; k + 16 <= width; k += 16) {
+      sums[0] = _mm256_fmadd_ps(_mm256_loadu_ps(x + k), _mm256_loadu_ps(q + k), sums[0]);
+      sums[1] = _mm256_fmadd_ps(_mm256_loadu_ps(x + k + 8), _mm256_loadu_ps(q + k + 8), sums[1]);
+    }
+    float sum = sum_of(_mm256_add_ps(sums[0], sums[1]));
+    for (; k < width; ++k) sum += x[k] * q[k];
+    out[i] = sum;
+  }
+}
+
 void mix(const float* x, int64_t stride, int64_t count, const float* p, int64_t p_stride,
          int64_t width, float* mixed, int64_t mixed_stride) {
   int64_t k = 0;

@@ -261,6 +261,24 @@ void dots(const float* x, int64_t stride, int64_t count, const float* q, int64_t
   }
 }
 
+void dot_rows(const float* x, int64_t count, const float* q, int64_t width, float* out) {
+  for (int64_t i = 0; i < count; ++i, x += width) {
+    __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
+    for (int64_t k = 0; k < width; k += 32) {
+      const int64_t left = width - k;
+      const __mmask16 low = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
+      const __mmask16 high = left >= 32   ? 0xffff
+                             : left <= 16 ? 0
+                                          : static_cast<__mmask16>((1 << (left - 16)) - 1);
+      sums[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(low, x + k),
+                                _mm512_maskz_loadu_ps(low, q + k), sums[0]);
+      sums[1] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(high, x + k + 16),
+                                _mm512_maskz_loadu_ps(high, q + k + 16), sums[1]);
+    }
+    out[i] = _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
+  }
+}
+
 void mix(const float* x, int64_t stride, int64_t count, const float* p, int64_t p_stride,
          int64_t width, float* mixed, int64_t mixed_stride) {
   for (int64_t k = 0; k < width; k += 32) {
@@ -332,6 +350,6 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
 }  // namespace
 
 const Kernels avx512_kernels = {"avx512", quantize, multiply<false>, multiply<true>, swiglu,
-                                axpy,     dots,     mix,             softmax,        rms_norm};
+                                axpy,     dots,     dot_rows,        mix,            softmax, rms_norm};
 
 }  // namespace moescope

@@ -106,6 +106,14 @@ void dots(const float* x, int64_t stride, int64_t count, const float* q, int64_t
     }
 }
 
+void dot_rows(const float* x, int64_t count, const float* q, int64_t width, float* out) {
+  for (int64_t i = 0; i < count; ++i) {
+    float sum = 0;
+    for (int64_t k = 0; k < width; ++k) sum += x[i * width + k] * q[k];
+    out[i] = sum;
+  }
+}
+
 void mix(const float* x, int64_t stride, int64_t count, const float* p, int64_t p_stride,
          int64_t width, float* mixed, int64_t mixed_stride) {
   for (int64_t i = 0; i < count; ++i)
@@ -131,6 +139,6 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
 }  // namespace
 
 const Kernels portable_kernels = {"portable", quantize, multiply_int8, multiply_int4, swiglu,
-                                  axpy,       dots,     mix,           softmax,       rms_norm};
+                                  axpy,       dots,     dot_rows,      mix,           softmax, rms_norm};
 
 }  // namespace moescope

@@ -13,6 +13,38 @@ int64_t weight_bytes_read() { return bytes_read.load(std::memory_order_relaxed);
 
 void count_weight_bytes(int64_t bytes) { bytes_read.fetch_add(bytes, std::memory_order_relaxed); }
 
+void multiply_all(const std::vector<Product>& products, const Activations& activations,
+                  int64_t rows) {
+  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
+  std::vector<int64_t> first_task(1, 0);
+  for (const Product& product : products) {
+    first_task.push_back(first_task.back() + product.weights->tiles() * blocks);
+    count_weight_bytes(product.weights->matrix_bytes());
+  }
+  parallel(first_task.back(), [&](int64_t task) {
+    size_t which = 0;
+    while (task >= first_task[which + 1]) ++which;
+    const Product& product = products[which];
+    task -= first_task[which];
+    const int64_t tile = task / blocks, first = task % blocks * kRowBlock;
+    const int count = static_cast<int>(std::min<int64_t>(kRowBlock, rows - first));
+    int32_t index[kRowBlock];
+    for (int r = 0; r < count; ++r) index[r] = static_cast<int32_t>(first + r);
+    alignas(64) float result[kRowBlock * kTile];
+    product.weights->multiply(0, tile, activations, index, count, result);
+    const int64_t outputs = product.weights->outputs(), start = tile * kTile;
+    const int64_t width = std::min<int64_t>(kTile, outputs - start);
+    for (int r = 0; r < count; ++r) {
+      float* to = product.out + (first + r) * outputs + start;
+      const float* from = result + r * kTile;
+      for (int64_t n = 0; n < width; ++n) {
+        const float value = product.bias ? from[n] + product.bias[start + n] : from[n];
+        to[n] = product.add ? to[n] + value : value;
+      }
+    }
+  });
+}
+
 void linear(const Weights& weights, const float* x, int64_t rows, const float* bias, float* out) {
   static thread_local QuantizedRows scratch;
   QuantizedRows& quantized = scratch;  // the caller's, seen by all threads
@@ -26,23 +58,7 @@ void linear(const Weights& weights, const float* x, int64_t rows, const float* b
   else
     parallel(rows, quantize);
 
-  const Activations activations = quantized.view();
-  const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
-  parallel(weights.tiles() * blocks, [&](int64_t task) {
-    const int64_t tile = task / blocks, first = task % blocks * kRowBlock;
-    const int count = static_cast<int>(std::min<int64_t>(kRowBlock, rows - first));
-    int32_t index[kRowBlock];
-    for (int r = 0; r < count; ++r) index[r] = static_cast<int32_t>(first + r);
-    alignas(64) float product[kRowBlock * kTile];
-    weights.multiply(0, tile, activations, index, count, product);
-    const int64_t start = tile * kTile;
-    const int64_t width = std::min<int64_t>(kTile, outputs - start);
-    for (int r = 0; r < count; ++r)
-      for (int64_t n = 0; n < width; ++n)
-        out[(first + r) * outputs + start + n] =
-            product[r * kTile + n] + (bias ? bias[start + n] : 0.0f);
-  });
-  count_weight_bytes(weights.matrix_bytes());
+  multiply_all({{&weights, bias, out}}, quantized.view(), rows);
 }
 
 }  // namespace moescope

@@ -26,7 +26,7 @@ template <int Dimensions>
 using Output = nb::ndarray<float, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
 template <int Dimensions>
 using Ids = nb::ndarray<const int64_t, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
-using CacheArray = nb::ndarray<const float, nb::ndim<3>, nb::device::cpu>;
+using CacheArray = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;
 using Matrices = nb::ndarray<nb::ro, nb::ndim<3>, nb::device::cpu>;
 using SharedWeights = std::shared_ptr<Weights>;
 
@@ -123,6 +123,107 @@ void apply_attention(const AbsorbedAttention& attention, const Floats<3>& q_nope
                     lengths.data(), batch, out.data());
 }
 
+// --- one new token a sequence ---
+
+std::vector<float> copied(const std::optional<Floats<1>>& array) {
+  if (!array) return {};
+  return {array->data(), array->data() + array->size()};
+}
+
+Norm norm_of(const std::optional<Floats<1>>& weight, float eps) { return {copied(weight), eps}; }
+
+std::shared_ptr<AttentionStep> make_attention_step(
+    const Floats<1>& input_norm, float eps, const SharedWeights& query_down,
+    const std::optional<Floats<1>>& query_down_bias, const std::optional<Floats<1>>& query_norm,
+    const SharedWeights& query, const SharedWeights& latent,
+    const std::optional<Floats<1>>& latent_bias, const Floats<1>& latent_norm, float latent_eps,
+    const std::shared_ptr<AbsorbedAttention>& attention, const SharedWeights& output,
+    const std::optional<Floats<1>>& output_bias, bool interleave) {
+  const int64_t hidden = input_norm.shape(0), rank = attention->up_key->outputs();
+  const int64_t heads = attention->up_key->matrices(), nope = attention->up_key->columns();
+  const int64_t rope = latent->outputs() - rank;
+  const bool low_rank = query_down != nullptr;
+  require(rope > 0 && rope % 2 == 0 && latent->columns() == hidden &&
+              query->outputs() == heads * (nope + rope) &&
+              (low_rank ? query_down->columns() == hidden &&
+                              query_down->outputs() == query->columns() && query_norm &&
+                              has_shape(*query_norm, {query->columns()})
+                        : query->columns() == hidden) &&
+              has_shape(latent_norm, {rank}) && output->outputs() == hidden &&
+              output->columns() == heads * attention->up_value->outputs() &&
+              (low_rank ? *query_down : *query).group() == latent->group() &&
+              (!query_down_bias || has_shape(*query_down_bias, {query->columns()})) &&
+              (!latent_bias || has_shape(*latent_bias, {rank + rope})) &&
+              (!output_bias || has_shape(*output_bias, {hidden})),
+          "the parts of the attention do not fit together");
+  return std::make_shared<AttentionStep>(AttentionStep{
+      norm_of(input_norm, eps), norm_of(query_norm, latent_eps), norm_of(latent_norm, latent_eps),
+      {query_down, copied(query_down_bias)}, {query, {}}, {latent, copied(latent_bias)},
+      {output, copied(output_bias)}, attention, rope, interleave});
+}
+
+void apply_attention_step(const AttentionStep& step, const Output<2>& x, const Floats<2>& cosine,
+                          const Floats<2>& sine, const CacheArray& latents,
+                          const CacheArray& k_rope, const Ids<1>& positions) {
+  const int64_t batch = x.shape(0), slots = latents.shape(1);
+  const int64_t rank = step.attention->up_key->outputs();
+  require(has_shape(x, {batch, static_cast<int64_t>(step.input_norm.weight.size())}) &&
+              has_shape(cosine, {batch, step.rope / 2}) && has_shape(sine, {batch, step.rope / 2}) &&
+              has_shape(latents, {batch, slots, rank}) &&
+              has_shape(k_rope, {batch, slots, step.rope}) && has_shape(positions, {batch}) &&
+              latents.stride(2) == 1 && k_rope.stride(2) == 1,
+          "x, rotation, cache or positions do not fit the attention");
+  for (int64_t row = 0; row < batch; ++row)
+    require(positions.data()[row] >= 0 && positions.data()[row] < slots,
+            "a position is not in the cache");
+  nb::gil_scoped_release unlocked;
+  step.forward(x.data(), batch, cosine.data(), sine.data(), cache_of(latents), cache_of(k_rope),
+               positions.data());
+}
+
+std::shared_ptr<Router> make_router(const Floats<2>& weight, const std::optional<Floats<1>>& bias,
+                                    int64_t top_k, int64_t groups, int64_t kept_groups,
+                                    int64_t best_of_group, bool sigmoid, bool normalise,
+                                    float factor) {
+  const int64_t experts = weight.shape(0);
+  require(experts > 0 && groups > 0 && experts % groups == 0 && kept_groups > 0 &&
+              kept_groups <= groups && top_k > 0 && top_k <= kept_groups * (experts / groups) &&
+              best_of_group > 0 && (!bias || has_shape(*bias, {experts})),
+          "the parts of the router do not fit together");
+  return std::make_shared<Router>(Router{{weight.data(), weight.data() + weight.size()},
+                                         copied(bias), experts, top_k, groups, kept_groups,
+                                         best_of_group, sigmoid, normalise, factor});
+}
+
+void apply_router(const Router& router, const Floats<2>& x,
+                  const nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>& topk_ids,
+                  const Output<2>& topk_weights) {
+  const int64_t tokens = x.shape(0);
+  const int64_t hidden = static_cast<int64_t>(router.weight.size()) / router.experts;
+  require(has_shape(x, {tokens, hidden}) && has_shape(topk_ids, {tokens, router.top_k}) &&
+              has_shape(topk_weights, {tokens, router.top_k}),
+          "x, topk_ids or topk_weights do not fit the router");
+  router.forward(x.data(), tokens, topk_ids.data(), topk_weights.data());
+}
+
+std::shared_ptr<FeedForwardStep> make_feed_forward_step(const Floats<1>& norm, float eps,
+                                                        const std::shared_ptr<Router>& router,
+                                                        const std::shared_ptr<FeedForward>& layer) {
+  const int64_t hidden = layer->any().columns();
+  require(has_shape(norm, {hidden}) && (router != nullptr) == (layer->routed_experts() > 0) &&
+              (!router || (router->experts == layer->routed_experts() &&
+                           static_cast<int64_t>(router->weight.size()) == router->experts * hidden)),
+          "norm, router and experts do not fit together");
+  return std::make_shared<FeedForwardStep>(FeedForwardStep{norm_of(norm, eps), router, layer});
+}
+
+void apply_feed_forward_step(const FeedForwardStep& step, const Output<2>& x) {
+  const int64_t tokens = x.shape(0);
+  require(has_shape(x, {tokens, step.layer->any().columns()}), "x does not fit the layer");
+  nb::gil_scoped_release unlocked;
+  step.forward(x.data(), tokens);
+}
+
 void apply_rms_norm(const Floats<2>& x, const Floats<1>& weight, float eps, const Output<2>& out) {
   const int64_t rows = x.shape(0), width = x.shape(1);
   require(has_shape(weight, {width}) && has_shape(out, {rows, width}) && width > 0,
@@ -181,4 +282,23 @@ NB_MODULE(_native, m) {
           "up_key"_a, "up_value"_a, "scale"_a)
       .def("__call__", &apply_attention, "q_nope"_a, "q_rope"_a, "latents"_a, "k_rope"_a,
            "lengths"_a, "out"_a);
+
+  nb::class_<AttentionStep>(m, "AttentionStep")
+      .def("__deepcopy__", &same)
+      .def("__call__", &apply_attention_step, "x"_a, "cosine"_a, "sine"_a, "latents"_a,
+           "k_rope"_a, "positions"_a);
+  m.def("attention_step", &make_attention_step, "input_norm"_a, "eps"_a, "query_down"_a.none(),
+        "query_down_bias"_a.none(), "query_norm"_a.none(), "query"_a, "latent"_a,
+        "latent_bias"_a.none(), "latent_norm"_a, "latent_eps"_a, "attention"_a, "output"_a,
+        "output_bias"_a.none(), "interleave"_a);
+  nb::class_<Router>(m, "Router")
+      .def("__deepcopy__", &same)
+      .def("__call__", &apply_router, "x"_a, "topk_ids"_a, "topk_weights"_a);
+  m.def("router", &make_router, "weight"_a, "bias"_a.none(), "top_k"_a, "groups"_a,
+        "kept_groups"_a, "best_of_group"_a, "sigmoid"_a, "normalise"_a, "factor"_a);
+  nb::class_<FeedForwardStep>(m, "FeedForwardStep")
+      .def("__deepcopy__", &same)
+      .def("__call__", &apply_feed_forward_step, "x"_a);
+  m.def("feed_forward_step", &make_feed_forward_step, "norm"_a, "eps"_a, "router"_a.none(),
+        "layer"_a);
 }

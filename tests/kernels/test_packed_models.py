@@ -19,10 +19,12 @@ from moescope.checkpoint import save_weights
 from moescope.cli.main import run
 from moescope.config import ModelConfig
 from moescope.engine.cache import Cache
-from moescope.engine.native import NativeMoE, Packer
+from moescope.engine.native import NativeMoE, Packer, native_router
 from moescope.errors import UserError
 from moescope.kernels import cpu
 from moescope.model.decoder import CausalLM, initialise
+from moescope.model.layer import DecoderLayer
+from moescope.model.routing import ROUTERS
 
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {
@@ -138,6 +140,56 @@ def test_counts_stay_those_of_the_network(family: str) -> None:
     assert sum(parameter.numel() for parameter in native.parameters()) == expected
 
 
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_layer_in_two_calls_equals_its_parts(family: str) -> None:
+    if not cpu.available():
+        return
+    joined, apart = packed(network(family), "int8"), packed(network(family), "int8")
+    for layer in apart.model.layers:
+        layer.__class__ = DecoderLayer  # the same modules, one after another
+    ids = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(2))
+    torch.testing.assert_close(
+        token_by_token(joined, ids, 9), token_by_token(apart, ids, 9), rtol=1e-3, atol=1e-4
+    )
+
+
+@pytest.mark.parametrize("topk_method", ["greedy", "group_limited_greedy", "noaux_tc"])
+@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
+@pytest.mark.parametrize("normalised", [True, False])
+def test_native_routers_decide_as_the_network_does(
+    topk_method: str, scoring_func: str, normalised: bool
+) -> None:
+    if not cpu.available():
+        return
+    rule = {
+        "n_routed_experts": 16,
+        "n_group": 4,
+        "topk_group": 2,
+        "topk_method": topk_method,
+        "scoring_func": scoring_func,
+        "norm_topk_prob": normalised,
+        "routed_scaling_factor": 2.5,
+    }
+    fields = {**SMALL, **FAMILIES["v3"], **rule}
+    router = ROUTERS[topk_method](ModelConfig.from_dict(fields)).requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    router.weight.normal_(std=0.1, generator=generator)
+    for bias in router.buffers():
+        bias.normal_(std=0.1, generator=generator)
+    x = torch.randn(60, 96, generator=generator)
+    expected = router(x, torch.zeros(60, dtype=torch.int64))
+    native = native_router(router)
+    assert native is not None
+    topk_ids, topk_weights = cpu.route(native, x, 3)
+
+    def spread(ids: Tensor, weights: Tensor) -> Tensor:
+        return torch.zeros(60, 16).scatter(1, ids, weights)
+
+    torch.testing.assert_close(
+        spread(topk_ids, topk_weights), spread(expected.topk_ids, expected.topk_weights)
+    )
+
+
 def test_a_packed_model_does_all_that_a_model_does(model: Model, tmp_path: Path) -> None:
     model.save(tmp_path)
     plain = load(tmp_path)
@@ -155,6 +207,10 @@ def test_a_packed_model_does_all_that_a_model_does(model: Model, tmp_path: Path)
         ]
         steered = opened.steer(num_experts_per_tok=1)
         assert steered.generate("床前明月光", max_tokens=3).tokens
+        nobody = opened.steer(disabled=[(1, expert) for expert in range(4)])
+        ids = torch.tensor(opened.tokenizer.encode("床前明月光，疑是地上霜。"))[None]
+        expected = prefill(nobody.network, ids)
+        assert difference(token_by_token(nobody.network, ids, 2), expected) < 0.2
         if cpu.available():
             with pytest.raises(UserError, match="rounded weights only"):
                 opened.save(tmp_path / "again")

@@ -33,6 +33,19 @@ class Cache:
         self._slots[layer_idx] = grown[0], grown[1]
         return grown[0][:, : self.length], grown[1][:, : self.length]
 
+    def reserve(
+        self, layer_idx: int, batch: int, widths: tuple[int, int], length: int
+    ) -> tuple[Tensor, Tensor]:
+        """Make room for a kernel that stores float32 keys and values itself.
+
+        Returns all slots of the layer, at least `length`: `(batch, slots, width)` for each width.
+        """
+        self.length = max(self.length, length)
+        held = self._slots.get(layer_idx) or tuple(torch.zeros(batch, 0, w) for w in widths)
+        keys, values = (_grow(slots, self.length) for slots in held)
+        self._slots[layer_idx] = keys, values
+        return keys, values
+
     def keep(self, rows: Tensor) -> None:
         """Forget all sequences but `rows`, `(kept,)` indices."""
         self._slots = {

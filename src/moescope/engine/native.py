@@ -15,15 +15,18 @@ from torch import Tensor, nn
 
 from moescope.catalog import count_parameters
 from moescope.config import ModelConfig
+from moescope.engine.cache import Cache
 from moescope.errors import UserError
 from moescope.kernels import cpu
 from moescope.kernels.attention import latent_prompt_attention
 from moescope.kernels.quantize import rounded
 from moescope.model.attention import GroupedQueryAttention, KVCache, LatentAttention
 from moescope.model.decoder import CausalLM
+from moescope.model.layer import DecoderLayer
 from moescope.model.moe import MLP, GroupedExperts, MoE
 from moescope.model.norm import RMSNorm
 from moescope.model.recorder import Recorder
+from moescope.model.routing import Greedy, GroupLimitedGreedy, NoAuxTopK, Router
 
 FORMATS = ("int8", "int4")
 HEAD_FORMAT = {"int8": "int8", "int4": "int8"}
@@ -105,6 +108,9 @@ class Packer:
             if isinstance(module, RMSNorm):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, NativeRMSNorm(module))
+        for layer_idx, layer in enumerate(model.model.layers):
+            if isinstance(layer.self_attn, NativeLatentAttention):
+                model.model.layers[layer_idx] = NativeDecoderLayer(cast(DecoderLayer, layer))
 
     def _pack_linears(self, parent: nn.Module, at: str, read: Read) -> None:
         for name, child in list(parent.named_children()):
@@ -238,6 +244,27 @@ class NativeLatentAttention(LatentAttention):
             kv_b_proj.unflatten(0, (self.heads, -1)), self.nope, self.scale, weight_format
         )
 
+    def step(self, input_norm: RMSNorm) -> "cpu.AttentionStep":
+        """Join the norm before it and all its parts into one call for single tokens."""
+
+        def parts(name: str) -> "tuple[cpu.Weights, Tensor | None]":
+            linear = cast(PackedLinear, getattr(self, name))
+            return linear.packed, linear.bias
+
+        query_down = None
+        if not hasattr(self, "q_proj"):
+            query_down = (*parts("q_a_proj"), self.q_a_layernorm.weight)
+        return cpu.attention_step(
+            (input_norm.weight, input_norm.eps),
+            query_down,
+            parts("q_b_proj" if query_down else "q_proj")[0],
+            parts("kv_a_proj_with_mqa"),
+            (self.kv_a_layernorm.weight, self.kv_a_layernorm.eps),
+            self.absorbed,
+            parts("o_proj"),
+            self.interleave,
+        )
+
     def forward(
         self,
         hidden_states: Tensor,
@@ -279,6 +306,76 @@ def _counts_from(start: int, positions: Tensor) -> bool:
     """Whether each row of `(batch, seq)` is `start, start + 1, ...`."""
     counted = torch.arange(start, start + positions.shape[1])
     return torch.equal(positions, counted.expand_as(positions))
+
+
+class NativeDecoderLayer(DecoderLayer):
+    """A layer that takes two calls for new tokens, one a sequence, when nobody looks on."""
+
+    def __init__(self, layer: DecoderLayer) -> None:
+        nn.Module.__init__(self)
+        self.layer_idx = layer.layer_idx
+        for name, child in layer.named_children():
+            setattr(self, name, child)
+        attention = cast(NativeLatentAttention, self.self_attn)
+        self.widths = (attention.kv_lora_rank, attention.rope)
+        self.attention_step = attention.step(self.input_layernorm)
+        norm = (self.post_attention_layernorm.weight, self.post_attention_layernorm.eps)
+        self.feed_forward_step = None
+        if isinstance(self.mlp, NativeMLP):
+            self.feed_forward_step = cpu.feed_forward_step(norm, None, self.mlp.layer)
+        elif isinstance(self.mlp, NativeMoE) and (rule := native_router(self.mlp.gate)):
+            self.feed_forward_step = cpu.feed_forward_step(norm, rule, self.mlp.layer)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        input_ids: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        positions: Tensor,
+        cache: KVCache | None = None,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """Map `(batch, seq, hidden)` to the same shape; a single token's states in place."""
+        if recorder is not None or not isinstance(cache, Cache) or hidden_states.shape[1] > 1:
+            return super().forward(hidden_states, input_ids, rotation, positions, cache, recorder)
+        rows = hidden_states[:, 0].contiguous()  # (batch, hidden)
+        slots = cache.reserve(self.layer_idx, len(rows), self.widths, int(positions.max()) + 1)
+        cos, sin = (part.flatten(1) for part in rotation)  # (batch, rope / 2)
+        cpu.attend_step(self.attention_step, rows, cos, sin, *slots, positions[:, 0].contiguous())
+        if self.feed_forward_step is not None and self._keeps_its_router():
+            cpu.feed_step(self.feed_forward_step, rows)
+            return rows[:, None]
+        states = rows[:, None]
+        normed = self.post_attention_layernorm(states)
+        return states + (
+            self.mlp(normed, input_ids) if isinstance(self.mlp, MoE) else self.mlp(normed)
+        )
+
+    def _keeps_its_router(self) -> bool:
+        """Steering puts another router into a copy of the layer."""
+        return not isinstance(self.mlp, MoE) or type(self.mlp.gate) in NATIVE_ROUTERS
+
+
+NATIVE_ROUTERS = (Greedy, GroupLimitedGreedy, NoAuxTopK)
+
+
+def native_router(gate: Router) -> "cpu.Router | None":
+    """Copy a router whose rule the kernels know."""
+    if type(gate) not in NATIVE_ROUTERS:
+        return None
+    grouped = isinstance(gate, GroupLimitedGreedy)
+    without_bias = not isinstance(gate, NoAuxTopK)
+    return cpu.router(
+        gate.weight,
+        None if without_bias else gate.e_score_correction_bias,
+        top_k=gate.top_k,
+        groups=gate.n_group if grouped else 1,
+        kept_groups=gate.topk_group if grouped else 1,
+        best_of_group=1 if without_bias else 2,
+        sigmoid=gate.scoring_func == "sigmoid",
+        normalise=gate.norm_topk_prob,
+        factor=gate.routed_scaling_factor,
+    )
 
 
 class NativeRMSNorm(RMSNorm):

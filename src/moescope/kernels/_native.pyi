@@ -36,6 +36,53 @@ class AbsorbedAttention:
         out: Array,
     ) -> None: ...
 
+class AttentionStep:
+    def __call__(
+        self,
+        x: Array,
+        cosine: Array,
+        sine: Array,
+        latents: Array,
+        k_rope: Array,
+        positions: Array,
+    ) -> None: ...
+
+class Router:
+    def __call__(self, x: Array, topk_ids: Array, topk_weights: Array) -> None: ...
+
+class FeedForwardStep:
+    def __call__(self, x: Array) -> None: ...
+
+def attention_step(
+    input_norm: Array,
+    eps: float,
+    query_down: Weights | None,
+    query_down_bias: Array | None,
+    query_norm: Array | None,
+    query: Weights,
+    latent: Weights,
+    latent_bias: Array | None,
+    latent_norm: Array,
+    latent_eps: float,
+    attention: AbsorbedAttention,
+    output: Weights,
+    output_bias: Array | None,
+    interleave: bool,
+) -> AttentionStep: ...
+def router(
+    weight: Array,
+    bias: Array | None,
+    top_k: int,
+    groups: int,
+    kept_groups: int,
+    best_of_group: int,
+    sigmoid: bool,
+    normalise: bool,
+    factor: float,
+) -> Router: ...
+def feed_forward_step(
+    norm: Array, eps: float, router: Router | None, layer: FeedForward
+) -> FeedForwardStep: ...
 def pack(matrices: Array, format: str) -> Weights: ...
 def rms_norm(x: Array, weight: Array, eps: float, out: Array) -> None: ...
 def instruction_set() -> str: ...

@@ -11,17 +11,31 @@ from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
-from torch.utils.dlpack import to_dlpack
+from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage]
 
 from moescope.errors import UserError
 
 if TYPE_CHECKING:
     from moescope.kernels import _native
-    from moescope.kernels._native import AbsorbedAttention, FeedForward, Weights
+    from moescope.kernels._native import (
+        AbsorbedAttention,
+        AttentionStep,
+        FeedForward,
+        FeedForwardStep,
+        Router,
+        Weights,
+    )
 else:
     try:
         from moescope.kernels import _native
-        from moescope.kernels._native import AbsorbedAttention, FeedForward, Weights
+        from moescope.kernels._native import (
+            AbsorbedAttention,
+            AttentionStep,
+            FeedForward,
+            FeedForwardStep,
+            Router,
+            Weights,
+        )
     except ImportError:
         _native = None
 
@@ -181,6 +195,135 @@ def attend_absorbed(
     return out
 
 
+def attention_step(
+    input_norm: tuple[Tensor, float],
+    query_down: tuple[Weights, Tensor | None, Tensor] | None,
+    query: Weights,
+    latent: tuple[Weights, Tensor | None],
+    latent_norm: tuple[Tensor, float],
+    attention: AbsorbedAttention,
+    output: tuple[Weights, Tensor | None],
+    interleave: bool,
+) -> AttentionStep:
+    """Join the parts of latent attention into one call for new tokens, one a sequence.
+
+    Args:
+        input_norm: weight and epsilon.
+        query_down: `q_a_proj`, its bias and the weight of its norm, where there is one.
+        query: `q_proj` or `q_b_proj`.
+        latent: `kv_a_proj_with_mqa` and its bias.
+        latent_norm: weight and epsilon, the latter also of the query's norm.
+        attention: made by `absorbed_attention`.
+        output: `o_proj` and its bias.
+        interleave: whether rotated pairs are neighbours.
+    """
+    down, down_bias, down_norm = query_down or (None, None, None)
+    return _native.attention_step(
+        to_dlpack(input_norm[0].detach()),
+        input_norm[1],
+        down,
+        _optional(down_bias),
+        _optional(down_norm),
+        query,
+        latent[0],
+        _optional(latent[1]),
+        to_dlpack(latent_norm[0].detach()),
+        latent_norm[1],
+        attention,
+        output[0],
+        _optional(output[1]),
+        interleave,
+    )
+
+
+def attend_step(
+    step: AttentionStep,
+    hidden_states: Tensor,
+    cos: Tensor,
+    sin: Tensor,
+    latents: Tensor,
+    k_rope: Tensor,
+    positions: Tensor,
+) -> None:
+    """Add what attention says to `hidden_states` `(batch, hidden)`, in place; store the new slots.
+
+    Args:
+        step: made by `attention_step`.
+        hidden_states: float32, contiguous.
+        cos: `(batch, rope / 2)`.
+        sin: `(batch, rope / 2)`.
+        latents: all slots of the cache, `(batch, slots, kv_lora_rank)`.
+        k_rope: likewise, `(batch, slots, rope)`.
+        positions: `(batch,)`.
+    """
+    step(
+        to_dlpack(hidden_states),
+        to_dlpack(cos),
+        to_dlpack(sin),
+        to_dlpack(latents),
+        to_dlpack(k_rope),
+        to_dlpack(positions),
+    )
+
+
+def router(
+    weight: Tensor,
+    bias: Tensor | None,
+    *,
+    top_k: int,
+    groups: int = 1,
+    kept_groups: int = 1,
+    best_of_group: int = 1,
+    sigmoid: bool,
+    normalise: bool,
+    factor: float,
+) -> Router:
+    """Copy a router: scores, then the `top_k` best of the `kept_groups` best groups.
+
+    Args:
+        weight: `(experts, hidden)` float32.
+        bias: `(experts,)`, which enters the choice only.
+        top_k: experts of a token.
+        groups: equal groups of neighbouring experts.
+        kept_groups: groups that a token may use.
+        best_of_group: how many of its best scores, summed, rank a group.
+        sigmoid: scores are sigmoids of the logits instead of a softmax.
+        normalise: whether a token's weights are made to sum to one.
+        factor: of the weights.
+    """
+    return _native.router(
+        to_dlpack(weight.detach()),
+        _optional(bias),
+        top_k,
+        groups,
+        kept_groups,
+        best_of_group,
+        sigmoid,
+        normalise,
+        factor,
+    )
+
+
+def route(rule: Router, hidden_states: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+    """Return `topk_ids` and `topk_weights`, `(tokens, top_k)`, for `(tokens, hidden)`."""
+    topk_ids = torch.empty(len(hidden_states), top_k, dtype=torch.int64)
+    topk_weights = torch.empty(len(hidden_states), top_k)
+    rule(to_dlpack(_rows(hidden_states)), to_dlpack(topk_ids), to_dlpack(topk_weights))
+    return topk_ids, topk_weights
+
+
+def feed_forward_step(
+    norm: tuple[Tensor, float], rule: Router | None, layer: FeedForward
+) -> FeedForwardStep:
+    """Join a norm, a router (None for a dense layer) and experts into one call."""
+    return _native.feed_forward_step(to_dlpack(norm[0].detach()), norm[1], rule, layer)
+
+
+def feed_step(step: FeedForwardStep, hidden_states: Tensor) -> None:
+    """Add what the experts say to `hidden_states` `(tokens, hidden)` float32, in place."""
+    step(to_dlpack(hidden_states))
+
+
 def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `kernels.rms_norm`, in float32 for `(..., width)`."""
     rows = _rows(hidden_states)
@@ -203,3 +346,7 @@ def unpacked(weights: Weights, shape: tuple[int, int, int]) -> Tensor:
 
 def _rows(x: Tensor) -> Tensor:
     return x.float().reshape(-1, x.shape[-1]).contiguous()
+
+
+def _optional(tensor: Tensor | None) -> object:
+    return None if tensor is None else to_dlpack(tensor.detach())
