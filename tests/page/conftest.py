@@ -21,7 +21,7 @@ from moescope.api import Model
 ROOT = Path(__file__).parents[2]
 MODEL = os.environ.get("MOESCOPE_PAGE_MODEL", "tiny")
 """What the server shows; another name or folder tries the page with another model."""
-PATIENCE = 60.0
+PATIENCE = 120.0
 """Seconds that the server may take to answer first."""
 
 
@@ -120,6 +120,7 @@ def open_page(browser, server: Server):
     def open_page(query: str = "", *, address: str | None = None, **options):
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
         contexts.append(context)
+        context.set_default_timeout(120_000)
         page = context.new_page()
         page.on(
             "console",
@@ -129,6 +130,10 @@ def open_page(browser, server: Server):
         )
         page.on("pageerror", lambda error: said.append(str(error)))
         page.said = said
+        page.asked = set()
+        page.on("request", lambda request: "/api/" in request.url and page.asked.add(request))
+        page.on("requestfinished", lambda request: page.asked.discard(request))
+        page.on("requestfailed", lambda request: page.asked.discard(request))
         page.goto(f"{address or server.address}?{query}")
         page.get_by_test_id("token").first.wait_for()
         return page

@@ -22,8 +22,11 @@ PICTURES = [name for name in STATIONS if name not in ("prompt", "dense", "whatif
 
 
 def settle(page) -> None:
-    """Wait until nothing is asked of the server any more."""
-    page.wait_for_load_state("networkidle")
+    """Wait until nothing has been asked of the server for a while."""
+    quiet = 0
+    while quiet < 8:  # longer than the page waits for further changes before it asks
+        page.wait_for_timeout(40)
+        quiet = 0 if page.asked else quiet + 1
 
 
 def candidates(page) -> dict[int, float]:
