@@ -8,7 +8,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from moescope.catalog import BOX
+from moescope.catalog import BOX, count_parameters
 from moescope.checkpoint import load_model, save_weights
 from moescope.config import ModelConfig
 from moescope.engine.engine import Engine, Generation, Token
@@ -24,6 +24,12 @@ from moescope.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BACKENDS = ("torch", "cpu")
+FLOAT32_PARAMETERS = 500_000_000
+"""Models of up to so many parameters compute in float32 unless asked otherwise.
+
+In bfloat16, a text read at once and the same text read token by token differ so much that routers
+choose other experts for some tokens.
+"""
 PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
 """What is fetched of a model on the Hub: nothing that could be executed."""
 
@@ -40,7 +46,8 @@ def load(
     Args:
         name_or_path: `tiny` (the model in the box), a folder with `config.json`, safetensors and
             `tokenizer.json`, or a Hub name such as `deepseek-ai/DeepSeek-V2-Lite`.
-        dtype: `float32` or `bfloat16`; None takes that of the file's norms.
+        dtype: `float32` or `bfloat16`; None takes float32 for models of up to 500M parameters,
+            and the type of the file's norms above.
         backend: `torch` computes with PyTorch, `cpu` with the native kernels, whose weights are
             rounded and whose activations are float32. None means `cpu` if `quantize` is given,
             else `torch`.
@@ -54,8 +61,11 @@ def load(
         raise UserError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
     packer = packer_for(backend, quantize)
     folder = locate(name_or_path)
+    config = ModelConfig.from_file(folder / "config.json")
     if packer is not None:
-        packer.refuse_if_too_large(ModelConfig.from_file(folder / "config.json"), memory()[1])
+        packer.refuse_if_too_large(config, memory()[1])
+    elif dtype is None and count_parameters(config).total <= FLOAT32_PARAMETERS:
+        dtype = "float32"
     model = load_model(folder, dtype=DTYPES[dtype] if dtype else None, packer=packer)
     return Model(str(name_or_path), model, Tokenizer.load(folder))
 

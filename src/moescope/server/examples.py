@@ -4,7 +4,7 @@ from moescope.server.schema import Example
 from moescope.tokenizer import Tokenizer
 
 TEXTS = (
-    Example(domain="poetry", language="zh", text="床前明月光，疑是地上霜。"),
+    Example(domain="poetry", language="zh", text="床前明月光，疑是地上"),
     Example(domain="poetry", language="zh", text="《春晓》\n唐·孟浩然\n春眠不觉晓，"),
     Example(
         domain="prose",

@@ -22,7 +22,6 @@ from moescope.server.examples import examples
 from moescope.tokenizer import Tokenizer
 
 REFERENCE = "deepseek-r1"
-FLOAT32_PARAMETERS = 500_000_000
 KEPT = 8
 """Forward passes and steered models that are kept for the next question."""
 
@@ -79,8 +78,7 @@ class Studio:
             UserError: as for `moescope.load`.
         """
         folder = locate(name_or_path).resolve()
-        dtype = _dtype(folder) if quantize is None and backend != "cpu" else None
-        model = load(name_or_path, dtype=dtype, backend=backend, quantize=quantize)
+        model = load(name_or_path, backend=backend, quantize=quantize)
         companions = {
             path.name: path
             for path in sorted(folder.parent.glob(f"{folder.name}-*"))
@@ -227,7 +225,7 @@ class Studio:
         """The first companion without routed experts."""
         for name, folder in self.companions.items():
             if ModelConfig.from_file(folder / "config.json").n_routed_experts is None:
-                twin = load(folder, dtype=_dtype(folder))
+                twin = load(folder)
                 twin.name = name
                 return twin
         return None
@@ -297,16 +295,6 @@ class _Kept(Generic[Key, Value]):
                 self._values.popitem(last=False)
         self._values.move_to_end(key)
         return self._values[key]
-
-
-def _dtype(folder: Path) -> str | None:
-    """Float32 for models that are small enough for it, else the type that they were saved in.
-
-    In bfloat16, a text read at once and the same text read token by token differ so much that
-    routers choose other experts for some tokens; the page shows both.
-    """
-    total = count_parameters(ModelConfig.from_file(folder / "config.json")).total
-    return "float32" if total <= FLOAT32_PARAMETERS else None
 
 
 def _params(asked: schema.SamplingRequest, max_tokens: int = 1) -> SamplingParams:
