@@ -15,11 +15,13 @@ class BuildHook(BuildHookInterface):
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         root = Path(self.root)
+        built: dict[str, Any] = {}
         for script, function in STEPS.items():
-            if not (root / script).exists():
-                continue
             spec = importlib.util.spec_from_file_location(function, root / script)
             assert spec is not None and spec.loader is not None
             module = importlib.util.module_from_spec(spec)
             spec.loader.exec_module(module)
-            getattr(module, function)(root)
+            built[function] = getattr(module, function)(root)
+        if built["build_native"] is not None:  # the wheel is for this kind of machine alone
+            build_data["pure_python"] = False
+            build_data["infer_tag"] = True

@@ -25,10 +25,6 @@ PATIENCE = 120.0
 """Seconds that the server may take to answer first."""
 
 
-def pytest_configure(config: pytest.Config) -> None:
-    config.addinivalue_line("markers", "page: the page in a real browser")
-
-
 class Server:
     """`moescope open` on a free port, which a test may stop and start again."""
 
