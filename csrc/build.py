@@ -17,7 +17,10 @@ from pathlib import Path
 
 NAME = "_native"
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
-SOURCES = ["module", "pool", "memory", "isa", "weights", "linear", "feed_forward", "attention", "step"]
+SOURCES = [
+    *("module", "pool", "memory", "isa", "weights"),
+    *("linear", "feed_forward", "attention", "step"),
+]
 X86_KERNELS = {
     "kernels_avx2": ["-mavx2", "-mfma"],
     "kernels_avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],
