@@ -9,7 +9,7 @@ TEST_SECONDS ?= 1800
 .PHONY: run test test-all lint
 
 run: .venv/.installed
-	$(BIN)/moescope explain "床前明月光，疑是地上霜。"
+	$(BIN)/moescope explain "床前明月光，疑是地上"
 	$(BIN)/moescope explain "It is a truth universally acknowledged, that a single man"
 	$(BIN)/moescope open
 

@@ -19,7 +19,7 @@ from moescope.cli.drawing import draw
 HERE = Path(__file__).parent
 SENTENCES = {
     "explain.en.png": "It is a truth universally acknowledged, that a single man",
-    "explain.zh.png": "床前明月光，疑是地上霜。",
+    "explain.zh.png": "床前明月光，疑是地上",
 }
 PAGE = """<!DOCTYPE html><meta charset="utf-8"><style>
 @font-face {{ font-family: half; src: local("DejaVu Sans Mono"); size-adjust: 83.06%;
