@@ -133,9 +133,15 @@ def test_extreme_activations_stay_in_their_group(isa: str, seed: int) -> None:
     assert float(error) < 0.7  # all of the 64 neighbours lost is a half
 
 
+def half_steps(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
+    """Most that an output `(tokens, hidden)` moves if each activation is rounded to 1 / 127."""
+    activated = reference.swiglu(x.double() @ gate.T, x.double() @ up.T)  # (tokens, width)
+    return activated.abs().amax(dim=1, keepdim=True) / 254 * down.abs().sum(dim=1)
+
+
 @needs_extension
 @pytest.mark.parametrize("weight_format", ["int8", "int4"])
-@examples(15)
+@examples(40)
 @given(
     tokens=ROWS,
     experts=st.integers(1, 9),
@@ -182,17 +188,25 @@ def test_the_mixture_equals_the_reference(
     exact = reference.routed_experts(
         x.double(), torch.cat([gate, up], dim=1), down, topk_ids, topk_weights.double()
     )
+    room = torch.zeros_like(exact)  # what rounding each activation by half a step can cost
+    for expert in range(experts):
+        weight = (topk_weights * (topk_ids == expert)).sum(dim=1, keepdim=True)  # (tokens, 1)
+        room += weight * half_steps(x, gate[expert], up[expert], down[expert])
     packed_shared = None
     if shared:
         shared_matrices = matrices(1, shared)
         packed_shared = cpu.expert_weights(*shared_matrices, weight_format)
         gate, up, down = held(packed_shared, shared_matrices)
         exact += reference.swiglu(x.double() @ gate[0].T, x.double() @ up[0].T) @ down[0].T
+        room += half_steps(x, gate[0], up[0], down[0])
     layer = cpu.feed_forward_layer(packed, packed_shared)
     before = cpu.weight_bytes_read()
     output = cpu.feed_forward(layer, x, topk_ids, topk_weights)
     read = cpu.weight_bytes_read() - before
-    close(output, exact, 0.03)
+    assert output.shape == exact.shape and not output.isnan().any()
+    assert bool(((output - exact).abs() <= 1.01 * room + 1e-4 * exact.abs().max() + 1e-6).all())
+    if exact.numel() > 64:  # errors have either sign, so many together stay far below that
+        assert float((output - exact).norm()) <= 0.5 * float(room.norm()) + 1e-5
 
     visited = len(set(topk_ids.flatten().tolist()) - {UNUSED})
     expected = visited * sum(weights.matrix_bytes for weights in packed)
