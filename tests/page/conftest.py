@@ -116,7 +116,7 @@ def open_page(browser, server: Server):
     def open_page(query: str = "", *, address: str | None = None, **options):
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
         contexts.append(context)
-        context.set_default_timeout(120_000)
+        context.set_default_timeout(20_000)
         page = context.new_page()
         page.on(
             "console",
