@@ -76,7 +76,7 @@ def draw_loss(moe: list[dict[str, Any]], dense: list[dict[str, Any]]) -> None:
         ylabel="nats per token",
         title="held-out loss (solid: MoE, dashed: dense twin)",
     )
-    held_out.legend(frameon=False)
+    held_out.legend(frameon=False, loc=(0.42, 0.1))
     save(figure, "loss.svg")
 
 
