@@ -1,0 +1,80 @@
+"""Take pictures of the page's stations: `python docs/images/photograph.py`.
+
+Needs Chromium and a font with Chinese characters. A server with the model in the box is started;
+what is seen was computed while the picture was taken.
+"""
+
+import io
+import shutil
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+from PIL import Image
+from playwright.sync_api import Page, sync_playwright
+
+HERE = Path(__file__).parent / "page"
+TEXTS = {
+    "zh": "床前明月光，疑是地上",
+    "en": "It is a truth universally acknowledged, that a single man",
+}
+STATIONS = [
+    *("prompt", "flow", "tokens", "attention", "router", "experts", "merge"),
+    *("next", "balance", "dense", "whatif", "thinking", "training"),
+]
+LOOKED_AT = 8
+"""The token that is selected."""
+
+
+def main() -> None:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port: int = free.getsockname()[1]
+    command = [str(Path(sys.executable).with_name("moescope")), "open", "--no-browser"]
+    server = subprocess.Popen([*command, "--port", str(port)], stdout=subprocess.PIPE, text=True)
+    assert server.stdout is not None
+    server.stdout.readline()  # its address: it answers from now on
+    try:
+        with sync_playwright() as playwright:
+            browser = playwright.chromium.launch(
+                executable_path=shutil.which("chromium"), args=["--no-sandbox"]
+            )
+            for language, text in TEXTS.items():
+                page = browser.new_page(viewport={"width": 1120, "height": 900})
+                page.goto(f"http://127.0.0.1:{port}/?lang={language}")
+                explore(page, text)
+                for station in STATIONS:
+                    photograph(page, station, HERE / f"{language}.{station}.png")
+            browser.close()
+    finally:
+        server.terminate()
+        server.wait()
+
+
+def explore(page: Page, text: str) -> None:
+    """Type, play, select a token, and press the buttons that compute something more."""
+    page.get_by_test_id("prompt").fill(text)
+    page.get_by_test_id("play").click()
+    page.locator("[data-testid=play][aria-pressed=true]").wait_for()
+    page.locator("[data-testid=play][aria-pressed=false]").wait_for()
+    page.get_by_test_id("token").nth(LOOKED_AT).click()
+    page.get_by_test_id("think").click()
+    page.get_by_test_id("dense-moe").click()
+    page.wait_for_timeout(8000)
+    # The bar of tokens stays in sight on the page and would stand before the pictures.
+    page.add_style_tag(content=".bar { position: static !important }")
+
+
+def photograph(page: Page, station: str, target: Path) -> None:
+    """Save one station as it stands on the page."""
+    section = page.get_by_test_id(f"station-{station}")
+    section.scroll_into_view_if_needed()
+    page.wait_for_timeout(600)
+    picture = Image.open(io.BytesIO(section.screenshot())).convert("RGB")
+    target.parent.mkdir(exist_ok=True)
+    picture.quantize(128).save(target, optimize=True)
+
+
+if __name__ == "__main__":
+    main()
