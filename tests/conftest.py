@@ -6,6 +6,7 @@ from hypothesis import settings
 
 from moescope.api import Model
 from moescope.config import ModelConfig
+from moescope.kernels import fusion
 from moescope.model.decoder import CausalLM, initialise
 from moescope.tokenizer import Tokenizer
 
@@ -15,6 +16,12 @@ settings.load_profile("ci")
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # the workers share the cores
+
+
+@pytest.fixture(autouse=True)
+def fusion_ends_with_the_test(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A training that fuses, in one test, rounds otherwise in all that follow in the process."""
+    monkeypatch.setattr(fusion, "_enabled", False)
 
 
 @pytest.fixture(scope="session")
