@@ -50,7 +50,7 @@ def test_an_unknown_dtype_is_a_sentence(folder: Path) -> None:
 
 
 def test_a_file_is_no_model(folder: Path) -> None:
-    with pytest.raises(UserError, match="is a file; name the folder"):
+    with pytest.raises(UserError, match="is a file; name a .gguf file or the folder"):
         moescope.load(folder / "config.json")
 
 

@@ -9,12 +9,13 @@ import torch
 from torch import Tensor
 
 from moescope.catalog import BOX, count_parameters
-from moescope.checkpoint import load_model, save_weights
+from moescope.checkpoint import load_model, open_checkpoint, save_weights
 from moescope.config import ModelConfig
 from moescope.engine.engine import Engine, Generation, Token
 from moescope.engine.native import PackedLinear, Packer
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
+from moescope.gguf_model import is_gguf
 from moescope.machine import memory
 from moescope.model.decoder import CausalLM
 from moescope.model.steering import Steering, steered
@@ -45,9 +46,10 @@ def load(
 
     Args:
         name_or_path: `tiny` (the model in the box), a folder with `config.json`, safetensors and
-            `tokenizer.json`, or a Hub name such as `deepseek-ai/DeepSeek-V2-Lite`.
+            `tokenizer.json`, a `.gguf` file of arch `deepseek2`, or a Hub name such as
+            `deepseek-ai/DeepSeek-V2-Lite`.
         dtype: `float32` or `bfloat16`; None takes float32 for models of up to 500M parameters,
-            and the type of the file's norms above.
+            and above it the type of a folder's norms, bfloat16 for GGUF.
         backend: `torch` computes with PyTorch, `cpu` with the native kernels, whose weights are
             rounded and whose activations are float32. None means `cpu` if `quantize` is given,
             else `torch`.
@@ -60,14 +62,14 @@ def load(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
     packer = packer_for(backend, quantize)
-    folder = locate(name_or_path)
-    config = ModelConfig.from_file(folder / "config.json")
+    checkpoint = open_checkpoint(locate(name_or_path))
     if packer is not None:
-        packer.refuse_if_too_large(config, memory()[1])
-    elif dtype is None and count_parameters(config).total <= FLOAT32_PARAMETERS:
+        packer.refuse_if_too_large(checkpoint.config, memory()[1])
+    elif dtype is None and count_parameters(checkpoint.config).total <= FLOAT32_PARAMETERS:
         dtype = "float32"
-    model = load_model(folder, dtype=DTYPES[dtype] if dtype else None, packer=packer)
-    return Model(str(name_or_path), model, Tokenizer.load(folder))
+    tokenizer = checkpoint.tokenizer()
+    model = load_model(checkpoint, dtype=DTYPES[dtype] if dtype else None, packer=packer)
+    return Model(str(name_or_path), model, tokenizer)
 
 
 def packer_for(backend: str | None, quantize: str | None) -> Packer | None:
@@ -86,22 +88,26 @@ def packer_for(backend: str | None, quantize: str | None) -> Packer | None:
 
 
 def locate(name_or_path: str | Path) -> Path:
-    """Return the folder of a model; a Hub name is downloaded first, or found in its cache.
+    """Return a model's folder or GGUF file; a Hub name is downloaded, or found in its cache.
 
     Raises:
         UserError: there is no such model, or it cannot be fetched.
     """
     folder = Path(name_or_path)
-    if folder.is_dir():
+    if folder.is_dir() or is_gguf(folder):
         return folder
     name = str(name_or_path)
     if (BOX / name / "config.json").is_file():
         return BOX / name
     if folder.is_file():
-        raise UserError(f"{name} is a file; name the folder that holds config.json and safetensors")
+        raise UserError(
+            f"{name} is a file; name a .gguf file or the folder that holds config.json and "
+            "safetensors"
+        )
     if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
         raise UserError(
-            f'there is no model {name!r}; give "tiny", a folder, or a Hub name like "org/model"'
+            f'there is no model {name!r}; give "tiny", a folder, a .gguf file, or a Hub name like '
+            '"org/model"'
         )
     return _download(name)
 

@@ -1,7 +1,8 @@
-"""Safetensors in and out, in the layout that DeepSeek publishes and `transformers` reads.
+"""Checkpoints: safetensors as DeepSeek publishes and `transformers` reads them, in and out.
 
 Published names are the network's own but for two things: a checkpoint holds each expert's
-matrices by themselves, and multi-token-prediction depths as layers behind the last.
+matrices by themselves, and multi-token-prediction depths as layers behind the last. GGUF files
+are opened too (`gguf_model`); any source of weights goes through one `load_model`.
 """
 
 import json
@@ -17,10 +18,12 @@ from torch import Tensor
 from moescope.config import ModelConfig
 from moescope.errors import UserError
 from moescope.files import atomic_path, write_text
+from moescope.gguf_model import GgufModel, is_gguf
 from moescope.kernels.quantize import dequantize_int8, quantize_int8
 from moescope.model.decoder import CausalLM
 from moescope.model.rope import RotaryEmbedding
 from moescope.model.routing import Hash
+from moescope.tokenizer import Tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GATE_UP, DOWN = ".experts.gate_up_proj", ".experts.down_proj"
@@ -69,6 +72,30 @@ def save_weights(
     model.config.save(folder / "config.json")
 
 
+class WeightSource(Protocol):
+    """A checkpoint, open; tensors go by the network's names.
+
+    Attributes:
+        config: the model's shape.
+        dtype: to compute in unless asked otherwise.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+
+    def read(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
+        """Return a tensor in `dtype`; None takes the narrower of bf16 and float32 that is exact."""
+        ...
+
+    def refuse_unread(self) -> None:
+        """Refuse tensors that nothing in the network takes."""
+        ...
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the vocabulary."""
+        ...
+
+
 class WeightPacker(Protocol):
     """Takes matrices from files into a form of its own, one after another."""
 
@@ -81,42 +108,54 @@ class WeightPacker(Protocol):
         ...
 
 
+def open_checkpoint(path: Path) -> WeightSource:
+    """Open the model at `path`, of which as yet nothing is read but headers.
+
+    A model whose config announces multi-token prediction but whose files lack it is opened
+    without.
+
+    Args:
+        path: a folder with `config.json` and safetensors, or a GGUF file.
+
+    Raises:
+        UserError: there is no config or no weights, or a file is damaged.
+    """
+    path = Path(path)
+    return GgufModel(path) if is_gguf(path) else SafetensorsModel(path)
+
+
 def load_model(
-    folder: Path,
+    source: Path | WeightSource,
     *,
     dtype: torch.dtype | None = None,
     device: str | torch.device = "cpu",
     packer: WeightPacker | None = None,
 ) -> CausalLM:
-    """Open the model in `folder`: files are memory-mapped and read tensor by tensor.
+    """Make the network of a checkpoint: files are memory-mapped and read tensor by tensor.
 
-    DeepSeek's FP8 blocks and moescope's int8 rows are multiplied out. A model whose config
-    announces multi-token prediction but whose files lack it is opened without.
+    DeepSeek's FP8 blocks, moescope's int8 rows and GGUF's blocks are multiplied out.
 
     Args:
-        folder: holds `config.json` and safetensors.
-        dtype: type that the network computes in; None takes that of the file's final norm.
+        source: an open checkpoint, or what `open_checkpoint` takes.
+        dtype: type that the network computes in; None takes that of the file's final norm, bf16
+            for GGUF.
         device: where the weights go.
         packer: takes the matrices it wants; at no time are all of them in memory unpacked.
 
     Raises:
-        UserError: there is no config or no safetensors, a file is damaged, or a tensor is
-            missing, unknown or of another shape.
+        UserError: as for `open_checkpoint`, or a tensor is missing, unknown or of another shape.
     """
-    folder = Path(folder)
-    config = ModelConfig.from_file(folder / "config.json")
-    files = _WeightFiles(folder)
-    if f"model.layers.{config.num_hidden_layers}.eh_proj.weight" not in files:
-        config = config.model_copy(update={"num_nextn_predict_layers": 0})
+    if isinstance(source, str | Path):
+        source = open_checkpoint(Path(source))
+    config, dtype = source.config, dtype or source.dtype
     with torch.device("meta"):
         model = CausalLM(config)
-    dtype = dtype or files.dtype("model.norm.weight")
     shapes = {name: slot.shape for name, slot in model.state_dict().items()}
     packed: set[str] = set() if packer is None else packer.wants(model)
 
     def read(name: str) -> Tensor:
         wanted = torch.float32 if name.endswith(CORRECTION_BIAS) else dtype
-        return _assemble(files, name, shapes[name], wanted, config).to(device)
+        return source.read(name, shapes[name], wanted).to(device)
 
     weights = {
         name: read(name)
@@ -129,8 +168,8 @@ def load_model(
     )
     _make_fixed_buffers(model, device)
     if packer is not None:
-        packer.pack(model, read)
-    files.refuse_unread(config)
+        packer.pack(model, lambda name: source.read(name, shapes[name], None).to(device))
+    source.refuse_unread()
     return model.eval()
 
 
@@ -174,24 +213,6 @@ def _published_name(name: str, config: ModelConfig) -> str:
     return f"{layer}.{part.removeprefix('layer.')}"
 
 
-def _assemble(
-    files: "_WeightFiles", name: str, shape: torch.Size, dtype: torch.dtype, config: ModelConfig
-) -> Tensor:
-    """Read the tensor of the network called `name`, stacking experts where it holds several."""
-    published = _published_name(name, config)
-    if published in files or not published.endswith((GATE_UP, DOWN)):
-        return files.read(published, shape, dtype)
-    stem, kind = published.rsplit(".", 1)
-    stacked = torch.empty(shape, dtype=dtype)
-    for expert, matrix in enumerate(stacked):
-        if kind == "down_proj":
-            matrix.copy_(files.read(f"{stem}.{expert}.down_proj.weight", matrix.shape, dtype))
-            continue
-        for half, part in zip(matrix.chunk(2), ("gate_proj", "up_proj"), strict=True):
-            half.copy_(files.read(f"{stem}.{expert}.{part}.weight", half.shape, dtype))
-    return stacked
-
-
 # --- number formats ------------------------------------------------------------------------------
 
 
@@ -215,6 +236,62 @@ def _dequantize_fp8(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor
 
 
 # --- files ---------------------------------------------------------------------------------------
+
+
+class SafetensorsModel:
+    """A folder's config and weights; files are memory-mapped, a tensor is read when asked for.
+
+    Attributes:
+        config: the shape, without multi-token prediction where the files lack it.
+        dtype: that of the final norm.
+
+    Raises:
+        UserError: there is no config or no safetensors, or a file is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        config = ModelConfig.from_file(folder / "config.json")
+        self._files = _WeightFiles(folder)
+        if f"model.layers.{config.num_hidden_layers}.eh_proj.weight" not in self._files:
+            config = config.model_copy(update={"num_nextn_predict_layers": 0})
+        self.config = config
+        self.dtype = self._files.dtype("model.norm.weight")
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the vocabulary of the folder."""
+        return Tokenizer.load(self._folder)
+
+    def read(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
+        """Return the tensor of the network called `name`, stacking experts where it holds several.
+
+        Args:
+            name: in the network's state dict.
+            shape: that it must have.
+            dtype: of the answer; None takes the narrower of bf16 and float32 that is exact.
+
+        Raises:
+            UserError: the files lack it, it has another shape, or it cannot be read.
+        """
+        published = _published_name(name, self.config)
+        if published in self._files or not published.endswith((GATE_UP, DOWN)):
+            return self._files.read(published, shape, dtype)
+        stem, kind = published.rsplit(".", 1)
+        parts = ("down_proj",) if kind == "down_proj" else ("gate_proj", "up_proj")
+        dtype = dtype or self._files.exact(f"{stem}.0.{parts[0]}.weight")
+        stacked = torch.empty(shape, dtype=dtype)
+        for expert, matrix in enumerate(stacked):
+            for place, part in zip(matrix.chunk(len(parts)), parts, strict=True):
+                read = self._files.read(f"{stem}.{expert}.{part}.weight", place.shape, dtype)
+                place.copy_(read)
+        return stacked
+
+    def refuse_unread(self) -> None:
+        """Refuse tensors that nothing in the network takes.
+
+        Rotary frequencies, a tied head's copy and unused multi-token prediction are no surprise.
+        """
+        self._files.refuse_unread(self.config)
 
 
 class _WeightFiles:
@@ -263,9 +340,15 @@ class _WeightFiles:
         """Return the type that a tensor is stored in."""
         return self._get(name).dtype
 
-    def read(self, name: str, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-        """Return a tensor in `dtype`, multiplied out if it is stored quantised."""
+    def exact(self, name: str) -> torch.dtype:
+        """Return the narrower of bf16 and float32 that loses nothing of a tensor."""
+        is_bf16 = self._get(name).dtype == torch.bfloat16
+        return torch.bfloat16 if is_bf16 else torch.float32
+
+    def read(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
+        """Return a tensor in `dtype`, or the exact one, multiplied out if it is quantised."""
         tensor = self._get(name)
+        dtype = dtype or self.exact(name)
         if tensor.shape != shape:
             raise UserError(
                 f"{self._folder}: the tensor {name} has the shape {tuple(tensor.shape)}, but "

@@ -119,11 +119,13 @@ class Packer:
                 setattr(parent, name, PackedLinear(weight, child.bias, self.weight_format))
 
     def _round(self, model: CausalLM, read: Read) -> None:
+        dtype = model.model.norm.weight.dtype
         for name in self.wants(model):
             parent, _, child = name.rpartition(".")
             in_head = name == "lm_head.weight"
             kind = HEAD_FORMAT[self.weight_format] if in_head else self.weight_format
-            weight = nn.Parameter(rounded(read(name), kind), requires_grad=False)
+            weight = rounded(read(name), kind).to(dtype)
+            weight = nn.Parameter(weight, requires_grad=False)
             setattr(model.get_submodule(parent), child, weight)
 
 

@@ -9,6 +9,7 @@ from typing import Any
 from moescope.catalog import Parameters, catalog, count_parameters
 from moescope.config import ModelConfig
 from moescope.errors import UserError
+from moescope.gguf_model import GgufModel, is_gguf
 from moescope.machine import Machine
 
 CONTEXT = 4096
@@ -138,8 +139,8 @@ def plan(name_or_path: str | Path) -> Plan:
     """Work out parameters, memory and work of a model, and whether it fits here.
 
     Args:
-        name_or_path: a name of the catalog, a Hub name in it, a folder with `config.json`, or
-            such a file.
+        name_or_path: a name of the catalog, a Hub name in it, a folder with `config.json`, such
+            a file, or a GGUF file, of which only the header is read.
 
     Raises:
         UserError: there is no such name or file, or the config is wrong.
@@ -164,6 +165,8 @@ def plan(name_or_path: str | Path) -> Plan:
 def _find(name: str) -> tuple[str, ModelConfig]:
     """Return where a config is from, and the config; a file goes before a name."""
     path = Path(name)
+    if is_gguf(path) and path.is_file():
+        return str(path), GgufModel(path).config
     for file in (path / "config.json", path):
         if file.is_file():
             return str(file), ModelConfig.from_file(file)

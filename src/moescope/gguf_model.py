@@ -1,0 +1,194 @@
+"""A DeepSeek-V2 or V3 model in GGUF (arch `deepseek2`), as a source of weights.
+
+Metadata become a `ModelConfig`, and the network's names are looked up as llama.cpp spells them.
+Three things are stored otherwise than in DeepSeek's checkpoints: `kv_b_proj` is split into a
+transposed key half and a value half (files before April 2025 keep it whole), experts are stacked
+already, and latent attention is declared as multi-query attention with one key-value head.
+Rotated pairs are neighbours, as in the original checkpoint.
+"""
+
+import re
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from moescope.errors import UserError
+from moescope.gguf_file import GgufFile, damaged
+from moescope.gguf_metadata import Fields, knows_vocabulary, model_config, tokenizer
+from moescope.tokenizer import Tokenizer
+
+SUFFIX = ".gguf"
+MOST_PARTS = 1000
+
+_TOP = {
+    "model.embed_tokens.weight": "token_embd.weight",
+    "model.norm.weight": "output_norm.weight",
+    "lm_head.weight": "output.weight",
+}
+_IN_LAYER = {
+    "input_layernorm.weight": "attn_norm.weight",
+    "post_attention_layernorm.weight": "ffn_norm.weight",
+    "self_attn.q_proj.weight": "attn_q.weight",
+    "self_attn.q_a_proj.weight": "attn_q_a.weight",
+    "self_attn.q_a_layernorm.weight": "attn_q_a_norm.weight",
+    "self_attn.q_b_proj.weight": "attn_q_b.weight",
+    "self_attn.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
+    "self_attn.kv_a_layernorm.weight": "attn_kv_a_norm.weight",
+    "self_attn.kv_b_proj.weight": "attn_kv_b.weight",
+    "self_attn.o_proj.weight": "attn_output.weight",
+    "mlp.gate_proj.weight": "ffn_gate.weight",
+    "mlp.up_proj.weight": "ffn_up.weight",
+    "mlp.down_proj.weight": "ffn_down.weight",
+    "mlp.gate.weight": "ffn_gate_inp.weight",
+    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mlp.experts.gate_up_proj": "ffn_gate_up_exps.weight",
+    "mlp.experts.down_proj": "ffn_down_exps.weight",
+    "mlp.shared_experts.gate_proj.weight": "ffn_gate_shexp.weight",
+    "mlp.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
+    "mlp.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
+}
+_SPLIT = {
+    "attn_kv_b.weight": ("attn_k_b.weight", "attn_v_b.weight"),
+    "ffn_gate_up_exps.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
+}
+"""What most files hold in two parts."""
+
+
+def is_gguf(path: Path) -> bool:
+    """Whether a name is that of a GGUF file."""
+    return path.suffix.lower() == SUFFIX
+
+
+class GgufModel:
+    """The weights of a GGUF model by the network's names, read when asked for.
+
+    Attributes:
+        config: the model's shape, without multi-token prediction.
+        dtype: to compute in unless asked otherwise; the file's own norms are float32 always.
+
+    Raises:
+        UserError: a file is missing, damaged, or of a kind that moescope does not know.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self._path = path
+        first = GgufFile(path)
+        self._metadata = first.metadata
+        self._holders: dict[str, GgufFile] = {}
+        for file in [first, *_further_parts(first)]:
+            for name in file.tensors:
+                if name in self._holders:
+                    raise damaged(file.path, f"the tensor {name} stands in another part, too")
+                self._holders[name] = file
+        self._unread = set(self._holders)
+        tensors = {name: file.tensors[name] for name, file in self._holders.items()}
+        self.config = model_config(path, first.metadata, tensors)
+        self.dtype = torch.bfloat16
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the file's vocabulary, or a `tokenizer.json` beside it where that is unknown.
+
+        Raises:
+            UserError: it contradicts itself, or is of a kind that moescope does not know.
+        """
+        beside = self._path.parent / "tokenizer.json"
+        if not knows_vocabulary(self._metadata) and beside.exists():
+            return Tokenizer.load(beside)
+        return tokenizer(self._path, self._metadata)
+
+    def read(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
+        """Return the tensor of the network called `name`.
+
+        Args:
+            name: in the network's state dict.
+            shape: that it must have.
+            dtype: of the answer; None takes the narrower of bf16 and float32 that is exact.
+
+        Raises:
+            UserError: the file lacks it, or it has another shape.
+        """
+        prefix, stored = _stored_name(name)
+        if prefix + stored in self._holders or stored not in _SPLIT:
+            return self._take(prefix + stored, shape, dtype)
+        first, second = (prefix + half for half in _SPLIT[stored])
+        if stored == "attn_kv_b.weight":
+            return self._joined_kv_b(first, second, shape, dtype)
+        experts, both, hidden = shape
+        half = torch.Size((experts, both // 2, hidden))
+        return torch.cat([self._take(part, half, dtype) for part in (first, second)], dim=1)
+
+    def _joined_kv_b(
+        self, key: str, value: str, shape: torch.Size, dtype: torch.dtype | None
+    ) -> Tensor:
+        heads, nope = self.config.num_attention_heads, self.config.required("qk_nope_head_dim")
+        rank, v_head_dim = shape[1], self.config.required("v_head_dim")
+        up_key = self._take(key, torch.Size((heads, rank, nope)), dtype).mT
+        up_value = self._take(value, torch.Size((heads, v_head_dim, rank)), dtype)
+        return torch.cat([up_key, up_value], dim=1).flatten(0, 1)
+
+    def _take(self, stored: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
+        if stored not in self._holders:
+            raise UserError(
+                f"{self._path} lacks the tensor {stored}, which its metadata call for; the file "
+                "is incomplete or of a kind that moescope does not know"
+            )
+        held = self._holders[stored].tensors[stored].shape
+        if held != tuple(shape):
+            raise UserError(
+                f"{self._path}: the tensor {stored} has the shape {held}, but the metadata make "
+                f"it {tuple(shape)}; the file is damaged or of a kind that moescope does not know"
+            )
+        self._unread.discard(stored)
+        return self._holders[stored].read(stored, dtype)
+
+    def refuse_unread(self) -> None:
+        """Refuse tensors that nothing in the network takes; multi-token prediction is left out.
+
+        Raises:
+            UserError: there are such; the sentence names one.
+        """
+        surprising = sorted(
+            name
+            for name in self._unread
+            if _layer_of(name) < self.config.num_hidden_layers and name != "rope_freqs.weight"
+        )
+        if surprising:
+            raise UserError(
+                f"{self._path} holds {len(surprising)} tensors that moescope's "
+                f"{self.config.model_type} has no place for, such as {surprising[0]}"
+            )
+
+
+def _further_parts(first: GgufFile) -> Iterator[GgufFile]:
+    """Open the files `...-00002-of-0000N.gguf` and on, where `first` is `...-00001-of-...`."""
+    parts = Fields(first.path, first.metadata).get("split.count", int, 1)
+    if parts == 1:
+        return
+    if not 1 < parts <= MOST_PARTS:
+        raise damaged(first.path, f"it is one of {parts} parts")
+    ending = f"-00001-of-{parts:05d}{SUFFIX}"
+    name = first.path.name
+    if not name.endswith(ending):
+        raise UserError(
+            f"{first.path} is one part of {parts}; name the one that ends in {ending}, with the "
+            "others beside it"
+        )
+    for number in range(2, parts + 1):
+        part = f"{name.removesuffix(ending)}-{number:05d}-of-{parts:05d}{SUFFIX}"
+        yield GgufFile(first.path.with_name(part))
+
+
+def _stored_name(name: str) -> tuple[str, str]:
+    """Return a tensor's layer, as a prefix, and its name in a file."""
+    if name in _TOP:
+        return "", _TOP[name]
+    layer, _, part = name.removeprefix("model.layers.").partition(".")
+    return f"blk.{layer}.", _IN_LAYER[part]
+
+
+def _layer_of(stored: str) -> int:
+    """Return the layer of a tensor in a file, -1 for none."""
+    found = re.match(r"blk\.(\d{1,9})\.", stored)
+    return int(found[1]) if found else -1
