@@ -35,6 +35,7 @@ def test_two_models_side_by_side(
     assert f"again against {Path(folder).name}" in shown
     assert "+0.0000 [+0.0000, +0.0000]  not certain" in shown
     found = Comparison.from_file(file)
+    assert found.command.startswith("moescope ")
     assert found.documents == {"english": 2, "poems": 2}
     assert run(["compare", folder, str(tmp_path / "again"), *options, "--json"]) == 0
     assert Comparison.from_json(capsys.readouterr().out).results[0].name == folder

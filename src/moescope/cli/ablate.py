@@ -33,10 +33,13 @@ def ablate(
     ] = False,
 ) -> None:
     """Switch experts off one at a time and measure what each domain's loss loses."""
+    from dataclasses import replace
+
     from rich.console import Console
 
     from moescope.api import load
     from moescope.cli.ablation_drawing import draw
+    from moescope.cli.command import command_line
     from moescope.cli.progress import progress_bar
     from moescope.scope.ablation import ablate as measure
     from moescope.scope.texts import labelled_documents
@@ -53,6 +56,7 @@ def ablate(
             force=force,
             progress=progress,
         )
+    found = replace(found, command=command_line())
     if save is not None:
         found.save(save)
     if as_json:

@@ -28,9 +28,12 @@ def compare(
     ] = False,
 ) -> None:
     """Compare models on the same text: how good, how fast, how costly, and how sure that is."""
+    from dataclasses import replace
+
     from rich.console import Console
 
     from moescope.api import load, locate
+    from moescope.cli.command import command_line
     from moescope.cli.comparison_drawing import draw
     from moescope.lab.compare import Entrant
     from moescope.lab.compare import compare as measure
@@ -42,6 +45,7 @@ def compare(
     entrants = [Entrant(name, locate(name), load(name).engine) for name in models]
     with Console(stderr=True).status("reading") as status:
         found = measure(entrants, documents, rounds=rounds, progress=status.update)
+    found = replace(found, command=command_line())
     if save is not None:
         found.save(save)
     if as_json:

@@ -27,9 +27,12 @@ def specialize(
 
     Labels are Chinese where most of the experts' tokens are.
     """
+    from dataclasses import replace
+
     from rich.console import Console
 
     from moescope.api import load
+    from moescope.cli.command import command_line
     from moescope.cli.progress import progress_bar
     from moescope.cli.specialization_drawing import draw
     from moescope.scope.specialization import specialize as measure
@@ -39,6 +42,7 @@ def specialize(
     opened = load(model)
     with progress_bar("reading") as progress:
         found = measure(opened.name, opened.network, opened.tokenizer, documents, progress)
+    found = replace(found, command=command_line())
     if save is not None:
         found.save(save)
     if as_json:

@@ -1,7 +1,5 @@
 """`moescope study`: claims about mixtures of experts, tried on your own text."""
 
-import shlex
-import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -32,6 +30,7 @@ def study(
     """Train small models that differ in one thing, with several seeds, and compare them."""
     from rich.console import Console
 
+    from moescope.cli.command import command_line
     from moescope.cli.progress import progress_bar
     from moescope.cli.study_drawing import draw
     from moescope.lab.routers import BASE, base_config
@@ -47,7 +46,7 @@ def study(
             out,
             seeds=seeds,
             workers=workers or Machine.detect().cores,
-            command=shlex.join(["moescope", *sys.argv[1:]]),
+            command=command_line(),
             progress=progress,
         )
     if as_json:

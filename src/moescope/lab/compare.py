@@ -142,6 +142,7 @@ class Comparison(Saved):
         text_bytes: of each domain.
         results: one for each model, in the order given.
         differences: of each but the first from the first.
+        command: that measured it, if one did.
     """
 
     noun: ClassVar[str] = "a comparison"
@@ -154,6 +155,7 @@ class Comparison(Saved):
     text_bytes: dict[str, int]
     results: list[Result]
     differences: list[Difference]
+    command: str = ""
 
 
 def compare(

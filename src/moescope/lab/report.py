@@ -158,6 +158,11 @@ def _section(path: Path, found: Finding, words: Words) -> Section:
     return _study(path.name, found, words)
 
 
+def _commands(*made_by: str) -> list[str]:
+    """Each command once; data that no command made has none."""
+    return list(dict.fromkeys(filter(None, made_by)))
+
+
 # --- who serves whom -----------------------------------------------------------------------------
 
 
@@ -189,6 +194,7 @@ def _specialization(file: str, found: Specialization, words: Words) -> Section:
         paragraphs=[text],
         file=file,
         version=found.version,
+        commands=_commands(found.command),
         figures={
             words.load: charts.expert_maps(
                 even, found.domains, found.layers, words.relative_load, words
@@ -252,6 +258,7 @@ def _ablation(file: str, found: Ablation, words: Words) -> Section:
         paragraphs=[text],
         file=file,
         version=found.version,
+        commands=_commands(found.command),
         figures={
             words.cost: charts.expert_maps(
                 cost, found.domains, found.layers, words.cost_axis, words
@@ -293,6 +300,7 @@ def _cause(files: str, found: Specialization, ablation: Ablation, words: Words) 
         paragraphs=[words.cause_text.format(list=", ".join(correlations))],
         file=files,
         version=found.version,
+        commands=_commands(found.command, ablation.command),
         figures={words.cause: charts.scatter(points, words.cause_axis, words.cost_axis)},
     )
 
@@ -342,6 +350,7 @@ def _comparison(file: str, found: Comparison, words: Words) -> Section:
         paragraphs=[text],
         file=file,
         version=found.version,
+        commands=_commands(found.command),
         figures={
             words.quality: charts.intervals({words.quality_axis: quality}, domains, zero=False),
             words.difference.format(first=names[0]): charts.intervals(
@@ -384,7 +393,7 @@ def _study(file: str, found: Study, words: Words) -> Section:
         paragraphs=[text, *notes],
         file=file,
         version=found.rows[0].version,
-        commands=list(dict.fromkeys(row.command for row in found.rows)),
+        commands=_commands(*(row.command for row in found.rows)),
         figures={
             words.against.format(first=cases[0]): charts.intervals(
                 {words.nats: {"": against}}, cases, zero=True

@@ -38,6 +38,7 @@ class Ablation(Saved):
         cost: `[domain][layer position][expert]`: by how many nats a token the loss rises.
         low, high: the ends of its 95 % interval over documents, same shape. Of a hundred experts
             without effect, five have an interval that leaves zero out.
+        command: that measured it, if one did.
     """
 
     noun: ClassVar[str] = "an ablation"
@@ -53,6 +54,7 @@ class Ablation(Saved):
     cost: list[list[list[float]]]
     low: list[list[list[float]]]
     high: list[list[list[float]]]
+    command: str = ""
 
 
 def ablate(

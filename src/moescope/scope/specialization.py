@@ -81,6 +81,7 @@ class Specialization(Saved):
         typical: `[layer position][expert]`: up to eight tokens, by their lift with a few
             imagined occurrences at the rate of chance, so that rare tokens do not win by luck.
         together: `[layer position]`: up to sixteen pairs of experts, ranked the same way.
+        command: that measured it, if one did.
     """
 
     noun: ClassVar[str] = "a specialization"
@@ -97,6 +98,7 @@ class Specialization(Saved):
     token_share: list[float]
     typical: list[list[list[TypicalToken]]]
     together: list[list[Pair]]
+    command: str = ""
 
 
 def specialize(
