@@ -354,11 +354,26 @@ class _WeightFiles:
                 f"{self._folder}: the tensor {name} has the shape {tuple(tensor.shape)}, but "
                 f"config.json makes it {tuple(shape)}; the two belong to different models"
             )
-        if tensor.dtype == torch.int8:
-            return dequantize_int8(tensor, self._get(name + INT8_SCALE), dtype)
-        if tensor.dtype == torch.float8_e4m3fn:
-            return _dequantize_fp8(tensor, self._get(name + FP8_SCALE), dtype)
+        if tensor.dtype == torch.int8 and tensor.ndim == 2:
+            return dequantize_int8(tensor, self._scale(name + INT8_SCALE, (len(tensor), 1)), dtype)
+        if tensor.dtype == torch.float8_e4m3fn and tensor.ndim == 2:
+            blocks = tuple(-(-size // FP8_BLOCK) for size in tensor.shape)
+            return _dequantize_fp8(tensor, self._scale(name + FP8_SCALE, blocks), dtype)
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"{self._folder}: the tensor {name} holds {tensor.dtype}, which is no weight "
+                "that moescope reads"
+            )
         return tensor.to(dtype)
+
+    def _scale(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        scale = self._get(name)
+        if scale.shape != shape or not scale.is_floating_point():
+            raise UserError(
+                f"{self._folder}: the tensor {name} is {scale.dtype} of the shape "
+                f"{tuple(scale.shape)}, but the weight that it scales makes it {shape}"
+            )
+        return scale
 
     def refuse_unread(self, config: ModelConfig) -> None:
         """Refuse tensors that nothing in the network takes.

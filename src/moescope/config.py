@@ -7,7 +7,7 @@ need are ignored on load.
 
 import json
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
@@ -26,6 +26,12 @@ TopkMethod = Literal[
     "random",
 ]
 
+Layers = Annotated[int, Field(gt=0, le=1024)]
+Count = Annotated[int, Field(gt=0, le=2**14)]
+Size = Annotated[int, Field(gt=0, le=2**20)]
+Ids = Annotated[int, Field(gt=0, le=2**24)]
+"""Bounds far above any model: nothing that a damaged config asks for takes forever or overflows."""
+
 ARCHITECTURES: dict[str, str] = {
     "deepseek": "DeepseekForCausalLM",
     "deepseek_v2": "DeepseekV2ForCausalLM",
@@ -43,8 +49,8 @@ class RopeScaling(BaseModel):
     type: Literal["yarn", "linear", "llama3"]
     factor: float = Field(gt=0)
     original_max_position_embeddings: int | None = Field(default=None, gt=0)
-    beta_fast: float = 32.0
-    beta_slow: float = 1.0
+    beta_fast: float = Field(default=32.0, gt=0)
+    beta_slow: float = Field(default=1.0, gt=0)
     mscale: float | None = None
     mscale_all_dim: float | None = None
     attention_factor: float | None = None
@@ -62,16 +68,16 @@ class ModelConfig(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     model_type: ModelType
-    vocab_size: int = Field(gt=0)
-    hidden_size: int = Field(gt=0)
-    intermediate_size: int = Field(gt=0)
-    num_hidden_layers: int = Field(gt=0)
-    num_attention_heads: int = Field(gt=0)
-    num_key_value_heads: int = Field(gt=0)
-    head_dim: int | None = Field(default=None, gt=0)
+    vocab_size: Ids
+    hidden_size: Size
+    intermediate_size: Size
+    num_hidden_layers: Layers
+    num_attention_heads: Count
+    num_key_value_heads: Count
+    head_dim: Size | None = None
     max_position_embeddings: int = Field(default=4096, gt=0)
     rms_norm_eps: float = Field(default=1e-6, gt=0)
-    rope_theta: float = Field(default=10000.0, gt=0)
+    rope_theta: float = Field(default=10000.0, gt=1)
     rope_scaling: RopeScaling | None = None
     rope_interleave: bool = True
     attention_bias: bool = False
@@ -82,25 +88,25 @@ class ModelConfig(BaseModel):
     eos_token_id: int | list[int] | None = None
     pad_token_id: int | None = None
 
-    q_lora_rank: int | None = Field(default=None, gt=0)
-    kv_lora_rank: int | None = Field(default=None, gt=0)
-    qk_nope_head_dim: int | None = Field(default=None, gt=0)
-    qk_rope_head_dim: int | None = Field(default=None, gt=0)
-    v_head_dim: int | None = Field(default=None, gt=0)
+    q_lora_rank: Size | None = None
+    kv_lora_rank: Size | None = None
+    qk_nope_head_dim: Size | None = None
+    qk_rope_head_dim: Size | None = None
+    v_head_dim: Size | None = None
 
-    n_routed_experts: int | None = Field(default=None, gt=0)
-    n_shared_experts: int = Field(default=0, ge=0)
-    num_experts_per_tok: int | None = Field(default=None, gt=0)
-    moe_intermediate_size: int | None = Field(default=None, gt=0)
+    n_routed_experts: Count | None = None
+    n_shared_experts: int = Field(default=0, ge=0, le=1024)
+    num_experts_per_tok: Count | None = None
+    moe_intermediate_size: Size | None = None
     moe_layer_freq: int = Field(default=1, gt=0)
     first_k_dense_replace: int = Field(default=0, ge=0)
     scoring_func: Literal["softmax", "sigmoid"] = "softmax"
     topk_method: TopkMethod = "greedy"
-    n_group: int | None = Field(default=None, gt=0)
-    topk_group: int | None = Field(default=None, gt=0)
+    n_group: Count | None = None
+    topk_group: Count | None = None
     norm_topk_prob: bool = False
     routed_scaling_factor: float = 1.0
-    num_nextn_predict_layers: int = Field(default=0, ge=0)
+    num_nextn_predict_layers: int = Field(default=0, ge=0, le=64)
 
     @property
     def uses_mla(self) -> bool:

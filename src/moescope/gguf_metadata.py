@@ -3,6 +3,7 @@
 Key names: `gguf-py/gguf/constants.py` of llama.cpp; meanings: its `src/models/deepseek2.cpp`.
 """
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, TypeVar
@@ -32,7 +33,7 @@ SPLITS: dict[str, tuple[str, ...]] = {
         r"\s?[!-/:-~！-／：-～‘-‟　-。]+",
         r"\s+$",
         HAN_KANA_HANGUL,
-        r"\p{N}",
+        r"\p{N}+",
     ),
     "deepseek-coder": (r"[\r\n]", r"\s?\p{L}+", r"\s?\p{P}+", HAN_KANA_HANGUL, r"\p{N}"),
     "deepseek-v3": (
@@ -43,6 +44,8 @@ SPLITS: dict[str, tuple[str, ...]] = {
     ),
 }
 """How each kind of DeepSeek's vocabularies cuts text before merging, by `tokenizer.ggml.pre`."""
+
+IN_LAYER = re.compile(r"blk\.(\d{1,9})\.")
 
 Kind = TypeVar("Kind", int, float, str, bool)
 
@@ -122,7 +125,8 @@ def model_config(
     )
     heads = own.get("attention.head_count", int)
     tokens = metadata.get("tokenizer.ggml.tokens")
-    layers = own.get("block_count", int) - own.get("nextn_predict_layers", int, 0)
+    blocks, predicting = own.get("block_count", int), own.get("nextn_predict_layers", int, 0)
+    layers = blocks - predicting
     fields: dict[str, Any] = {
         "vocab_size": own.get("vocab_size", int, len(tokens) if isinstance(tokens, list) else 0),
         "hidden_size": own.get("embedding_length", int),
@@ -146,8 +150,9 @@ def model_config(
         **_experts(path, own, layers, tensors),
     }
     config = ModelConfig.from_dict(fields, str(path))
-    if f"blk.{layers - 1}.attn_norm.weight" not in tensors:
-        raise damaged(path, f"it announces {layers} layers and lacks the last")
+    held = {int(found[1]) for name in tensors if (found := IN_LAYER.match(name))}
+    if not held.issuperset(range(layers)) or max(held) >= blocks:
+        raise damaged(path, f"it announces {blocks} layers and holds {len(held)}")
     return config
 
 

@@ -7,7 +7,6 @@ already, and latent attention is declared as multi-query attention with one key-
 Rotated pairs are neighbours, as in the original checkpoint.
 """
 
-import re
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -16,7 +15,7 @@ from torch import Tensor
 
 from moescope.errors import UserError
 from moescope.gguf_file import GgufFile, damaged
-from moescope.gguf_metadata import Fields, knows_vocabulary, model_config, tokenizer
+from moescope.gguf_metadata import IN_LAYER, Fields, knows_vocabulary, model_config, tokenizer
 from moescope.tokenizer import Tokenizer
 
 SUFFIX = ".gguf"
@@ -190,5 +189,5 @@ def _stored_name(name: str) -> tuple[str, str]:
 
 def _layer_of(stored: str) -> int:
     """Return the layer of a tensor in a file, -1 for none."""
-    found = re.match(r"blk\.(\d{1,9})\.", stored)
+    found = IN_LAYER.match(stored)
     return int(found[1]) if found else -1

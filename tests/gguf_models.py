@@ -1,0 +1,82 @@
+"""Small random DeepSeek-V2 and V3 networks, and the GGUF files that hold them."""
+
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moescope.config import ModelConfig
+from moescope.model.decoder import CausalLM, initialise
+
+sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+
+from gguf_writer import Vocabulary, write_gguf
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 320,
+    "hidden_size": 64,
+    "intermediate_size": 96,
+    "moe_intermediate_size": 32,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 2,
+    "n_routed_experts": 8,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 3,
+    "first_k_dense_replace": 1,
+    "kv_lora_rank": 32,
+    "qk_nope_head_dim": 32,
+    "qk_rope_head_dim": 16,
+    "v_head_dim": 32,
+    "initializer_range": 0.2,
+    "max_position_embeddings": 512,
+}
+YARN = {"type": "yarn", "factor": 8, "original_max_position_embeddings": 64}
+V2: dict[str, Any] = SMALL | {"model_type": "deepseek_v2"}
+V3: dict[str, Any] = SMALL | {
+    "model_type": "deepseek_v3",
+    "q_lora_rank": 32,
+    "n_group": 4,
+    "topk_group": 2,
+}
+VARIANTS: dict[str, dict[str, Any]] = {
+    "V2-Lite": V2,
+    "V2, normed and scaled": V2 | {"norm_topk_prob": True, "routed_scaling_factor": 1.5},
+    "V2, YaRN": V2 | {"rope_scaling": YARN | {"mscale": 0.707, "mscale_all_dim": 0.707}},
+    "V3": V3,
+    "V3, YaRN": V3 | {"rope_scaling": YARN | {"mscale": 1.0, "mscale_all_dim": 1.0}},
+    "V3, one group, tied": V3
+    | {"n_group": 1, "topk_group": 1, "q_lora_rank": None, "tie_word_embeddings": True},
+}
+"""Fields of `config.json` by what is special about them."""
+
+
+def network(fields: dict[str, Any]) -> CausalLM:
+    """Return a network of random weights and, where it has them, random router biases."""
+    made = CausalLM(ModelConfig.from_dict(fields))
+    initialise(made, seed=0)
+    generator = torch.Generator().manual_seed(1)
+    for name, buffer in made.named_buffers():
+        if name.endswith("e_score_correction_bias"):
+            buffer.copy_(torch.randn(buffer.shape, generator=generator) * 0.3)
+    return made.eval().requires_grad_(False)
+
+
+def write(
+    made: CausalLM,
+    path: Path,
+    file_type: str = "F32",
+    *,
+    vocabulary: Vocabulary | None = None,
+    fused_kv_b: bool = False,
+) -> Path:
+    """Write a network's weights to `path`."""
+    write_gguf(
+        made.config,
+        made.state_dict().__getitem__,
+        path,
+        file_type,
+        vocabulary=vocabulary,
+        fused_kv_b=fused_kv_b,
+    )
+    return path
