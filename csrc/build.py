@@ -19,7 +19,7 @@ NAME = "_native"
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
 SOURCES = [
     *("module", "pool", "memory", "isa", "weights"),
-    *("linear", "feed_forward", "attention", "step"),
+    *("linear", "feed_forward", "attention", "layer", "sampling"),
 ]
 X86_KERNELS = {
     "kernels_avx2": ["-mavx2", "-mfma"],

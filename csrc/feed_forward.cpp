@@ -78,13 +78,10 @@ void FeedForward::forward(const float* x, int64_t tokens, const int64_t* topk_id
 
   // Round the inputs once for all experts.
   scratch.inputs.resize(any(), tokens);
-  const auto quantize = [&](int64_t token) {
-    scratch.inputs.set(token, 0, x + token * hidden, hidden, any().padded_columns());
-  };
-  if (tokens < threads() * 4)
-    for (int64_t token = 0; token < tokens; ++token) quantize(token);
-  else
-    parallel(tokens, quantize);
+  parallel_rows(tokens, [&](int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; ++token)
+      scratch.inputs.set_row(token, x + token * hidden);
+  });
   const Activations inputs = scratch.inputs.view();
 
   // silu(gate) * up, tile by tile of every visit, rounded where it stands.
@@ -125,8 +122,6 @@ void FeedForward::forward(const float* x, int64_t tokens, const int64_t* topk_id
   const int64_t out_tiles = (hidden + kTile - 1) / kTile;
   parallel(out_tiles, [&](int64_t tile) {
     const int64_t start = tile * kTile, width = std::min<int64_t>(kTile, hidden - start);
-    for (int64_t token = 0; token < tokens; ++token)
-      std::fill_n(out + token * hidden + start, width, 0.0f);
     alignas(64) float product[kRowBlock * kTile];
     for (const Visit& visit : scratch.visits) {
       const bool is_shared = visit.experts == &shared_;

@@ -55,7 +55,7 @@ struct Kernels {
   void (*swiglu)(float* gate, const float* up, int64_t n);
   // y += a * x
   void (*axpy)(float a, const float* x, float* y, int64_t n);
-  // out[i * heads + h] = dot(x_i, q_h) for 4 heads and `count` rows of `width`, `stride` apart
+  // out[h * out_stride + i] += dot(x_i, q_h) for 4 heads and `count` rows of `width`
   void (*dots)(const float* x, int64_t stride, int64_t count, const float* q, int64_t q_stride,
                int64_t width, float* out, int64_t out_stride);
   // out[i] = dot(x_i, q) for `count` rows of `width`, one behind the other
@@ -63,8 +63,15 @@ struct Kernels {
   // mix_h += sum_i p[h * p_stride + i] * x_i for 4 heads
   void (*mix)(const float* x, int64_t stride, int64_t count, const float* p, int64_t p_stride,
               int64_t width, float* mixed, int64_t mixed_stride);
+  // out (count, panels * 16) = x (count, depth) times a matrix whose columns stand in panels of 16:
+  // [panels][depth][16], `panel_stride` numbers from panel to panel.
+  void (*multiply_floats)(const float* x, int64_t stride, int count, const float* matrix,
+                          int64_t panel_stride, int64_t depth, int panels, float* out,
+                          int64_t out_stride);
   // x = softmax(scale * x)
   void (*softmax)(float* x, float scale, int64_t n);
+  // log(sum(exp(x)))
+  float (*log_sum_exp)(const float* x, int64_t n);
   // out = x / sqrt(mean(x^2) + eps) * weight
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
 };

@@ -1,6 +1,7 @@
 #include "kernels_avx2.h"
 
 namespace moescope {
-const Kernels avx2_kernels = {"avx2", quantize, multiply<false>, multiply<true>, swiglu,
-                              axpy,   dots,     dot_rows,        mix,            softmax, rms_norm};
+const Kernels avx2_kernels = {"avx2", quantize, multiply<false>, multiply<true>,
+                              swiglu, axpy, dots, dot_rows, mix, multiply_floats, softmax,
+                              log_sum_exp, rms_norm};
 }  // namespace moescope

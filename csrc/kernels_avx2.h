@@ -4,6 +4,7 @@
 #include <math.h>
 #include <string.h>
 
+#include "each.h"
 #include "isa.h"
 
 namespace moescope {
@@ -269,12 +270,56 @@ void mix(const float* x, int64_t stride, int64_t count, const float* p, int64_t 
         mixed[h * mixed_stride + k] += p[h * p_stride + i] * x[i * stride + k];
 }
 
+template <int M>
+inline __attribute__((always_inline)) void multiply_panel(const float* x, int64_t stride,
+                                                          const float* panel, int64_t depth,
+                                                          float* out, int64_t out_stride) {
+  __m256 sums[M][2];
+  each<M>([&](auto m) MOESCOPE_INLINE { sums[m][0] = sums[m][1] = _mm256_setzero_ps(); });
+  for (int64_t k = 0; k < depth; ++k) {
+    const __m256 left = _mm256_loadu_ps(panel + k * kPanel);
+    const __m256 right = _mm256_loadu_ps(panel + k * kPanel + 8);
+    each<M>([&](auto m) MOESCOPE_INLINE {
+      const __m256 factor = _mm256_broadcast_ss(x + m * stride + k);
+      sums[m][0] = _mm256_fmadd_ps(factor, left, sums[m][0]);
+      sums[m][1] = _mm256_fmadd_ps(factor, right, sums[m][1]);
+    });
+  }
+  each<M>([&](auto m) MOESCOPE_INLINE {
+    _mm256_storeu_ps(out + m * out_stride, sums[m][0]);
+    _mm256_storeu_ps(out + m * out_stride + 8, sums[m][1]);
+  });
+}
+
+void multiply_floats(const float* x, int64_t stride, int count, const float* matrix,
+                     int64_t panel_stride, int64_t depth, int panels, float* out,
+                     int64_t out_stride) {
+  for (int p = 0; p < panels; ++p) {
+    const float* panel = matrix + p * panel_stride;
+    int r = 0;
+    for (; r + 6 <= count; r += 6)
+      multiply_panel<6>(x + r * stride, stride, panel, depth, out + r * out_stride + p * kPanel,
+                        out_stride);
+    for (; r < count; ++r)
+      multiply_panel<1>(x + r * stride, stride, panel, depth, out + r * out_stride + p * kPanel,
+                        out_stride);
+  }
+}
+
 void softmax(float* x, float scale, int64_t n) {
   float largest = x[0];
   for (int64_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
   float sum = 0;
   for (int64_t i = 0; i < n; ++i) sum += x[i] = expf(scale * (x[i] - largest));
   for (int64_t i = 0; i < n; ++i) x[i] /= sum;
+}
+
+float log_sum_exp(const float* x, int64_t n) {
+  float largest = x[0];
+  for (int64_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  float sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += expf(x[i] - largest);
+  return largest + logf(sum);
 }
 
 void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) {

@@ -236,28 +236,49 @@ void axpy(float a, const float* x, float* y, int64_t n) {
   }
 }
 
+// Lane i holds the sum of all lanes of v[i].
+inline __m512 sums_of(const __m512 (&v)[16]) {
+  __m512 pairs[8], fours[4];
+  each<8>([&](auto i) MOESCOPE_INLINE {
+    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]),
+                             _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
+  });
+  each<4>([&](auto i) MOESCOPE_INLINE {
+    const __m512d low = _mm512_castps_pd(pairs[2 * i]), high = _mm512_castps_pd(pairs[2 * i + 1]);
+    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
+                             _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
+  });
+  const auto join = [](__m512 a, __m512 b) MOESCOPE_INLINE {
+    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
+  };
+  return join(join(fours[0], fours[1]), join(fours[2], fours[3]));
+}
+
 void dots(const float* x, int64_t stride, int64_t count, const float* q, int64_t q_stride,
           int64_t width, float* out, int64_t out_stride) {
-  for (int64_t i = 0; i < count; i += 2) {
-    const float* first = x + i * stride;
-    const float* second = i + 1 < count ? first + stride : first;
-    __m512 sums[2][kHeads];
-    for (int h = 0; h < kHeads; ++h) sums[0][h] = sums[1][h] = _mm512_setzero_ps();
-    for (int64_t k = 0; k < width; k += 16) {
-      const __mmask16 mask =
-          width - k >= 16 ? 0xffff : static_cast<__mmask16>((1 << (width - k)) - 1);
-      const __m512 a = _mm512_maskz_loadu_ps(mask, first + k);
-      const __m512 b = _mm512_maskz_loadu_ps(mask, second + k);
-      for (int h = 0; h < kHeads; ++h) {
+  for (int64_t i = 0; i < count; i += 4) {
+    const int64_t left = count - i;
+    const float* row[4];
+    each<4>([&](auto r) MOESCOPE_INLINE { row[r] = x + (i + (r < left ? r : 0)) * stride; });
+    __m512 sums[16];  // [heads][rows]
+    each<16>([&](auto s) MOESCOPE_INLINE { sums[s] = _mm512_setzero_ps(); });
+    const auto step = [&](int64_t k, __mmask16 mask) MOESCOPE_INLINE {
+      __m512 numbers[4];
+      each<4>([&](auto r) MOESCOPE_INLINE { numbers[r] = _mm512_maskz_loadu_ps(mask, row[r] + k); });
+      each<kHeads>([&](auto h) MOESCOPE_INLINE {
         const __m512 query = _mm512_maskz_loadu_ps(mask, q + h * q_stride + k);
-        sums[0][h] = _mm512_fmadd_ps(a, query, sums[0][h]);
-        sums[1][h] = _mm512_fmadd_ps(b, query, sums[1][h]);
-      }
-    }
-    for (int h = 0; h < kHeads; ++h) {
-      out[h * out_stride + i] += _mm512_reduce_add_ps(sums[0][h]);
-      if (i + 1 < count) out[h * out_stride + i + 1] += _mm512_reduce_add_ps(sums[1][h]);
-    }
+        each<4>([&](auto r) MOESCOPE_INLINE {
+          sums[h * 4 + r] = _mm512_fmadd_ps(numbers[r], query, sums[h * 4 + r]);
+        });
+      });
+    };
+    int64_t k = 0;
+    for (; k + 16 <= width; k += 16) step(k, 0xffff);
+    if (k < width) step(k, static_cast<__mmask16>((1 << (width - k)) - 1));
+    alignas(64) float found[16];
+    _mm512_store_ps(found, sums_of(sums));
+    for (int h = 0; h < kHeads; ++h)
+      for (int64_t r = 0; r < 4 && r < left; ++r) out[h * out_stride + i + r] += found[h * 4 + r];
   }
 }
 
@@ -308,6 +329,57 @@ void mix(const float* x, int64_t stride, int64_t count, const float* p, int64_t 
   }
 }
 
+template <int M, int P>
+__attribute__((noinline)) void multiply_block(const float* x, int64_t stride, const float* matrix,
+                                              int64_t panel_stride, int64_t depth, float* out,
+                                              int64_t out_stride) {
+  __m512 sums[M][P];
+  each<M>([&](auto m) MOESCOPE_INLINE {
+    each<P>([&](auto p) MOESCOPE_INLINE { sums[m][p] = _mm512_setzero_ps(); });
+  });
+  for (int64_t k = 0; k < depth; ++k) {
+    __m512 panel[P];
+    each<P>([&](auto p) MOESCOPE_INLINE {
+      panel[p] = _mm512_loadu_ps(matrix + p * panel_stride + k * kPanel);
+    });
+    each<M>([&](auto m) MOESCOPE_INLINE {
+      const __m512 factor = _mm512_set1_ps(x[m * stride + k]);
+      each<P>([&](auto p) MOESCOPE_INLINE {
+        sums[m][p] = _mm512_fmadd_ps(factor, panel[p], sums[m][p]);
+      });
+    });
+  }
+  each<M>([&](auto m) MOESCOPE_INLINE {
+    each<P>([&](auto p) MOESCOPE_INLINE {
+      _mm512_storeu_ps(out + m * out_stride + p * kPanel, sums[m][p]);
+    });
+  });
+}
+
+template <int P>
+void multiply_blocks(const float* x, int64_t stride, int count, const float* matrix,
+                     int64_t panel_stride, int64_t depth, float* out, int64_t out_stride) {
+  int r = 0;
+  for (; r + kRows <= count; r += kRows)
+    multiply_block<kRows, P>(x + r * stride, stride, matrix, panel_stride, depth,
+                             out + r * out_stride, out_stride);
+  for (; r < count; ++r)
+    multiply_block<1, P>(x + r * stride, stride, matrix, panel_stride, depth, out + r * out_stride,
+                         out_stride);
+}
+
+void multiply_floats(const float* x, int64_t stride, int count, const float* matrix,
+                     int64_t panel_stride, int64_t depth, int panels, float* out,
+                     int64_t out_stride) {
+  int p = 0;
+  for (; p + 4 <= panels; p += 4)
+    multiply_blocks<4>(x, stride, count, matrix + p * panel_stride, panel_stride, depth,
+                       out + p * kPanel, out_stride);
+  for (; p < panels; ++p)
+    multiply_blocks<1>(x, stride, count, matrix + p * panel_stride, panel_stride, depth,
+                       out + p * kPanel, out_stride);
+}
+
 void softmax(float* x, float scale, int64_t n) {
   __m512 largest = _mm512_set1_ps(-INFINITY);
   for (int64_t i = 0; i < n; i += 16) {
@@ -331,6 +403,22 @@ void softmax(float* x, float scale, int64_t n) {
   }
 }
 
+float log_sum_exp(const float* x, int64_t n) {
+  __m512 largest = _mm512_set1_ps(-INFINITY);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
+    largest = _mm512_mask_max_ps(largest, mask, largest, _mm512_maskz_loadu_ps(mask, x + i));
+  }
+  const float most = _mm512_reduce_max_ps(largest);
+  __m512 sums = _mm512_setzero_ps();
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
+    const __m512 below = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(most));
+    sums = _mm512_mask_add_ps(sums, mask, sums, exponential(below));
+  }
+  return most + logf(_mm512_reduce_add_ps(sums));
+}
+
 void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) {
   __m512 squares = _mm512_setzero_ps();
   for (int64_t i = 0; i < n; i += 16) {
@@ -349,7 +437,9 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", quantize, multiply<false>, multiply<true>, swiglu,
-                                axpy,     dots,     dot_rows,        mix,            softmax, rms_norm};
+const Kernels avx512_kernels = {"avx512", quantize, multiply<false>, multiply<true>,
+                                swiglu,   axpy,     dots,            dot_rows,
+                                mix,      multiply_floats, softmax,  log_sum_exp,
+                                rms_norm};
 
 }  // namespace moescope

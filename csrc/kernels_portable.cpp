@@ -121,12 +121,33 @@ void mix(const float* x, int64_t stride, int64_t count, const float* p, int64_t 
       axpy(p[h * p_stride + i], x + i * stride, mixed + h * mixed_stride, width);
 }
 
+void multiply_floats(const float* x, int64_t stride, int count, const float* matrix,
+                     int64_t panel_stride, int64_t depth, int panels, float* out,
+                     int64_t out_stride) {
+  for (int r = 0; r < count; ++r)
+    for (int p = 0; p < panels; ++p) {
+      float sums[kPanel] = {};
+      for (int64_t k = 0; k < depth; ++k)
+        for (int n = 0; n < kPanel; ++n)
+          sums[n] += x[r * stride + k] * matrix[p * panel_stride + k * kPanel + n];
+      memcpy(out + r * out_stride + p * kPanel, sums, sizeof sums);
+    }
+}
+
 void softmax(float* x, float scale, int64_t n) {
   float largest = x[0];
   for (int64_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
   float sum = 0;
   for (int64_t i = 0; i < n; ++i) sum += x[i] = expf(scale * (x[i] - largest));
   for (int64_t i = 0; i < n; ++i) x[i] /= sum;
+}
+
+float log_sum_exp(const float* x, int64_t n) {
+  float largest = x[0];
+  for (int64_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  float sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += expf(x[i] - largest);
+  return largest + logf(sum);
 }
 
 void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) {
@@ -138,7 +159,8 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
 
 }  // namespace
 
-const Kernels portable_kernels = {"portable", quantize, multiply_int8, multiply_int4, swiglu,
-                                  axpy,       dots,     dot_rows,      mix,           softmax, rms_norm};
+const Kernels portable_kernels = {"portable", quantize, multiply_int8, multiply_int4,
+                                  swiglu,     axpy,     dots,          dot_rows,
+                                  mix,        multiply_floats, softmax, log_sum_exp, rms_norm};
 
 }  // namespace moescope

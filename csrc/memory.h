@@ -5,11 +5,13 @@
 
 namespace moescope {
 
-// Zeroed bytes at an address that vectors like; from 4 MiB on backed by 2 MiB pages where the
-// system grants them, because at memory speed every page's address must be looked up.
+enum class Pages { small, huge };
+
+// Zeroed bytes at an address that vectors like; huge pages back 4 MiB and more where the system
+// grants them, because at memory speed every page's address must be looked up.
 class Buffer {
  public:
-  explicit Buffer(size_t bytes);
+  explicit Buffer(size_t bytes, Pages pages = Pages::huge);
   ~Buffer();
   Buffer(const Buffer&) = delete;
   Buffer& operator=(const Buffer&) = delete;
@@ -23,6 +25,17 @@ class Buffer {
   size_t mapped_ = 0;
   void* base_ = nullptr;
   uint8_t* data_ = nullptr;
+};
+
+// Memory that all threads read together, as products read weights: what bounds decoding.
+class ReadProbe {
+ public:
+  ReadProbe(size_t bytes, Pages pages);
+  // Reads everything once; returns a sum, so that no compiler leaves the reading out.
+  uint64_t read() const;
+
+ private:
+  Buffer buffer_;
 };
 
 }  // namespace moescope

@@ -7,6 +7,7 @@
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
 
+#include <algorithm>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -26,6 +27,7 @@ template <int Dimensions>
 using Output = nb::ndarray<float, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
 template <int Dimensions>
 using Ids = nb::ndarray<const int64_t, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+using MutableIds = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using CacheArray = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;
 using Matrices = nb::ndarray<nb::ro, nb::ndim<3>, nb::device::cpu>;
 using SharedWeights = std::shared_ptr<Weights>;
@@ -66,9 +68,9 @@ void unpack(const Weights& weights, const Output<3>& out) {
 void apply_linear(const Weights& weights, const Floats<2>& x,
                   const std::optional<Floats<1>>& bias, const Output<2>& out) {
   const int64_t rows = x.shape(0);
-  require(weights.matrices() == 1 && has_shape(x, {rows, weights.columns()}) &&
-              has_shape(out, {rows, weights.outputs()}) &&
-              (!bias || has_shape(*bias, {weights.outputs()})),
+  const int64_t outputs = weights.matrices() * weights.outputs();
+  require(has_shape(x, {rows, weights.columns()}) && has_shape(out, {rows, outputs}) &&
+              (!bias || has_shape(*bias, {outputs})),
           "x, bias or out do not fit the weights");
   nb::gil_scoped_release unlocked;
   linear(weights, x.data(), rows, bias ? bias->data() : nullptr, out.data());
@@ -93,11 +95,12 @@ void apply_feed_forward(const FeedForward& layer, const Floats<2>& x,
                              has_shape(*topk_weights, {tokens, slots}))),
           "x, topk_ids, topk_weights or out do not fit the layer");
   nb::gil_scoped_release unlocked;
+  std::fill_n(out.data(), out.size(), 0.0f);
   layer.forward(x.data(), tokens, topk_ids ? topk_ids->data() : nullptr,
                 topk_weights ? topk_weights->data() : nullptr, slots, out.data());
 }
 
-AbsorbedAttention::Cache cache_of(const CacheArray& array) {
+Slots slots_of(const CacheArray& array) {
   return {array.data(), array.stride(0), array.stride(1), static_cast<int64_t>(array.shape(2))};
 }
 
@@ -105,10 +108,9 @@ void apply_attention(const AbsorbedAttention& attention, const Floats<3>& q_nope
                      const Floats<3>& q_rope, const CacheArray& latents, const CacheArray& k_rope,
                      const Ids<1>& lengths, const Output<3>& out) {
   const Weights &up_key = *attention.up_key, &up_value = *attention.up_value;
-  const int64_t batch = q_nope.shape(0), heads = up_key.matrices();
+  const int64_t batch = q_nope.shape(0), heads = up_key.matrices(), nope = up_key.columns();
   const int64_t slots = latents.shape(1), rope = k_rope.shape(2);
-  require(has_shape(q_nope, {batch, heads, up_key.columns()}) &&
-              has_shape(q_rope, {batch, heads, rope}) &&
+  require(has_shape(q_nope, {batch, heads, nope}) && has_shape(q_rope, {batch, heads, rope}) &&
               has_shape(latents, {batch, slots, up_key.outputs()}) &&
               has_shape(k_rope, {batch, slots, rope}) && has_shape(lengths, {batch}) &&
               has_shape(out, {batch, heads, up_value.outputs()}),
@@ -119,11 +121,11 @@ void apply_attention(const AbsorbedAttention& attention, const Floats<3>& q_nope
   for (int64_t row = 0; row < batch; ++row)
     require(lengths.data()[row] >= 1 && lengths.data()[row] <= slots, "a length is not in the cache");
   nb::gil_scoped_release unlocked;
-  attention.forward(q_nope.data(), q_rope.data(), cache_of(latents), cache_of(k_rope),
-                    lengths.data(), batch, out.data());
+  attention.forward({q_nope.data(), q_rope.data(), nope, rope}, slots_of(latents),
+                    slots_of(k_rope), lengths.data(), batch, out.data());
 }
 
-// --- one new token a sequence ---
+// --- half a layer, and all layers, in one call ---
 
 std::vector<float> copied(const std::optional<Floats<1>>& array) {
   if (!array) return {};
@@ -132,16 +134,16 @@ std::vector<float> copied(const std::optional<Floats<1>>& array) {
 
 Norm norm_of(const std::optional<Floats<1>>& weight, float eps) { return {copied(weight), eps}; }
 
-std::shared_ptr<AttentionStep> make_attention_step(
+std::shared_ptr<LatentAttention> make_latent_attention(
     const Floats<1>& input_norm, float eps, const SharedWeights& query_down,
     const std::optional<Floats<1>>& query_down_bias, const std::optional<Floats<1>>& query_norm,
     const SharedWeights& query, const SharedWeights& latent,
     const std::optional<Floats<1>>& latent_bias, const Floats<1>& latent_norm, float latent_eps,
-    const std::shared_ptr<AbsorbedAttention>& attention, const SharedWeights& output,
-    const std::optional<Floats<1>>& output_bias, bool interleave) {
-  const int64_t hidden = input_norm.shape(0), rank = attention->up_key->outputs();
-  const int64_t heads = attention->up_key->matrices(), nope = attention->up_key->columns();
-  const int64_t rope = latent->outputs() - rank;
+    const std::shared_ptr<AbsorbedAttention>& absorbed, const SharedWeights& expand,
+    const SharedWeights& output, const std::optional<Floats<1>>& output_bias, bool interleave) {
+  const int64_t hidden = input_norm.shape(0), rank = absorbed->up_key->outputs();
+  const int64_t heads = absorbed->up_key->matrices(), nope = absorbed->up_key->columns();
+  const int64_t rope = latent->outputs() - rank, value = absorbed->up_value->outputs();
   const bool low_rank = query_down != nullptr;
   require(rope > 0 && rope % 2 == 0 && latent->columns() == hidden &&
               query->outputs() == heads * (nope + rope) &&
@@ -149,36 +151,76 @@ std::shared_ptr<AttentionStep> make_attention_step(
                               query_down->outputs() == query->columns() && query_norm &&
                               has_shape(*query_norm, {query->columns()})
                         : query->columns() == hidden) &&
-              has_shape(latent_norm, {rank}) && output->outputs() == hidden &&
-              output->columns() == heads * attention->up_value->outputs() &&
+              has_shape(latent_norm, {rank}) && expand->matrices() == heads &&
+              expand->outputs() == nope + value && expand->columns() == rank &&
+              output->outputs() == hidden && output->columns() == heads * value &&
               (low_rank ? *query_down : *query).group() == latent->group() &&
               (!query_down_bias || has_shape(*query_down_bias, {query->columns()})) &&
               (!latent_bias || has_shape(*latent_bias, {rank + rope})) &&
               (!output_bias || has_shape(*output_bias, {hidden})),
           "the parts of the attention do not fit together");
-  return std::make_shared<AttentionStep>(AttentionStep{
+  const auto expanded = std::make_shared<ExpandedAttention>(
+      ExpandedAttention{expand, nope, absorbed->scale});
+  return std::make_shared<LatentAttention>(LatentAttention{
       norm_of(input_norm, eps), norm_of(query_norm, latent_eps), norm_of(latent_norm, latent_eps),
       {query_down, copied(query_down_bias)}, {query, {}}, {latent, copied(latent_bias)},
-      {output, copied(output_bias)}, attention, rope, interleave});
+      {output, copied(output_bias)}, absorbed, expanded, rope, interleave});
 }
 
-void apply_attention_step(const AttentionStep& step, const Output<2>& x, const Floats<2>& cosine,
-                          const Floats<2>& sine, const CacheArray& latents,
-                          const CacheArray& k_rope, const Ids<1>& positions) {
-  const int64_t batch = x.shape(0), slots = latents.shape(1);
-  const int64_t rank = step.attention->up_key->outputs();
-  require(has_shape(x, {batch, static_cast<int64_t>(step.input_norm.weight.size())}) &&
-              has_shape(cosine, {batch, step.rope / 2}) && has_shape(sine, {batch, step.rope / 2}) &&
-              has_shape(latents, {batch, slots, rank}) &&
-              has_shape(k_rope, {batch, slots, step.rope}) && has_shape(positions, {batch}) &&
-              latents.stride(2) == 1 && k_rope.stride(2) == 1,
-          "x, rotation, cache or positions do not fit the attention");
-  for (int64_t row = 0; row < batch; ++row)
-    require(positions.data()[row] >= 0 && positions.data()[row] < slots,
+std::shared_ptr<Decoder> make_decoder(
+    const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& embedding,
+    const std::vector<std::shared_ptr<LatentAttention>>& attention,
+    const std::vector<std::shared_ptr<FeedForwardBlock>>& feed_forward) {
+  require(!attention.empty() && attention.size() == feed_forward.size(),
+          "every layer needs attention and a feed-forward part");
+  const LatentAttention& first = *attention.front();
+  for (size_t layer = 0; layer < attention.size(); ++layer)
+    require(attention[layer]->input_norm.width() == first.input_norm.width() &&
+                feed_forward[layer]->norm.width() == first.input_norm.width() &&
+                attention[layer]->rope == first.rope,
+            "the layers do not fit together");
+  const bool bf16 = embedding.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat);
+  require((bf16 || embedding.dtype() == nb::dtype<float>()) &&
+              static_cast<int64_t>(embedding.shape(1)) == first.input_norm.width(),
+          "the embedding does not fit the layers");
+  const Embedding rows{embedding.data(), bf16, static_cast<int64_t>(embedding.shape(0)),
+                       static_cast<int64_t>(embedding.shape(1))};
+  return std::make_shared<Decoder>(Decoder{rows, {attention.begin(), attention.end()},
+                                           {feed_forward.begin(), feed_forward.end()}});
+}
+
+void apply_decoder(const Decoder& decoder, const Ids<2>& ids, const Ids<2>& positions,
+                   const Floats<3>& cosine, const Floats<3>& sine,
+                   const std::vector<CacheArray>& latents, const std::vector<CacheArray>& k_rope,
+                   const Output<3>& out) {
+  const int64_t rows = ids.shape(0), seq = ids.shape(1);
+  const int64_t rope = decoder.attention.front()->rope;
+  require(has_shape(out, {rows, seq, decoder.embedding.width}) &&
+              has_shape(positions, {rows, seq}) && has_shape(cosine, {rows, seq, rope / 2}) &&
+              has_shape(sine, {rows, seq, rope / 2}) && rows * seq > 0 &&
+              latents.size() == decoder.attention.size() && k_rope.size() == latents.size(),
+          "ids, positions, rotation, cache or out do not fit the network");
+  std::vector<Slots> latent_slots, rope_slots;
+  int64_t slots = latents.front().shape(1);
+  for (size_t layer = 0; layer < latents.size(); ++layer) {
+    const int64_t held = latents[layer].shape(1);
+    const int64_t rank = decoder.attention[layer]->absorbed->up_key->outputs();
+    require(has_shape(latents[layer], {rows, held, rank}) && latents[layer].stride(2) == 1 &&
+                has_shape(k_rope[layer], {rows, held, rope}) && k_rope[layer].stride(2) == 1,
+            "a layer's cache does not fit the network");
+    slots = std::min(slots, held);
+    latent_slots.push_back(slots_of(latents[layer]));
+    rope_slots.push_back(slots_of(k_rope[layer]));
+  }
+  for (int64_t token = 0; token < rows * seq; ++token) {
+    require(positions.data()[token] >= 0 && positions.data()[token] < slots,
             "a position is not in the cache");
+    require(ids.data()[token] >= 0 && ids.data()[token] < decoder.embedding.rows,
+            "an id is not in the vocabulary");
+  }
   nb::gil_scoped_release unlocked;
-  step.forward(x.data(), batch, cosine.data(), sine.data(), cache_of(latents), cache_of(k_rope),
-               positions.data());
+  decoder.forward(ids.data(), {rows, seq, positions.data(), cosine.data(), sine.data()},
+                  latent_slots, rope_slots, out.data());
 }
 
 std::shared_ptr<Router> make_router(const Floats<2>& weight, const std::optional<Floats<1>>& bias,
@@ -196,32 +238,36 @@ std::shared_ptr<Router> make_router(const Floats<2>& weight, const std::optional
 }
 
 void apply_router(const Router& router, const Floats<2>& x,
-                  const nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>& topk_ids,
+                  const MutableIds& topk_ids,
                   const Output<2>& topk_weights) {
   const int64_t tokens = x.shape(0);
-  const int64_t hidden = static_cast<int64_t>(router.weight.size()) / router.experts;
-  require(has_shape(x, {tokens, hidden}) && has_shape(topk_ids, {tokens, router.top_k}) &&
+  require(has_shape(x, {tokens, router.hidden()}) && has_shape(topk_ids, {tokens, router.top_k}) &&
               has_shape(topk_weights, {tokens, router.top_k}),
           "x, topk_ids or topk_weights do not fit the router");
-  router.forward(x.data(), tokens, topk_ids.data(), topk_weights.data());
+  for (int64_t token = 0; token < tokens; ++token)
+    router.forward(x.data() + token * router.hidden(), topk_ids.data() + token * router.top_k,
+                   topk_weights.data() + token * router.top_k);
 }
 
-std::shared_ptr<FeedForwardStep> make_feed_forward_step(const Floats<1>& norm, float eps,
-                                                        const std::shared_ptr<Router>& router,
-                                                        const std::shared_ptr<FeedForward>& layer) {
+std::shared_ptr<FeedForwardBlock> make_feed_forward_block(
+    const Floats<1>& norm, float eps, const std::shared_ptr<Router>& router,
+    const std::shared_ptr<FeedForward>& layer) {
   const int64_t hidden = layer->any().columns();
   require(has_shape(norm, {hidden}) && (router != nullptr) == (layer->routed_experts() > 0) &&
               (!router || (router->experts == layer->routed_experts() &&
-                           static_cast<int64_t>(router->weight.size()) == router->experts * hidden)),
+                           router->hidden() == hidden)),
           "norm, router and experts do not fit together");
-  return std::make_shared<FeedForwardStep>(FeedForwardStep{norm_of(norm, eps), router, layer});
+  return std::make_shared<FeedForwardBlock>(FeedForwardBlock{norm_of(norm, eps), router, layer});
 }
 
-void apply_feed_forward_step(const FeedForwardStep& step, const Output<2>& x) {
-  const int64_t tokens = x.shape(0);
-  require(has_shape(x, {tokens, step.layer->any().columns()}), "x does not fit the layer");
+void apply_likeliest(const Floats<2>& logits, const MutableIds& ids, const Output<2>& values,
+                     const Output<1>& log_sums) {
+  const int64_t rows = logits.shape(0), vocab = logits.shape(1), count = ids.shape(1);
+  require(has_shape(ids, {rows, count}) && has_shape(values, {rows, count}) &&
+              has_shape(log_sums, {rows}) && count > 0 && count <= vocab,
+          "ids, values or log_sums do not fit the logits");
   nb::gil_scoped_release unlocked;
-  step.forward(x.data(), tokens);
+  likeliest(logits.data(), rows, vocab, count, ids.data(), values.data(), log_sums.data());
 }
 
 void apply_rms_norm(const Floats<2>& x, const Floats<1>& weight, float eps, const Output<2>& out) {
@@ -229,8 +275,11 @@ void apply_rms_norm(const Floats<2>& x, const Floats<1>& weight, float eps, cons
   require(has_shape(weight, {width}) && has_shape(out, {rows, width}) && width > 0,
           "weight or out do not fit x");
   nb::gil_scoped_release unlocked;
-  for (int64_t row = 0; row < rows; ++row)
-    kernels().rms_norm(x.data() + row * width, weight.data(), eps, width, out.data() + row * width);
+  parallel_rows(rows, [&](int64_t first, int64_t last) {
+    for (int64_t row = first; row < last; ++row)
+      kernels().rms_norm(x.data() + row * width, weight.data(), eps, width,
+                         out.data() + row * width);
+  });
 }
 
 }  // namespace
@@ -247,6 +296,16 @@ NB_MODULE(_native, m) {
   m.def("set_threads", &set_threads, "count"_a);
   m.def("weight_bytes_read", &weight_bytes_read);
   m.def("rms_norm", &apply_rms_norm, "x"_a, "weight"_a, "eps"_a, "out"_a);
+
+  nb::class_<ReadProbe>(m, "ReadProbe")
+      .def(
+          "__init__",
+          [](ReadProbe* self, int64_t size, bool huge_pages) {
+            require(size > 0, "the size must be positive");
+            new (self) ReadProbe(size, huge_pages ? Pages::huge : Pages::small);
+          },
+          "bytes"_a, "huge_pages"_a)
+      .def("read", &ReadProbe::read, nb::call_guard<nb::gil_scoped_release>());
 
   nb::class_<Weights>(m, "Weights")
       .def_prop_ro("matrix_bytes", &Weights::matrix_bytes)
@@ -283,22 +342,23 @@ NB_MODULE(_native, m) {
       .def("__call__", &apply_attention, "q_nope"_a, "q_rope"_a, "latents"_a, "k_rope"_a,
            "lengths"_a, "out"_a);
 
-  nb::class_<AttentionStep>(m, "AttentionStep")
-      .def("__deepcopy__", &same)
-      .def("__call__", &apply_attention_step, "x"_a, "cosine"_a, "sine"_a, "latents"_a,
-           "k_rope"_a, "positions"_a);
-  m.def("attention_step", &make_attention_step, "input_norm"_a, "eps"_a, "query_down"_a.none(),
-        "query_down_bias"_a.none(), "query_norm"_a.none(), "query"_a, "latent"_a,
-        "latent_bias"_a.none(), "latent_norm"_a, "latent_eps"_a, "attention"_a, "output"_a,
-        "output_bias"_a.none(), "interleave"_a);
+  nb::class_<LatentAttention>(m, "LatentAttention").def("__deepcopy__", &same);
+  m.def("latent_attention", &make_latent_attention, "input_norm"_a, "eps"_a,
+        "query_down"_a.none(), "query_down_bias"_a.none(), "query_norm"_a.none(), "query"_a,
+        "latent"_a, "latent_bias"_a.none(), "latent_norm"_a, "latent_eps"_a, "absorbed"_a,
+        "expand"_a, "output"_a, "output_bias"_a.none(), "interleave"_a);
   nb::class_<Router>(m, "Router")
       .def("__deepcopy__", &same)
       .def("__call__", &apply_router, "x"_a, "topk_ids"_a, "topk_weights"_a);
   m.def("router", &make_router, "weight"_a, "bias"_a.none(), "top_k"_a, "groups"_a,
         "kept_groups"_a, "best_of_group"_a, "sigmoid"_a, "normalise"_a, "factor"_a);
-  nb::class_<FeedForwardStep>(m, "FeedForwardStep")
-      .def("__deepcopy__", &same)
-      .def("__call__", &apply_feed_forward_step, "x"_a);
-  m.def("feed_forward_step", &make_feed_forward_step, "norm"_a, "eps"_a, "router"_a.none(),
+  nb::class_<FeedForwardBlock>(m, "FeedForwardBlock").def("__deepcopy__", &same);
+  m.def("feed_forward_block", &make_feed_forward_block, "norm"_a, "eps"_a, "router"_a.none(),
         "layer"_a);
+  nb::class_<Decoder>(m, "Decoder")
+      .def("__deepcopy__", &same)
+      .def("__call__", &apply_decoder, "ids"_a, "positions"_a, "cosine"_a, "sine"_a, "latents"_a,
+           "k_rope"_a, "out"_a);
+  m.def("decoder", &make_decoder, "embedding"_a, "attention"_a, "feed_forward"_a);
+  m.def("likeliest", &apply_likeliest, "logits"_a, "ids"_a, "values"_a, "log_sums"_a);
 }

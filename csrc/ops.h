@@ -12,8 +12,8 @@ namespace moescope {
 int64_t weight_bytes_read();
 void count_weight_bytes(int64_t bytes);
 
-// A product with rows of activations: out (rows, outputs) = them times the transposed matrix, plus
-// `bias` unless null, and added to what `out` holds if `add`.
+// A product with rows of activations: out (rows, matrices * outputs) = them times the transposed
+// matrices, plus `bias` unless null, and added to what `out` holds if `add`.
 struct Product {
   const Weights* weights;
   const float* bias;
@@ -25,7 +25,8 @@ struct Product {
 void multiply_all(const std::vector<Product>& products, const Activations& activations,
                   int64_t rows);
 
-// out (rows, outputs) = x (rows, columns) times the transposed matrix, plus `bias` unless null.
+// out (rows, matrices * outputs) = x (rows, columns) times the transposed matrices, plus `bias`
+// unless null.
 void linear(const Weights& weights, const float* x, int64_t rows, const float* bias, float* out);
 
 // gate, up and down projections of experts of one width.
@@ -39,7 +40,7 @@ class FeedForward {
   // Either may lack its weights. `shared` are experts that every token visits with weight one.
   FeedForward(Experts routed, Experts shared);
 
-  // out (tokens, hidden): chosen experts' outputs, weighted, plus the shared experts'.
+  // out (tokens, hidden) += chosen experts' outputs, weighted, plus the shared experts'.
   // topk_ids and topk_weights are (tokens, slots); a negative id marks an unused slot.
   void forward(const float* x, int64_t tokens, const int64_t* topk_ids, const float* topk_weights,
                int64_t slots, float* out) const;
@@ -51,28 +52,48 @@ class FeedForward {
   Experts routed_, shared_;
 };
 
+// Slots of one kind of number that a cache holds for a batch: (rows, slots, width).
+struct Slots {
+  float* data;
+  int64_t row_stride, slot_stride, width;
+  float* at(int64_t row, int64_t slot) const { return data + row * row_stride + slot * slot_stride; }
+};
+
 // Latent attention of one new token a sequence, over latents that are never expanded.
 struct AbsorbedAttention {
   std::shared_ptr<const Weights> up_key;    // heads matrices, (kv_lora_rank, qk_nope_head_dim)
   std::shared_ptr<const Weights> up_value;  // heads matrices, (v_head_dim, kv_lora_rank)
   float scale;
 
-  struct Cache {
-    float* data;
-    int64_t row_stride, slot_stride, width;
+  // Rotated queries of all rows' heads; a head's numbers stand `nope_stride` or `rope_stride` apart.
+  struct Queries {
+    const float *nope, *rope;
+    int64_t nope_stride, rope_stride;
   };
-  // q_nope (batch, heads, nope), q_rope (batch, heads, rope), out (batch, heads, v_head_dim);
-  // row b sees its first lengths[b] slots.
-  void forward(const float* q_nope, const float* q_rope, const Cache& latents, const Cache& k_rope,
+  // out (batch, heads, v_head_dim); row b sees its first lengths[b] slots.
+  void forward(const Queries& queries, const Slots& latents, const Slots& k_rope,
                const int64_t* lengths, int64_t batch, float* out) const;
 };
 
-// --- one new token a sequence: half a layer in one call ------------------------------------------
+// Latent attention of a prompt, whose latents are expanded to keys and values.
+struct ExpandedAttention {
+  std::shared_ptr<const Weights> expand;  // heads matrices, (nope + v_head_dim, kv_lora_rank)
+  int64_t nope;
+  float scale;
+
+  // One row of a batch: queries (seq, heads, nope + rope), rotated, each of which sees the slots up
+  // to its position; out (seq, heads, v_head_dim).
+  void forward(const float* queries, int64_t seq, const int64_t* positions, int64_t row,
+               const Slots& latents, const Slots& k_rope, float* out) const;
+};
+
+// --- half a layer in one call --------------------------------------------------------------------
 
 struct Norm {
   std::vector<float> weight;
   float eps;
-  void forward(const float* x, int64_t rows, float* out) const;
+  int64_t width() const { return static_cast<int64_t>(weight.size()); }
+  void forward(const float* x, float* out) const;
 };
 
 struct Projection {
@@ -83,19 +104,26 @@ struct Projection {
   }
 };
 
-// x (batch, hidden) += latent attention of norm(x), which stores what it leaves behind in the cache.
-struct AttentionStep {
+// New tokens of a batch, (rows, seq), and where they stand.
+struct Tokens {
+  int64_t rows, seq;
+  const int64_t* positions;    // (rows, seq)
+  const float *cosine, *sine;  // (rows, seq, rope / 2)
+  int64_t count() const { return rows * seq; }
+};
+
+// x (rows, seq, hidden) += latent attention of norm(x), which stores what it leaves behind in the
+// cache.
+struct LatentAttention {
   Norm input_norm, query_norm, latent_norm;
   Projection query_down;  // without weights where queries have no low rank; query_norm is empty then
   Projection query, latent, output;
-  std::shared_ptr<const AbsorbedAttention> attention;
+  std::shared_ptr<const AbsorbedAttention> absorbed;
+  std::shared_ptr<const ExpandedAttention> expanded;
   int64_t rope;
   bool interleave;  // whether rotated pairs are neighbours, or halves
 
-  // cosine and sine are (batch, rope / 2); row b stands at positions[b].
-  void forward(float* x, int64_t batch, const float* cosine, const float* sine,
-               const AbsorbedAttention::Cache& latents, const AbsorbedAttention::Cache& k_rope,
-               const int64_t* positions) const;
+  void forward(float* x, const Tokens& tokens, const Slots& latents, const Slots& k_rope) const;
 };
 
 // The router's matrix and rule, in float32: scores, then the best experts of the best groups.
@@ -106,15 +134,41 @@ struct Router {
   int64_t best_of_group;  // how many of its best scores rank a group
   bool sigmoid, normalise;
   float factor;
-  void forward(const float* x, int64_t tokens, int64_t* topk_ids, float* topk_weights) const;
+  // One token: x (hidden,), topk_ids and topk_weights (top_k,).
+  void forward(const float* x, int64_t* topk_ids, float* topk_weights) const;
+  int64_t hidden() const { return static_cast<int64_t>(weight.size()) / experts; }
 };
 
 // x (tokens, hidden) += feed-forward part of norm(x).
-struct FeedForwardStep {
+struct FeedForwardBlock {
   Norm norm;
   std::shared_ptr<const Router> router;  // null without routed experts
   std::shared_ptr<const FeedForward> layer;
   void forward(float* x, int64_t tokens) const;
 };
+
+// Rows of float32 or bf16 numbers.
+struct Embedding {
+  const void* data;
+  bool bf16;
+  int64_t rows, width;
+  void read(int64_t row, float* out) const;
+};
+
+// Everything below the output head in one call.
+struct Decoder {
+  Embedding embedding;
+  std::vector<std::shared_ptr<const LatentAttention>> attention;
+  std::vector<std::shared_ptr<const FeedForwardBlock>> feed_forward;
+  // ids (rows, seq) below embedding.rows; out (rows, seq, hidden) is what the last layer hands on.
+  // `latents` and `k_rope` have one entry a layer.
+  void forward(const int64_t* ids, const Tokens& tokens, const std::vector<Slots>& latents,
+               const std::vector<Slots>& k_rope, float* out) const;
+};
+
+// For each row of logits (rows, vocab): its `count` greatest, in order, of equal ones the first,
+// with their ids, both (rows, count); and the logarithm of the sum of all exponentials, (rows,).
+void likeliest(const float* logits, int64_t rows, int64_t vocab, int64_t count, int64_t* ids,
+               float* values, float* log_sums);
 
 }  // namespace moescope

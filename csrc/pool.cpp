@@ -149,6 +149,15 @@ Pool& pool() {
 
 void parallel(int64_t count, const std::function<void(int64_t)>& task) { pool().run(count, task); }
 
+void parallel_rows(int64_t rows, const std::function<void(int64_t, int64_t)>& task) {
+  constexpr int64_t kFew = 8, kAtOnce = 16;
+  if (rows <= kFew) return task(0, rows);
+  const int64_t step = std::min(kAtOnce, (rows + threads() - 1) / threads());
+  parallel((rows + step - 1) / step, [&](int64_t part) {
+    task(part * step, std::min(rows, (part + 1) * step));
+  });
+}
+
 int threads() { return pool().size(); }
 
 void set_threads(int count) { pool().resize(count); }

@@ -10,6 +10,10 @@ namespace moescope {
 // uneven ones still end together. Calls from several threads take turns.
 void parallel(int64_t count, const std::function<void(int64_t)>& task);
 
+// Call `task(first, last)` for ranges that together make up [0, rows): one where rows are few, else
+// several in parallel.
+void parallel_rows(int64_t rows, const std::function<void(int64_t, int64_t)>& task);
+
 // Threads that share the work, the caller's included.
 int threads();
 

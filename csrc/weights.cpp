@@ -172,6 +172,7 @@ void Weights::unpack(float* out) const {
 }
 
 void QuantizedRows::resize(const Weights& weights, int64_t rows) {
+  real_columns_ = weights.columns();
   columns_ = weights.padded_columns();
   group_ = weights.group();
   groups_ = (columns_ + group_ - 1) / group_;

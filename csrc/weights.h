@@ -57,12 +57,14 @@ class Weights {
 class QuantizedRows {
  public:
   void resize(const Weights& weights, int64_t rows);
+  // Round one row.
+  void set_row(int64_t row, const float* x) { set(row, 0, x, real_columns_, columns_); }
   // Round columns [start, start + columns) of one row; `start` begins a group.
   void set(int64_t row, int64_t start, const float* x, int64_t columns, int64_t padded);
   Activations view() const;
 
  private:
-  int64_t columns_ = 0, group_ = 1, groups_ = 0;
+  int64_t real_columns_ = 0, columns_ = 0, group_ = 1, groups_ = 0;
   int zero_ = 0;
   std::vector<int8_t> values_;
   std::vector<float> scales_;

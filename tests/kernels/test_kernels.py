@@ -11,7 +11,6 @@ from torch import Tensor
 
 from moescope import kernels
 from moescope.kernels import reference
-from moescope.kernels.attention import latent_prompt_attention
 from moescope.kernels.quantize import dequantize_int8, quantize_int8
 from moescope.model.routing import UNUSED
 
@@ -237,33 +236,3 @@ def test_fused_kernels_equal_the_unfused(monkeypatch: pytest.MonkeyPatch) -> Non
     monkeypatch.setattr("moescope.kernels.fusion._enabled", True)
     for fused, unfused in zip(loss_and_gradients(), plain, strict=True):
         torch.testing.assert_close(fused, unfused, rtol=1e-4, atol=1e-5)
-
-
-@settings(max_examples=20)
-@given(
-    batch=st.integers(1, 2),
-    heads=st.integers(1, 3),
-    seq=st.one_of(st.integers(1, 20), st.integers(126, 140)),
-    past=st.integers(0, 9),
-    spare=st.integers(0, 2),
-    width=st.integers(1, 9),
-    seed=SEEDS,
-)
-def test_prompts_attend_to_their_past_in_blocks(
-    batch: int, heads: int, seq: int, past: int, spare: int, width: int, seed: int
-) -> None:
-    generator = chance(seed)
-    slots = past + seq + spare  # a cache may hold more of another sequence
-    q_nope = torch.randn(batch, seq, heads, width, generator=generator)
-    q_rope = torch.randn(batch, seq, heads, 4, generator=generator)
-    k_nope = torch.randn(batch, slots, heads, width, generator=generator)
-    k_rope = torch.randn(batch, slots, 4, generator=generator)
-    value = torch.randn(batch, slots, heads, width + 1, generator=generator)
-    output = latent_prompt_attention(q_nope, q_rope, k_nope, k_rope, value, 0.3, past)
-    query = torch.cat([q_nope, q_rope], dim=-1).transpose(1, 2).double()
-    key = torch.cat([k_nope, k_rope[:, :, None].expand(-1, -1, heads, -1)], dim=-1)
-    logits = query @ key.transpose(1, 2).mT.double() * 0.3  # (batch, heads, seq, slots)
-    unseen = torch.arange(slots) > past + torch.arange(seq)[:, None]
-    probabilities = logits.masked_fill(unseen, -torch.inf).softmax(dim=-1)
-    exact = (probabilities @ value.transpose(1, 2).double()).transpose(1, 2)
-    torch.testing.assert_close(output.double(), exact, rtol=1e-4, atol=1e-5)

@@ -11,6 +11,8 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 from torch import Tensor
 
 from moescope.api import Model, load
@@ -22,8 +24,7 @@ from moescope.engine.cache import Cache
 from moescope.engine.native import NativeMoE, Packer, native_router
 from moescope.errors import UserError
 from moescope.kernels import cpu
-from moescope.model.decoder import CausalLM, initialise
-from moescope.model.layer import DecoderLayer
+from moescope.model.decoder import CausalLM, Decoder, initialise
 from moescope.model.routing import ROUTERS
 
 ROOT = Path(__file__).parents[2]
@@ -141,16 +142,84 @@ def test_counts_stay_those_of_the_network(family: str) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_layer_in_two_calls_equals_its_parts(family: str) -> None:
+def test_all_layers_in_one_call_equal_their_parts(family: str) -> None:
     if not cpu.available():
         return
     joined, apart = packed(network(family), "int8"), packed(network(family), "int8")
-    for layer in apart.model.layers:
-        layer.__class__ = DecoderLayer  # the same modules, one after another
+    apart.model.__class__ = Decoder  # the same modules, one after another
     ids = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(2))
     torch.testing.assert_close(
         token_by_token(joined, ids, 9), token_by_token(apart, ids, 9), rtol=1e-3, atol=1e-4
     )
+
+
+@pytest.mark.parametrize("isa", cpu.instruction_sets())
+@settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    family=st.sampled_from(["v3", "v2, biased"]),
+    batch=st.integers(1, 3),
+    first=st.one_of(st.integers(1, 9), st.integers(90, 130)),
+    second=st.integers(0, 60),
+    seed=st.integers(0, 100),
+)
+def test_prompts_in_parts_equal_prompts_layer_by_layer(
+    isa: str, family: str, batch: int, first: int, second: int, seed: int
+) -> None:
+    before = cpu.instruction_set()
+    assert before is not None
+    model = network(family, seed)
+    joined, apart = packed(model, "int8"), packed(model, "int8")
+    apart.model.__class__ = Decoder
+    generator = torch.Generator().manual_seed(seed)
+    ids = torch.randint(300, (batch, first + second + 2), generator=generator)
+    cpu.use_instruction_set(isa)
+    try:
+        found, expected = (in_parts(m, ids, [first, second, 1, 1]) for m in (joined, apart))
+    finally:
+        cpu.use_instruction_set(before)
+    assert difference(found, expected) < 1e-3
+
+
+@torch.inference_mode()
+def in_parts(model: CausalLM, ids: Tensor, lengths: list[int]) -> Tensor:
+    """Normed states of `ids`, read in parts of these lengths."""
+    cache, start, parts = Cache(), 0, []
+    positions = torch.arange(ids.shape[1]).expand(len(ids), -1)
+    for length in filter(None, lengths):
+        part = slice(start, start + length)
+        parts.append(model(ids[:, part], positions[:, part], cache))
+        start += length
+    return torch.cat(parts, dim=1)
+
+
+@settings(max_examples=30)
+@given(
+    rows=st.integers(1, 4),
+    vocab=st.one_of(st.integers(1, 40), st.integers(250, 1100)),
+    ties=st.booleans(),
+    data=st.data(),
+)
+def test_the_likeliest_are_those_that_sorting_finds(
+    rows: int, vocab: int, ties: bool, data: st.DataObject
+) -> None:
+    if not cpu.available():
+        return
+    count = data.draw(st.integers(1, min(vocab, 70)))
+    logits = torch.randn(rows, vocab, generator=torch.Generator().manual_seed(vocab)) * 3
+    logits = logits.round() if ties else logits
+    ids, values, log_sums = cpu.likeliest(logits, count)
+    ordered = logits.sort(dim=-1, descending=True, stable=True)
+    assert torch.equal(ids, ordered.indices[:, :count])
+    assert torch.equal(values, ordered.values[:, :count])
+    torch.testing.assert_close(log_sums.double(), logits.double().logsumexp(-1), rtol=1e-5, atol=0)
+
+
+@torch.inference_mode()
+def test_an_id_outside_the_vocabulary_is_refused() -> None:
+    if not cpu.available():
+        return
+    with pytest.raises(ValueError, match="an id is not in the vocabulary"):
+        packed(network("v3"), "int8")(torch.tensor([[300]]))
 
 
 @pytest.mark.parametrize("topk_method", ["greedy", "group_limited_greedy", "noaux_tc"])

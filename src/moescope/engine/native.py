@@ -18,11 +18,9 @@ from moescope.config import ModelConfig
 from moescope.engine.cache import Cache
 from moescope.errors import UserError
 from moescope.kernels import cpu
-from moescope.kernels.attention import latent_prompt_attention
 from moescope.kernels.quantize import rounded
 from moescope.model.attention import GroupedQueryAttention, KVCache, LatentAttention
-from moescope.model.decoder import CausalLM
-from moescope.model.layer import DecoderLayer
+from moescope.model.decoder import CausalLM, Decoder
 from moescope.model.moe import MLP, GroupedExperts, MoE
 from moescope.model.norm import RMSNorm
 from moescope.model.recorder import Recorder
@@ -89,9 +87,8 @@ class Packer:
             assert isinstance(attention, LatentAttention | GroupedQueryAttention)
             self._pack_linears(attention, f"{at}.self_attn", read)
             if isinstance(attention, LatentAttention):
-                weight = read(f"{at}.self_attn.kv_b_proj.weight")
                 layer.self_attn = NativeLatentAttention(
-                    model.config, attention, weight, self.weight_format
+                    model.config, attention, f"{at}.self_attn", read, self.weight_format
                 )
             if isinstance(mlp, MoE):
                 layer.mlp = NativeMoE(model.config, mlp, f"{at}.mlp", read, self.weight_format)
@@ -108,13 +105,12 @@ class Packer:
             if isinstance(module, RMSNorm):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, NativeRMSNorm(module))
-        for layer_idx, layer in enumerate(model.model.layers):
-            if isinstance(layer.self_attn, NativeLatentAttention):
-                model.model.layers[layer_idx] = NativeDecoderLayer(cast(DecoderLayer, layer))
+        if blocks := _blocks(model.model):
+            model.model = NativeDecoder(model.model, *blocks)
 
     def _pack_linears(self, parent: nn.Module, at: str, read: Read) -> None:
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear):
+            if isinstance(child, nn.Linear) and name != "kv_b_proj":
                 weight = read(f"{at}.{name}.weight")
                 setattr(parent, name, PackedLinear(weight, child.bias, self.weight_format))
 
@@ -154,10 +150,10 @@ def _unpacked_shapes(module: nn.Module) -> None:
 
 
 class PackedLinear(nn.Linear):
-    """A linear map with packed weights."""
+    """A linear map with packed weights, `(outputs, columns)` or `(matrices, outputs, columns)`."""
 
     def __init__(self, weight: Tensor, bias: Tensor | None, weight_format: str) -> None:
-        outputs, columns = weight.shape
+        outputs, columns = weight.shape[:-1].numel(), weight.shape[-1]
         super().__init__(columns, outputs, bias=False, device="meta")
         self.weight = _stand_in(outputs, columns)
         self.packed = cpu.pack(weight, weight_format)
@@ -233,21 +229,26 @@ class NativeMoE(MoE):
 
 
 class NativeLatentAttention(LatentAttention):
-    """Latent attention whose projections are packed already; new tokens attend absorbed."""
+    """Latent attention whose projections are packed; new tokens attend absorbed."""
 
     def __init__(
-        self, config: ModelConfig, attention: LatentAttention, kv_b_proj: Tensor, weight_format: str
+        self,
+        config: ModelConfig,
+        attention: LatentAttention,
+        at: str,
+        read: Read,
+        weight_format: str,
     ) -> None:
         with torch.device("meta"):
             super().__init__(config, attention.layer_idx)
         for name, child in attention.named_children():
             setattr(self, name, child)
-        self.absorbed = cpu.absorbed_attention(
-            kv_b_proj.unflatten(0, (self.heads, -1)), self.nope, self.scale, weight_format
-        )
+        weight = read(f"{at}.kv_b_proj.weight").unflatten(0, (self.heads, -1))
+        self.kv_b_proj = PackedLinear(weight, attention.kv_b_proj.bias, weight_format)
+        self.absorbed = cpu.absorbed_attention(weight, self.nope, self.scale, weight_format)
 
-    def step(self, input_norm: RMSNorm) -> "cpu.AttentionStep":
-        """Join the norm before it and all its parts into one call for single tokens."""
+    def block(self, input_norm: RMSNorm) -> "cpu.LatentAttention":
+        """Join the norm before it and all its parts into half a layer of a native decoder."""
 
         def parts(name: str) -> "tuple[cpu.Weights, Tensor | None]":
             linear = cast(PackedLinear, getattr(self, name))
@@ -256,106 +257,92 @@ class NativeLatentAttention(LatentAttention):
         query_down = None
         if not hasattr(self, "q_proj"):
             query_down = (*parts("q_a_proj"), self.q_a_layernorm.weight)
-        return cpu.attention_step(
+        return cpu.latent_attention(
             (input_norm.weight, input_norm.eps),
             query_down,
             parts("q_b_proj" if query_down else "q_proj")[0],
             parts("kv_a_proj_with_mqa"),
             (self.kv_a_layernorm.weight, self.kv_a_layernorm.eps),
             self.absorbed,
+            parts("kv_b_proj")[0],
             parts("o_proj"),
             self.interleave,
         )
 
-    def forward(
-        self,
-        hidden_states: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        positions: Tensor,
-        cache: KVCache | None = None,
-        recorder: Recorder | None = None,
+    def attend_absorbed(
+        self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, k_rope: Tensor, mask: Tensor
     ) -> Tensor:
-        """Map `(batch, seq, hidden)` to the same shape."""
-        shown = recorder is not None and recorder.wants_attention
-        past, seq = 0 if cache is None else int(positions[0, 0]), positions.shape[1]
-        is_prompt = seq > 1 or cache is None
-        if shown or (is_prompt and not _counts_from(past, positions)):
-            return super().forward(hidden_states, rotation, positions, cache, recorder)
-        q_nope, q_rope = self.queries(hidden_states, rotation)
-        latents, k_rope = self.latents(hidden_states, rotation)
-        if cache is not None:
-            latents, k_rope = cache.update(self.layer_idx, latents, k_rope, positions)
-        if is_prompt:
-            expanded = self.kv_b_proj(latents).unflatten(-1, (self.heads, -1))
-            k_nope, value = expanded.split([self.nope, self.v_head_dim], dim=-1)
-            output = latent_prompt_attention(
-                q_nope, q_rope, k_nope, k_rope, value, self.scale, past
-            )
-            return self.o_proj(output.flatten(2))
+        """Attend in the latent space, one query a row: `(batch, 1, heads, v_head_dim)`."""
+        lengths = mask[:, 0, 0].sum(dim=-1)  # (batch,)
         output = cpu.attend_absorbed(
-            self.absorbed,
-            q_nope[:, 0],
-            q_rope[:, 0],
-            latents,
-            k_rope,
-            positions[:, 0] + 1,
-            self.v_head_dim,
-        )  # (batch, heads, v_head_dim)
-        return self.o_proj(output.flatten(1)[:, None])
+            self.absorbed, q_nope[:, 0], q_rope[:, 0], latents, k_rope, lengths, self.v_head_dim
+        )
+        return output[:, None]
 
 
-def _counts_from(start: int, positions: Tensor) -> bool:
-    """Whether each row of `(batch, seq)` is `start, start + 1, ...`."""
-    counted = torch.arange(start, start + positions.shape[1])
-    return torch.equal(positions, counted.expand_as(positions))
+class NativeDecoder(Decoder):
+    """All layers in one call, unless somebody looks on or has put other routers in."""
 
-
-class NativeDecoderLayer(DecoderLayer):
-    """A layer that takes two calls for new tokens, one a sequence, when nobody looks on."""
-
-    def __init__(self, layer: DecoderLayer) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        attention: "list[cpu.LatentAttention]",
+        feed_forward: "list[cpu.FeedForwardBlock]",
+    ) -> None:
         nn.Module.__init__(self)
-        self.layer_idx = layer.layer_idx
-        for name, child in layer.named_children():
+        for name, child in decoder.named_children():
             setattr(self, name, child)
-        attention = cast(NativeLatentAttention, self.self_attn)
-        self.widths = (attention.kv_lora_rank, attention.rope)
-        self.attention_step = attention.step(self.input_layernorm)
-        norm = (self.post_attention_layernorm.weight, self.post_attention_layernorm.eps)
-        self.feed_forward_step = None
-        if isinstance(self.mlp, NativeMLP):
-            self.feed_forward_step = cpu.feed_forward_step(norm, None, self.mlp.layer)
-        elif isinstance(self.mlp, NativeMoE) and (rule := native_router(self.mlp.gate)):
-            self.feed_forward_step = cpu.feed_forward_step(norm, rule, self.mlp.layer)
+        self.all_layers = cpu.decoder(self.embed_tokens.weight, attention, feed_forward)
+        first = cast(NativeLatentAttention, self.layers[0].self_attn)
+        self.widths = (first.kv_lora_rank, first.rope)
 
     def forward(
         self,
-        hidden_states: Tensor,
         input_ids: Tensor,
-        rotation: tuple[Tensor, Tensor],
-        positions: Tensor,
+        positions: Tensor | None = None,
         cache: KVCache | None = None,
         recorder: Recorder | None = None,
     ) -> Tensor:
-        """Map `(batch, seq, hidden)` to the same shape; a single token's states in place."""
-        if recorder is not None or not isinstance(cache, Cache) or hidden_states.shape[1] > 1:
-            return super().forward(hidden_states, input_ids, rotation, positions, cache, recorder)
-        rows = hidden_states[:, 0].contiguous()  # (batch, hidden)
-        slots = cache.reserve(self.layer_idx, len(rows), self.widths, int(positions.max()) + 1)
-        cos, sin = (part.flatten(1) for part in rotation)  # (batch, rope / 2)
-        cpu.attend_step(self.attention_step, rows, cos, sin, *slots, positions[:, 0].contiguous())
-        if self.feed_forward_step is not None and self._keeps_its_router():
-            cpu.feed_step(self.feed_forward_step, rows)
-            return rows[:, None]
-        states = rows[:, None]
-        normed = self.post_attention_layernorm(states)
-        return states + (
-            self.mlp(normed, input_ids) if isinstance(self.mlp, MoE) else self.mlp(normed)
+        """Run all layers over `(batch, seq)` ids; return `(batch, seq, hidden)` before the norm."""
+        foreign = cache is not None and not isinstance(cache, Cache)
+        if recorder is not None or foreign or not self._keeps_its_routers():
+            return super().forward(input_ids, positions, cache, recorder)
+        cache = Cache() if cache is None else cache
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        cos, sin = self.rotary_emb(positions, torch.float32)
+        rotation = cos.flatten(2), sin.flatten(2)  # (batch, seq, rope / 2)
+        length = int(positions.max()) + 1
+        slots = [
+            cache.reserve(layer_idx, len(input_ids), self.widths, length)
+            for layer_idx in range(len(self.layers))
+        ]
+        width = self.embed_tokens.embedding_dim
+        return cpu.run_decoder(self.all_layers, input_ids, width, positions, rotation, slots)
+
+    def _keeps_its_routers(self) -> bool:
+        """Whether no layer's copy was given another router, as steering does."""
+        return all(
+            not isinstance(layer.mlp, MoE) or type(layer.mlp.gate) in NATIVE_ROUTERS
+            for layer in self.layers
         )
 
-    def _keeps_its_router(self) -> bool:
-        """Steering puts another router into a copy of the layer."""
-        return not isinstance(self.mlp, MoE) or type(self.mlp.gate) in NATIVE_ROUTERS
+
+def _blocks(
+    decoder: Decoder,
+) -> "tuple[list[cpu.LatentAttention], list[cpu.FeedForwardBlock]] | None":
+    """Both halves of every layer, or None if one is of a kind that only PyTorch computes."""
+    attention: list[cpu.LatentAttention] = []
+    feed_forward: list[cpu.FeedForwardBlock] = []
+    for layer in decoder.layers:
+        mlp, norm = layer.mlp, layer.post_attention_layernorm
+        rule = native_router(mlp.gate) if isinstance(mlp, NativeMoE) else None
+        computed = isinstance(mlp, NativeMLP) or rule is not None
+        if not isinstance(layer.self_attn, NativeLatentAttention) or not computed:
+            return None
+        attention.append(layer.self_attn.block(layer.input_layernorm))
+        feed_forward.append(cpu.feed_forward_block((norm.weight, norm.eps), rule, mlp.layer))
+    return attention, feed_forward
 
 
 NATIVE_ROUTERS = (Greedy, GroupLimitedGreedy, NoAuxTopK)
@@ -398,7 +385,8 @@ class WideEmbedding(nn.Embedding):
     def __init__(self, weight: nn.Parameter) -> None:
         rows, width = weight.shape
         super().__init__(rows, width, device="meta")
-        self.weight = weight
+        narrow = weight.dtype in (torch.float32, torch.bfloat16)
+        self.weight = weight if narrow else nn.Parameter(weight.float(), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ids to `(..., hidden)` float32."""

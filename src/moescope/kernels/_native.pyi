@@ -5,6 +5,10 @@ from typing import Any
 Array = Any
 """A DLPack capsule, or what has a `__dlpack__` method."""
 
+class ReadProbe:
+    def __init__(self, bytes: int, huge_pages: bool) -> None: ...
+    def read(self) -> int: ...
+
 class Weights:
     matrix_bytes: int
     def unpack(self, out: Array) -> None: ...
@@ -36,24 +40,26 @@ class AbsorbedAttention:
         out: Array,
     ) -> None: ...
 
-class AttentionStep:
-    def __call__(
-        self,
-        x: Array,
-        cosine: Array,
-        sine: Array,
-        latents: Array,
-        k_rope: Array,
-        positions: Array,
-    ) -> None: ...
+class LatentAttention: ...
 
 class Router:
     def __call__(self, x: Array, topk_ids: Array, topk_weights: Array) -> None: ...
 
-class FeedForwardStep:
-    def __call__(self, x: Array) -> None: ...
+class FeedForwardBlock: ...
 
-def attention_step(
+class Decoder:
+    def __call__(
+        self,
+        ids: Array,
+        positions: Array,
+        cosine: Array,
+        sine: Array,
+        latents: list[Array],
+        k_rope: list[Array],
+        out: Array,
+    ) -> None: ...
+
+def latent_attention(
     input_norm: Array,
     eps: float,
     query_down: Weights | None,
@@ -64,11 +70,16 @@ def attention_step(
     latent_bias: Array | None,
     latent_norm: Array,
     latent_eps: float,
-    attention: AbsorbedAttention,
+    absorbed: AbsorbedAttention,
+    expand: Weights,
     output: Weights,
     output_bias: Array | None,
     interleave: bool,
-) -> AttentionStep: ...
+) -> LatentAttention: ...
+def decoder(
+    embedding: Array, attention: list[LatentAttention], feed_forward: list[FeedForwardBlock]
+) -> Decoder: ...
+def likeliest(logits: Array, ids: Array, values: Array, log_sums: Array) -> None: ...
 def router(
     weight: Array,
     bias: Array | None,
@@ -80,9 +91,9 @@ def router(
     normalise: bool,
     factor: float,
 ) -> Router: ...
-def feed_forward_step(
+def feed_forward_block(
     norm: Array, eps: float, router: Router | None, layer: FeedForward
-) -> FeedForwardStep: ...
+) -> FeedForwardBlock: ...
 def pack(matrices: Array, format: str) -> Weights: ...
 def rms_norm(x: Array, weight: Array, eps: float, out: Array) -> None: ...
 def instruction_set() -> str: ...

@@ -33,54 +33,6 @@ def causal_attention(query: Tensor, key: Tensor, value: Tensor, scale: float) ->
     return output.unflatten(0, batch_shape)  # pyright: ignore
 
 
-def latent_prompt_attention(
-    q_nope: Tensor,
-    q_rope: Tensor,
-    k_nope: Tensor,
-    k_rope: Tensor,
-    value: Tensor,
-    scale: float,
-    past: int,
-) -> Tensor:
-    """Attention of a prompt over expanded latents (DeepSeek-V2, eq. 17), without gradients.
-
-    The rotated key is the same for all heads and is never repeated; a block of queries meets only
-    the keys it may see, so that no mask is made and memory stays small.
-
-    Args:
-        q_nope: `(batch, seq, heads, nope)`, at positions from `past` on.
-        q_rope: `(batch, seq, heads, rope)`.
-        k_nope: `(batch, slots, heads, nope)`, of which the first `past + seq` slots are used.
-        k_rope: `(batch, slots, rope)`.
-        value: `(batch, slots, heads, v_head_dim)`.
-        scale: factor of the attention logits.
-        past: tokens before the first query.
-
-    Returns:
-        `(batch, seq, heads, v_head_dim)`.
-    """
-    batch, seq, heads, _ = q_nope.shape
-    output = q_nope.new_empty(batch, seq, heads, value.shape[-1])
-    future = q_nope.new_full((BLOCK, BLOCK), -torch.inf).triu(1)
-    for row in range(batch):
-        # One sequence at a time, heads first and contiguous, as matrix products like it.
-        unrotated = (q_nope[row] * scale).transpose(0, 1).contiguous()  # (heads, seq, nope)
-        rotated = (q_rope[row] * scale).transpose(0, 1).contiguous()  # (heads, seq, rope)
-        keys = k_nope[row].permute(1, 2, 0).contiguous()  # (heads, nope, slots)
-        values = value[row].transpose(0, 1).contiguous()  # (heads, slots, v_head_dim)
-        for start in range(0, seq, BLOCK):
-            end = min(start + BLOCK, seq)
-            visible = past + end
-            block = rotated[:, start:end].flatten(0, 1)  # (heads * block, rope)
-            logits = (block @ k_rope[row, :visible].mT).view(heads, end - start, visible)
-            logits.baddbmm_(unrotated[:, start:end], keys[:, :, :visible])
-            logits[:, :, past + start :] += future[: end - start, : end - start]
-            probabilities = logits.softmax(dim=-1)
-            mixed = torch.bmm(probabilities, values[:, :visible])  # (heads, block, v_head_dim)
-            output[row, start:end] = mixed.transpose(0, 1)
-    return output
-
-
 class _CausalAttention(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:

@@ -7,6 +7,9 @@ Where the extension was not built, `available()` says so and nothing else here m
 
 from __future__ import annotations
 
+import statistics
+import time
+from functools import cache
 from typing import TYPE_CHECKING
 
 import torch
@@ -19,9 +22,11 @@ if TYPE_CHECKING:
     from moescope.kernels import _native
     from moescope.kernels._native import (
         AbsorbedAttention,
-        AttentionStep,
+        Decoder,
         FeedForward,
-        FeedForwardStep,
+        FeedForwardBlock,
+        LatentAttention,
+        ReadProbe,
         Router,
         Weights,
     )
@@ -30,9 +35,11 @@ else:
         from moescope.kernels import _native
         from moescope.kernels._native import (
             AbsorbedAttention,
-            AttentionStep,
+            Decoder,
             FeedForward,
-            FeedForwardStep,
+            FeedForwardBlock,
+            LatentAttention,
+            ReadProbe,
             Router,
             Weights,
         )
@@ -86,6 +93,31 @@ def set_threads(count: int) -> None:
     _native.set_threads(count)
 
 
+def measure_read_bandwidth(
+    seconds: float = 1.0, huge_pages: bool = True, working_set: int = 2**29
+) -> float:
+    """Measure the bytes/s at which all threads together read memory, as products read weights.
+
+    Args:
+        seconds: time to spend, about; the median pass counts, of at least three.
+        huge_pages: whether 2 MiB pages are asked for, as weights have them, or 4 KiB ones.
+        working_set: bytes that are read over and over; what the caches hold is read faster.
+    """
+    probe = _read_probe(working_set, huge_pages)
+    probe.read()
+    times: list[float] = []
+    while sum(times) < seconds or len(times) < 3:
+        start = time.perf_counter()
+        probe.read()
+        times.append(time.perf_counter() - start)
+    return working_set / statistics.median(times)
+
+
+@cache
+def _read_probe(size: int, huge_pages: bool) -> ReadProbe:
+    return _native.ReadProbe(size, huge_pages)
+
+
 def pack(matrices: Tensor, weight_format: str) -> Weights:
     """Round and lay out `(matrices, outputs, columns)` or `(outputs, columns)`.
 
@@ -101,7 +133,7 @@ def pack(matrices: Tensor, weight_format: str) -> Weights:
 
 
 def linear(weights: Weights, outputs: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
-    """Map `(..., columns)` to `(..., outputs)` float32."""
+    """Map `(..., columns)` to `(..., outputs)` float32; several matrices' outputs lie in a row."""
     rows = _rows(x)  # (rows, columns)
     out = torch.empty(len(rows), outputs)
     weights.linear(to_dlpack(rows), None if bias is None else to_dlpack(bias), to_dlpack(out))
@@ -195,17 +227,18 @@ def attend_absorbed(
     return out
 
 
-def attention_step(
+def latent_attention(
     input_norm: tuple[Tensor, float],
     query_down: tuple[Weights, Tensor | None, Tensor] | None,
     query: Weights,
     latent: tuple[Weights, Tensor | None],
     latent_norm: tuple[Tensor, float],
-    attention: AbsorbedAttention,
+    absorbed: AbsorbedAttention,
+    expand: Weights,
     output: tuple[Weights, Tensor | None],
     interleave: bool,
-) -> AttentionStep:
-    """Join the parts of latent attention into one call for new tokens, one a sequence.
+) -> LatentAttention:
+    """Join a norm and the parts of latent attention: half a layer of `decoder`.
 
     Args:
         input_norm: weight and epsilon.
@@ -213,12 +246,13 @@ def attention_step(
         query: `q_proj` or `q_b_proj`.
         latent: `kv_a_proj_with_mqa` and its bias.
         latent_norm: weight and epsilon, the latter also of the query's norm.
-        attention: made by `absorbed_attention`.
+        absorbed: made by `absorbed_attention`, for new tokens one a sequence.
+        expand: `kv_b_proj`, one matrix a head, for prompts.
         output: `o_proj` and its bias.
         interleave: whether rotated pairs are neighbours.
     """
     down, down_bias, down_norm = query_down or (None, None, None)
-    return _native.attention_step(
+    return _native.latent_attention(
         to_dlpack(input_norm[0].detach()),
         input_norm[1],
         down,
@@ -229,40 +263,11 @@ def attention_step(
         _optional(latent[1]),
         to_dlpack(latent_norm[0].detach()),
         latent_norm[1],
-        attention,
+        absorbed,
+        expand,
         output[0],
         _optional(output[1]),
         interleave,
-    )
-
-
-def attend_step(
-    step: AttentionStep,
-    hidden_states: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    latents: Tensor,
-    k_rope: Tensor,
-    positions: Tensor,
-) -> None:
-    """Add what attention says to `hidden_states` `(batch, hidden)`, in place; store the new slots.
-
-    Args:
-        step: made by `attention_step`.
-        hidden_states: float32, contiguous.
-        cos: `(batch, rope / 2)`.
-        sin: `(batch, rope / 2)`.
-        latents: all slots of the cache, `(batch, slots, kv_lora_rank)`.
-        k_rope: likewise, `(batch, slots, rope)`.
-        positions: `(batch,)`.
-    """
-    step(
-        to_dlpack(hidden_states),
-        to_dlpack(cos),
-        to_dlpack(sin),
-        to_dlpack(latents),
-        to_dlpack(k_rope),
-        to_dlpack(positions),
     )
 
 
@@ -312,16 +317,67 @@ def route(rule: Router, hidden_states: Tensor, top_k: int) -> tuple[Tensor, Tens
     return topk_ids, topk_weights
 
 
-def feed_forward_step(
+def feed_forward_block(
     norm: tuple[Tensor, float], rule: Router | None, layer: FeedForward
-) -> FeedForwardStep:
-    """Join a norm, a router (None for a dense layer) and experts into one call."""
-    return _native.feed_forward_step(to_dlpack(norm[0].detach()), norm[1], rule, layer)
+) -> FeedForwardBlock:
+    """Join a norm, a router (None for a dense layer) and experts: half a layer of `decoder`."""
+    return _native.feed_forward_block(to_dlpack(norm[0].detach()), norm[1], rule, layer)
 
 
-def feed_step(step: FeedForwardStep, hidden_states: Tensor) -> None:
-    """Add what the experts say to `hidden_states` `(tokens, hidden)` float32, in place."""
-    step(to_dlpack(hidden_states))
+def decoder(
+    embedding: Tensor, attention: list[LatentAttention], feed_forward: list[FeedForwardBlock]
+) -> Decoder:
+    """Join an embedding and all layers into one call for `run_decoder`.
+
+    `embedding` `(vocab, hidden)`, float32 or bfloat16, is not copied: keep it as long.
+    """
+    return _native.decoder(to_dlpack(embedding.detach()), attention, feed_forward)
+
+
+def run_decoder(
+    layers: Decoder,
+    input_ids: Tensor,
+    hidden: int,
+    positions: Tensor,
+    rotation: tuple[Tensor, Tensor],
+    slots: list[tuple[Tensor, Tensor]],
+) -> Tensor:
+    """Embed `input_ids` `(batch, seq)` and run all layers: `(batch, seq, hidden)` float32.
+
+    Args:
+        layers: made by `decoder`.
+        input_ids: int64, below the rows of the embedding.
+        hidden: width of the embedding.
+        positions: `(batch, seq)` int64, each below the number of slots.
+        rotation: cosine and sine, each `(batch, seq, rope / 2)`.
+        slots: for each layer latents `(batch, slots, kv_lora_rank)` and rotated keys
+            `(batch, slots, rope)`, to which those of the new tokens are written.
+    """
+    out = torch.empty(*input_ids.shape, hidden)
+    layers(
+        to_dlpack(input_ids.contiguous()),
+        to_dlpack(positions.contiguous()),
+        to_dlpack(rotation[0]),
+        to_dlpack(rotation[1]),
+        [to_dlpack(latents) for latents, _ in slots],
+        [to_dlpack(k_rope) for _, k_rope in slots],
+        to_dlpack(out),
+    )
+    return out
+
+
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
+    """The `count` greatest of each row of `(rows, vocab)`, in order, and what normalises the row.
+
+    Returns:
+        Their ids `(rows, count)` int64, their logits `(rows, count)`, and the logarithm of the
+        sum of all exponentials `(rows,)`.
+    """
+    rows = _rows(logits)
+    ids = torch.empty(len(rows), count, dtype=torch.int64)
+    values, log_sums = torch.empty(len(rows), count), torch.empty(len(rows))
+    _native.likeliest(to_dlpack(rows), to_dlpack(ids), to_dlpack(values), to_dlpack(log_sums))
+    return ids, values, log_sums
 
 
 def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -1,0 +1,309 @@
+"""How fast the native CPU kernels run mixtures of experts, beside llama.cpp and `transformers`.
+
+    python benchmarks/cpu_inference.py --shape S --rounds 5 --json s.json
+    python benchmarks/cpu_inference.py --shape L --engines int8,llama-q8_0,transformers
+    python benchmarks/cpu_inference.py --shape F --engines int4,llama-q4_0
+
+It wants `llama-cpp-python` (built on this machine, so that it uses its instructions), `gguf` and
+`transformers`. Engines take turns within each round, and the read bandwidth is measured beside
+every one of them, because on a shared machine both move by a factor of two within minutes: only
+ratios inside a round mean anything, and their medians are what is reported.
+
+Shapes: S nearly fits into a last-level cache; L is DeepSeek-V2-Lite with 9 of its 27 layers; F has
+all 27, of which only 4 bit fit into 24 GB. At L and F, `transformers` lets all layers share one
+layer's weights to save memory, which can only help it.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from gguf_writer import write_gguf
+from peers import LlamaCpp, Moescope, Runner, Transformers, WithoutOneDNN, random_weights
+from rich.console import Console
+from rich.table import Table
+from torch import Tensor
+
+from moescope.config import ModelConfig
+from moescope.kernels import cpu
+from moescope.machine import measure_gemm_peak
+
+COMMON = {
+    "model_type": "deepseek_v2",
+    "n_routed_experts": 64,
+    "n_shared_experts": 2,
+    "num_experts_per_tok": 6,
+    "first_k_dense_replace": 1,
+    "max_position_embeddings": 4096,
+}
+LITE = COMMON | {
+    "vocab_size": 102400,
+    "hidden_size": 2048,
+    "intermediate_size": 10944,
+    "moe_intermediate_size": 1408,
+    "num_attention_heads": 16,
+    "kv_lora_rank": 512,
+    "qk_nope_head_dim": 128,
+    "qk_rope_head_dim": 64,
+    "v_head_dim": 128,
+}
+SHAPES: dict[str, dict[str, Any]] = {
+    "S": COMMON
+    | {
+        "vocab_size": 32000,
+        "hidden_size": 512,
+        "intermediate_size": 1408,
+        "moe_intermediate_size": 192,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 8,
+        "kv_lora_rank": 128,
+        "qk_nope_head_dim": 64,
+        "qk_rope_head_dim": 32,
+        "v_head_dim": 64,
+    },
+    "L": LITE | {"num_hidden_layers": 9},
+    "F": LITE | {"num_hidden_layers": 27},
+}
+NATIVE = ("int8", "int4")
+LLAMA = {"llama-q8_0": "Q8_0", "llama-q4_0": "Q4_0", "llama-bf16": "BF16"}
+ENGINES = (*NATIVE, *LLAMA, "transformers", "reference", "reference-without-onednn")
+RATIOS = [
+    ("int8", "llama-q8_0", "llama_q8"),
+    ("int8", "transformers", "transformers"),
+    ("int4", "llama-q4_0", "llama_q4"),
+    ("int4", "transformers", "transformers_int4"),
+    ("reference", "transformers", "transformers_reference"),
+    ("reference", "reference-without-onednn", "without_onednn"),
+]
+"""Which engine is divided by which, and the ratio's name."""
+
+BATCH, BATCH_PROMPT, BATCH_NEW_TOKENS = 8, 128, 16
+MEASURES = ("prefill", "decode", "batch_decode")
+
+
+def build(engine: str, config: ModelConfig, shape: str, folder: Path) -> Runner:
+    """Make an engine ready to run."""
+    if engine in NATIVE:
+        return Moescope.native(config, engine)
+    if engine in LLAMA:
+        path = folder / f"{shape}-{LLAMA[engine]}.gguf"
+        if not path.exists():
+            unfinished = path.with_suffix(".part")
+            shapes = _weight_shapes(config)
+            write_gguf(config, lambda n: random_weights(shapes[n]), unfinished, LLAMA[engine])
+            unfinished.rename(path)
+        return LlamaCpp(path, cpu.threads(), BATCH, 640)
+    if engine == "transformers":
+        return Transformers(config, one_layer=shape != "S")
+    kind = Moescope if engine == "reference" else WithoutOneDNN
+    return kind.reference(config)
+
+
+def _weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+    from moescope.model.decoder import CausalLM
+
+    with torch.device("meta"):
+        return {name: tensor.shape for name, tensor in CausalLM(config).state_dict().items()}
+
+
+def rate(runner: Runner, prompts: Tensor, new_tokens: int) -> tuple[float, float, float]:
+    """Tokens per second of reading and of continuing, and weight bytes that a step read."""
+    start = time.perf_counter()
+    runner.read(prompts)
+    read = time.perf_counter()
+    before = cpu.weight_bytes_read()
+    for _ in range(new_tokens):
+        runner.step()
+    end = time.perf_counter()
+    bytes_read = (cpu.weight_bytes_read() - before) / new_tokens
+    return prompts.numel() / (read - start), len(prompts) * new_tokens / (end - read), bytes_read
+
+
+def measure(runner: Runner, prompt: Tensor, prompts: Tensor, new_tokens: int) -> dict[str, float]:
+    """Rates of one prompt, of its continuation, and of a batch's continuation."""
+    before = cpu.measure_read_bandwidth(0.15)
+    prefill, decode, bytes_read = rate(runner, prompt, new_tokens)
+    after = cpu.measure_read_bandwidth(0.15)
+    _, batch_decode, _ = rate(runner, prompts, BATCH_NEW_TOKENS)
+    return {
+        "prefill": prefill,
+        "decode": decode,
+        "batch_decode": batch_decode,
+        "bytes_per_token": bytes_read,
+        "read_bandwidth": (before + after) / 2,
+    }
+
+
+@torch.inference_mode()
+def run(
+    shape: str,
+    engines: list[str],
+    rounds: int,
+    prompt_tokens: int,
+    new_tokens: int,
+    folder: Path,
+    say: Callable[[str], None],
+) -> dict[str, Any]:
+    """Measure all engines in turn, `rounds` times, after a first round that does not count."""
+    config = ModelConfig.from_dict(SHAPES[shape])
+    generator = torch.Generator().manual_seed(0)
+    prompt = torch.randint(config.vocab_size, (1, prompt_tokens), generator=generator)
+    prompts = torch.randint(config.vocab_size, (BATCH, BATCH_PROMPT), generator=generator)
+    runners: dict[str, Runner] = {}
+    for engine in engines:
+        say(f"making {engine}")
+        runners[engine] = build(engine, config, shape, folder)
+        rate(runners[engine], prompt, 2)
+    limits = measure_limits()
+    measured: list[dict[str, dict[str, float]]] = []
+    for number in range(1, rounds + 1):
+        row: dict[str, dict[str, float]] = {}
+        for engine, runner in runners.items():
+            row[engine] = measure(runner, prompt, prompts, new_tokens)
+            say(
+                f"round {number}/{rounds} {engine}: "
+                + ", ".join(f"{key} {row[engine][key]:,.1f}" for key in MEASURES)
+            )
+        measured.append(row)
+    return {
+        "shape": shape,
+        "prompt_tokens": prompt_tokens,
+        "new_tokens": new_tokens,
+        "batch": {"rows": BATCH, "prompt_tokens": BATCH_PROMPT, "new_tokens": BATCH_NEW_TOKENS},
+        "threads": cpu.threads(),
+        "instruction_set": cpu.instruction_set(),
+        "rounds": measured,
+        "tokens_per_second": {
+            engine: {key: _median([row[engine][key] for row in measured]) for key in MEASURES}
+            for engine in engines
+        },
+        "ratios": ratios(measured, engines),
+        "limits": limits | shares(measured, engines),
+    }
+
+
+def measure_limits() -> dict[str, float]:
+    """What the machine can do: bytes read and operations done in a second."""
+    return {
+        "read_bandwidth_4k_pages": cpu.measure_read_bandwidth(0.5, huge_pages=False),
+        "read_bandwidth_2m_pages": cpu.measure_read_bandwidth(0.5, huge_pages=True),
+        "gemm_bf16_flops": measure_gemm_peak(torch.bfloat16, 0.5),
+        "gemm_int8_ops": _int8_gemm_peak(),
+    }
+
+
+def _int8_gemm_peak(size: int = 2048) -> float:
+    left = torch.randint(-127, 127, (size, size), dtype=torch.int8)
+    right = torch.randint(-127, 127, (size, size), dtype=torch.int8)
+    times: list[float] = []
+    for _ in range(8):
+        start = time.perf_counter()
+        torch._int_mm(left, right)
+        times.append(time.perf_counter() - start)
+    return 2 * size**3 / _median(times)
+
+
+def ratios(
+    measured: list[dict[str, dict[str, float]]], engines: list[str]
+) -> dict[str, dict[str, float] | float]:
+    """Median of the ratios inside each round; beside it the least and the greatest."""
+    found: dict[str, Any] = {}
+    for engine, peer, name in RATIOS:
+        if engine not in engines or peer not in engines:
+            continue
+        for key in MEASURES:
+            values = [row[engine][key] / row[peer][key] for row in measured]
+            found[f"{key}_vs_{name}"] = _median(values)
+            found[f"{key}_vs_{name}_range"] = [min(values), max(values)]
+    return found
+
+
+def shares(measured: list[dict[str, dict[str, float]]], engines: list[str]) -> dict[str, float]:
+    """How much of the read bandwidth beside it each native engine's decoding used."""
+    return {
+        f"decode_{engine}_share_of_read_bandwidth": _median(
+            [
+                row[engine]["decode"]
+                * row[engine]["bytes_per_token"]
+                / row[engine]["read_bandwidth"]
+                for row in measured
+            ]
+        )
+        for engine in engines
+        if engine in NATIVE
+    }
+
+
+def _median(values: list[float]) -> float:
+    return statistics.median(values)
+
+
+def show(result: dict[str, Any], console: Console) -> None:
+    """Print the tables."""
+    table = Table(title=f"shape {result['shape']}, {result['threads']} threads: tokens a second")
+    table.add_column("engine")
+    for key in MEASURES:
+        table.add_column(key.replace("_", " "), justify="right")
+        table.add_column("least-greatest", justify="right")
+    table.add_column("read GB/s beside", justify="right")
+    for engine, rates in result["tokens_per_second"].items():
+        cells = [engine]
+        rows = [row[engine] for row in result["rounds"]]
+        for key in MEASURES:
+            values = [row[key] for row in rows]
+            cells += [f"{rates[key]:,.1f}", f"{min(values):,.1f}-{max(values):,.1f}"]
+        bandwidth = _median([row["read_bandwidth"] for row in rows])
+        table.add_row(*cells, f"{bandwidth / 1e9:.1f}")
+    console.print(table)
+    for name, value in result["ratios"].items():
+        if not name.endswith("_range"):
+            low, high = result["ratios"][f"{name}_range"]
+            console.print(f"{name}: {value:.2f} ({low:.2f}-{high:.2f})")
+    for name, value in result["limits"].items():
+        console.print(f"{name}: {value:,.3g}")
+
+
+def main() -> None:
+    """Run from the command line."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--shape", choices=SHAPES, default="S")
+    parser.add_argument(
+        "--engines", default="int8,llama-q8_0,int4,llama-q4_0,transformers", help=", ".join(ENGINES)
+    )
+    parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--prompt-tokens", type=int, default=512)
+    parser.add_argument("--new-tokens", type=int, default=64)
+    parser.add_argument("--json", type=Path, help="file for all numbers")
+    parser.add_argument(
+        "--gguf-folder", type=Path, help="where llama.cpp's files are kept from run to run"
+    )
+    given = parser.parse_args()
+    engines = given.engines.split(",")
+    if unknown := set(engines) - set(ENGINES):
+        parser.error(f"there is no engine {unknown.pop()!r}; choose from {', '.join(ENGINES)}")
+    console = Console()
+    with tempfile.TemporaryDirectory() as temporary:
+        folder = given.gguf_folder or Path(temporary)
+        folder.mkdir(parents=True, exist_ok=True)
+        result = run(
+            given.shape,
+            engines,
+            given.rounds,
+            given.prompt_tokens,
+            given.new_tokens,
+            folder,
+            lambda line: console.print(line, style="dim", highlight=False),
+        )
+    show(result, console)
+    if given.json is not None:
+        given.json.write_text(json.dumps(result, indent=1) + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

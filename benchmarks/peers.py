@@ -1,0 +1,243 @@
+"""The engines that `cpu_inference.py` compares, each with the same two verbs.
+
+`read(prompts)` takes in `(batch, seq)` ids at once; `step()` continues every row by its likeliest
+token. All weights are random: speed does not depend on them, but for the routing, which is then as
+spread as it can be.
+"""
+
+import ctypes
+import math
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from moescope.config import ModelConfig
+from moescope.engine.cache import Cache
+from moescope.engine.native import Packer
+from moescope.kernels import cpu
+from moescope.model.decoder import CausalLM
+from moescope.model.rope import RotaryEmbedding
+
+SEED_BLOCK = (1 << 22) + 3
+"""Random numbers are drawn once for so many weights, then repeated; odd, so that rows differ."""
+
+
+class Runner(Protocol):
+    """A model that is ready to run."""
+
+    def read(self, prompts: Tensor) -> None:
+        """Take in `(batch, seq)` ids after forgetting everything before."""
+        ...
+
+    def step(self) -> None:
+        """Continue every row by one token."""
+        ...
+
+
+def random_weights(shape: torch.Size) -> Tensor:
+    """Return bf16 weights, repeating one block of random numbers."""
+    count = math.prod(shape)
+    generator = torch.Generator().manual_seed(0)
+    block = (torch.randn(min(SEED_BLOCK, count), generator=generator) * 0.02).bfloat16()
+    return block.repeat(-(-count // len(block)))[:count].view(shape)
+
+
+def _weight(name: str, shape: torch.Size) -> Tensor:
+    if len(shape) > 1:
+        return random_weights(shape)
+    return torch.zeros(shape) if name.endswith("bias") else torch.ones(shape)
+
+
+class Moescope:
+    """Our own network: packed for the native kernels, or as PyTorch computes it in bf16."""
+
+    def __init__(self, model: CausalLM) -> None:
+        self.model = model.eval()
+
+    @classmethod
+    def native(cls, config: ModelConfig, weight_format: str) -> "Moescope":
+        """Pack a network without ever holding all of it unpacked."""
+        with torch.device("meta"):
+            model = CausalLM(config)
+        shapes = {name: tensor.shape for name, tensor in model.state_dict().items()}
+        packer = Packer(weight_format)
+        kept = {
+            name: _weight(name, shape)
+            for name, shape in shapes.items()
+            if name not in packer.wants(model)
+        }
+        model.load_state_dict(kept, strict=False, assign=True)
+        model.model.rotary_emb = RotaryEmbedding(config)
+        packer.pack(model, lambda name: random_weights(shapes[name]))
+        return cls(model)
+
+    @classmethod
+    def reference(cls, config: ModelConfig) -> "Moescope":
+        """Build the network that PyTorch computes."""
+        with torch.device("meta"):
+            model = CausalLM(config)
+        weights = {
+            name: _weight(name, tensor.shape).bfloat16()
+            for name, tensor in model.state_dict().items()
+        }
+        model.load_state_dict(weights, assign=True)
+        model.model.rotary_emb = RotaryEmbedding(config)
+        return cls(model)
+
+    def read(self, prompts: Tensor) -> None:
+        """Take in `(batch, seq)` ids."""
+        self.cache = Cache()
+        self.length = prompts.shape[1]
+        positions = torch.arange(self.length).expand_as(prompts)
+        states = self.model(prompts, positions, self.cache)  # (batch, seq, hidden)
+        self.tokens = self._likeliest(states)
+
+    def step(self) -> None:
+        """Continue every row by one token."""
+        positions = torch.full((len(self.tokens), 1), self.length)
+        states = self.model(self.tokens[:, None], positions, self.cache)
+        self.tokens = self._likeliest(states)
+        self.length += 1
+
+    def _likeliest(self, states: Tensor) -> Tensor:
+        ids, _, _ = cpu.likeliest(self.model.logits(states[:, -1]), 1)
+        return ids[:, 0]
+
+
+class WithoutOneDNN(Moescope):
+    """The network that PyTorch computes, with PyTorch's own kernels in the place of oneDNN's."""
+
+    def read(self, prompts: Tensor) -> None:
+        """Take in `(batch, seq)` ids."""
+        with torch.backends.mkldnn.flags(enabled=False):
+            super().read(prompts)
+
+    def step(self) -> None:
+        """Continue every row by one token."""
+        with torch.backends.mkldnn.flags(enabled=False):
+            super().step()
+
+
+class Transformers:
+    """`transformers` in bf16 with grouped matrix products.
+
+    Args:
+        config: the shape.
+        one_layer: let all layers of a kind share one layer's weights, so that a large model fits
+            beside others. A token's weights of one layer must then exceed the caches.
+    """
+
+    def __init__(self, config: ModelConfig, one_layer: bool) -> None:
+        from transformers import AutoConfig, AutoModelForCausalLM
+
+        fields = config.to_dict()
+        shape = AutoConfig.for_model(fields.pop("model_type"), **fields)
+        with torch.device("meta"):
+            model: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)
+        model.set_experts_implementation("grouped_mm")
+        shared: dict[tuple[str, torch.Size], Tensor] = {}
+        for name, parameter in list(model.named_parameters()):
+            kind = (name.rpartition(".layers.")[2].lstrip("0123456789"), parameter.shape)
+            if not one_layer or kind not in shared:
+                shared[kind] = _weight(name, parameter.shape).bfloat16()
+            parent, _, child = name.rpartition(".")
+            weight = torch.nn.Parameter(shared[kind], requires_grad=False)
+            setattr(model.get_submodule(parent), child, weight)
+        for name, module in list(model.named_modules()):
+            if name.endswith("rotary_emb"):
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, type(module)(shape))
+        for name, buffer in list(model.named_buffers()):
+            if buffer.is_meta:
+                parent, _, child = name.rpartition(".")
+                setattr(model.get_submodule(parent), child, torch.zeros(buffer.shape))
+        self.model = model.eval()
+
+    def read(self, prompts: Tensor) -> None:
+        """Take in `(batch, seq)` ids."""
+        self.output = self.model(prompts, use_cache=True, logits_to_keep=1)
+        self.tokens = self.output.logits[:, -1].argmax(dim=-1, keepdim=True)
+
+    def step(self) -> None:
+        """Continue every row by one token."""
+        past = self.output.past_key_values
+        self.output = self.model(self.tokens, past_key_values=past, use_cache=True)
+        self.tokens = self.output.logits[:, -1].argmax(dim=-1, keepdim=True)
+
+
+class LlamaCpp:
+    """llama.cpp, through its C interface.
+
+    Args:
+        path: a GGUF file.
+        threads: that share the work.
+        batch: most sequences at once.
+        context: most tokens of a sequence.
+    """
+
+    def __init__(self, path: Path, threads: int, batch: int, context: int) -> None:
+        import llama_cpp
+
+        self.c = llama_cpp
+        quiet = llama_cpp.llama_log_callback(lambda *_: None)
+        llama_cpp.llama_log_set(quiet, ctypes.c_void_p())
+        self.quiet = quiet
+        llama_cpp.llama_backend_init()
+        model = llama_cpp.llama_model_default_params()
+        self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model)
+        if not self.model:
+            raise SystemExit(f"llama.cpp cannot load {path}")
+        context_params = llama_cpp.llama_context_default_params()
+        context_params.n_ctx = batch * context
+        context_params.n_batch = context_params.n_ubatch = 512
+        context_params.n_seq_max = batch
+        context_params.n_threads = context_params.n_threads_batch = threads
+        context_params.no_perf = True
+        self.context = llama_cpp.llama_init_from_model(self.model, context_params)
+        vocabulary = llama_cpp.llama_model_get_vocab(self.model)
+        self.vocab_size = llama_cpp.llama_vocab_n_tokens(vocabulary)
+        self.batch = llama_cpp.llama_batch_init(512, 0, 1)
+
+    def read(self, prompts: Tensor) -> None:
+        """Take in `(batch, seq)` ids."""
+        self.c.llama_memory_clear(self.c.llama_get_memory(self.context), True)
+        self.tokens: list[int] = []
+        self.length = prompts.shape[1]
+        for row, ids in enumerate(prompts.tolist()):
+            for start in range(0, self.length, 512):
+                part = ids[start : start + 512]
+                ends = start + len(part) == self.length
+                places = [
+                    (token, start + at, row, ends and at == len(part) - 1)
+                    for at, token in enumerate(part)
+                ]
+                self._decode(places)
+            self.tokens.append(self._likeliest(len(part) - 1))
+
+    def step(self) -> None:
+        """Continue every row by one token."""
+        self._decode([(token, self.length, row, True) for row, token in enumerate(self.tokens)])
+        self.tokens = [self._likeliest(at) for at in range(len(self.tokens))]
+        self.length += 1
+
+    def _decode(self, places: list[tuple[int, int, int, bool]]) -> None:
+        """Run tokens, each with its position, row, and whether its logits are wanted."""
+        batch = self.batch
+        batch.n_tokens = len(places)
+        for at, (token, position, row, wanted) in enumerate(places):
+            batch.token[at], batch.pos[at] = token, position
+            batch.n_seq_id[at], batch.seq_id[at][0], batch.logits[at] = 1, row, wanted
+        if self.c.llama_decode(self.context, batch) != 0:
+            raise SystemExit("llama.cpp could not decode")
+
+    def _likeliest(self, at: int) -> int:
+        logits = self.c.llama_get_logits_ith(self.context, at)
+        buffer = (ctypes.c_float * self.vocab_size).from_address(ctypes.addressof(logits.contents))
+        return int(torch.frombuffer(buffer, dtype=torch.float32).argmax())
+
+
+def weight_bytes_read() -> int:
+    """Bytes of weights that our kernels have read so far."""
+    return cpu.weight_bytes_read()

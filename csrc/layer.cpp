@@ -1,0 +1,200 @@
+#include <algorithm>
+#include <cmath>
+#include <cstring>
+#include <limits>
+
+#include "ops.h"
+#include "pool.h"
+
+namespace moescope {
+namespace {
+
+void grow(std::vector<float>& held, int64_t size) {
+  if (static_cast<int64_t>(held.size()) < size) held.resize(size);
+}
+
+// Rotated pairs come out as halves (Su et al. 2021, eq. 15); `out` may not be `x`.
+void rotate(const float* x, const float* cosine, const float* sine, int64_t width, bool interleave,
+            float* out) {
+  const int64_t half = width / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float first = interleave ? x[2 * i] : x[i];
+    const float second = interleave ? x[2 * i + 1] : x[half + i];
+    out[i] = first * cosine[i] - second * sine[i];
+    out[half + i] = second * cosine[i] + first * sine[i];
+  }
+}
+
+// rounded = norm(x) for all rows.
+void round_normed(const Norm& norm, const Weights& weights, const float* x, int64_t rows,
+                  QuantizedRows& rounded) {
+  rounded.resize(weights, rows);
+  parallel_rows(rows, [&](int64_t first, int64_t last) {
+    static thread_local std::vector<float> normed;
+    grow(normed, norm.width());
+    for (int64_t row = first; row < last; ++row) {
+      norm.forward(x + row * norm.width(), normed.data());
+      rounded.set_row(row, normed.data());
+    }
+  });
+}
+
+// Marks the `count` largest of `values` in `chosen`; of equal ones the first. `count` is small.
+void mark_largest(const float* values, int64_t n, int64_t count, std::vector<int64_t>& chosen) {
+  chosen.clear();
+  for (int64_t round = 0; round < count; ++round) {
+    int64_t best = -1;
+    for (int64_t i = 0; i < n; ++i) {
+      if (std::find(chosen.begin(), chosen.end(), i) != chosen.end()) continue;
+      if (best < 0 || values[i] > values[best]) best = i;
+    }
+    chosen.push_back(best);
+  }
+}
+
+}  // namespace
+
+void Norm::forward(const float* x, float* out) const {
+  kernels().rms_norm(x, weight.data(), eps, width(), out);
+}
+
+void LatentAttention::forward(float* x, const Tokens& tokens, const Slots& latents,
+                              const Slots& k_rope) const {
+  static thread_local QuantizedRows caller_rounded;
+  static thread_local std::vector<float> caller_down, caller_queries, caller_compressed,
+      caller_mixed;
+  QuantizedRows& rounded = caller_rounded;  // the caller's, seen by all threads
+  const int64_t heads = absorbed->up_key->matrices(), nope = absorbed->up_key->columns();
+  const int64_t rank = latents.width, value = absorbed->up_value->outputs(), count = tokens.count();
+  grow(caller_queries, count * heads * (nope + rope));
+  grow(caller_compressed, count * (rank + rope));
+  grow(caller_mixed, count * heads * value);
+  float* queries = caller_queries.data();        // (rows, seq, heads, nope + rope)
+  float* compressed = caller_compressed.data();  // (rows, seq, rank + rope)
+  float* mixed = caller_mixed.data();            // (rows, seq, heads, v_head_dim)
+
+  round_normed(input_norm, *latent.weights, x, count, rounded);
+  if (query_down.weights) {
+    grow(caller_down, count * query_down.weights->outputs());
+    multiply_all({query_down.to(caller_down.data()), latent.to(compressed)}, rounded.view(), count);
+    round_normed(query_norm, *query.weights, caller_down.data(), count, rounded);
+    multiply_all({query.to(queries)}, rounded.view(), count);
+  } else {
+    multiply_all({query.to(queries), latent.to(compressed)}, rounded.view(), count);
+  }
+
+  parallel_rows(count, [&](int64_t first, int64_t last) {
+    static thread_local std::vector<float> unrotated;
+    grow(unrotated, rope);
+    for (int64_t token = first; token < last; ++token) {
+      const float* cosine = tokens.cosine + token * (rope / 2);
+      const float* sine = tokens.sine + token * (rope / 2);
+      for (int64_t head = 0; head < heads; ++head) {
+        float* query_rope = queries + (token * heads + head) * (nope + rope) + nope;
+        std::copy_n(query_rope, rope, unrotated.data());
+        rotate(unrotated.data(), cosine, sine, rope, interleave, query_rope);
+      }
+      const int64_t row = token / tokens.seq, slot = tokens.positions[token];
+      const float* from = compressed + token * (rank + rope);
+      latent_norm.forward(from, latents.at(row, slot));
+      rotate(from + rank, cosine, sine, rope, interleave, k_rope.at(row, slot));
+    }
+  });
+
+  if (tokens.seq == 1) {
+    std::vector<int64_t> lengths(count);
+    for (int64_t row = 0; row < count; ++row) lengths[row] = tokens.positions[row] + 1;
+    absorbed->forward({queries, queries + nope, nope + rope, nope + rope}, latents, k_rope,
+                      lengths.data(), count, mixed);
+  } else {
+    for (int64_t row = 0; row < tokens.rows; ++row)
+      expanded->forward(queries + row * tokens.seq * heads * (nope + rope), tokens.seq,
+                        tokens.positions + row * tokens.seq, row, latents, k_rope,
+                        mixed + row * tokens.seq * heads * value);
+  }
+  rounded.resize(*output.weights, count);
+  parallel_rows(count, [&](int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; ++token)
+      rounded.set_row(token, mixed + token * heads * value);
+  });
+  multiply_all({output.to(x, true)}, rounded.view(), count);
+}
+
+void Router::forward(const float* x, int64_t* topk_ids, float* topk_weights) const {
+  static thread_local std::vector<float> scores, choice, group_scores;
+  static thread_local std::vector<int64_t> chosen;
+  const int64_t size = experts / groups;
+  grow(scores, experts);
+  grow(choice, experts);
+  grow(group_scores, groups);
+  kernels().dot_rows(weight.data(), experts, x, hidden(), scores.data());
+  if (sigmoid)
+    for (int64_t e = 0; e < experts; ++e) scores[e] = 1 / (1 + std::exp(-scores[e]));
+  else
+    kernels().softmax(scores.data(), 1, experts);
+  for (int64_t e = 0; e < experts; ++e) choice[e] = bias.empty() ? scores[e] : scores[e] + bias[e];
+  if (kept_groups < groups) {
+    for (int64_t g = 0; g < groups; ++g) {
+      mark_largest(choice.data() + g * size, size, std::min(best_of_group, size), chosen);
+      group_scores[g] = 0;
+      for (int64_t e : chosen) group_scores[g] += choice[g * size + e];
+    }
+    mark_largest(group_scores.data(), groups, kept_groups, chosen);
+    for (int64_t g = 0; g < groups; ++g)
+      if (std::find(chosen.begin(), chosen.end(), g) == chosen.end())
+        std::fill_n(choice.begin() + g * size, size, -std::numeric_limits<float>::infinity());
+  }
+  mark_largest(choice.data(), experts, top_k, chosen);
+  float sum = 1e-20f;
+  for (int64_t e : chosen) sum += scores[e];
+  for (int64_t slot = 0; slot < top_k; ++slot) {
+    topk_ids[slot] = chosen[slot];
+    topk_weights[slot] = scores[chosen[slot]] / (normalise ? sum : 1.0f) * factor;
+  }
+}
+
+void FeedForwardBlock::forward(float* x, int64_t tokens) const {
+  static thread_local std::vector<float> caller_normed, caller_weights;
+  static thread_local std::vector<int64_t> caller_ids;
+  const int64_t hidden = norm.width(), slots = router ? router->top_k : 0;
+  grow(caller_normed, tokens * hidden);
+  grow(caller_weights, tokens * slots);
+  caller_ids.resize(tokens * slots);
+  float *normed = caller_normed.data(), *topk_weights = caller_weights.data();
+  int64_t* topk_ids = caller_ids.data();
+  parallel_rows(tokens, [&](int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; ++token) {
+      norm.forward(x + token * hidden, normed + token * hidden);
+      if (router)
+        router->forward(normed + token * hidden, topk_ids + token * slots,
+                        topk_weights + token * slots);
+    }
+  });
+  layer->forward(normed, tokens, topk_ids, topk_weights, slots, x);
+}
+
+void Embedding::read(int64_t row, float* out) const {
+  if (!bf16) {
+    std::copy_n(static_cast<const float*>(data) + row * width, width, out);
+    return;
+  }
+  const uint16_t* from = static_cast<const uint16_t*>(data) + row * width;
+  for (int64_t i = 0; i < width; ++i) {
+    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
+    std::memcpy(out + i, &bits, sizeof bits);
+  }
+}
+
+void Decoder::forward(const int64_t* ids, const Tokens& tokens, const std::vector<Slots>& latents,
+                      const std::vector<Slots>& k_rope, float* out) const {
+  parallel_rows(tokens.count(), [&](int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; ++token)
+      embedding.read(ids[token], out + token * embedding.width);
+  });
+  for (size_t layer = 0; layer < attention.size(); ++layer) {
+    attention[layer]->forward(out, tokens, latents[layer], k_rope[layer]);
+    feed_forward[layer]->forward(out, tokens.count());
+  }
+}
+
+}  // namespace moescope
