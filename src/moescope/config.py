@@ -29,6 +29,9 @@ TopkMethod = Literal[
 Layers = Annotated[int, Field(gt=0, le=1024)]
 Count = Annotated[int, Field(gt=0, le=2**14)]
 Size = Annotated[int, Field(gt=0, le=2**20)]
+Positions = Annotated[int, Field(gt=0, le=2**31)]
+Factor = Annotated[float, Field(gt=0, le=1e9)]
+Weight = Annotated[float, Field(ge=0, le=1e9)]
 Ids = Annotated[int, Field(gt=0, le=2**24)]
 """Bounds far above any model: nothing that a damaged config asks for takes forever or overflows."""
 
@@ -47,15 +50,15 @@ class RopeScaling(BaseModel):
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
     type: Literal["yarn", "linear", "llama3"]
-    factor: float = Field(gt=0)
-    original_max_position_embeddings: int | None = Field(default=None, gt=0)
-    beta_fast: float = Field(default=32.0, gt=0)
-    beta_slow: float = Field(default=1.0, gt=0)
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    attention_factor: float | None = None
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
+    factor: Factor
+    original_max_position_embeddings: Positions | None = None
+    beta_fast: Factor = 32.0
+    beta_slow: Factor = 1.0
+    mscale: Weight | None = None
+    mscale_all_dim: Weight | None = None
+    attention_factor: Weight | None = None
+    low_freq_factor: Weight | None = None
+    high_freq_factor: Weight | None = None
 
 
 class ModelConfig(BaseModel):
@@ -75,7 +78,7 @@ class ModelConfig(BaseModel):
     num_attention_heads: Count
     num_key_value_heads: Count
     head_dim: Size | None = None
-    max_position_embeddings: int = Field(default=4096, gt=0)
+    max_position_embeddings: Positions = 4096
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     rope_theta: float = Field(default=10000.0, gt=1)
     rope_scaling: RopeScaling | None = None
@@ -219,6 +222,8 @@ class ModelConfig(BaseModel):
             return cls.model_validate(fields)
         except ValidationError as error:
             raise UserError(f"{source}: {one_sentence(error)}") from error
+        except UserError as error:
+            raise UserError(f"{source}: {error}") from error
 
     @classmethod
     def from_file(cls, path: Path) -> "ModelConfig":
