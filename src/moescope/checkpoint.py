@@ -52,12 +52,15 @@ def save_weights(
         UserError: the folder cannot be written or the disk is full.
     """
     shards: list[dict[str, Tensor]] = [{}]
+    held = 0  # bytes in the last of them
     for name, tensor in _published_tensors(model):
         encoded = _encode(name, tensor.detach(), dtype)
-        held = sum(t.nbytes for t in shards[-1].values())
-        if held and held + sum(t.nbytes for t in encoded.values()) > max_shard_bytes:
+        size = sum(t.nbytes for t in encoded.values())
+        if held and held + size > max_shard_bytes:
             shards.append({})
+            held = 0
         shards[-1] |= encoded
+        held += size
     weight_map: dict[str, str] = {}
     for number, shard in enumerate(shards, start=1):
         file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else WEIGHTS
