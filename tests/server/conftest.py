@@ -15,7 +15,7 @@ from moescope.server.studio import Studio
 
 @pytest.fixture(scope="session")
 def home(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The small model in a folder, its dense twin beside it, and what was measured of both."""
+    """The small model in a folder, its companions beside it, and what was measured of them."""
     shelf = tmp_path_factory.mktemp("shelf")
     home = shelf / "small"
     model.save(home)
@@ -23,6 +23,10 @@ def home(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     twin = CausalLM(config)
     initialise(twin, seed=1)
     Model("twin", twin, model.tokenizer).save(shelf / "small-dense")
+    copy = CausalLM(model.config)
+    initialise(copy, seed=2)
+    Model("copy", copy, model.tokenizer).save(shelf / "small-unbalanced")
+    write_run(shelf / "small-unbalanced", steps=2)
     token = TypicalToken(id=300 - 1, text="x", count=3, lift=2.5, context="axb")
     Specialization(
         model="small",

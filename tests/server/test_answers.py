@@ -1,5 +1,6 @@
 """The API's numbers are the engine's."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import torch
 from questions import TEXT, events_of
 from starlette.testclient import TestClient
 
+import moescope
 from moescope.api import Model, sampling_params
 from moescope.catalog import count_parameters
 from moescope.checkpoint import save_weights
@@ -32,7 +34,10 @@ def test_the_model_is_described(client: TestClient, model: Model) -> None:
     assert info["parameters"] == {"total": counted.total, "active": counted.active}
     assert round(info["reference"]["total"] / 1e9) == 671
     assert info["cache"] == {"kept": 16 + 4, "full": 2 * (8 + 4 + 8)}
-    assert info["companions"] == ["small-dense"]
+    assert info["companions"] == [
+        {"name": "small-dense", "role": "dense", "problem": None},
+        {"name": "small-unbalanced", "role": "unbalanced", "problem": None},
+    ]
     assert (info["has_specialization"], info["has_training"], info["watching"]) == (1, 1, 0)
     assert {e["domain"] for e in info["examples"]} >= {"poetry", "prose", "code", "arithmetic"}
     asked = [e["text"] for e in info["examples"] if e["domain"] == "arithmetic"]
@@ -116,6 +121,20 @@ def test_the_dense_twin_reads_the_same_text(client: TestClient, home: Path, mode
     assert ours["bytes_per_token"] == 4 * counted.active_without_embedding
 
 
+def test_the_copy_trained_without_balancing_reads_the_same_text(
+    client: TestClient, home: Path, model: Model
+) -> None:
+    answer = client.post("/api/unbalanced", json={"prompt": TEXT}).json()
+    assert (answer["name"], answer["steps"], answer["own_steps"]) == ("small-unbalanced", 2, 3)
+    assert answer["layers"] == [1, 2] and answer["domains"] == [] == answer["domain_load"]
+    trace = moescope.load(home.with_name("small-unbalanced")).trace(TEXT)
+    for layer, load in zip(answer["layers"], answer["load"], strict=True):
+        router = trace.layers[layer].router
+        assert router is not None
+        slots = sum(len(ids) for ids in router.topk_ids)
+        assert load == pytest.approx([count / slots for count in router.load])
+
+
 def test_specialization_is_what_was_measured(client: TestClient) -> None:
     answer = client.get("/api/specialization").json()
     assert answer["domains"] == ["poetry", "prose"] and answer["layers"] == [1, 2]
@@ -146,12 +165,39 @@ def test_a_bare_model_says_what_is_missing(model: Model) -> None:
             (bare.get("/api/training"), "the history of the training of small was not kept"),
             (bare.get("/api/training/live"), "no training is watched"),
             (bare.post("/api/dense", json={"prompt": "x"}), "there is no dense twin beside small"),
+            (
+                bare.post("/api/unbalanced", json={"prompt": "x"}),
+                "there is no copy trained without balancing beside small",
+            ),
         ):
             assert answer.status_code == 404
             assert answer.json()["type"] == "error" and words in answer.json()["message"]
         place = {"prompt": "x", "index": 0, "layer": 1, "expert": 0}
         work = bare.post("/api/expert", json=place).json()
         assert (work["typical"], work["domains"]) == ([], {})
+
+
+def test_companions_that_cannot_be_opened_are_named(
+    home: Path, model: Model, tmp_path: Path
+) -> None:
+    shelf = tmp_path / "shelf"
+    shutil.copytree(home, shelf / "small")
+    shutil.copytree(home.with_name("small-dense"), shelf / "small-dense")
+    (shelf / "small-unbalanced").mkdir()
+    (shelf / "small-unbalanced" / "config.json").write_text("{")
+    (shelf / "small-notes").mkdir()
+    shutil.copytree(home, shelf / "small-other")  # of the same shape, but nothing says what it is
+    with TestClient(create_app(Studio.open(str(shelf / "small"))), base_url="http://[::1]") as page:
+        dense, copy = page.get("/api/model").json()["companions"]
+        assert (dense["role"], dense["problem"]) == ("dense", None)
+        assert (copy["role"], copy["name"]) == ("unbalanced", "small-unbalanced")
+        assert "config.json" in copy["problem"]
+        answer = page.post("/api/unbalanced", json={"prompt": "x"})
+        assert answer.status_code == 404
+        assert "the copy trained without balancing cannot be opened" in answer.json()["message"]
+        shutil.rmtree(shelf / "small-dense")  # between the start and the question
+        answer = page.post("/api/dense", json={"prompt": "x"})
+        assert answer.status_code == 400 and "small-dense" in answer.json()["message"]
 
 
 def test_a_layer_slider_reads_the_text_once(
@@ -168,6 +214,7 @@ def test_a_layer_slider_reads_the_text_once(
     for layer in (0, 1, 2, 1):
         for index in (0, 3):
             studio.token(schema.TokenRequest(prompt="frost is it", index=index, layer=layer))
+    studio.trace(schema.TextRequest(prompt="frost is it"))
     assert len(passes) == 1
 
 

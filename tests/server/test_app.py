@@ -59,6 +59,14 @@ def test_a_mistake_is_one_sentence(
     assert len(told["message"]) < 300 and "\n" not in told["message"]
 
 
+def test_a_browser_may_ask_for_mistakes_without_an_error_status(client: TestClient) -> None:
+    for asked in ({"ids": [-1]}, {"propmt": "x"}):
+        plain = client.post("/api/trace", json=asked)
+        quiet = client.post("/api/trace", json=asked, headers={"prefer": "status=200"})
+        assert plain.status_code in (400, 422) and quiet.status_code == 200
+        assert quiet.json() == plain.json() and quiet.json()["type"] == "error"
+
+
 @pytest.mark.parametrize("body", [b"", b"{", b'"x"', b'{"prompt": "\\ud83d"}', b"\xff\xfe"])
 def test_a_body_that_is_no_question_is_refused(client: TestClient, body: bytes) -> None:
     answer = client.post("/api/trace", content=body, headers={"content-type": "application/json"})

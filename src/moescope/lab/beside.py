@@ -10,6 +10,8 @@ import torch
 from moescope.catalog import count_parameters
 from moescope.engine.cache import Cache
 from moescope.engine.engine import Engine
+from moescope.model.balancing import chosen_experts
+from moescope.scope.recording import TraceRecorder
 from moescope.scope.steps import read
 from moescope.scope.trace import Candidate
 
@@ -67,6 +69,27 @@ def beside(engines: dict[str, Engine], ids: Sequence[int]) -> list[Contestant]:
         _contestant(name, engine, ids, taken)
         for (name, engine), taken in zip(engines.items(), milliseconds, strict=True)
     ]
+
+
+@torch.inference_mode()
+def expert_loads(engine: Engine, ids: Sequence[int]) -> dict[int, list[float]]:
+    """Share of a text's routed slots that each expert serves, by layer; no experts, no layers.
+
+    Args:
+        engine: of the model that reads it.
+        ids: a text.
+
+    Raises:
+        UserError: the ids are no text for the model.
+    """
+    engine.check(ids)
+    recorder = TraceRecorder()
+    engine.model(torch.tensor([list(ids)], device=engine.device), recorder=recorder)
+    loads: dict[int, list[float]] = {}
+    for layer_idx, routing in recorder.routings.items():
+        counts = chosen_experts(routing.topk_ids, routing.scores.shape[-1]).sum(dim=0)  # (experts,)
+        loads[layer_idx] = (counts / counts.sum().clamp(min=1)).tolist()
+    return loads
 
 
 def _contestant(name: str, engine: Engine, ids: Sequence[int], milliseconds: float) -> Contestant:

@@ -19,7 +19,7 @@ from moescope.model.moe import MoE
 from moescope.model.recorder import Recorder
 from moescope.model.steering import SteeredRouter, Steering, moe_layers
 from moescope.scope.recording import TraceRecorder, chosen
-from moescope.scope.steps import spell
+from moescope.scope.steps import TokenStep, describe, spell
 from moescope.scope.trace import Candidate
 
 CANDIDATES = 40
@@ -171,6 +171,10 @@ class Reading:
         self.model(self._input_ids, recorder=self._seen)
 
     # --- questions --------------------------------------------------------------------------------
+
+    def steps(self) -> list[TokenStep]:
+        """Describe all tokens, as `steps.read` does."""
+        return describe(self.model, self.tokenizer, self._seen, self.ids)
 
     @torch.inference_mode()
     def token(self, index: int, layer_idx: int, params: SamplingParams) -> TokenDetail:

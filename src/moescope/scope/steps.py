@@ -123,7 +123,15 @@ def read(engine: Engine, ids: Sequence[int]) -> list[TokenStep]:
     """Describe all tokens of a text at once, as `stream` yields those of a prompt."""
     recorder = TraceRecorder()
     engine.model(torch.tensor([list(ids)], device=engine.device), recorder=recorder)
-    return Describer(engine.model, engine.tokenizer, len(ids))(recorder, ids)
+    return describe(engine.model, engine.tokenizer, recorder, ids)
+
+
+@torch.inference_mode()
+def describe(
+    model: CausalLM, tokenizer: Tokenizer, recorder: TraceRecorder, ids: Sequence[int]
+) -> list[TokenStep]:
+    """Describe all tokens of a text that the recorder has seen in one pass."""
+    return Describer(model, tokenizer, len(ids))(recorder, ids)
 
 
 class Describer:

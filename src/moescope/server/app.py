@@ -32,6 +32,10 @@ from moescope.server.studio import NotThere, Studio
 
 MOST_BYTES = 4_000_000
 """Bytes of a request; more than MAX_TEXT characters and a context of ids take."""
+PREFER_OK = "status=200"
+"""The `Prefer` header with which a mistake is answered under status 200, told by its `type` alone:
+browsers note every other status in their console, as if the page were broken.
+"""
 SECONDS_BETWEEN_LOOKS = 0.5
 """How often a running training's metrics are looked at."""
 
@@ -60,6 +64,7 @@ def create_app(studio: Studio) -> Starlette:
         "/api/expert": studio.expert,
         "/api/specialization": studio.specialization,
         "/api/dense": studio.dense,
+        "/api/unbalanced": studio.unbalanced,
         "/api/training": studio.training,
     }
 
@@ -118,10 +123,13 @@ class OwnHostOnly:
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
         if scope["type"] == "http":
-            host = Request(scope).url.hostname or ""
+            request = Request(scope)
+            host = request.url.hostname or ""
             if host.lower() not in self._names and not _is_address(host):
                 refusal = _error(
-                    400, f"this server does not answer to the name {host!r}; use its address"
+                    request,
+                    400,
+                    f"this server does not answer to the name {host!r}; use its address",
                 )
                 await refusal(scope, receive, send)
                 return
@@ -215,28 +223,30 @@ async def _follow(run: Path) -> AsyncIterator[Message | None]:
 # --- mistakes -------------------------------------------------------------------------------------
 
 
-def _error(status: int, message: str) -> Response:
+def _error(request: Request, status: int, message: str) -> Response:
+    if request.headers.get("prefer") == PREFER_OK:
+        status = 200
     return JSONResponse(schema.ErrorEvent(message=message).model_dump(), status_code=status)
 
 
-async def _mistake(_request: Request, error: Exception) -> Response:
+async def _mistake(request: Request, error: Exception) -> Response:
     status = 404 if isinstance(error, NotThere) else 413 if isinstance(error, TooMuch) else 400
-    return _error(status, str(error))
+    return _error(request, status, str(error))
 
 
-async def _refused(_request: Request, error: Exception) -> Response:
+async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error(error.status_code, error.detail)
+    return _error(request, error.status_code, error.detail)
 
 
 async def _unknown(request: Request) -> Response:
     path = request.url.path
     if any(path == endpoint.path for endpoint in ENDPOINTS):
-        return _error(405, f"{path} is not asked by {request.method}")
-    return _error(404, f"there is no {path} here")
+        return _error(request, 405, f"{path} is not asked by {request.method}")
+    return _error(request, 404, f"there is no {path} here")
 
 
-async def _failure(_request: Request, error: Exception) -> Response:
+async def _failure(request: Request, error: Exception) -> Response:
     return _error(
-        500, f"the server failed at this ({type(error).__name__}); its terminal says more"
+        request, 500, f"the server failed at this ({type(error).__name__}); its terminal says more"
     )

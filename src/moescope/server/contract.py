@@ -54,6 +54,12 @@ ENDPOINTS = (
     Endpoint(
         "/api/dense", "The dense twin on the same text", (schema.DenseAnswer,), schema.DenseRequest
     ),
+    Endpoint(
+        "/api/unbalanced",
+        "A copy trained without balancing on the same text",
+        (schema.UnbalancedAnswer,),
+        schema.UnbalancedRequest,
+    ),
     Endpoint("/api/training", "The history of the training", (schema.TrainingAnswer,)),
     Endpoint(
         "/api/training/live",
@@ -95,7 +101,10 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
                 },
             },
             "4XX": {
-                "description": "What the reader can mend, in one sentence",
+                "description": (
+                    "What the reader can mend, in one sentence; status 200 where the request says "
+                    "`Prefer: status=200`"
+                ),
                 "content": {"application/json": {"schema": _reference(schema.ErrorEvent)}},
             },
         },

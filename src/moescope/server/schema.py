@@ -109,6 +109,20 @@ class Example(Message):
     text: str
 
 
+class CompanionInfo(Message):
+    """A model that can be shown beside the page's own.
+
+    Attributes:
+        role: `dense`, a twin without routed experts; `unbalanced`, a copy trained without
+            balancing.
+        problem: why it cannot be opened, in a sentence; None where nothing speaks against it.
+    """
+
+    name: str
+    role: Literal["dense", "unbalanced"]
+    problem: str | None
+
+
 class ModelInfo(Message):
     """What the page needs to know before anything is typed.
 
@@ -118,7 +132,7 @@ class ModelInfo(Message):
         scoring_func, topk_method: DeepSeek's names of the router's rule.
         context: tokens at most.
         reference: DeepSeek-R1's parameters, to scale.
-        companions: models that can be shown beside this one.
+        companions: models that can be shown beside this one, at most one of each role.
         has_specialization: whether `/api/specialization` answers.
         has_training: whether `/api/training` answers.
         watching: whether `/api/training/live` follows a training that runs now.
@@ -137,7 +151,7 @@ class ModelInfo(Message):
     parameters: ParameterInfo
     cache: CacheInfo
     reference: ParameterInfo
-    companions: list[str]
+    companions: list[CompanionInfo]
     has_specialization: bool
     has_training: bool
     watching: bool
@@ -445,6 +459,33 @@ class DenseAnswer(Message):
     """The mixture first, then its twin."""
 
     contestants: list[Contestant]
+
+
+# --- POST /api/unbalanced: a copy trained without balancing beside it -----------------------------
+
+
+class UnbalancedRequest(DenseRequest):
+    """A text for the copy to read."""
+
+
+class UnbalancedAnswer(Message):
+    """How a copy that was trained without balancing spreads a text over its experts.
+
+    Attributes:
+        steps, own_steps: steps of its training and of this model's; None where none was kept.
+        layers: indices of the mixture-of-experts layers.
+        load: `[layer position][expert]`: share of the text's routed slots.
+        domains: kinds of text that were measured of it before; empty where none was.
+        domain_load: `[domain][layer position][expert]`: the same shares, on held-out text.
+    """
+
+    name: str
+    steps: int | None
+    own_steps: int | None
+    layers: list[int]
+    load: list[list[float]]
+    domains: list[str]
+    domain_load: list[list[list[float]]]
 
 
 # --- GET /api/training and /api/training/live (server-sent events) -------------------------------

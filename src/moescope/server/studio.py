@@ -1,7 +1,7 @@
 """Answers what the page asks, with one model: messages in, messages out, nothing of HTTP."""
 
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
@@ -11,15 +11,15 @@ from moescope.catalog import catalog, count_parameters
 from moescope.config import ModelConfig
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
-from moescope.lab.beside import beside
+from moescope.lab.beside import beside, expert_loads
 from moescope.scope.detail import Reading
 from moescope.scope.history import FILE as HISTORY_FILE
 from moescope.scope.history import METRICS, History, history_of
 from moescope.scope.specialization import Specialization
-from moescope.scope.steps import End, read, stream
+from moescope.scope.steps import End, stream
 from moescope.server import schema
+from moescope.server.companions import Companion, Role, find_companions
 from moescope.server.examples import examples
-from moescope.tokenizer import Tokenizer
 
 REFERENCE = "deepseek-r1"
 KEPT = 8
@@ -39,7 +39,7 @@ class Studio:
 
     Attributes:
         model: the one that the page shows.
-        companions: folders of models of the same vocabulary, by name; loaded when first asked.
+        companions: models of the same vocabulary, one of each role; loaded when first asked.
         folder: where the model lies, with what was measured of it; None for one made in memory.
         watching: folder of a training that runs now.
     """
@@ -48,14 +48,15 @@ class Studio:
         self,
         model: Model,
         *,
-        companions: Mapping[str, Path] | None = None,
+        companions: Sequence[Companion] = (),
         folder: Path | None = None,
         watching: Path | None = None,
     ) -> None:
-        self.model, self.companions = model, dict(companions or {})
+        self.model, self.companions = model, list(companions)
         self.folder, self.watching = folder, watching
         self._steered: _Kept[str, Model] = _Kept(KEPT)
         self._readings: _Kept[tuple[str, tuple[int, ...]], Reading] = _Kept(KEPT)
+        self._beside: dict[str, Model] = {}
 
     @classmethod
     def open(
@@ -79,13 +80,7 @@ class Studio:
         """
         folder = locate(name_or_path).resolve()
         model = load(name_or_path, backend=backend, quantize=quantize)
-        companions = {
-            path.name: path
-            for path in sorted(folder.parent.glob(f"{folder.name}-*"))
-            if (path / "config.json").is_file()
-            and (path / "tokenizer.json").is_file()
-            and Tokenizer.load(path).hash == model.tokenizer.hash
-        }
+        companions = find_companions(folder, model.config, model.tokenizer)
         return cls(model, companions=companions, folder=folder, watching=watching)
 
     # --- the model ------------------------------------------------------------------------------
@@ -108,7 +103,7 @@ class Studio:
             parameters=_parameters(config),
             cache=_cache(config),
             reference=_parameters(catalog()[REFERENCE].config),
-            companions=list(self.companions),
+            companions=[schema.CompanionInfo.model_validate(c) for c in self.companions],
             has_specialization=self._specialization is not None,
             has_training=self._has_training,
             watching=self.watching is not None,
@@ -140,7 +135,7 @@ class Studio:
 
     def trace(self, request: schema.TextRequest) -> schema.TraceAnswer:
         """All tokens of a text at once; raises as `generate`."""
-        steps = read(self._steer(request.steering).engine, self._ids(request))
+        steps = self._reading(request).steps()
         return schema.TraceAnswer(steps=[schema.TokenStep.model_validate(s) for s in steps])
 
     def token(self, request: schema.TokenRequest) -> schema.TokenDetail:
@@ -175,12 +170,30 @@ class Studio:
         Raises:
             UserError: there is no such twin, or as for `generate`.
         """
-        if self._twin is None:
-            raise NotThere(f"there is no dense twin beside {self.model.name}")
-        engines = {model.name: model.engine for model in (self.model, self._twin)}
+        twin = self._open(self._companion("dense", "dense twin"))
+        engines = {model.name: model.engine for model in (self.model, twin)}
         contestants = beside(engines, self._ids(request))
         return schema.DenseAnswer(
             contestants=[schema.Contestant.model_validate(c) for c in contestants]
+        )
+
+    def unbalanced(self, request: schema.UnbalancedRequest) -> schema.UnbalancedAnswer:
+        """How the copy that was trained without balancing spreads a text over its experts.
+
+        Raises:
+            UserError: there is no such copy, or as for `generate`.
+        """
+        copy = self._companion("unbalanced", "copy trained without balancing")
+        loads = expert_loads(self._open(copy).engine, self._ids(request))
+        measured = _specialization(copy.folder)
+        return schema.UnbalancedAnswer(
+            name=copy.name,
+            steps=_training_steps(copy.folder),
+            own_steps=_training_steps(self.folder),
+            layers=list(loads),
+            load=list(loads.values()),
+            domains=measured.domains if measured else [],
+            domain_load=measured.load if measured else [],
         )
 
     # --- what was measured before ---------------------------------------------------------------
@@ -212,39 +225,35 @@ class Studio:
         """
         if self.watching is not None:
             history = history_of(self.watching)
-        elif self.folder is not None and (self.folder / HISTORY_FILE).is_file():
-            history = History.from_file(self.folder / HISTORY_FILE)
-        elif self.folder is not None and (self.folder / METRICS).is_file():
-            history = history_of(self.folder)
         else:
-            raise NotThere(f"the history of the training of {self.model.name} was not kept")
+            found = _history(self.folder)
+            if found is None:
+                raise NotThere(f"the history of the training of {self.model.name} was not kept")
+            history = found
         return schema.TrainingAnswer.model_validate(history)
 
-    @cached_property
-    def _twin(self) -> Model | None:
-        """The first companion without routed experts."""
-        for name, folder in self.companions.items():
-            if ModelConfig.from_file(folder / "config.json").n_routed_experts is None:
-                twin = load(folder)
-                twin.name = name
-                return twin
-        return None
+    def _companion(self, role: Role, noun: str) -> Companion:
+        for companion in self.companions:
+            if companion.role == role:
+                if companion.problem:
+                    raise NotThere(f"the {noun} cannot be opened: {companion.problem}")
+                return companion
+        raise NotThere(f"there is no {noun} beside {self.model.name}")
+
+    def _open(self, companion: Companion) -> Model:
+        if companion.name not in self._beside:
+            model = load(companion.folder)
+            model.name = companion.name
+            self._beside[companion.name] = model
+        return self._beside[companion.name]
 
     @property
     def _has_training(self) -> bool:
-        kept = self.folder is not None and (
-            (self.folder / HISTORY_FILE).is_file() or (self.folder / METRICS).is_file()
-        )
-        return kept or self.watching is not None
+        return self.watching is not None or _history_file(self.folder) is not None
 
     @cached_property
     def _specialization(self) -> Specialization | None:
-        if self.folder is None:
-            return None
-        try:
-            return Specialization.from_file(self.folder / "specialization.json")
-        except UserError:
-            return None  # not there, or a training's own measure of itself
+        return None if self.folder is None else _specialization(self.folder)
 
     # --- what is kept -----------------------------------------------------------------------------
 
@@ -295,6 +304,38 @@ class _Kept(Generic[Key, Value]):
                 self._values.popitem(last=False)
         self._values.move_to_end(key)
         return self._values[key]
+
+
+def _specialization(folder: Path) -> Specialization | None:
+    """What was measured of a model; None where nothing was."""
+    try:
+        return Specialization.from_file(folder / "specialization.json")
+    except UserError:
+        return None  # not there, or a training's own measure of itself
+
+
+def _history_file(folder: Path | None) -> Path | None:
+    """Where the history of a model's training lies: packed with it, or as it was written."""
+    if folder is None:
+        return None
+    files = (folder / HISTORY_FILE, folder / METRICS)
+    return next((file for file in files if file.is_file()), None)
+
+
+def _history(folder: Path | None) -> History | None:
+    file = _history_file(folder)
+    if file is None:
+        return None
+    return History.from_file(file) if file.name == HISTORY_FILE else history_of(file.parent)
+
+
+def _training_steps(folder: Path | None) -> int | None:
+    """Steps of a model's training; None where its history was not kept."""
+    try:
+        history = _history(folder)
+    except UserError:
+        return None
+    return None if history is None else history.rows[-1].step
 
 
 def _params(asked: schema.SamplingRequest, max_tokens: int = 1) -> SamplingParams:

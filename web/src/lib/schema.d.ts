@@ -30,7 +30,7 @@ export interface paths {
                         "application/json": components["schemas"]["ModelInfo"];
                     };
                 };
-                /** @description What the reader can mend, in one sentence */
+                /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
                 "4XX": {
                     headers: {
                         [name: string]: unknown;
@@ -81,7 +81,7 @@ export interface paths {
                         "text/event-stream": components["schemas"]["TokenEvent"] | components["schemas"]["EndEvent"] | components["schemas"]["ErrorEvent"];
                     };
                 };
-                /** @description What the reader can mend, in one sentence */
+                /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
                 "4XX": {
                     headers: {
                         [name: string]: unknown;
@@ -130,7 +130,7 @@ export interface paths {
                         "application/json": components["schemas"]["TraceAnswer"];
                     };
                 };
-                /** @description What the reader can mend, in one sentence */
+                /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
                 "4XX": {
                     headers: {
                         [name: string]: unknown;
@@ -179,7 +179,7 @@ export interface paths {
                         "application/json": components["schemas"]["TokenDetail"];
                     };
                 };
-                /** @description What the reader can mend, in one sentence */
+                /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
                 "4XX": {
                     headers: {
                         [name: string]: unknown;
@@ -228,7 +228,7 @@ export interface paths {
                         "application/json": components["schemas"]["ExpertDetail"];
                     };
                 };
-                /** @description What the reader can mend, in one sentence */
+                /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
                 "4XX": {
                     headers: {
                         [name: string]: unknown;
@@ -271,7 +271,7 @@ export interface paths {
                         "application/json": components["schemas"]["SpecializationAnswer"];
                     };
                 };
-                /** @description What the reader can mend, in one sentence */
+                /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
                 "4XX": {
                     headers: {
                         [name: string]: unknown;
@@ -322,7 +322,56 @@ export interface paths {
                         "application/json": components["schemas"]["DenseAnswer"];
                     };
                 };
-                /** @description What the reader can mend, in one sentence */
+                /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
+                "4XX": {
+                    headers: {
+                        [name: string]: unknown;
+                    };
+                    content: {
+                        "application/json": components["schemas"]["ErrorEvent"];
+                    };
+                };
+            };
+        };
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/unbalanced": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** A copy trained without balancing on the same text */
+        post: {
+            parameters: {
+                query?: never;
+                header?: never;
+                path?: never;
+                cookie?: never;
+            };
+            requestBody: {
+                content: {
+                    "application/json": components["schemas"]["UnbalancedRequest"];
+                };
+            };
+            responses: {
+                /** @description The answer */
+                200: {
+                    headers: {
+                        [name: string]: unknown;
+                    };
+                    content: {
+                        "application/json": components["schemas"]["UnbalancedAnswer"];
+                    };
+                };
+                /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
                 "4XX": {
                     headers: {
                         [name: string]: unknown;
@@ -365,7 +414,7 @@ export interface paths {
                         "application/json": components["schemas"]["TrainingAnswer"];
                     };
                 };
-                /** @description What the reader can mend, in one sentence */
+                /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
                 "4XX": {
                     headers: {
                         [name: string]: unknown;
@@ -410,7 +459,7 @@ export interface paths {
                         "text/event-stream": components["schemas"]["TrainingEvent"] | components["schemas"]["ErrorEvent"];
                     };
                 };
-                /** @description What the reader can mend, in one sentence */
+                /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
                 "4XX": {
                     headers: {
                         [name: string]: unknown;
@@ -468,6 +517,26 @@ export interface components {
             text: string;
             /** Probability */
             probability: number;
+        };
+        /**
+         * CompanionInfo
+         * @description A model that can be shown beside the page's own.
+         *
+         *     Attributes:
+         *         role: `dense`, a twin without routed experts; `unbalanced`, a copy trained without
+         *             balancing.
+         *         problem: why it cannot be opened, in a sentence; None where nothing speaks against it.
+         */
+        CompanionInfo: {
+            /** Name */
+            name: string;
+            /**
+             * Role
+             * @enum {string}
+             */
+            role: "dense" | "unbalanced";
+            /** Problem */
+            problem: string | null;
         };
         /**
          * Contestant
@@ -788,7 +857,7 @@ export interface components {
          *         scoring_func, topk_method: DeepSeek's names of the router's rule.
          *         context: tokens at most.
          *         reference: DeepSeek-R1's parameters, to scale.
-         *         companions: models that can be shown beside this one.
+         *         companions: models that can be shown beside this one, at most one of each role.
          *         has_specialization: whether `/api/specialization` answers.
          *         has_training: whether `/api/training` answers.
          *         watching: whether `/api/training/live` follows a training that runs now.
@@ -818,7 +887,7 @@ export interface components {
             cache: components["schemas"]["CacheInfo"];
             reference: components["schemas"]["ParameterInfo"];
             /** Companions */
-            companions: string[];
+            companions: components["schemas"]["CompanionInfo"][];
             /** Has Specialization */
             has_specialization: boolean;
             /** Has Training */
@@ -1238,6 +1307,49 @@ export interface components {
             lift: number;
             /** Context */
             context: string;
+        };
+        /**
+         * UnbalancedAnswer
+         * @description How a copy that was trained without balancing spreads a text over its experts.
+         *
+         *     Attributes:
+         *         steps, own_steps: steps of its training and of this model's; None where none was kept.
+         *         layers: indices of the mixture-of-experts layers.
+         *         load: `[layer position][expert]`: share of the text's routed slots.
+         *         domains: kinds of text that were measured of it before; empty where none was.
+         *         domain_load: `[domain][layer position][expert]`: the same shares, on held-out text.
+         */
+        UnbalancedAnswer: {
+            /** Name */
+            name: string;
+            /** Steps */
+            steps: number | null;
+            /** Own Steps */
+            own_steps: number | null;
+            /** Layers */
+            layers: number[];
+            /** Load */
+            load: number[][];
+            /** Domains */
+            domains: string[];
+            /** Domain Load */
+            domain_load: number[][][];
+        };
+        /**
+         * UnbalancedRequest
+         * @description A text for the copy to read.
+         */
+        UnbalancedRequest: {
+            /**
+             * Prompt
+             * @default
+             */
+            prompt: string;
+            /**
+             * Ids
+             * @default null
+             */
+            ids: number[] | null;
         };
     };
     responses: never;
