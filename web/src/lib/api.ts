@@ -3,6 +3,7 @@ import { t } from './i18n.svelte';
 import type {
   DenseAnswer,
   DenseRequest,
+  ErrorEvent,
   ExpertDetail,
   ExpertRequest,
   GenerateEvent,
@@ -15,6 +16,8 @@ import type {
   TraceAnswer,
   TrainingAnswer,
   TrainingEvent,
+  UnbalancedAnswer,
+  UnbalancedRequest,
 } from './types';
 
 /** Characters of a prompt that the server takes (`MAX_TEXT` in server/schema.py). */
@@ -22,6 +25,21 @@ export const MAX_TEXT = 20_000;
 
 /** A failure as one sentence for the reader. */
 export class ApiError extends Error {}
+
+/** Whether the last question found no server. */
+let gone = false;
+
+/**
+ * Let questions go out again, because the reader asks for something.
+ *
+ * A browser notes every refused connection in its console. Once the server is gone, what the page
+ * would ask by itself is answered here; only what the reader does knocks at its door again.
+ */
+export function knock(): void {
+  gone = false;
+}
+
+export const serverGone = () => gone;
 
 type Partially<T extends object, K extends keyof T> = Omit<T, K> & Partial<Pick<T, K>>;
 type Text = 'prompt' | 'ids' | 'steering';
@@ -44,6 +62,9 @@ export const expert = (request: Partially<ExpertRequest, Text>, signal?: AbortSi
 
 export const dense = (request: Partial<DenseRequest>, signal?: AbortSignal) =>
   post<DenseAnswer>('api/dense', request, signal);
+
+export const unbalanced = (request: Partial<UnbalancedRequest>, signal?: AbortSignal) =>
+  post<UnbalancedAnswer>('api/unbalanced', request, signal);
 
 /** Stream a continuation; resolves when the stream has ended. */
 export async function generate(
@@ -68,44 +89,52 @@ export function isAbort(error: unknown): boolean {
 }
 
 async function get<T>(path: string, signal?: AbortSignal): Promise<T> {
-  return (await send(path, signal)).json() as Promise<T>;
+  return answerOf<T>(await send(path, signal));
 }
 
 async function post<T>(path: string, body: object, signal?: AbortSignal): Promise<T> {
-  return (await send(path, signal, body)).json() as Promise<T>;
+  return answerOf<T>(await send(path, signal, body));
 }
 
 async function send(path: string, signal?: AbortSignal, body?: object): Promise<Response> {
+  if (gone) throw new ApiError(t('common.serverGone'));
   let response: Response;
   try {
     response = await fetch(path, {
       ...(signal && { signal }),
-      ...(body && {
-        method: 'POST',
-        headers: { 'Content-Type': 'application/json' },
-        body: JSON.stringify(body),
-      }),
+      ...(body && { method: 'POST', body: JSON.stringify(body) }),
+      // A mistake that the reader can mend is an answer, not a fault of the page.
+      headers: { Prefer: 'status=200', ...(body && { 'Content-Type': 'application/json' }) },
     });
+  } catch (error) {
+    if (isAbort(error)) throw error;
+    gone = true;
+    throw new ApiError(t('common.serverGone'));
+  }
+  // Not the server's own words (a proxy's page, say): the status has to do.
+  if (!response.ok) throw new ApiError(t('common.serverStatus', { status: response.status }));
+  return response;
+}
+
+async function answerOf<T>(response: Response): Promise<T> {
+  let answer: T | ErrorEvent;
+  try {
+    answer = (await response.json()) as T | ErrorEvent;
   } catch (error) {
     if (isAbort(error)) throw error;
     throw new ApiError(t('common.serverGone'));
   }
-  if (!response.ok) throw new ApiError(await messageOf(response));
-  return response;
+  if (isMistake(answer)) throw new ApiError(answer.message);
+  return answer as T;
 }
 
-async function messageOf(response: Response): Promise<string> {
-  try {
-    const { message } = (await response.json()) as { message?: unknown };
-    if (typeof message === 'string') return message;
-  } catch {
-    // Not the server's own words (a proxy's page, say): the status has to do.
-  }
-  return t('common.serverStatus', { status: response.status });
-}
+const isMistake = (answer: unknown): answer is ErrorEvent =>
+  (answer as Partial<ErrorEvent> | null)?.type === 'error';
 
 /** Parse server-sent events: `data:` lines, one JSON document an event, parted by blank lines. */
 async function stream<T>(response: Response, onEvent: (event: T) => void): Promise<void> {
+  const kind = response.headers.get('Content-Type') ?? '';
+  if (!kind.startsWith('text/event-stream')) return void (await answerOf(response));
   const reader = response.body!.pipeThrough(new TextDecoderStream()).getReader();
   let rest = '';
   for (;;) {

@@ -27,6 +27,13 @@ export function heat(value: number, dark: boolean): string {
     : oklch(0.965 - 0.56 * x, 0.008 + 0.17 * x ** 0.7, 266);
 }
 
+/**
+ * Place of a load on that scale, of which `most` is the end. The root leaves room below an even
+ * share, where most experts are, however busy the busiest is.
+ */
+export const heatOf = (load: number, most: number): number =>
+  Math.sqrt(Math.min(1, Math.max(0, load / most)));
+
 /** Diverging scale, -1 (blue) over 0 (ground) to 1 (orange). */
 export function diverging(value: number, dark: boolean): string {
   const x = Math.min(1, Math.max(-1, value));

@@ -1,6 +1,10 @@
 /** What the reader has not changed. */
 import type { SamplingRequest, SteeringRequest } from './types';
 
+export const MAX_TOKENS = 32;
+/** Tokens that the reader may ask for at once. */
+export const MOST_TOKENS = 128;
+
 export const NO_STEERING: SteeringRequest = {
   num_experts_per_tok: null,
   rule: null,

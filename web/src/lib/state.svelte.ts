@@ -1,9 +1,10 @@
 /** The page's one state: what was typed, what the model answered, and what the reader chose. */
-import { getContext, setContext } from 'svelte';
-import { ApiError, generate, getModel, isAbort, MAX_TEXT, token, trace } from './api';
-import { GREEDY, NO_STEERING } from './defaults';
+import { getContext, setContext, untrack } from 'svelte';
+import { ApiError, generate, getModel, isAbort, knock, MAX_TEXT, serverGone, token, trace } from './api';
+import { GREEDY, MAX_TOKENS, NO_STEERING } from './defaults';
 import { i18n, t, type Language } from './i18n.svelte';
 import type {
+  CompanionInfo,
   EndEvent,
   ExpertId,
   GenerateRequest,
@@ -14,15 +15,17 @@ import type {
   TokenStep,
 } from './types';
 import { Latest } from './latest';
-import { readUrl, writeUrl, type UrlState } from './url';
+import { readUrl, writeUrl, type Local, type LocalName, type Theme, type UrlState } from './url';
 
 export type Status = 'idle' | 'loading' | 'playing' | 'paused' | 'ended' | 'error';
-export type Theme = 'auto' | 'light' | 'dark';
+export type { Theme };
 
 /** Milliseconds between two tokens while playing: the model is faster than the eye. */
 const PACE = { prompt: 25, made: 110 };
-/** Milliseconds without a further change before the server is asked for details. */
-const SETTLED = 30;
+/** Milliseconds without a further change before all tokens are traced again. */
+const SETTLED = 60;
+/** Details without steering that are kept to compare with. */
+const KEPT = 8;
 
 const darkQuery = matchMedia('(prefers-color-scheme: dark)');
 
@@ -43,7 +46,7 @@ export class AppState {
 
   steering: SteeringRequest = $state.raw(NO_STEERING);
   sampling: SamplingRequest = $state.raw(GREEDY);
-  maxTokens: number = $state(32);
+  maxTokens: number = $state(MAX_TOKENS);
   guessFirst: boolean = $state(false);
   /** The token that the reader bet on in "guess first"; null until then. */
   bet: number | null = $state(null);
@@ -55,16 +58,30 @@ export class AppState {
 
   /** Stations that the reader folded. */
   folded: string[] = $state.raw([]);
+  /** What single stations are set to; it stands in the address, too. */
+  local: Local = $state.raw({});
 
+  /** Counts the server's returns; effects that read it ask again for what they missed. */
+  returns: number = $state(0);
   #prefersDark: boolean = $state(darkQuery.matches);
   /** The text that `steps` began with; differs from `prompt` while the reader edits. */
   #shownPrompt: string | null = null;
+  /** The steering that `steps` were computed under. */
+  #traced: SteeringRequest = NO_STEERING;
   #run: AbortController | null = null;
   #details = new Latest();
   #baselines = new Latest();
   #traces = new Latest();
+  /** Details of the model as it is, by what was asked. */
+  #plain = new Map<string, TokenDetail>();
+  #lastIds: number[] = [];
 
-  ids: number[] = $derived(this.steps.map((step) => step.id));
+  /** The same array as long as the tokens are the same, whatever else is known of them. */
+  ids: number[] = $derived.by(() => {
+    const ids = this.steps.map((step) => step.id);
+    const same = ids.length === this.#lastIds.length && ids.every((id, i) => id === this.#lastIds[i]);
+    return same ? this.#lastIds : (this.#lastIds = ids);
+  });
   /** The selected token. */
   current: TokenStep | null = $derived(this.steps[this.selected] ?? null);
   /** The model's name without the folders that lead to it. */
@@ -80,7 +97,7 @@ export class AppState {
       this.moeLayers[0] ?? 0,
     ),
   );
-  steered: boolean = $derived(JSON.stringify(this.steering) !== JSON.stringify(NO_STEERING));
+  steered: boolean = $derived(isSteered(this.steering));
   dark: boolean = $derived(this.theme === 'auto' ? this.#prefersDark : this.theme === 'dark');
   /** Whether the guesses at what follows the selected token are to stay covered. */
   covered: boolean = $derived(
@@ -103,6 +120,7 @@ export class AppState {
     });
     $effect(() => this.#fetchDetail());
     $effect(() => this.#fetchBaseline());
+    $effect(() => this.#followSteering());
     $effect(() => this.#writeUrl());
   }
 
@@ -110,15 +128,31 @@ export class AppState {
 
   /** Ask for the model and show what the address says, or an example. */
   async start(): Promise<void> {
+    knock();
     this.status = 'loading';
     this.error = null;
     const wanted = this.fromUrl();
     await this.#guard(async () => {
       this.model = await getModel();
       this.setLayer(wanted.layer ?? this.moeLayers[Math.floor(this.moeLayers.length / 2)] ?? 0);
+      this.selectedExpert = wanted.expert ?? null;
       this.prompt ||= this.#firstExample();
       await this.#show(this.prompt, wanted.ids, wanted.promptTokens);
       this.select(wanted.selected ?? this.steps.length - 1);
+    });
+  }
+
+  /** After a failure: see whether the server is back, and ask for what was missed. */
+  async retry(): Promise<void> {
+    if (!this.model || this.steps.length === 0) return this.start();
+    const gone = serverGone();
+    knock();
+    this.error = null;
+    if (this.status === 'error') this.status = 'paused';
+    if (!gone) return;
+    await this.#guard(async () => {
+      await getModel();
+      this.returns += 1;
     });
   }
 
@@ -193,7 +227,7 @@ export class AppState {
   /** Change the router; the text's tokens stay, what they meet is computed again. */
   setSteering(change: Partial<SteeringRequest>): void {
     this.steering = { ...this.steering, ...change };
-    void this.#traces.ask(() => this.#retrace());
+    this.pause();
   }
 
   clearSteering(): void {
@@ -202,6 +236,22 @@ export class AppState {
 
   setSampling(change: Partial<SamplingRequest>): void {
     this.sampling = { ...this.sampling, ...change };
+  }
+
+  /** The model beside this one in a role; null where there is none. */
+  companion(role: CompanionInfo['role']): CompanionInfo | null {
+    return this.model?.companions.find((companion) => companion.role === role) ?? null;
+  }
+
+  /** Set what a station alone cares about; null is as it was at first. */
+  keep(name: LocalName, value: string | number | null): void {
+    this.local = { ...this.local, [name]: value === null ? undefined : String(value) };
+  }
+
+  /** The whole number that a station was set to; null where it was set to none that makes sense. */
+  kept(name: LocalName, least: number, most = Infinity): number | null {
+    const value = Number(this.local[name] ?? NaN);
+    return Number.isInteger(value) && value >= least && value <= most ? value : null;
   }
 
   fold(station: string, folded: boolean): void {
@@ -226,6 +276,12 @@ export class AppState {
       promptTokens: this.promptTokens,
       selected: this.selected,
       layer: this.layer,
+      expert: this.selectedExpert ?? undefined,
+      maxTokens: this.maxTokens,
+      folded: this.folded,
+      theme: this.theme,
+      guessFirst: this.guessFirst,
+      local: this.local,
       steering: this.steering,
       sampling: this.sampling,
       language: this.language,
@@ -239,6 +295,11 @@ export class AppState {
     if (wanted.prompt) this.prompt = wanted.prompt;
     this.steering = wanted.steering;
     this.sampling = wanted.sampling;
+    this.maxTokens = wanted.maxTokens ?? MAX_TOKENS;
+    this.folded = wanted.folded;
+    this.theme = wanted.theme ?? 'auto';
+    this.guessFirst = wanted.guessFirst;
+    this.local = wanted.local;
     return wanted;
   }
 
@@ -249,8 +310,10 @@ export class AppState {
     if (!ids) this.#checkPrompt();
     const run = this.#newRun();
     this.status = 'loading';
+    const { steering } = this;
     const text = ids ? { ids } : { prompt: prompt.toWellFormed() };
-    const { steps } = await trace({ ...text, steering: this.steering }, run.signal);
+    const { steps } = await trace({ ...text, steering }, run.signal);
+    this.#traced = steering;
     this.#shownPrompt = prompt;
     this.promptTokens = promptTokens ?? steps.length;
     this.steps = steps.map((step) => ({ ...step, in_prompt: step.index < this.promptTokens }));
@@ -262,7 +325,9 @@ export class AppState {
     await this.#guard(async () => {
       const fresh = this.steps.length === 0 || this.prompt !== this.#shownPrompt;
       if (fresh) this.#checkPrompt();
+      else if (this.steering !== this.#traced) await this.#retrace();
       const run = this.#newRun();
+      this.#traced = this.steering;
       this.status = 'playing';
       this.endEvent = null;
       this.select(this.steps.length - 1);
@@ -334,14 +399,22 @@ export class AppState {
 
   /** The same tokens under the steering of now. */
   async #retrace(): Promise<void> {
-    if (this.steps.length === 0) return;
-    this.pause();
-    await this.#guard(async () => {
-      const { ids, promptTokens, steering } = this;
-      const run = this.#newRun();
-      const { steps } = await trace({ ids, steering }, run.signal);
-      this.steps = steps.map((step) => ({ ...step, in_prompt: step.index < promptTokens }));
-    });
+    const { ids, promptTokens, steering } = this;
+    const run = this.#newRun();
+    const { steps } = await trace({ ids, steering }, run.signal);
+    this.#traced = steering;
+    this.steps = steps.map((step) => ({ ...step, in_prompt: step.index < promptTokens }));
+  }
+
+  /** Once the steering has settled, all tokens are traced; the selected one's details come first. */
+  #followSteering(): (() => void) | void {
+    const { steering } = this;
+    void this.returns;
+    const overtaken = () => steering === this.#traced || this.steps.length === 0;
+    if (untrack(overtaken)) return;
+    const retrace = () => (overtaken() ? Promise.resolve() : this.#guard(() => this.#retrace()));
+    const timer = setTimeout(() => void this.#traces.ask(retrace), SETTLED);
+    return () => clearTimeout(timer);
   }
 
   #fetchDetail(): (() => void) | void {
@@ -351,39 +424,46 @@ export class AppState {
       this.detail = this.detailAt = null;
       return;
     }
-    return this.#later(this.#details, async () => {
+    return this.#ask(this.#details, async () => {
       const detail = await token({ ...request, steering });
       const { index, layer } = request;
       if (this.ids[index] !== request.ids[index]) return; // meanwhile another text
       this.detail = detail;
       this.detailAt = { index, layer };
+      if (!isSteered(steering)) this.#keepPlain(JSON.stringify(request), detail);
     });
   }
 
   #fetchBaseline(): (() => void) | void {
     const request = this.steered ? this.#detailRequest() : null;
-    if (!request) {
-      this.baseline = null;
+    const key = JSON.stringify(request);
+    const known = this.#plain.get(key) ?? null;
+    if (!request || known) {
+      this.baseline = known;
       return;
     }
-    return this.#later(this.#baselines, async () => {
+    return this.#ask(this.#baselines, async () => {
       const baseline = await token(request);
+      this.#keepPlain(key, baseline);
       if (this.steered) this.baseline = baseline;
     });
   }
 
+  #keepPlain(key: string, detail: TokenDetail): void {
+    this.#plain.set(key, detail);
+    for (const oldest of this.#plain.keys()) if (this.#plain.size > KEPT) this.#plain.delete(oldest);
+  }
+
   #detailRequest() {
     const { ids, selected: index, layer, sampling } = this;
+    void this.returns;
     return this.model && index < ids.length ? { ids, index, layer, sampling } : null;
   }
 
-  /** Ask when things have settled; the answer, given back to `$effect`, calls it off. */
-  #later(queue: Latest, task: () => Promise<void>): () => void {
-    const timer = setTimeout(() => void queue.ask(() => this.#guard(task)), SETTLED);
-    return () => {
-      clearTimeout(timer);
-      queue.drop();
-    };
+  /** Ask at once, or when the last answer is there; the effect's end calls it off. */
+  #ask(queue: Latest, task: () => Promise<void>): () => void {
+    void queue.ask(() => this.#guard(task));
+    return () => queue.drop();
   }
 
   #writeUrl(): (() => void) | void {
@@ -395,8 +475,10 @@ export class AppState {
     return () => clearTimeout(timer);
   }
 
+  /** What the reader asks for; it ends what was asked before. */
   #newRun(): AbortController {
     this.#run?.abort();
+    knock();
     this.error = null;
     return (this.#run = new AbortController());
   }
@@ -425,10 +507,18 @@ export class AppState {
   }
 }
 
+function isSteered(steering: SteeringRequest): boolean {
+  return JSON.stringify(steering) !== JSON.stringify(NO_STEERING);
+}
+
 const CONTEXT = Symbol('app');
 
 export function provideApp(): AppState {
-  return setContext(CONTEXT, new AppState());
+  return setApp(new AppState());
+}
+
+export function setApp(app: AppState): AppState {
+  return setContext(CONTEXT, app);
 }
 
 export function useApp(): AppState {

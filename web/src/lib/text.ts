@@ -5,10 +5,13 @@ const REPLACEMENT = '\ufffd';
 
 /** Spelling of a token: white space made visible where nothing else is, control tokens short. */
 export function shown(text: string): string {
-  const control = /^<｜([^▁｜]*).*｜>$/.exec(text);
-  if (control) return `⟨${control[1]}⟩`;
-  const visible = text.replaceAll('\n', '↵').replaceAll('\t', '⇥');
+  const visible = controlled(text).replaceAll('\n', '↵').replaceAll('\t', '⇥');
   return /^ +$/.test(visible) ? visible.replaceAll(' ', '␣') : visible;
+}
+
+/** Control tokens by their short names: `<｜begin▁of▁sentence｜>` reads `<begin>`. */
+export function controlled(text: string): string {
+  return text.replace(/<｜▁?([^▁｜]*)[^｜]*｜>/g, '<$1>');
 }
 
 /** Spelling of a step; a piece of a character shows its bytes. */
@@ -23,10 +26,12 @@ export function quoted(step: TokenStep): string {
   return spelling(step).trim() || spelling(step);
 }
 
-/** At most `length` characters. */
+/** At most `length` characters; a control token keeps its closing bracket. */
 export function clip(text: string, length: number): string {
   const characters = [...text];
-  return characters.length > length ? characters.slice(0, length - 1).join('') + '…' : text;
+  if (characters.length <= length) return text;
+  const end = /^<\/?\w+>$/.test(text) && length > 3 ? '…>' : '…';
+  return characters.slice(0, length - end.length).join('') + end;
 }
 
 /** A text without control tokens, in one line. */

@@ -1,7 +1,20 @@
 /** The state in the address: short names, left out where nothing was changed. */
-import { GREEDY, NO_STEERING } from './defaults';
+import { GREEDY, MAX_TOKENS, MOST_TOKENS, NO_STEERING } from './defaults';
 import type { Language } from './i18n.svelte';
 import type { ExpertBias, ExpertId, SamplingRequest, SteeringRequest } from './types';
+
+export type Theme = 'auto' | 'light' | 'dark';
+
+/**
+ * What a station alone cares about: the head of attention, whether experts are sorted, the kind of
+ * text and the copy beside it in the balance, the length and the wish of a what-if, whether the
+ * twin was asked, the sum to think about and whether it was asked, the snapshot of the training.
+ */
+export const LOCAL = [
+  'head', 'sorted', 'kind', 'beside', 'whatif', 'length', 'dense', 'sum', 'think', 'snapshot',
+] as const;
+export type LocalName = (typeof LOCAL)[number];
+export type Local = Partial<Record<LocalName, string | undefined>>;
 
 export interface UrlState {
   prompt?: string | undefined;
@@ -9,11 +22,19 @@ export interface UrlState {
   promptTokens?: number | undefined;
   selected?: number | undefined;
   layer?: number | undefined;
+  expert?: number | undefined;
+  maxTokens?: number | undefined;
+  folded: string[];
+  theme?: Theme | undefined;
+  guessFirst: boolean;
+  /** What single stations are set to, by the names in `LOCAL`. */
+  local: Local;
   language?: Language | undefined;
   steering: SteeringRequest;
   sampling: SamplingRequest;
 }
 
+const THEMES: Theme[] = ['auto', 'light', 'dark'];
 const RULES = ['softmax', 'sigmoid', 'relu', 'random'] as const;
 
 export function writeUrl(state: UrlState): string {
@@ -31,6 +52,12 @@ export function writeUrl(state: UrlState): string {
   }
   set('at', state.selected);
   set('layer', state.layer);
+  set('expert', state.expert);
+  set('max', state.maxTokens, MAX_TOKENS);
+  set('fold', state.folded.join());
+  set('theme', state.theme, 'auto');
+  set('guess', state.guessFirst ? 1 : null);
+  for (const name of LOCAL) set(name, state.local[name]);
   set('k', s.num_experts_per_tok);
   set('rule', s.rule);
   set('unbiased', s.without_bias ? 1 : null);
@@ -55,8 +82,8 @@ export function readUrl(search: string): UrlState {
     const value = Number(query.get(name) || NaN);
     return value >= low && value <= high ? value : null;
   };
-  const integer = (name: string, low = 0) => {
-    const value = number(name, low);
+  const integer = (name: string, low = 0, high?: number) => {
+    const value = number(name, low, high);
     return value !== null && Number.isInteger(value) ? value : null;
   };
   const list = (name: string) => (query.get(name) ?? '').split(',').filter(Boolean);
@@ -69,6 +96,12 @@ export function readUrl(search: string): UrlState {
     promptTokens: integer('typed') ?? undefined,
     selected: integer('at') ?? undefined,
     layer: integer('layer') ?? undefined,
+    expert: integer('expert') ?? undefined,
+    maxTokens: integer('max', 1, MOST_TOKENS) ?? undefined,
+    folded: list('fold'),
+    theme: THEMES.find((theme) => theme === query.get('theme')),
+    guessFirst: query.get('guess') === '1',
+    local: Object.fromEntries(LOCAL.map((name) => [name, query.get(name) ?? undefined])),
     steering: {
       num_experts_per_tok: integer('k', 1),
       rule: RULES.find((rule) => rule === query.get('rule')) ?? null,

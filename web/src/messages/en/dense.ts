@@ -5,6 +5,7 @@ export default {
   again: 'Measure again',
   running: 'Both are reading …',
   stale: 'The text has changed since.',
+  broken: 'The dense twin cannot be opened: {problem}',
   none: 'This model comes without a dense twin.',
   mixture: 'Mixture of experts',
   twin: 'Dense twin',

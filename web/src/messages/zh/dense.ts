@@ -7,6 +7,7 @@ const zh: typeof en = {
   again: '再测一次',
   running: '两个都在读……',
   stale: '文字已经变了。',
+  broken: '打不开稠密模型：{problem}',
   none: '这个模型没有附带稠密的对照。',
   mixture: '混合专家',
   twin: '稠密对照',
