@@ -1,10 +1,19 @@
 import os
+import time
 from pathlib import Path
 
 import pytest
 import torch
 
-from moescope.machine import Machine, measure_gemm_peak, measure_read_bandwidth, memory
+from moescope.kernels import cpu
+from moescope.machine import (
+    Machine,
+    last_level_cache,
+    measure_gemm_peak,
+    measure_native_gemm_peak,
+    measure_read_bandwidth,
+    memory,
+)
 
 GIBIBYTE = 2**30
 
@@ -62,3 +71,22 @@ def test_a_product_takes_no_less_time_than_the_peak_says() -> None:
 
 def test_memory_reads_have_a_rate_of_this_age() -> None:
     assert 1e8 < measure_read_bandwidth(seconds=0.1) < 1e13
+
+
+@pytest.mark.skipif(not cpu.available(), reason="the native kernels are not built")
+@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+def test_a_native_product_takes_no_less_time_than_the_peak_says(weight_format: str) -> None:
+    weights, states = cpu.pack(torch.randn(2048, 2048), weight_format), torch.randn(512, 2048)
+    peak = measure_native_gemm_peak(weight_format, seconds=0.1)
+    start = time.perf_counter()
+    for _ in range(10):
+        cpu.linear(weights, 2048, states)
+    rate = 10 * 2 * 512 * 2048**2 / (time.perf_counter() - start)
+    assert peak / 10 < rate < peak * 10
+
+
+def test_the_largest_cache_is_the_last(tmp_path: Path) -> None:
+    folder = "sys/devices/system/cpu/cpu0/cache"
+    write(tmp_path, {f"{folder}/index{n}/size": f"{size}K\n" for n, size in ((0, 48), (3, 32768))})
+    assert last_level_cache(tmp_path) == 2**25
+    assert last_level_cache(tmp_path / "nothing") == 2**25

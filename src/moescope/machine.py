@@ -30,6 +30,9 @@ INSTRUCTION_SETS = {
 """PyTorch's name of each instruction set that matters to matrix products, and the usual one."""
 
 
+UNTOLD_CACHE = 32 * 2**20
+
+
 @dataclass(frozen=True)
 class Machine:
     """The parts of a machine that decide what runs on it and how fast."""
@@ -101,6 +104,36 @@ def measure_gemm_peak(dtype: torch.dtype = torch.bfloat16, seconds: float = 1.0)
         multiply = _writes_product(left, right, product)
         rates.append(2 * size**3 / _median_time(multiply, seconds / len(sizes)))
     return max(rates)
+
+
+def measure_native_gemm_peak(weight_format: str, seconds: float = 1.0) -> float:
+    """Measure the operations/s of the native kernels in products with many rows.
+
+    512 rows times a matrix of 2048 x 2048; the extension must be there.
+
+    Args:
+        weight_format: `int8` or `int4`.
+        seconds: time to spend, about.
+    """
+    size, rows = 2048, 512
+    generator = torch.Generator().manual_seed(0)
+    weights = cpu.pack(torch.randn(size, size, generator=generator), weight_format)
+    states = torch.randn(rows, size, generator=generator)
+    taken = _median_time(lambda: cpu.linear(weights, size, states), seconds)
+    return 2 * size * size * rows / taken
+
+
+def last_level_cache(root: Path = Path("/")) -> int:
+    """Return the bytes of the largest cache that a core reaches; 32 MiB where nothing tells.
+
+    Args:
+        root: where the kernel's `sys` folder is found.
+    """
+    sizes = [
+        int(file.read_text().strip().removesuffix("K")) * 1024
+        for file in (root / "sys/devices/system/cpu/cpu0/cache").glob("index*/size")
+    ]
+    return max(sizes, default=UNTOLD_CACHE)
 
 
 def measure_read_bandwidth(seconds: float = 1.0) -> float:

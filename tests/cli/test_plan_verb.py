@@ -1,12 +1,14 @@
 """The verb: 80 columns for people, JSON for machines."""
 
 import json
+from pathlib import Path
 
 import pytest
 from rich.cells import cell_len
 
 from moescope.catalog import catalog
 from moescope.cli.main import run
+from moescope.lab.plan import Plan
 
 
 @pytest.mark.parametrize("arguments", [[], *([name] for name in catalog())])
@@ -64,3 +66,38 @@ def test_an_unknown_model_is_one_sentence_and_exit_code_two(capsys) -> None:
     assert captured.out == ""
     assert captured.err.startswith("moescope: there is no model 'deepsek-v3'; did you mean")
     assert captured.err.count("\n") == 1
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> Path:
+    fields = {"model_type": "llama", "vocab_size": 96, "hidden_size": 32, "intermediate_size": 48}
+    fields |= {"num_hidden_layers": 2, "num_attention_heads": 4, "max_position_embeddings": 64}
+    (tmp_path / "config.json").write_text(json.dumps(fields))
+    return tmp_path
+
+
+def test_speed_is_predicted_drawn_and_kept(small: Path, tmp_path: Path, capsys) -> None:
+    files = [tmp_path / name for name in ("roof.svg", "roof.png", "plan.json")]
+    options = ["--svg", str(files[0]), "--png", str(files[1]), "--save", str(files[2])]
+    assert run(["plan", str(small), "--prompt", "8", *options]) == 0
+    shown = capsys.readouterr().out
+    assert "with 8 tokens before" in shown
+    assert max(cell_len(line.rstrip()) for line in shown.splitlines()) <= 80
+    plan = Plan.from_file(files[2])
+    assert plan.speed is not None
+    assert plan.speed.prompt == 8
+    assert plan.command.startswith("moescope ")
+    drawing = files[0].read_text(encoding="utf-8")
+    assert "operations for each byte" in drawing
+    assert f"{plan.speed.read_bandwidth / 1e9:.1f} GB/s" in drawing
+    assert files[1].read_bytes().startswith(b"\x89PNG")
+
+
+def test_nothing_is_measured_unasked(small: Path, capsys) -> None:
+    assert run(["plan", str(small), "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["speed"] is None
+
+
+def test_a_speed_belongs_to_a_model(capsys) -> None:
+    assert run(["plan", "--speed"]) == 2
+    assert "name the model" in capsys.readouterr().err

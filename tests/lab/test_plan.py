@@ -13,7 +13,7 @@ from moescope import UserError
 from moescope.catalog import catalog
 from moescope.config import ModelConfig
 from moescope.lab import plan as plan_module
-from moescope.lab.plan import CONTEXT, plan
+from moescope.lab.plan import CONTEXT, Plan, plan
 from moescope.machine import Machine
 from moescope.model.decoder import CausalLM, initialise
 
@@ -255,3 +255,17 @@ def test_everything_becomes_plain_data() -> None:
     assert data["parameters"]["total"] == 671026404352
     assert data["config"]["n_routed_experts"] == 256
     assert [fit["format"] for fit in data["fits"]][:3] == ["bf16", "int8", "int4"]
+
+
+def test_plain_attention_would_keep_what_deepseek_says() -> None:
+    """DeepSeek-V2, table 1: `2 * heads * width * layers` numbers a token, of 128 heads of 128."""
+    cache = plan("deepseek-v2").cache
+    assert cache.plain_bytes_per_token == 2 * 128 * 128 * 60 * 2
+    dense = plan("deepseek-r1-distill-qwen-1.5b").cache  # 12 heads share 2 keys and values
+    assert dense.plain_bytes_per_token == 6 * dense.bytes_per_token
+
+
+def test_a_plan_is_read_back_as_it_was_saved(tmp_path: Path) -> None:
+    made = plan("deepseek-v3")
+    made.save(tmp_path / "plan.json")
+    assert Plan.from_file(tmp_path / "plan.json") == made

@@ -9,10 +9,16 @@ from rich.text import Text
 
 from moescope.config import ModelConfig
 from moescope.lab.plan import Fit, Plan
+from moescope.lab.speed import Prediction
+from moescope.lab.units import of_bytes, of_flops, of_parameters
 
 WIDEST = 80
 FORMATS = {"bf16": "bf16", "int8": "int8, fp8", "int4": "int4"}
 LEGEND = "int4: all weights at 4.5 bits; cache: keys and values of one token, in bf16"
+SPEED_LEGEND = (
+    "tokens a second, predicted from a few layers of this shape with random weights; limits: if "
+    "nothing but memory, or products, took time"
+)
 PARTS = {
     "embedding": "embedding",
     "attention": "attention",
@@ -36,11 +42,11 @@ def draw_overview(plans: Sequence[Plan], console: Console) -> None:
         parameters = plan.parameters
         table.add_row(
             plan.name,
-            _count(parameters.total),
-            _count(parameters.active),
+            of_parameters(parameters.total),
+            of_parameters(parameters.active),
             f"{parameters.active / parameters.total:.1%}",
-            _bytes(plan.weights.int4),
-            _bytes(plan.cache.bytes_per_token),
+            of_bytes(plan.weights.int4),
+            of_bytes(plan.cache.bytes_per_token),
         )
     width = min(console.width, WIDEST)
     console.print(table, width=width)
@@ -57,10 +63,15 @@ def draw(plan: Plan, console: Console) -> None:
     for place in dict.fromkeys(fit.place for fit in plan.fits):
         fits = [fit for fit in plan.fits if fit.place == place]
         console.print()
-        console.print(Text(f"{place}: {_bytes(fits[0].room)} of room", style="bold"), width=width)
+        console.print(Text(f"{place}: {of_bytes(fits[0].room)} of room", style="bold"), width=width)
         console.print(_fits(plan, fits), width=width)
     console.print()
     console.print(_work(plan), width=width)
+    if plan.speed is not None:
+        console.print()
+        console.print(Text(_probed(plan.speed), style="bold"), width=width)
+        console.print(_speeds(plan.speed), width=width)
+        console.print(Text(SPEED_LEGEND, style="dim"), width=width)
 
 
 def _shape(config: ModelConfig) -> Text:
@@ -80,11 +91,11 @@ def _parameters(plan: Plan) -> Table:
     table = _table("parameters", "count", "of all")
     for part, count in dataclasses.asdict(plan.parameters).items():
         if part not in ("total", "active", "active_without_embedding", "mtp") and count:
-            table.add_row(PARTS[part], _count(count), f"{count / plan.parameters.total:.2%}")
+            table.add_row(PARTS[part], of_parameters(count), f"{count / plan.parameters.total:.2%}")
     for part in ("total", "active", "active_without_embedding", "mtp"):
         if count := getattr(plan.parameters, part):
             share = f"{count / plan.parameters.total:.2%}"
-            table.add_row(PARTS[part], _count(count), "" if part == "mtp" else share)
+            table.add_row(PARTS[part], of_parameters(count), "" if part == "mtp" else share)
     return table
 
 
@@ -100,11 +111,11 @@ def _fits(plan: Plan, fits: Sequence[Fit]) -> Table:
     for fit in fits:
         table.add_row(
             FORMATS[fit.format],
-            _bytes(getattr(plan.weights, fit.format)),
-            _bytes(fit.needed),
+            of_bytes(getattr(plan.weights, fit.format)),
+            of_bytes(fit.needed),
             "yes" if fit.fits else "no",
             f"{fit.longest_context:,}" if fit.longest_context else "-",
-            _bytes(getattr(plan.work.bytes_read, fit.format)),
+            of_bytes(getattr(plan.work.bytes_read, fit.format)),
         )
     return table
 
@@ -112,12 +123,13 @@ def _fits(plan: Plan, fits: Sequence[Fit]) -> Table:
 def _work(plan: Plan) -> Table:
     cache, work = plan.cache, plan.work
     rows = {
-        "cache": f"{_bytes(cache.bytes_per_token)} a token, "
-        f"{_bytes(cache.bytes_at_max_context)} for all {cache.max_context:,}",
-        "reading": f"{_flops(work.reading_flops)} a token of a prompt of {work.context:,}, "
-        f"attention {_flops(work.reading_attention_flops)}",
-        "writing": f"{_flops(work.generating_flops)} a token after {work.context:,}, "
-        f"attention {_flops(work.generating_attention_flops)}",
+        "cache": f"{of_bytes(cache.bytes_per_token)} a token, "
+        f"{of_bytes(cache.bytes_at_max_context)} for all {cache.max_context:,}; plain attention: "
+        f"{of_bytes(cache.plain_bytes_per_token)} a token",
+        "reading": f"{of_flops(work.reading_flops)} a token of a prompt of {work.context:,}, "
+        f"attention {of_flops(work.reading_attention_flops)}",
+        "writing": f"{of_flops(work.generating_flops)} a token after {work.context:,}, "
+        f"attention {of_flops(work.generating_attention_flops)}",
     }
     table = Table.grid(padding=(0, 2))
     table.add_column(no_wrap=True, style="bold")
@@ -127,27 +139,25 @@ def _work(plan: Plan) -> Table:
     return table
 
 
+def _probed(speed: Prediction) -> str:
+    peaks = ", ".join(f"{name} {of_flops(int(peak))}/s" for name, peak in speed.gemm_peak.items())
+    return (
+        f"speed here, on {speed.threads} threads, with {speed.prompt:,} tokens before: memory "
+        f"{of_bytes(int(speed.read_bandwidth))}/s; products: {peaks}"
+    )
+
+
+def _speeds(speed: Prediction) -> Table:
+    table = _table("format", "writing", "memory's limit", "reading", "products' limit")
+    for one in speed.speeds:
+        rates = (one.decode, one.decode_limit, one.prefill, one.prefill_limit)
+        table.add_row(one.format, *(f"{rate:,.{0 if rate >= 100 else 1}f}" for rate in rates))
+    return table
+
+
 def _table(first: str, *numbers: str) -> Table:
     table = Table(box=None, padding=(0, 2, 0, 0), pad_edge=False)
     table.add_column(first, no_wrap=True)
     for column in numbers:
         table.add_column(column, justify="right", no_wrap=True)
     return table
-
-
-def _count(parameters: int) -> str:
-    return _scaled(parameters, {10**9: "B", 10**6: "M", 10**3: "K", 1: ""})
-
-
-def _bytes(count: int) -> str:
-    return _scaled(count, {10**12: " TB", 10**9: " GB", 10**6: " MB", 10**3: " KB", 1: " B"})
-
-
-def _flops(count: int) -> str:
-    return _scaled(count, {10**12: " TFLOP", 10**9: " GFLOP", 10**6: " MFLOP", 1: " FLOP"})
-
-
-def _scaled(value: int, units: dict[int, str]) -> str:
-    """Write a number in the largest unit that leaves it at one or more."""
-    size = next((size for size in units if value >= size), 1)
-    return f"{value / size:.2f}{units[size]}" if size > 1 else f"{value}{units[size]}"

@@ -20,6 +20,7 @@ import numpy.typing as npt
 
 from moescope.errors import UserError
 from moescope.files import atomic_path, write_text
+from moescope.lab.speed import Prediction
 from moescope.lab.words import Words
 from moescope.scope.resampling import Interval
 
@@ -30,6 +31,7 @@ if TYPE_CHECKING:
 SCALE = "cividis"
 COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#56B4E9")
 MARKERS = "osD^vPX"
+DASHES = ("-", "--", ":")
 WIDTH = 9.0  # inches
 MOST_NUMBERS = 96
 """Experts whose numbers fit under a map."""
@@ -182,29 +184,73 @@ def scatter(
     return made
 
 
-def save(made: Figure, path: Path) -> str:
-    """Write a figure as `path.svg`, and as `path.png` if there are fonts for its text.
+def roofline(prediction: Prediction, words: Words) -> Figure:
+    """Draw what memory and arithmetic allow, and where reading and writing of a model stand.
+
+    Operations a second over operations for each byte that is read, both logarithmic (Williams,
+    Waterman and Patterson 2009).
+    """
+    made, (axis,) = figure(1, 1, 4.2)
+    speeds = prediction.speeds
+    decode = [speed.decode_flops / speed.decode_bytes for speed in speeds]
+    widest = 4 * max(*(speed.prefill_intensity for speed in speeds), *decode)
+    intensity = np.geomspace(min(decode) / 3, widest, 200)
+    for at, (speed, written) in enumerate(zip(speeds, decode, strict=True)):
+        colour, peak = COLOURS[at], prediction.gemm_peak[speed.format]
+        roof = np.minimum(prediction.read_bandwidth * intensity, peak)
+        name = words.roof.format(format=speed.format, peak=peak / 1e9)
+        axis.plot(intensity, roof / 1e9, color=colour, linestyle=DASHES[at], label=name)
+        for marker, x, rate in (
+            ("o", written, speed.decode * speed.decode_flops),
+            ("s", speed.prefill_intensity, speed.prefill * speed.prefill_flops),
+        ):
+            axis.plot(x, rate / 1e9, marker, color=colour, markeredgecolor="black")
+    for marker, name in (("o", words.writing), ("s", words.reading)):
+        axis.plot([], [], marker, color="white", markeredgecolor="black", label=name)
+    axis.set(xscale="log", yscale="log", xlabel=words.intensity, ylabel=words.flop_rate)
+    axis.grid(color="#dddddd", linewidth=0.6)
+    axis.legend(frameon=False, fontsize=8, loc="lower right")
+    slope = words.slope.format(bandwidth=prediction.read_bandwidth / 1e9)
+    axis.annotate(
+        slope,
+        (intensity[2], prediction.read_bandwidth * intensity[2] / 1e9),
+        (0, 14),
+        textcoords="offset points",
+        fontsize=8,
+    )
+    return made
+
+
+def save(made: Figure, stem: Path) -> str:
+    """Write a figure as `stem.svg`, and as `stem.png` if there are fonts for its text.
 
     Returns:
         The SVG as it can stand inside a page, with ids of its own.
     """
-    import matplotlib as mpl
-
-    with mpl.rc_context({"svg.hashsalt": path.name}):
-        buffer = io.StringIO()
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Glyph .* missing")
-            made.savefig(buffer, format="svg", metadata={"Date": None})
-        svg = buffer.getvalue()
-        write_text(path.with_name(f"{path.name}.svg"), svg)
-        with (
-            warnings.catch_warnings(record=True) as missing,
-            atomic_path(path.with_name(f"{path.name}.png")) as partial,
-        ):
-            warnings.simplefilter("always")
-            made.savefig(partial, format="png", dpi=200)
-        if any("missing" in str(warning.message) for warning in missing):
-            path.with_name(f"{path.name}.png").unlink()
+    svg = write_svg(made, stem.with_name(f"{stem.name}.svg"))
+    png = stem.with_name(f"{stem.name}.png")
+    if not write_png(made, png):
+        png.unlink()
     svg = svg[svg.index("<svg") :]
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
     return re.sub(r' id="[A-Za-z]+[\w.]*_\d+"', "", svg)
+
+
+def write_svg(made: Figure, path: Path) -> str:
+    """Write a figure into the file `path`, the same bytes each time; return them."""
+    import matplotlib as mpl
+
+    buffer = io.StringIO()
+    with mpl.rc_context({"svg.hashsalt": path.stem}), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="Glyph .* missing")
+        made.savefig(buffer, format="svg", metadata={"Date": None})
+    write_text(path, buffer.getvalue())
+    return buffer.getvalue()
+
+
+def write_png(made: Figure, path: Path) -> bool:
+    """Write a figure into the file `path`; False if a character of its text had no font."""
+    with warnings.catch_warnings(record=True) as missing, atomic_path(path) as partial:
+        warnings.simplefilter("always")
+        made.savefig(partial, format="png", dpi=200)
+    return not any("missing" in str(warning.message) for warning in missing)

@@ -1,16 +1,23 @@
-"""What a model asks of a machine, from its config alone: nothing is downloaded or measured."""
+"""What a model asks of a machine, from its config alone: nothing is downloaded.
+
+Nothing is measured either, unless the speed is asked for.
+"""
 
 import dataclasses
 import difflib
 from dataclasses import dataclass
+from importlib.metadata import version
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 from moescope.catalog import Parameters, catalog, count_parameters
 from moescope.config import ModelConfig
 from moescope.errors import UserError
 from moescope.gguf_model import GgufModel, is_gguf
+from moescope.lab.speed import PROMPT, Prediction, predict
+from moescope.lab.widths import cached_numbers, cached_width, expanded_width, plain_numbers
 from moescope.machine import Machine
+from moescope.scope.saved import Saved
 
 CONTEXT = 4096
 """Tokens before the one whose work is counted; fewer where a model cannot have so many."""
@@ -46,11 +53,14 @@ class Cache:
             grouped-query attention a key and a value for each key-value head.
         max_context: tokens that the model was made for.
         bytes_at_max_context: for one text of that length.
+        plain_bytes_per_token: what plain attention would keep: a key and a value for each head,
+            without rotated parts of their own (DeepSeek-V2, table 1).
     """
 
     bytes_per_token: int
     max_context: int
     bytes_at_max_context: int
+    plain_bytes_per_token: int
 
 
 @dataclass(frozen=True)
@@ -107,7 +117,7 @@ class Fit:
 
 
 @dataclass(frozen=True)
-class Plan:
+class Plan(Saved):
     """The answer to "can I run it, and what will it cost?".
 
     Attributes:
@@ -119,7 +129,12 @@ class Plan:
         cache: of keys and values.
         work: of one token.
         fits: for each memory of this machine and each format.
+        version: of moescope.
+        speed: what to expect of this machine, if that was asked for.
+        command: that planned, if one did.
     """
+
+    noun: ClassVar[str] = "a plan"
 
     name: str
     source: str
@@ -129,18 +144,23 @@ class Plan:
     cache: Cache
     work: Work
     fits: tuple[Fit, ...]
+    version: str
+    speed: Prediction | None = None
+    command: str = ""
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
         return {**dataclasses.asdict(self), "config": self.config.to_dict()}
 
 
-def plan(name_or_path: str | Path) -> Plan:
+def plan(name_or_path: str | Path, *, speed: bool = False, prompt: int = PROMPT) -> Plan:
     """Work out parameters, memory and work of a model, and whether it fits here.
 
     Args:
         name_or_path: a name of the catalog, a Hub name in it, a folder with `config.json`, such
             a file, or a GGUF file, of which only the header is read.
+        speed: also time a sample of the model on this machine, for some seconds.
+        prompt: tokens before those that are generated then.
 
     Raises:
         UserError: there is no such name or file, or the config is wrong.
@@ -159,6 +179,8 @@ def plan(name_or_path: str | Path) -> Plan:
         cache=cache,
         work=work,
         fits=_fits(Machine.detect(), weights, cache, work.context),
+        version=version("moescope"),
+        speed=predict(config, prompt) if speed else None,
     )
 
 
@@ -185,29 +207,24 @@ def _find(name: str) -> tuple[str, ModelConfig]:
 
 
 def _cache(config: ModelConfig) -> Cache:
-    if config.uses_mla:
-        numbers = config.required("kv_lora_rank") + config.required("qk_rope_head_dim")
-    else:
-        numbers = 2 * config.num_key_value_heads * config.qk_head_dim
-    bytes_per_token = numbers * CACHE_BYTES * config.num_hidden_layers
-    most = config.max_position_embeddings
-    return Cache(bytes_per_token, most, bytes_per_token * most)
+    bytes_of_number = CACHE_BYTES * config.num_hidden_layers
+    bytes_per_token = cached_numbers(config) * bytes_of_number
+    return Cache(
+        bytes_per_token=bytes_per_token,
+        max_context=config.max_position_embeddings,
+        bytes_at_max_context=bytes_per_token * config.max_position_embeddings,
+        plain_bytes_per_token=plain_numbers(config) * bytes_of_number,
+    )
 
 
 def _work(config: ModelConfig, parameters: Parameters, cache: Cache) -> Work:
     context = min(CONTEXT, config.max_position_embeddings)
     products = config.num_hidden_layers * config.num_attention_heads * context
-    if config.uses_mla:
-        rank = config.required("kv_lora_rank")
-        cached_width = 2 * rank + config.required("qk_rope_head_dim")
-        expanded_width = config.qk_head_dim + config.required("v_head_dim")
-    else:
-        cached_width = expanded_width = 2 * config.qk_head_dim
     return Work(
         context=context,
         weight_flops=2 * (parameters.active_without_embedding - parameters.norm),
-        generating_attention_flops=2 * products * cached_width,
-        reading_attention_flops=products * expanded_width,
+        generating_attention_flops=2 * products * cached_width(config),
+        reading_attention_flops=products * expanded_width(config),
         bytes_read=Bytes.of(
             parameters.active_without_embedding, plus=cache.bytes_per_token * context
         ),

@@ -64,6 +64,22 @@ class Words:
     study_text: str
     study_measures: dict[str, str]
     against: str
+    # what a model asks of a machine
+    plan: str
+    plan_text: str
+    plan_parts: dict[str, str]
+    count: str
+    of_all: str
+    plan_costs: dict[str, str]
+    speed_text: str
+    speed_head: list[str]
+    roofline: str
+    roof: str
+    slope: str
+    reading: str
+    writing: str
+    intensity: str
+    flop_rate: str
 
 
 WORDS: dict[Language, Words] = {
@@ -147,6 +163,49 @@ WORDS: dict[Language, Words] = {
             "tokens_per_second": "tokens per second",
         },
         against="held-out loss minus that of {first}",
+        plan="What it asks of a machine: {name}",
+        plan_text="{total} parameters, {active} of them at work on a token ({share:.1%}). The "
+        "cache holds {cache} a token; plain attention with the same heads would hold {plain}, "
+        "{times:.1f} times as much.",
+        plan_parts={
+            "embedding": "embedding",
+            "attention": "attention",
+            "dense_mlp": "dense feed-forward",
+            "routed_experts": "routed experts",
+            "shared_experts": "shared experts",
+            "router": "routers",
+            "norm": "norms",
+            "lm_head": "output head",
+        },
+        count="parameters",
+        of_all="of all",
+        plan_costs={
+            "format": "format",
+            "weights": "weights",
+            "needed": "and cache of {context:,} tokens",
+            "fits": "fits into {room} of {place}",
+            "longest": "longest context",
+            "read": "read for a token",
+            "yes": "yes",
+            "no": "no",
+        },
+        speed_text="Predicted from layers of its shape with random weights, timed for "
+        "{seconds:.0f} s on {threads} threads of {machine}: a prompt of {prompt:,} tokens, and one "
+        "token after another behind it.",
+        speed_head=[
+            "format",
+            "writing, tokens/s",
+            "if only memory counted",
+            "reading, tokens/s",
+            "if only products counted",
+        ],
+        roofline="Roofline: what memory and arithmetic allow, and where the model stands",
+        roof="{format}: products at {peak:,.0f} GFLOP/s",
+        slope="memory: {bandwidth:.1f} GB/s",
+        reading="reading a prompt",
+        writing="writing, token by token",
+        intensity="operations for each byte that is read",
+        flop_rate="GFLOP/s",
     ),
     "zh": Words(
         title="专家们在做什么",
@@ -226,5 +285,46 @@ WORDS: dict[Language, Words] = {
             "tokens_per_second": "词元/秒",
         },
         against="保留文本损失减去 {first} 的损失",
+        plan="对机器的要求：{name}",
+        plan_text="共 {total} 参数，每个词元用到 {active}（{share:.1%}）。"
+        "每个词元的缓存为 {cache}；同样的头若用普通注意力需要 {plain}，是其 {times:.1f} 倍。",
+        plan_parts={
+            "embedding": "嵌入",
+            "attention": "注意力",
+            "dense_mlp": "稠密前馈",
+            "routed_experts": "路由专家",
+            "shared_experts": "共享专家",
+            "router": "路由器",
+            "norm": "归一化",
+            "lm_head": "输出层",
+        },
+        count="参数",
+        of_all="占比",
+        plan_costs={
+            "format": "格式",
+            "weights": "权重",
+            "needed": "连同 {context:,} 词元的缓存",
+            "fits": "能否放进 {place}（{room}）",
+            "longest": "最长上下文",
+            "read": "每词元读取",
+            "yes": "能",
+            "no": "不能",
+        },
+        speed_text="用同样形状、随机权重的若干层，在 {machine} 的 {threads} 个线程上"
+        "计时 {seconds:.0f} 秒得出的预测：先读 {prompt:,} 个词元的提示，再逐个生成。",
+        speed_head=[
+            "格式",
+            "生成（词元/秒）",
+            "若只受内存限制",
+            "读取（词元/秒）",
+            "若只受矩阵乘限制",
+        ],
+        roofline="屋顶线：内存与算力允许的上限，以及模型所在的位置",
+        roof="{format}：矩阵乘 {peak:,.0f} GFLOP/s",
+        slope="内存：{bandwidth:.1f} GB/s",
+        reading="读取提示",
+        writing="逐词元生成",
+        intensity="每读一字节的运算次数",
+        flop_rate="GFLOP/s",
     ),
 }
