@@ -11,7 +11,7 @@ namespace {
 
 constexpr int kRows = 6;                  // 6 x 4 sums, 4 weights and a broadcast fill the registers
 constexpr int64_t kColumnBlock = 256;     // columns of a tile that stay in the first-level cache
-constexpr int64_t kPrefetch = 2048;       // bytes ahead
+constexpr int64_t kPrefetch = 4096;       // bytes ahead
 
 inline __m512i broadcast(const int8_t* x) {
   int32_t four;

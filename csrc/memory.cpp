@@ -51,7 +51,7 @@ ReadProbe::ReadProbe(size_t bytes, Pages pages) : buffer_(bytes, pages) {
 }
 
 uint64_t ReadProbe::read() const {
-  constexpr size_t kPart = size_t{1} << 18;
+  constexpr size_t kPart = size_t{1} << 18, kAhead = 512;
   std::atomic<uint64_t> total{0};
   const size_t parts = (buffer_.size() + kPart - 1) / kPart;
   parallel(static_cast<int64_t>(parts), [&](int64_t part) {
@@ -59,8 +59,11 @@ uint64_t ReadProbe::read() const {
     const size_t words = std::min(kPart, buffer_.size() - start) / sizeof(uint64_t);
     const uint64_t* from = reinterpret_cast<const uint64_t*>(buffer_.data() + start);
     uint64_t sums[16] = {};
-    for (size_t i = 0; i + 16 <= words; i += 16)
+    for (size_t i = 0; i + 16 <= words; i += 16) {
+      __builtin_prefetch(from + i + kAhead);
+      __builtin_prefetch(from + i + kAhead + 8);
       for (size_t lane = 0; lane < 16; ++lane) sums[lane] += from[i + lane];
+    }
     for (uint64_t sum : sums) total.fetch_add(sum, std::memory_order_relaxed);
   });
   return total.load();

@@ -21,6 +21,7 @@ from moescope.kernels import cpu
 from moescope.kernels.quantize import rounded
 from moescope.model.attention import GroupedQueryAttention, KVCache, LatentAttention
 from moescope.model.decoder import CausalLM, Decoder
+from moescope.model.layer import DecoderLayer
 from moescope.model.moe import MLP, GroupedExperts, MoE
 from moescope.model.norm import RMSNorm
 from moescope.model.recorder import Recorder
@@ -304,27 +305,27 @@ class NativeDecoder(Decoder):
         recorder: Recorder | None = None,
     ) -> Tensor:
         """Run all layers over `(batch, seq)` ids; return `(batch, seq, hidden)` before the norm."""
-        foreign = cache is not None and not isinstance(cache, Cache)
-        if recorder is not None or foreign or not self._keeps_its_routers():
+        slots = Cache() if cache is None else cache
+        looks_on = recorder is not None
+        if looks_on or not isinstance(slots, Cache) or not self._keeps_its_routers():
             return super().forward(input_ids, positions, cache, recorder)
-        cache = Cache() if cache is None else cache
         if positions is None:
             positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
         cos, sin = self.rotary_emb(positions, torch.float32)
         rotation = cos.flatten(2), sin.flatten(2)  # (batch, seq, rope / 2)
         length = int(positions.max()) + 1
-        slots = [
-            cache.reserve(layer_idx, len(input_ids), self.widths, length)
+        held = [
+            slots.reserve(layer_idx, len(input_ids), self.widths, length)
             for layer_idx in range(len(self.layers))
         ]
         width = self.embed_tokens.embedding_dim
-        return cpu.run_decoder(self.all_layers, input_ids, width, positions, rotation, slots)
+        return cpu.run_decoder(self.all_layers, input_ids, width, positions, rotation, held)
 
     def _keeps_its_routers(self) -> bool:
         """Whether no layer's copy was given another router, as steering does."""
         return all(
             not isinstance(layer.mlp, MoE) or type(layer.mlp.gate) in NATIVE_ROUTERS
-            for layer in self.layers
+            for layer in cast("list[DecoderLayer]", self.layers)
         )
 
 
@@ -334,11 +335,12 @@ def _blocks(
     """Both halves of every layer, or None if one is of a kind that only PyTorch computes."""
     attention: list[cpu.LatentAttention] = []
     feed_forward: list[cpu.FeedForwardBlock] = []
-    for layer in decoder.layers:
+    for layer in cast("list[DecoderLayer]", decoder.layers):
         mlp, norm = layer.mlp, layer.post_attention_layernorm
         rule = native_router(mlp.gate) if isinstance(mlp, NativeMoE) else None
-        computed = isinstance(mlp, NativeMLP) or rule is not None
-        if not isinstance(layer.self_attn, NativeLatentAttention) or not computed:
+        if not isinstance(layer.self_attn, NativeLatentAttention):
+            return None
+        if not isinstance(mlp, NativeMLP) and (not isinstance(mlp, NativeMoE) or rule is None):
             return None
         attention.append(layer.self_attn.block(layer.input_layernorm))
         feed_forward.append(cpu.feed_forward_block((norm.weight, norm.eps), rule, mlp.layer))
