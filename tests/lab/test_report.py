@@ -13,6 +13,7 @@ from moescope.api import Model
 from moescope.documents import Document
 from moescope.errors import UserError
 from moescope.lab.compare import Entrant, compare
+from moescope.lab.plan import Plan, plan
 from moescope.lab.report import write_report
 from moescope.lab.study import Row, Study, summarise
 from moescope.lab.words import WORDS
@@ -57,6 +58,7 @@ def files(model: Model, folder: str, tmp_path_factory: pytest.TempPathFactory) -
         for at, case in enumerate(("nothing", "bias"))
     ]
     Study("balance", rows, summarise(rows)).save(out / "study.json")
+    plan(folder, speed=True, prompt=8).save(out / "plan.json")
     return sorted(out.iterdir())
 
 
@@ -112,7 +114,7 @@ def test_the_page_is_whole_and_fetches_nothing(page: Path) -> None:
     assert outline.fetched == []
     assert "http" not in re.sub(r'xmlns(:\w+)?="[^"]*"', "", text)
     assert len(outline.ids) == len(set(outline.ids))
-    assert outline.headings == 5  # four findings, and how two of them go together
+    assert outline.headings == 6  # five findings, and how two of them go together
     references = set(re.findall(r"(?:url\(|href=\")#([\w-]+)", text))
     assert references <= set(outline.ids)
 
@@ -148,11 +150,11 @@ def test_charts_and_data_lie_beside_the_page(page: Path, files: list[Path]) -> N
     made = {path.name for path in page.parent.iterdir()}
     assert {file.name for file in files} <= made
     charts = sorted(page.parent.glob("*.svg"))
-    assert len(charts) == 2 + 1 + 3 + 2 + 1
+    assert len(charts) == 1 + 2 + 1 + 3 + 2 + 1
     for chart in charts:
         ET.parse(chart)
     if 'lang="en"' in page.read_text(encoding="utf-8"):
-        assert (page.parent / "chart-4-1.png").exists()
+        assert (page.parent / "study-1.png").exists()
 
 
 def test_axes_have_their_units(page: Path) -> None:
@@ -164,19 +166,24 @@ def test_axes_have_their_units(page: Path) -> None:
 
 def test_numbers_are_those_of_the_data(page: Path, files: list[Path]) -> None:
     text = page.read_text(encoding="utf-8")
-    ablation = Ablation.from_file(files[0])
+    named = {file.name: file for file in files}
+    ablation = Ablation.from_file(named["ablation.json"])
     worst = max(cost for by_expert in ablation.cost[0] for cost in by_expert)
     assert f"{worst:+.4f}" in text
-    found = Specialization.from_file(files[2])
+    found = Specialization.from_file(named["specialization.json"])
     assert f"{max(found.mutual_information):.3f}" in text
     load = [share for by_expert in found.load[0] for share in by_expert]
     costs = [cost for by_expert in ablation.cost[0] for cost in by_expert]
+    planned = Plan.from_file(named["plan.json"])
+    assert planned.speed is not None
+    for speed in planned.speed.speeds:
+        assert f"<td>{speed.decode:,.4g}</td>" in text
     assert f"english {stats.spearmanr(load, costs).statistic:.2f}" in text
 
 
 def test_the_same_data_make_the_same_page(files: list[Path], tmp_path: Path) -> None:
-    one = write_report(files[2:3], tmp_path / "one", "en").read_text(encoding="utf-8")
-    again = write_report(files[2:3], tmp_path / "again", "en").read_text(encoding="utf-8")
+    one = write_report(files[3:4], tmp_path / "one", "en").read_text(encoding="utf-8")
+    again = write_report(files[3:4], tmp_path / "again", "en").read_text(encoding="utf-8")
     assert one == again
 
 

@@ -20,7 +20,8 @@ def report(
         list[Path],
         typer.Argument(
             metavar="FILE.json...",
-            help="What specialize, ablate and compare wrote with --save, and studies' study.json.",
+            help="What plan, specialize, ablate and compare wrote with --save, and studies' "
+            "study.json.",
         ),
     ],
     out: Annotated[Path, typer.Option(help="Folder for the page, its charts and its data.")],

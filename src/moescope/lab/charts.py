@@ -213,10 +213,11 @@ def roofline(prediction: Prediction, words: Words) -> Figure:
     slope = words.slope.format(bandwidth=prediction.read_bandwidth / 1e9)
     axis.annotate(
         slope,
-        (intensity[2], prediction.read_bandwidth * intensity[2] / 1e9),
-        (0, 14),
+        (intensity[40], prediction.read_bandwidth * intensity[40] / 1e9),
+        (-6, 6),
         textcoords="offset points",
         fontsize=8,
+        horizontalalignment="right",
     )
     return made
 

@@ -17,7 +17,9 @@ from moescope.errors import UserError
 from moescope.files import write_text
 from moescope.lab import charts
 from moescope.lab.compare import Comparison, Spread
+from moescope.lab.plan import Plan
 from moescope.lab.study import Study
+from moescope.lab.units import of_bytes, of_parameters
 from moescope.lab.words import WORDS, Language, Words
 from moescope.scope.ablation import Ablation
 from moescope.scope.information import Floats
@@ -27,8 +29,9 @@ from moescope.scope.specialization import Specialization
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
-Finding = Specialization | Ablation | Comparison | Study
+Finding = Plan | Specialization | Ablation | Comparison | Study
 KINDS: dict[str, type[Finding]] = {
+    "fits": Plan,
     "typical": Specialization,
     "forced": Ablation,
     "differences": Comparison,
@@ -60,7 +63,7 @@ class Section:
 
     Attributes:
         title, paragraphs: text.
-        file: name of the JSON file with all numbers.
+        file: name of the JSON file with all numbers, or of several, with commas.
         version: of the moescope that measured.
         commands: that made them, where they are known.
         figures: by title, not drawn yet.
@@ -77,12 +80,17 @@ class Section:
     charts: list[Chart] = field(default_factory=list[Chart])
     tables: list[Table] = field(default_factory=list[Table])
 
+    @property
+    def stem(self) -> str:
+        """What its charts are called: as its files."""
+        return "-".join(Path(name).stem for name in self.file.split(", "))
+
 
 def write_report(files: Sequence[Path], out: Path, language: Language) -> Path:
     """Write `report.html` into the folder `out`, every chart as SVG and PNG, and the data.
 
     Args:
-        files: what `moescope specialize`, `ablate`, `compare` and `study` saved.
+        files: what `moescope plan`, `specialize`, `ablate`, `compare` and `study` saved.
         out: receives everything.
         language: of all text.
 
@@ -104,9 +112,9 @@ def write_report(files: Sequence[Path], out: Path, language: Language) -> Path:
     with charts.style():
         sections = [_section(path, findings[path], words) for path in ordered]
         sections += list(_causes({path.name: findings[path] for path in ordered}, words))
-        for number, section in enumerate(sections):
-            for at, (title, made) in enumerate(section.figures.items()):
-                svg = charts.save(made, out / f"chart-{number + 1}-{at + 1}")
+        for section in sections:
+            for number, (title, made) in enumerate(section.figures.items(), start=1):
+                svg = charts.save(made, out / f"{section.stem}-{number}")
                 section.charts.append(Chart(title, Markup(svg)))
     for path in ordered:
         if path.resolve() != (out / path.name).resolve():
@@ -119,7 +127,7 @@ def write_report(files: Sequence[Path], out: Path, language: Language) -> Path:
 
 
 def read_finding(path: Path) -> Finding:
-    """Read what one of the four commands saved.
+    """Read what one of the commands saved.
 
     Raises:
         UserError: there is no such file, or it holds something else.
@@ -132,8 +140,8 @@ def read_finding(path: Path) -> Finding:
         if isinstance(fields, dict) and name in fields:
             return kind.from_file(path)
     raise UserError(
-        f"{path} is nothing to report on; give files that specialize, ablate or compare wrote "
-        "with --save, or a study's study.json"
+        f"{path} is nothing to report on; give files that plan, specialize, ablate or compare "
+        "wrote with --save, or a study's study.json"
     )
 
 
@@ -149,6 +157,8 @@ def _template() -> jinja2.Template:
 
 
 def _section(path: Path, found: Finding, words: Words) -> Section:
+    if isinstance(found, Plan):
+        return _plan(path.name, found, words)
     if isinstance(found, Specialization):
         return _specialization(path.name, found, words)
     if isinstance(found, Ablation):
@@ -161,6 +171,63 @@ def _section(path: Path, found: Finding, words: Words) -> Section:
 def _commands(*made_by: str) -> list[str]:
     """Each command once; data that no command made has none."""
     return list(dict.fromkeys(filter(None, made_by)))
+
+
+# --- what it asks of a machine -------------------------------------------------------------------
+
+
+def _plan(file: str, found: Plan, words: Words) -> Section:
+    parameters, cache = found.parameters, found.cache
+    text = words.plan_text.format(
+        total=of_parameters(parameters.total),
+        active=of_parameters(parameters.active),
+        share=parameters.active / parameters.total,
+        cache=of_bytes(cache.bytes_per_token),
+        plain=of_bytes(cache.plain_bytes_per_token),
+        times=cache.plain_bytes_per_token / cache.bytes_per_token,
+    )
+    counts = {title: getattr(parameters, part) for part, title in words.plan_parts.items()}
+    parts = [
+        [title, of_parameters(count), f"{count / parameters.total:.2%}"]
+        for title, count in counts.items()
+        if count
+    ]
+    section = Section(
+        title=words.plan.format(name=found.name),
+        paragraphs=[text],
+        file=file,
+        version=found.version,
+        commands=_commands(found.command),
+        tables=[Table("", ["", words.count, words.of_all], parts), _fits(found, words)],
+    )
+    if (speed := found.speed) is not None:
+        told = {"seconds": speed.seconds, "threads": speed.threads, "machine": speed.machine}
+        section.paragraphs.append(words.speed_text.format(prompt=speed.prompt, **told))
+        section.figures[words.roofline] = charts.roofline(speed, words)
+        rates = [
+            [one.format, *(f"{getattr(one, name):,.4g}" for name in words.speed_head)]
+            for one in speed.speeds
+        ]
+        head = [words.plan_costs["format"], *words.speed_head.values()]
+        section.tables.append(Table("", head, rates))
+    return section
+
+
+def _fits(found: Plan, words: Words) -> Table:
+    told = words.plan_costs
+    rows = [
+        [
+            fit.format,
+            of_bytes(getattr(found.weights, fit.format)),
+            of_bytes(fit.needed),
+            f"{told['yes' if fit.fits else 'no']} ({of_bytes(fit.room)}, {fit.place})",
+            f"{fit.longest_context:,}",
+            of_bytes(getattr(found.work.bytes_read, fit.format)),
+        ]
+        for fit in found.fits
+    ]
+    heads = [told[name] for name in ("format", "weights", "needed", "fits", "longest", "read")]
+    return Table("", [head.format(context=found.work.context) for head in heads], rows)
 
 
 # --- who serves whom -----------------------------------------------------------------------------

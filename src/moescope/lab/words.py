@@ -72,7 +72,7 @@ class Words:
     of_all: str
     plan_costs: dict[str, str]
     speed_text: str
-    speed_head: list[str]
+    speed_head: dict[str, str]
     roofline: str
     roof: str
     slope: str
@@ -183,7 +183,7 @@ WORDS: dict[Language, Words] = {
             "format": "format",
             "weights": "weights",
             "needed": "and cache of {context:,} tokens",
-            "fits": "fits into {room} of {place}",
+            "fits": "fits (room, place)",
             "longest": "longest context",
             "read": "read for a token",
             "yes": "yes",
@@ -192,13 +192,12 @@ WORDS: dict[Language, Words] = {
         speed_text="Predicted from layers of its shape with random weights, timed for "
         "{seconds:.0f} s on {threads} threads of {machine}: a prompt of {prompt:,} tokens, and one "
         "token after another behind it.",
-        speed_head=[
-            "format",
-            "writing, tokens/s",
-            "if only memory counted",
-            "reading, tokens/s",
-            "if only products counted",
-        ],
+        speed_head={
+            "decode": "writing, tokens/s",
+            "decode_limit": "if only memory counted",
+            "prefill": "reading, tokens/s",
+            "prefill_limit": "if only products counted",
+        },
         roofline="Roofline: what memory and arithmetic allow, and where the model stands",
         roof="{format}: products at {peak:,.0f} GFLOP/s",
         slope="memory: {bandwidth:.1f} GB/s",
@@ -304,7 +303,7 @@ WORDS: dict[Language, Words] = {
             "format": "格式",
             "weights": "权重",
             "needed": "连同 {context:,} 词元的缓存",
-            "fits": "能否放进 {place}（{room}）",
+            "fits": "能否放进（容量，位置）",
             "longest": "最长上下文",
             "read": "每词元读取",
             "yes": "能",
@@ -312,13 +311,12 @@ WORDS: dict[Language, Words] = {
         },
         speed_text="用同样形状、随机权重的若干层，在 {machine} 的 {threads} 个线程上"
         "计时 {seconds:.0f} 秒得出的预测：先读 {prompt:,} 个词元的提示，再逐个生成。",
-        speed_head=[
-            "格式",
-            "生成（词元/秒）",
-            "若只受内存限制",
-            "读取（词元/秒）",
-            "若只受矩阵乘限制",
-        ],
+        speed_head={
+            "decode": "生成（词元/秒）",
+            "decode_limit": "若只受内存限制",
+            "prefill": "读取（词元/秒）",
+            "prefill_limit": "若只受矩阵乘限制",
+        },
         roofline="屋顶线：内存与算力允许的上限，以及模型所在的位置",
         roof="{format}：矩阵乘 {peak:,.0f} GFLOP/s",
         slope="内存：{bandwidth:.1f} GB/s",
