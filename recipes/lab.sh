@@ -8,6 +8,10 @@ runs=runs/studies
 lab=docs/lab
 mkdir -p "$runs/shards" "$lab"
 
+for model in tiny deepseek-v2-lite; do # first, as nothing else may run beside it
+    [ -e "$lab/plan-$model.json" ] ||
+        moescope plan "$model" --speed --save "$lab/plan-$model.json"
+done
 if [ ! -e "$runs/tokenizer" ]; then
     moescope tokenizer train "$corpus/train" --vocab-size 4096 --sample-bytes 6000000 \
         --out "$runs/tokenizer"

@@ -48,7 +48,10 @@ CACHES_READ = 2
 BITS = {"bf16": 16.0, **BITS_PER_WEIGHT}
 CACHE_BYTES = {"bf16": 2, "int8": 4, "int4": 4}
 """Of a number in the key-value cache: the native kernels keep float32."""
-PROMPTS, STEPS, WARM_STEPS = 3, 32, 8
+LEAST_PROMPTS, MOST_PROMPTS = 3, 10
+LEAST_STEPS, MOST_STEPS, WARM_STEPS = 32, 256, 8
+ENOUGH_SECONDS = 0.3
+"""Prompts, and steps, are repeated for so long if they are quick."""
 PROBE_SECONDS = 0.5
 KNOWN_ROUTERS = ("greedy", "group_limited_greedy", "noaux_tc")
 
@@ -124,7 +127,7 @@ def predict(config: ModelConfig, prompt: int = PROMPT) -> Prediction:
         else measure_native_gemm_peak(name, PROBE_SECONDS)
         for name in formats
     }
-    room = config.max_position_embeddings - STEPS - WARM_STEPS
+    room = config.max_position_embeddings - LEAST_STEPS - WARM_STEPS
     prompt = max(1, min(prompt, room))
     speeds = [predict_format(config, name, prompt, bandwidth, peaks[name]) for name in formats]
     return Prediction(
@@ -298,17 +301,30 @@ def _time_sample(
     if shape.num_hidden_layers < config.num_hidden_layers:
         samples.append(_Sample(shape.model_copy(update={"num_hidden_layers": 1}), weight_format))
     generator = torch.Generator().manual_seed(0)
-    ids = torch.randint(shape.vocab_size, (1, prompt + WARM_STEPS + STEPS), generator=generator)
-    prompts = [[sample.read(ids[:, :prompt], 0) for sample in samples] for _ in range(1 + PROMPTS)]
-    steps = [
-        [sample.read(ids[:, at : at + 1], at) for sample in samples]
-        for at in range(prompt, prompt + WARM_STEPS + STEPS)
-    ]
-    too_much = _surplus(config, samples[0], ids[:, :prompt])
-    return (
-        _whole(config, shape, steps[WARM_STEPS:]),
-        _whole(config, shape, prompts[1:]) - _mixtures(config) * too_much,
-    )
+    room = config.max_position_embeddings - prompt
+    ids = torch.randint(shape.vocab_size, (1, prompt + min(room, MOST_STEPS)), generator=generator)
+
+    def read(start: int, end: int) -> list[_Taken]:
+        return [sample.read(ids[:, start:end], start) for sample in samples]
+
+    read(0, prompt)
+    prompts: list[list[_Taken]] = []
+    while len(prompts) < LEAST_PROMPTS or (not _enough(prompts) and len(prompts) < MOST_PROMPTS):
+        prompts.append(read(0, prompt))
+    steps: list[list[_Taken]] = []
+    for at in range(prompt, ids.shape[1]):
+        steps.append(read(at, at + 1))
+        if len(steps) >= WARM_STEPS + LEAST_STEPS and _enough(steps):
+            break
+    decode, prefill = _whole(config, shape, steps[WARM_STEPS:]), _whole(config, shape, prompts)
+    if mixture := _mixture_seconds(config, samples[0], ids[:, :prompt]):
+        of_sample, of_model = (_mixtures(config) * seconds for seconds in mixture)
+        prefill = max(prefill - of_sample, 0.0) + of_model
+    return decode, prefill
+
+
+def _enough(runs: list[list[_Taken]]) -> bool:
+    return sum(taken.all for run in runs for taken in run) >= ENOUGH_SECONDS
 
 
 def _whole(config: ModelConfig, shape: ModelConfig, runs: list[list[_Taken]]) -> float:
@@ -325,15 +341,17 @@ def _whole(config: ModelConfig, shape: ModelConfig, runs: list[list[_Taken]]) ->
     return seconds + (missing - unlike) * layer + unlike * (first.all - first.head)
 
 
-def _surplus(config: ModelConfig, sample: _Sample, ids: Tensor) -> float:
-    """Seconds by which a mixture of the sample reads a prompt more slowly than the model's.
+def _mixture_seconds(
+    config: ModelConfig, sample: _Sample, ids: Tensor
+) -> tuple[float, float] | None:
+    """Seconds in which a mixture reads a prompt: the sample's, and the model's; None if alike.
 
-    With fewer experts each of them receives more rows, and products with more rows are faster, so
-    that this is below zero as a rule.
+    With fewer experts each of them receives more rows, and products with more rows are faster. So
+    the routed experts of the sample are timed on fewer rows, and again on all.
     """
     ours, theirs = sample.shape.n_routed_experts, config.n_routed_experts
     if ours is None or theirs is None or ours == theirs:
-        return 0.0
+        return None
     mixture = sample.model.model.layers[-1].mlp
     assert isinstance(mixture, MoE)
     states = torch.randn(1, ids.shape[1], config.hidden_size)
@@ -349,12 +367,13 @@ def _surplus(config: ModelConfig, sample: _Sample, ids: Tensor) -> float:
         )
 
     (all_rows, shared_all), (few_rows, shared_few) = both(ids.shape[1]), both(rows)
-    return all_rows - shared_all - (few_rows - shared_few) * ids.shape[1] / rows
+    routed = max(few_rows - shared_few, 0.0) * ids.shape[1] / rows
+    return all_rows, shared_all + routed
 
 
 def _mean_time(action: Callable[[], object]) -> float:
     seconds: list[float] = []
-    for _ in range(1 + PROMPTS):
+    for _ in range(1 + LEAST_PROMPTS):
         start = time.perf_counter()
         action()
         seconds.append(time.perf_counter() - start)
