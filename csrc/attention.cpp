@@ -1,5 +1,8 @@
 #include <algorithm>
+#include <cmath>
+#include <limits>
 
+#include "numbers.h"
 #include "ops.h"
 #include "pool.h"
 
@@ -9,12 +12,6 @@ namespace {
 constexpr int64_t kSlotBlock = 64;  // slots at a time, so that all heads find them in the cache
 constexpr int64_t kQueryBlock = 48;
 constexpr int64_t kScores = 24576;  // of a block of queries, so that they stay in the cache
-
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
-
-void grow(std::vector<float>& held, int64_t size) {
-  if (static_cast<int64_t>(held.size()) < size) held.resize(size);
-}
 
 // One matrix times one vector.
 void multiply_vector(const Weights& weights, int64_t matrix, const float* x, QuantizedRows& rounded,
@@ -31,41 +28,83 @@ void multiply_vector(const Weights& weights, int64_t matrix, const float* x, Qua
 
 }  // namespace
 
+namespace {
+
+// `kHeads` queries of one row that walk over its slots block by block, keeping a softmax that is
+// mended as greater scores turn up (Milakov and Gimelshein 2018, algorithm 3).
+struct Bundle {
+  float *q_latent, *q_rope, *mixed, *scores;  // (kHeads, rank | rope | rank | kSlotBlock)
+  float greatest[kHeads], sums[kHeads];
+
+  static int64_t size(int64_t rank, int64_t rope) { return kHeads * (2 * rank + rope + kSlotBlock); }
+
+  Bundle(float* memory, int64_t rank, int64_t rope)
+      : q_latent(memory),
+        q_rope(q_latent + kHeads * rank),
+        mixed(q_rope + kHeads * rope),
+        scores(mixed + kHeads * rank) {
+    std::fill_n(greatest, kHeads, -std::numeric_limits<float>::infinity());
+    std::fill_n(sums, kHeads, 0.0f);
+  }
+
+  void visit(const Slots& latents, const Slots& k_rope, int64_t row, int64_t slot, int64_t count,
+             float scale) {
+    const int64_t rank = latents.width, rope = k_rope.width;
+    std::fill_n(scores, kHeads * kSlotBlock, 0.0f);
+    kernels().dots(latents.at(row, slot), latents.slot_stride, count, q_latent, rank, rank, scores,
+                   kSlotBlock);
+    kernels().dots(k_rope.at(row, slot), k_rope.slot_stride, count, q_rope, rope, rope, scores,
+                   kSlotBlock);
+    for (int h = 0; h < kHeads; ++h) {
+      float* p = scores + h * kSlotBlock;
+      const float most = std::max(greatest[h], largest(p, count));
+      const float kept = std::exp(scale * (greatest[h] - most));
+      if (kept != 1) kernels().axpy(kept - 1, mixed + h * rank, mixed + h * rank, rank);
+      sums[h] = sums[h] * kept + kernels().exponentials(p, scale, most, count);
+      greatest[h] = most;
+    }
+    kernels().mix(latents.at(row, slot), latents.slot_stride, count, scores, kSlotBlock, rank, mixed,
+                  rank);
+  }
+};
+
+}  // namespace
+
 void AbsorbedAttention::forward(const Queries& queries, const Slots& latents, const Slots& k_rope,
                                 const int64_t* lengths, int64_t batch, float* out) const {
   const int64_t heads = up_key->matrices(), value = up_value->outputs();
   const int64_t rank = latents.width, rope = k_rope.width;
+  // A task takes as many heads as leave every thread one: they share what they read of the cache.
   const int64_t bundles = (heads + kHeads - 1) / kHeads;
-  parallel(batch * bundles, [&](int64_t task) {
+  const int64_t at_once = std::clamp<int64_t>(batch * bundles / threads(), 1, bundles);
+  const int64_t parts = (bundles + at_once - 1) / at_once;
+  parallel(batch * parts, [&](int64_t task) {
     static thread_local QuantizedRows rounded;
     static thread_local std::vector<float> memory;
-    const int64_t row = task / bundles, first = task % bundles * kHeads;
-    const int64_t count = std::min<int64_t>(kHeads, heads - first), slots = lengths[row];
-    memory.assign(kHeads * (2 * rank + rope + slots), 0.0f);  // heads beyond the last stay zero
-    float* q_latent = memory.data();            // (kHeads, rank)
-    float* mixed = q_latent + kHeads * rank;    // (kHeads, rank)
-    float* q_rotated = mixed + kHeads * rank;   // (kHeads, rope)
-    float* scores = q_rotated + kHeads * rope;  // (kHeads, slots)
-    for (int64_t h = 0; h < count; ++h) {
-      const int64_t head = row * heads + first + h;
-      multiply_vector(*up_key, first + h, queries.nope + head * queries.nope_stride, rounded,
-                      q_latent + h * rank);
-      std::copy_n(queries.rope + head * queries.rope_stride, rope, q_rotated + h * rope);
+    static thread_local std::vector<Bundle> walking;
+    const int64_t row = task / parts, first = task % parts * at_once * kHeads;
+    const int64_t end = std::min(first + at_once * kHeads, heads);
+    const int64_t size = Bundle::size(rank, rope), count = (end - first + kHeads - 1) / kHeads;
+    memory.assign(count * size, 0.0f);  // heads beyond the last stay zero
+    walking.clear();
+    for (int64_t b = 0; b < count; ++b) walking.emplace_back(memory.data() + b * size, rank, rope);
+    for (int64_t h = first; h < end; ++h) {
+      const Bundle& bundle = walking[(h - first) / kHeads];
+      const int64_t at = (h - first) % kHeads, head = row * heads + h;
+      multiply_vector(*up_key, h, queries.nope + head * queries.nope_stride, rounded,
+                      bundle.q_latent + at * rank);
+      std::copy_n(queries.rope + head * queries.rope_stride, rope, bundle.q_rope + at * rope);
     }
-    for (int64_t slot = 0; slot < slots; slot += kSlotBlock) {
-      const int64_t block = std::min(kSlotBlock, slots - slot);
-      kernels().dots(latents.at(row, slot), latents.slot_stride, block, q_latent, rank, rank,
-                     scores + slot, slots);
-      kernels().dots(k_rope.at(row, slot), k_rope.slot_stride, block, q_rotated, rope, rope,
-                     scores + slot, slots);
+    for (int64_t slot = 0; slot < lengths[row]; slot += kSlotBlock)
+      for (Bundle& bundle : walking)
+        bundle.visit(latents, k_rope, row, slot, std::min(kSlotBlock, lengths[row] - slot), scale);
+    for (int64_t h = first; h < end; ++h) {
+      const Bundle& bundle = walking[(h - first) / kHeads];
+      const int64_t at = (h - first) % kHeads;
+      float* mixed = bundle.mixed + at * rank;
+      for (int64_t i = 0; i < rank; ++i) mixed[i] /= bundle.sums[at];
+      multiply_vector(*up_value, h, mixed, rounded, out + (row * heads + h) * value);
     }
-    for (int64_t h = 0; h < kHeads; ++h) kernels().softmax(scores + h * slots, scale, slots);
-    for (int64_t slot = 0; slot < slots; slot += kSlotBlock)
-      kernels().mix(latents.at(row, slot), latents.slot_stride, std::min(kSlotBlock, slots - slot),
-                    scores + slot, slots, rank, mixed, rank);
-    for (int64_t h = 0; h < count; ++h)
-      multiply_vector(*up_value, first + h, mixed + h * rank, rounded,
-                      out + (row * heads + first + h) * value);
   });
   count_weight_bytes(heads * (up_key->matrix_bytes() + up_value->matrix_bytes()));
 }

@@ -93,22 +93,32 @@ void FeedForward::forward(const float* x, int64_t tokens, const int64_t* topk_id
     first_task[v + 1] = first_task[v] + of.gate->tiles();
     bytes += of.gate->matrix_bytes() + of.up->matrix_bytes() + of.down->matrix_bytes();
   }
+  const auto visit_of = [&](int64_t task) -> size_t {
+    return std::upper_bound(first_task.begin(), first_task.end(), task) - first_task.begin() - 1;
+  };
+  // Threads take turns, more or less, so this one will go on as many tasks later as there are.
+  const auto next_after = [&](int64_t task) -> const uint8_t* {
+    task += threads();
+    if (task >= first_task.back()) return scratch.visits[0].experts->down->start(0, 0);
+    const size_t v = visit_of(task);
+    return scratch.visits[v].experts->gate->start(scratch.visits[v].matrix, task - first_task[v]);
+  };
   parallel(first_task.back(), [&](int64_t task) {
-    const size_t v =
-        std::upper_bound(first_task.begin(), first_task.end(), task) - first_task.begin() - 1;
+    const size_t v = visit_of(task);
     const Visit& visit = scratch.visits[v];
     const Experts& of = *visit.experts;
     const int64_t tile = task - first_task[v], start = tile * kTile;
     const int64_t width = std::min<int64_t>(kTile, of.gate->outputs() - start);
     const int64_t padded = std::min<int64_t>(kTile, of.down->padded_columns() - start);
+    const uint8_t *up_start = of.up->start(visit.matrix, tile), *next = next_after(task);
     const bool is_shared = visit.experts == &shared_;
     QuantizedRows& activated = is_shared ? scratch.shared : scratch.routed;
     alignas(64) float gate[kRowBlock * kTile], up[kRowBlock * kTile];
     for (int64_t first = 0; first < visit.rows; first += kRowBlock) {
       const int count = static_cast<int>(std::min<int64_t>(kRowBlock, visit.rows - first));
       const int32_t* rows = scratch.token_of_row.data() + visit.first_row + first;
-      of.gate->multiply(visit.matrix, tile, inputs, rows, count, gate);
-      of.up->multiply(visit.matrix, tile, inputs, rows, count, up);
+      of.gate->multiply(visit.matrix, tile, inputs, rows, count, gate, up_start);
+      of.up->multiply(visit.matrix, tile, inputs, rows, count, up, next);
       for (int r = 0; r < count; ++r) {
         kernels().swiglu(gate + r * kTile, up + r * kTile, width);
         const int64_t row = (is_shared ? 0 : visit.first_row) + first + r;
@@ -123,8 +133,11 @@ void FeedForward::forward(const float* x, int64_t tokens, const int64_t* topk_id
   parallel(out_tiles, [&](int64_t tile) {
     const int64_t start = tile * kTile, width = std::min<int64_t>(kTile, hidden - start);
     alignas(64) float product[kRowBlock * kTile];
-    for (const Visit& visit : scratch.visits) {
-      const bool is_shared = visit.experts == &shared_;
+    for (size_t v = 0; v < scratch.visits.size(); ++v) {
+      const Visit& visit = scratch.visits[v];
+      const bool is_shared = visit.experts == &shared_, is_last = v + 1 == scratch.visits.size();
+      const Visit& next = scratch.visits[is_last ? 0 : v + 1];
+      const int64_t next_tile = std::min(is_last ? tile + threads() : tile, out_tiles - 1);
       for (int64_t first = 0; first < visit.rows; first += kRowBlock) {
         const int count = static_cast<int>(std::min<int64_t>(kRowBlock, visit.rows - first));
         const int64_t base = visit.first_row + first;
@@ -132,7 +145,7 @@ void FeedForward::forward(const float* x, int64_t tokens, const int64_t* topk_id
         for (int r = 0; r < count; ++r)
           rows[r] = static_cast<int32_t>((is_shared ? first : base) + r);
         visit.experts->down->multiply(visit.matrix, tile, is_shared ? shared : routed, rows, count,
-                                      product);
+                                      product, next.experts->down->start(next.matrix, next_tile));
         for (int r = 0; r < count; ++r)
           kernels().axpy(scratch.weight_of_row[base + r], product + r * kTile,
                          out + scratch.token_of_row[base + r] * hidden + start, width);

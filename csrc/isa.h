@@ -39,6 +39,8 @@ struct Tile {
   const uint8_t* weights;
   const float* row_scales;
   int panels;
+  const uint8_t* end;   // of the weights
+  const uint8_t* next;  // what will be read after them
 };
 
 struct Kernels {
@@ -70,6 +72,8 @@ struct Kernels {
                           int64_t out_stride);
   // x = softmax(scale * x)
   void (*softmax)(float* x, float scale, int64_t n);
+  // x = exp(scale * (x - largest)); returns their sum
+  float (*exponentials)(float* x, float scale, float largest, int64_t n);
   // log(sum(exp(x)))
   float (*log_sum_exp)(const float* x, int64_t n);
   // out = x / sqrt(mean(x^2) + eps) * weight

@@ -306,11 +306,16 @@ void multiply_floats(const float* x, int64_t stride, int count, const float* mat
   }
 }
 
+float exponentials(float* x, float scale, float largest, int64_t n) {
+  float sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i] = expf(scale * (x[i] - largest));
+  return sum;
+}
+
 void softmax(float* x, float scale, int64_t n) {
   float largest = x[0];
   for (int64_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
-  float sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += x[i] = expf(scale * (x[i] - largest));
+  const float sum = exponentials(x, scale, largest, n);
   for (int64_t i = 0; i < n; ++i) x[i] /= sum;
 }
 

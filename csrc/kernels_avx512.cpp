@@ -74,53 +74,86 @@ MOESCOPE_INLINE inline void multiply_step(__m512i (&dots)[M][P], const __m512i (
   });
 }
 
-// out += scale * dots
-MOESCOPE_INLINE inline void accumulate(__m512 scale, __m512i dots, float* out) {
-  _mm512_storeu_ps(out, _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(dots), _mm512_loadu_ps(out)));
+// Where the bytes stand that are read `kPrefetch` after `weights`.
+MOESCOPE_INLINE inline const uint8_t* ahead_of(const Tile& tile, const uint8_t* weights) {
+  const int64_t beyond = weights + kPrefetch - tile.end;
+  return beyond < 0 ? weights + kPrefetch : tile.next + beyond;
 }
 
-// Adds M rows x P panels over the columns of groups [first, last) to `out`.
+MOESCOPE_INLINE inline void prefetch(const uint8_t* from) {
+  _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0);
+}
+
+// Sums of M rows x P panels: kept in registers for a single row, else in `out`, for want of them.
 template <int M, int P>
-MOESCOPE_INLINE inline void add_int8(const uint8_t* weights, const Activations& a,
-                                     const int64_t* row, int64_t first, int64_t last, float* out) {
+struct Sums {
+  float* out;
+  __m512 single[P];
+
+  MOESCOPE_INLINE explicit Sums(float* to) : out(to) {
+    if constexpr (M == 1)
+      each<P>([&](auto p) MOESCOPE_INLINE { single[p] = _mm512_loadu_ps(out + p * kPanel); });
+  }
+  MOESCOPE_INLINE void add(int m, int p, __m512 scale, __m512i dots) {
+    const __m512 numbers = _mm512_cvtepi32_ps(dots);
+    if constexpr (M == 1) {
+      single[p] = _mm512_fmadd_ps(scale, numbers, single[p]);
+    } else {
+      float* to = out + m * kTile + p * kPanel;
+      _mm512_storeu_ps(to, _mm512_fmadd_ps(scale, numbers, _mm512_loadu_ps(to)));
+    }
+  }
+  MOESCOPE_INLINE void finish() {
+    if constexpr (M == 1)
+      each<P>([&](auto p) MOESCOPE_INLINE { _mm512_storeu_ps(out + p * kPanel, single[p]); });
+  }
+};
+
+// Adds M rows x P panels over the columns of groups [first, last) to `out`. Weights that are read
+// but once (`Once`) are fetched ahead.
+template <bool Once, int M, int P>
+MOESCOPE_INLINE inline void add_int8(const Tile& tile, const Activations& a, const int64_t* row,
+                                     int64_t first, int64_t last, float* out) {
+  Sums<M, P> sums(out);
   for (int64_t g = first; g < last; ++g) {
     __m512i dots[M][P];
     start(dots, a, row, g);
     const int64_t begin = g * a.group;
     const int64_t columns = a.columns - begin < a.group ? a.columns - begin : a.group;
-    const uint8_t* w = weights + begin * (P * kPanel);
+    const uint8_t* w = tile.weights + begin * (P * kPanel);
+    const uint8_t* ahead = Once ? ahead_of(tile, w) : nullptr;
     const int8_t* x[M];
     each<M>([&](auto m) MOESCOPE_INLINE { x[m] = a.values + row[m] * a.columns + begin; });
     for (int64_t k = 0; k < columns; k += 4, w += P * 64) {
       __m512i panel[P];
       each<P>([&](auto p) MOESCOPE_INLINE {
-        if constexpr (M == 1)
-          _mm_prefetch(reinterpret_cast<const char*>(w + p * 64 + kPrefetch), _MM_HINT_T0);
+        if constexpr (Once) prefetch(ahead + k * (P * kPanel) + p * 64);
         panel[p] = _mm512_loadu_si512(w + p * 64);
       });
       multiply_step(dots, panel, x, k);
     }
     each<M>([&](auto m) MOESCOPE_INLINE {
       const __m512 scale = _mm512_set1_ps(a.scales[row[m] * a.groups + g]);
-      each<P>([&](auto p) MOESCOPE_INLINE {
-        accumulate(scale, dots[m][p], out + m * kTile + p * kPanel);
-      });
+      each<P>([&](auto p) MOESCOPE_INLINE { sums.add(m, p, scale, dots[m][p]); });
     });
   }
+  sums.finish();
 }
 
-template <int M, int P>
-MOESCOPE_INLINE inline void add_int4(const uint8_t* weights, const Activations& a,
-                                     const int64_t* row, int64_t first, int64_t last, float* out) {
+template <bool Once, int M, int P>
+MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, const int64_t* row,
+                                     int64_t first, int64_t last, float* out) {
   constexpr int64_t kChunkBytes = P * kPanel * (kChunk / 2 + 2);
   const __m512i low = _mm512_set1_epi8(15);
   const int8_t* x[M];
   each<M>([&](auto m) MOESCOPE_INLINE { x[m] = a.values + row[m] * a.columns; });
+  Sums<M, P> sums(out);
   for (int64_t g = first; g < last; ++g) {
-    const uint8_t* chunk = weights + g * kChunkBytes;
-    if constexpr (M == 1)
-      for (int64_t line = 0; line < kChunkBytes; line += 64)
-        _mm_prefetch(reinterpret_cast<const char*>(chunk + line + kPrefetch), _MM_HINT_T0);
+    const uint8_t* chunk = tile.weights + g * kChunkBytes;
+    if constexpr (Once) {
+      const uint8_t* ahead = ahead_of(tile, chunk);
+      for (int64_t line = 0; line < kChunkBytes; line += 64) prefetch(ahead + line);
+    }
     __m512i dots[M][P];
     start(dots, a, row, g);
     for (int step = 0; step < 4; ++step) {
@@ -142,20 +175,34 @@ MOESCOPE_INLINE inline void add_int4(const uint8_t* weights, const Activations& 
       const __m512 weight_scale =
           _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
       each<M>([&](auto m) MOESCOPE_INLINE {
-        accumulate(_mm512_mul_ps(weight_scale, _mm512_set1_ps(a.scales[row[m] * a.groups + g])),
-                   dots[m][p], out + m * kTile + p * kPanel);
+        const __m512 scale = _mm512_set1_ps(a.scales[row[m] * a.groups + g]);
+        sums.add(m, p, _mm512_mul_ps(weight_scale, scale), dots[m][p]);
       });
     });
   }
+  sums.finish();
 }
 
-template <bool Int4, int M, int P>
-__attribute__((noinline)) void add(const uint8_t* weights, const Activations& a, const int64_t* row, int64_t first,
-         int64_t last, float* out) {
+template <bool Int4, bool Once, int M, int P>
+__attribute__((noinline)) void add(const Tile& tile, const Activations& a, const int64_t* row,
+                                   int64_t first, int64_t last, float* out) {
   if constexpr (Int4)
-    add_int4<M, P>(weights, a, row, first, last, out);
+    add_int4<Once, M, P>(tile, a, row, first, last, out);
   else
-    add_int8<M, P>(weights, a, row, first, last, out);
+    add_int8<Once, M, P>(tile, a, row, first, last, out);
+}
+
+template <bool Int4, bool Once, int P>
+void add_rows(int count, const Tile& tile, const Activations& a, const int64_t* row, int64_t first,
+              int64_t last, float* out) {
+  switch (count) {
+    case 1: return add<Int4, Once, 1, P>(tile, a, row, first, last, out);
+    case 2: return add<Int4, Once, 2, P>(tile, a, row, first, last, out);
+    case 3: return add<Int4, Once, 3, P>(tile, a, row, first, last, out);
+    case 4: return add<Int4, Once, 4, P>(tile, a, row, first, last, out);
+    case 5: return add<Int4, Once, 5, P>(tile, a, row, first, last, out);
+    default: return add<Int4, Once, 6, P>(tile, a, row, first, last, out);
+  }
 }
 
 template <bool Int4, int P>
@@ -172,14 +219,10 @@ void multiply_panels(const Tile& tile, const Activations& a, const int32_t* rows
       int64_t row[kRows];
       for (int i = 0; i < m; ++i) row[i] = rows ? rows[start + i] : start + i;
       float* to = out + start * kTile;
-      switch (m) {
-        case 1: add<Int4, 1, P>(tile.weights, a, row, first, last, to); break;
-        case 2: add<Int4, 2, P>(tile.weights, a, row, first, last, to); break;
-        case 3: add<Int4, 3, P>(tile.weights, a, row, first, last, to); break;
-        case 4: add<Int4, 4, P>(tile.weights, a, row, first, last, to); break;
-        case 5: add<Int4, 5, P>(tile.weights, a, row, first, last, to); break;
-        default: add<Int4, 6, P>(tile.weights, a, row, first, last, to);
-      }
+      if (count <= kRows)
+        add_rows<Int4, true, P>(m, tile, a, row, first, last, to);
+      else
+        add_rows<Int4, false, P>(m, tile, a, row, first, last, to);
     }
   }
   if constexpr (!Int4) {
@@ -380,23 +423,31 @@ void multiply_floats(const float* x, int64_t stride, int count, const float* mat
                        out + p * kPanel, out_stride);
 }
 
-void softmax(float* x, float scale, int64_t n) {
-  __m512 largest = _mm512_set1_ps(-INFINITY);
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
-    largest = _mm512_mask_max_ps(largest, mask, largest, _mm512_maskz_loadu_ps(mask, x + i));
-  }
-  const __m512 most = _mm512_set1_ps(_mm512_reduce_max_ps(largest));
+float exponentials(float* x, float scale, float largest, int64_t n) {
   __m512 sums = _mm512_setzero_ps();
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
-    const __m512 below = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), most);
+    const __m512 below = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(largest));
     const __m512 e =
         _mm512_maskz_mov_ps(mask, exponential(_mm512_mul_ps(below, _mm512_set1_ps(scale))));
     sums = _mm512_add_ps(sums, e);
     _mm512_mask_storeu_ps(x + i, mask, e);
   }
-  const __m512 factor = _mm512_set1_ps(1 / _mm512_reduce_add_ps(sums));
+  return _mm512_reduce_add_ps(sums);
+}
+
+float greatest(const float* x, int64_t n) {
+  __m512 most = _mm512_set1_ps(-INFINITY);
+  for (int64_t i = 0; i < n; i += 16) {
+    const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
+    most = _mm512_mask_max_ps(most, mask, most, _mm512_maskz_loadu_ps(mask, x + i));
+  }
+  return _mm512_reduce_max_ps(most);
+}
+
+void softmax(float* x, float scale, int64_t n) {
+  const float sum = exponentials(x, scale, greatest(x, n), n);
+  const __m512 factor = _mm512_set1_ps(1 / sum);
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
     _mm512_mask_storeu_ps(x + i, mask, _mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + i), factor));
@@ -404,12 +455,7 @@ void softmax(float* x, float scale, int64_t n) {
 }
 
 float log_sum_exp(const float* x, int64_t n) {
-  __m512 largest = _mm512_set1_ps(-INFINITY);
-  for (int64_t i = 0; i < n; i += 16) {
-    const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
-    largest = _mm512_mask_max_ps(largest, mask, largest, _mm512_maskz_loadu_ps(mask, x + i));
-  }
-  const float most = _mm512_reduce_max_ps(largest);
+  const float most = greatest(x, n);
   __m512 sums = _mm512_setzero_ps();
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
@@ -439,7 +485,7 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
 
 const Kernels avx512_kernels = {"avx512", quantize, multiply<false>, multiply<true>,
                                 swiglu,   axpy,     dots,            dot_rows,
-                                mix,      multiply_floats, softmax,  log_sum_exp,
+                                mix,      multiply_floats, softmax,  exponentials, log_sum_exp,
                                 rms_norm};
 
 }  // namespace moescope

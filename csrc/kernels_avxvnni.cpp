@@ -3,5 +3,5 @@
 namespace moescope {
 const Kernels avxvnni_kernels = {"avxvnni", quantize, multiply<false>, multiply<true>,
                                  swiglu, axpy, dots, dot_rows, mix, multiply_floats, softmax,
-                                 log_sum_exp, rms_norm};
+                                 exponentials, log_sum_exp, rms_norm};
 }  // namespace moescope

@@ -134,11 +134,16 @@ void multiply_floats(const float* x, int64_t stride, int count, const float* mat
     }
 }
 
+float exponentials(float* x, float scale, float largest, int64_t n) {
+  float sum = 0;
+  for (int64_t i = 0; i < n; ++i) sum += x[i] = expf(scale * (x[i] - largest));
+  return sum;
+}
+
 void softmax(float* x, float scale, int64_t n) {
   float largest = x[0];
   for (int64_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
-  float sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += x[i] = expf(scale * (x[i] - largest));
+  const float sum = exponentials(x, scale, largest, n);
   for (int64_t i = 0; i < n; ++i) x[i] /= sum;
 }
 
@@ -161,6 +166,6 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
 
 const Kernels portable_kernels = {"portable", quantize, multiply_int8, multiply_int4,
                                   swiglu,     axpy,     dots,          dot_rows,
-                                  mix,        multiply_floats, softmax, log_sum_exp, rms_norm};
+                                  mix,        multiply_floats, softmax, exponentials, log_sum_exp, rms_norm};
 
 }  // namespace moescope

@@ -3,15 +3,12 @@
 #include <cstring>
 #include <limits>
 
+#include "numbers.h"
 #include "ops.h"
 #include "pool.h"
 
 namespace moescope {
 namespace {
-
-void grow(std::vector<float>& held, int64_t size) {
-  if (static_cast<int64_t>(held.size()) < size) held.resize(size);
-}
 
 // Rotated pairs come out as halves (Su et al. 2021, eq. 15); `out` may not be `x`.
 void rotate(const float* x, const float* cosine, const float* sine, int64_t width, bool interleave,

@@ -22,19 +22,33 @@ void multiply_all(const std::vector<Product>& products, const Activations& activ
     first_task.push_back(first_task.back() + weights.matrices() * weights.tiles() * blocks);
     count_weight_bytes(weights.matrices() * weights.matrix_bytes());
   }
-  parallel(first_task.back(), [&](int64_t task) {
+  struct Place {
+    const Product* product;
+    int64_t matrix, tile, first_row;
+  };
+  const auto place_of = [&](int64_t task) -> Place {
     size_t which = 0;
     while (task >= first_task[which + 1]) ++which;
-    const Product& product = products[which];
-    task -= first_task[which];
+    const int64_t part = (task - first_task[which]) / blocks;
+    const int64_t tiles = products[which].weights->tiles();
+    return {&products[which], part / tiles, part % tiles, task % blocks * kRowBlock};
+  };
+  // Threads take turns, more or less, so this one will go on as many tasks later as there are.
+  const auto next_after = [&](int64_t task) -> const uint8_t* {
+    task += threads();
+    if (task >= first_task.back()) return nullptr;
+    const Place place = place_of(task);
+    return place.product->weights->start(place.matrix, place.tile);
+  };
+  parallel(first_task.back(), [&](int64_t task) {
+    const auto [product_at, matrix, tile, first] = place_of(task);
+    const Product& product = *product_at;
     const Weights& weights = *product.weights;
-    const int64_t matrix = task / blocks / weights.tiles(), tile = task / blocks % weights.tiles();
-    const int64_t first = task % blocks * kRowBlock;
     const int count = static_cast<int>(std::min<int64_t>(kRowBlock, rows - first));
     int32_t index[kRowBlock];
     for (int r = 0; r < count; ++r) index[r] = static_cast<int32_t>(first + r);
     alignas(64) float result[kRowBlock * kTile];
-    weights.multiply(matrix, tile, activations, index, count, result);
+    weights.multiply(matrix, tile, activations, index, count, result, next_after(task));
     const int64_t width = std::min<int64_t>(kTile, weights.outputs() - tile * kTile);
     const int64_t outputs = weights.matrices() * weights.outputs();
     const int64_t start = matrix * weights.outputs() + tile * kTile;

@@ -1,26 +1,14 @@
 #include <algorithm>
-#include <limits>
 #include <utility>
 
+#include "numbers.h"
 #include "ops.h"
 #include "pool.h"
 
 namespace moescope {
 namespace {
 
-constexpr int64_t kLanes = 16, kBlock = 256;  // numbers that are skipped together
-
-float largest(const float* x, int64_t n) {
-  float lanes[kLanes], most = x[0];
-  std::fill_n(lanes, kLanes, -std::numeric_limits<float>::infinity());
-  int64_t i = 0;
-  for (; i + kLanes <= n; i += kLanes)
-    for (int64_t lane = 0; lane < kLanes; ++lane)
-      lanes[lane] = x[i + lane] > lanes[lane] ? x[i + lane] : lanes[lane];
-  for (float lane : lanes) most = std::max(most, lane);
-  for (; i < n; ++i) most = std::max(most, x[i]);
-  return most;
-}
+constexpr int64_t kBlock = 256;  // numbers that are skipped together
 
 }  // namespace
 

@@ -4,14 +4,13 @@
 #include <cmath>
 #include <cstring>
 
+#include "numbers.h"
 #include "pool.h"
 
 namespace moescope {
 namespace {
 
 constexpr int kInt4ChunkBytes = kPanel * (kChunk / 2 + 2);  // of one panel
-
-int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 int64_t padded_row_bytes(Format format, int64_t padded) {
   return format == Format::int8 ? padded : padded / kChunk * kInt4ChunkBytes / kPanel;
@@ -101,15 +100,19 @@ Tile Weights::tile(int64_t matrix, int64_t index) const {
   const int64_t first = index * kTile;
   const float* scales =
       format_ == Format::int8 ? row_scales_.data() + matrix * padded_outputs_ + first : nullptr;
-  return {packed_.data() + matrix * matrix_bytes_ + first * padded_row_bytes(format_, padded_),
-          scales, static_cast<int>(std::min<int64_t>(kTile, padded_outputs_ - first) / kPanel)};
+  const int64_t width = std::min<int64_t>(kTile, padded_outputs_ - first);
+  const int64_t row_bytes = padded_row_bytes(format_, padded_);
+  const uint8_t* begin = packed_.data() + matrix * matrix_bytes_ + first * row_bytes;
+  const uint8_t* end = begin + width * row_bytes;
+  return {begin, scales, static_cast<int>(width / kPanel), end, end};
 }
 
 void Weights::multiply(int64_t matrix, int64_t index, const Activations& activations,
-                       const int32_t* rows, int count, float* out) const {
+                       const int32_t* rows, int count, float* out, const uint8_t* next) const {
   const Kernels& k = kernels();
-  (format_ == Format::int8 ? k.multiply_int8 : k.multiply_int4)(tile(matrix, index), activations,
-                                                                rows, count, out);
+  Tile at = tile(matrix, index);
+  if (next != nullptr) at.next = next;
+  (format_ == Format::int8 ? k.multiply_int8 : k.multiply_int4)(at, activations, rows, count, out);
 }
 
 void Weights::pack_tile(int64_t matrix, int64_t index, const Source& source) {

@@ -36,9 +36,11 @@ class Weights {
   int zero() const { return format_ == Format::int8 ? kInt8Zero : kInt4Zero; }
 
   int64_t tiles() const { return (outputs_ + kTile - 1) / kTile; }
-  // out (count, kTile) = activations[rows] times outputs [index * kTile, ...) of a matrix.
+  // out (count, kTile) = activations[rows] times outputs [index * kTile, ...) of a matrix. `next` is
+  // where the caller will go on, if not behind them: its first bytes are fetched meanwhile.
   void multiply(int64_t matrix, int64_t index, const Activations& activations, const int32_t* rows,
-                int count, float* out) const;
+                int count, float* out, const uint8_t* next = nullptr) const;
+  const uint8_t* start(int64_t matrix, int64_t index) const { return tile(matrix, index).weights; }
 
   // The weights as the kernels see them, (matrices, outputs, columns).
   void unpack(float* out) const;
