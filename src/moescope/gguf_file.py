@@ -35,7 +35,8 @@ MOST_TENSORS = 262_144
 MOST_ITEMS = 16_777_216
 """Of all arrays together: far above any vocabulary, far below what takes seconds to read."""
 MOST_DIMENSIONS = 4
-BLOCKS_AT_A_TIME = 65_536
+NUMBERS_AT_A_TIME = 32_768
+"""That are multiplied out together: what the caches hold, and what one thread does alone."""
 
 _SCALARS = {
     0: "<B",
@@ -126,15 +127,12 @@ class GgufFile:
             dtype = torch.bfloat16 if info.kind == "BF16" else torch.float32
         block, block_bytes = _block_of(info.kind)
         out = torch.empty(prod(info.shape), dtype=dtype)
-        for first in range(0, info.size // block_bytes, BLOCKS_AT_A_TIME):
-            part = out[first * block : (first + BLOCKS_AT_A_TIME) * block]
-            raw = np.frombuffer(
-                self._bytes,
-                np.uint8,
-                count=len(part) // block * block_bytes,
-                offset=info.start + first * block_bytes,
-            )
+        start = info.start
+        for part in out.split(NUMBERS_AT_A_TIME // block * block):
+            size = len(part) // block * block_bytes
+            raw = np.frombuffer(self._bytes, np.uint8, count=size, offset=start)
             part.copy_(_multiplied_out(raw, info.kind))
+            start += size
         return out.view(info.shape)
 
 
