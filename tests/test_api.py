@@ -49,8 +49,20 @@ def test_an_unknown_dtype_is_a_sentence(folder: Path) -> None:
         moescope.load(folder, dtype="int3")
 
 
+def test_a_model_that_does_not_fit_is_refused_before_it_is_read(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moescope.api.memory", lambda: (2**30, 1000))
+    monkeypatch.setattr("moescope.api.load_model", None)
+    for options, said in (({}, "float32"), ({"dtype": "bfloat16"}, "bfloat16")):
+        with pytest.raises(UserError, match=rf"takes 0\.0 GiB in {said}, but 0\.0 GiB are free"):
+            moescope.load(folder, **options)
+    with pytest.raises(UserError, match=r"takes 0\.0 GiB in int4, but 0\.0 GiB are free"):
+        moescope.load(folder, quantize="int4")
+
+
 def test_a_file_is_no_model(folder: Path) -> None:
-    with pytest.raises(UserError, match="is a file; name a .gguf file or the folder"):
+    with pytest.raises(UserError, match=r"is a file; name a \.gguf file or the folder"):
         moescope.load(folder / "config.json")
 
 

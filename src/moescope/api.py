@@ -63,13 +63,27 @@ def load(
         raise UserError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
     packer = packer_for(backend, quantize)
     checkpoint = open_checkpoint(locate(name_or_path))
+    wanted = DTYPES[dtype] if dtype else checkpoint.dtype
     if packer is not None:
         packer.refuse_if_too_large(checkpoint.config, memory()[1])
-    elif dtype is None and count_parameters(checkpoint.config).total <= FLOAT32_PARAMETERS:
-        dtype = "float32"
+    else:
+        parameters = count_parameters(checkpoint.config)
+        if dtype is None and parameters.total <= FLOAT32_PARAMETERS:
+            wanted = torch.float32
+        _refuse_if_too_large(parameters.total + parameters.mtp, wanted, memory()[1])
     tokenizer = checkpoint.tokenizer()
-    model = load_model(checkpoint, dtype=DTYPES[dtype] if dtype else None, packer=packer)
+    model = load_model(checkpoint, dtype=wanted, packer=packer)
     return Model(str(name_or_path), model, tokenizer)
+
+
+def _refuse_if_too_large(parameters: int, dtype: torch.dtype, available: int) -> None:
+    needed = parameters * dtype.itemsize
+    if needed > available:
+        raise UserError(
+            f"the model takes {needed / 2**30:.1f} GiB in {str(dtype).removeprefix('torch.')}, but "
+            f"{available / 2**30:.1f} GiB are free; close other programs, or open it with "
+            'quantize="int8" or "int4" (--quantize)'
+        )
 
 
 def packer_for(backend: str | None, quantize: str | None) -> Packer | None:

@@ -7,7 +7,7 @@ import typer
 
 
 def ablate(
-    model: Annotated[str, typer.Argument(help='"tiny", a folder or a Hub name.')],
+    model: Annotated[str, typer.Argument(help='"tiny", a folder, a .gguf file or a Hub name.')],
     texts: Annotated[
         Path,
         typer.Argument(

@@ -9,7 +9,9 @@ import typer
 def compare(
     models: Annotated[
         list[str],
-        typer.Argument(metavar="A B [C...]", help='Models: "tiny", folders or Hub names.'),
+        typer.Argument(
+            metavar="A B [C...]", help='Models: "tiny", folders, .gguf files or Hub names.'
+        ),
     ],
     text: Annotated[
         Path,

@@ -25,7 +25,9 @@ def explain(
     prompt: Annotated[
         str | None, typer.Argument(metavar="[PROMPT]", help="Text; asked for if left out.")
     ] = None,
-    model: Annotated[str, typer.Option(help='"tiny", a folder or a Hub name.')] = "tiny",
+    model: Annotated[
+        str, typer.Option(help='"tiny", a folder, a .gguf file or a Hub name.')
+    ] = "tiny",
     backend: Backend = None,
     quantize: Quantize = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to continue the text by.")] = 12,

@@ -10,7 +10,7 @@ from moescope.cli.sampling import Backend, Quantize
 
 def open(
     model: Annotated[
-        str, typer.Argument(metavar="[MODEL]", help='"tiny", a folder or a Hub name.')
+        str, typer.Argument(metavar="[MODEL]", help='"tiny", a folder, a .gguf file or a Hub name.')
     ] = "tiny",
     port: Annotated[
         int, typer.Option(min=0, max=65_535, help="The next free one is taken if it is busy.")

@@ -15,7 +15,7 @@ def plan(
         str | None,
         typer.Argument(
             metavar="[NAME_OR_PATH]",
-            help="A published model, a folder with config.json, or such a file; "
+            help="A published model, a folder with config.json, such a file, or a .gguf; "
             "all published models if left out.",
         ),
     ] = None,

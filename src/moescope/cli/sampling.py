@@ -4,7 +4,7 @@ from typing import Annotated, Any
 
 import typer
 
-ModelName = Annotated[str, typer.Option(help='"tiny", a folder or a Hub name.')]
+ModelName = Annotated[str, typer.Option(help='"tiny", a folder, a .gguf file or a Hub name.')]
 Backend = Annotated[
     str | None, typer.Option(help='"torch", or "cpu": native kernels on rounded weights.')
 ]
