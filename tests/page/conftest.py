@@ -14,9 +14,15 @@ from pathlib import Path
 from typing import IO
 
 import pytest
+import torch
 
 import moescope
 from moescope.api import Model
+from moescope.catalog import BOX
+from moescope.checkpoint import save_weights
+from moescope.config import ModelConfig
+from moescope.model.decoder import CausalLM, initialise
+from moescope.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 MODEL = os.environ.get("MOESCOPE_PAGE_MODEL", "tiny")
@@ -28,18 +34,18 @@ PATIENCE = 120.0
 class Server:
     """`moescope open` on a free port, which a test may stop and start again."""
 
-    def __init__(self, log: IO[str]) -> None:
+    def __init__(self, log: IO[str], model: str) -> None:
         with socket.socket() as free:
             free.bind(("127.0.0.1", 0))
             self.port: int = free.getsockname()[1]
         self.address = f"http://127.0.0.1:{self.port}/"
-        self._log = log
+        self._log, self._model = log, model
         self._process: subprocess.Popen[str] | None = None
 
     def start(self) -> None:
         command = Path(sys.executable).with_name("moescope")
         self._process = subprocess.Popen(
-            [str(command), "open", MODEL, "--no-browser", "--port", str(self.port)],
+            [str(command), "open", self._model, "--no-browser", "--port", str(self.port)],
             stdout=self._log,
             stderr=subprocess.STDOUT,
             text=True,
@@ -61,15 +67,15 @@ class Server:
 
 
 @pytest.fixture(scope="session")
-def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[[], Server]]:
+def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[..., Server]]:
     """Return a way to start a server; all of them end with the session."""
     servers: list[Server] = []
     with contextlib.ExitStack() as logs:
 
-        def start() -> Server:
+        def start(model: str = MODEL) -> Server:
             folder = tmp_path_factory.mktemp("server")
             log = logs.enter_context((folder / "log.txt").open("w+", encoding="utf-8"))
-            server = Server(log)
+            server = Server(log, model)
             servers.append(server)
             server.start()
             return server
@@ -80,7 +86,7 @@ def start_server(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Callable[
 
 
 @pytest.fixture(scope="session")
-def server(start_server: Callable[[], Server]) -> Server:
+def server(start_server: Callable[..., Server]) -> Server:
     """A server that all tests share."""
     return start_server()
 
@@ -89,6 +95,25 @@ def server(start_server: Callable[[], Server]) -> Server:
 def engine() -> Model:
     """The same model, asked without the page."""
     return moescope.load(MODEL)
+
+
+@pytest.fixture(scope="session")
+def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A checkpoint of DeepSeek-V3's counts, 61 layers of 256 experts, and of next to no width."""
+    shape = {
+        **{"num_hidden_layers": 61, "first_k_dense_replace": 3},
+        **{"n_routed_experts": 256, "num_experts_per_tok": 8, "n_group": 8, "topk_group": 4},
+        **{"hidden_size": 32, "intermediate_size": 64, "moe_intermediate_size": 8},
+        **{"num_attention_heads": 8, "num_key_value_heads": 8, "kv_lora_rank": 16},
+        **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
+    }
+    tiny = ModelConfig.from_file(BOX / "tiny" / "config.json").to_dict()
+    network = CausalLM(ModelConfig.from_dict(tiny | shape))
+    initialise(network, seed=0)
+    folder = tmp_path_factory.mktemp("models") / "large"
+    save_weights(network, folder, dtype=torch.bfloat16)
+    Tokenizer.load(BOX / "tiny").save(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -113,7 +138,7 @@ def open_page(browser, server: Server):
     said: list[str] = []
     contexts = []
 
-    def open_page(query: str = "", *, address: str | None = None, **options):
+    def open_page(query: str = "", *, address=None, wait: str = "token", routes=None, **options):
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
         contexts.append(context)
         context.set_default_timeout(20_000)
@@ -125,13 +150,15 @@ def open_page(browser, server: Server):
             ),
         )
         page.on("pageerror", lambda error: said.append(str(error)))
+        for url, answer in (routes or {}).items():
+            page.route(url, answer)
         page.said = said
         page.asked = set()
         page.on("request", lambda request: "/api/" in request.url and page.asked.add(request))
         page.on("requestfinished", lambda request: page.asked.discard(request))
         page.on("requestfailed", lambda request: page.asked.discard(request))
         page.goto(f"{address or server.address}?{query}")
-        page.get_by_test_id("token").first.wait_for()
+        page.get_by_test_id(wait).first.wait_for()
         return page
 
     yield open_page

@@ -6,58 +6,21 @@ import urllib.request
 from xml.etree import ElementTree
 
 import pytest
+from reader import (
+    LANGUAGES,
+    STATIONS,
+    TEXT,
+    candidates,
+    save,
+    set_slider,
+    settle,
+    token_ids,
+    write,
+)
 
 from moescope.api import Model
 
 pytestmark = [pytest.mark.slow, pytest.mark.page]
-
-LANGUAGES = ["zh", "en"]
-TEXT = {"zh": "床前明月光，", "en": "It is a truth universally acknowledged, that"}
-STATIONS = [
-    *("prompt", "flow", "tokens", "attention", "router", "experts", "merge"),
-    *("next", "balance", "dense", "whatif", "thinking", "training"),
-]
-PICTURES = [name for name in STATIONS if name not in ("prompt", "dense", "whatif", "thinking")]
-"""Stations that have a picture to save as soon as there is a text."""
-
-
-def settle(page) -> None:
-    """Wait until nothing has been asked of the server for a while."""
-    quiet = 0
-    while quiet < 8:  # longer than the page waits for further changes before it asks
-        page.wait_for_timeout(40)
-        quiet = 0 if page.asked else quiet + 1
-
-
-def candidates(page) -> dict[int, float]:
-    """The next tokens on the page, by id."""
-    return {
-        int(row.get_attribute("data-token-id")): float(row.get_attribute("data-probability"))
-        for row in page.get_by_test_id("candidate").all()
-    }
-
-
-def token_ids(page) -> list[int]:
-    return [int(chip.get_attribute("data-token-id")) for chip in page.get_by_test_id("token").all()]
-
-
-def write(page, text: str) -> None:
-    """Type a text, play, and wait for the end of the stream."""
-    page.get_by_test_id("prompt").fill(text)
-    play = page.get_by_test_id("play")
-    play.click()
-    page.locator("[data-testid=play][aria-pressed=true]").wait_for()
-    page.locator("[data-testid=play][aria-pressed=false]").wait_for()
-    settle(page)
-
-
-def set_slider(page, testid: str, value: float) -> None:
-    page.get_by_test_id(testid).evaluate(
-        "(input, value) => { input.value = value;"
-        " input.dispatchEvent(new Event('input', { bubbles: true })) }",
-        value,
-    )
-    settle(page)
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
@@ -139,27 +102,65 @@ def test_the_address_brings_the_picture_back(open_page, language: str, tmp_path)
     write(page, TEXT[language])
     page.get_by_test_id("token").nth(2).click()
     set_slider(page, "top-k", 3)
+    set_slider(page, "max-tokens", 48)
+    set_slider(page, "head", 1)
+    page.get_by_test_id("theme").click()
+    page.get_by_test_id("theme").click()  # as the system, light, dark
+    page.get_by_test_id("expert").nth(5).click()
+    for station in ("tokens", "merge"):
+        page.get_by_test_id(f"station-{station}").locator("h2 button").click()
+    settle(page)
     page.wait_for_timeout(500)  # the address follows a little later
 
-    def look(page) -> tuple[list[int], dict[int, float], str]:
-        return token_ids(page), candidates(page), save(page, "router")
-
-    def save(page, station: str) -> str:
-        with page.expect_download() as download:
-            page.get_by_test_id(f"station-{station}").get_by_test_id("save-svg").click()
-        file = tmp_path / f"{station}.svg"
-        download.value.save_as(file)
-        return file.read_text(encoding="utf-8")
+    def look(page) -> dict[str, object]:
+        folds = page.locator("h2 button[aria-expanded=false]").all()
+        return {
+            "ids": token_ids(page),
+            "candidates": candidates(page),
+            "picture": save(page, "router", tmp_path),
+            "expert": page.locator("[data-testid=expert][aria-selected=true]").get_attribute(
+                "data-expert"
+            ),
+            "folded": [
+                fold.locator("xpath=ancestor::section").get_attribute("id") for fold in folds
+            ],
+            "theme": page.locator("html").get_attribute("data-theme"),
+            "tokens to write": page.get_by_test_id("max-tokens").input_value(),
+            "head": page.get_by_test_id("head").input_value(),
+        }
 
     first = look(page)
+    assert first["expert"] == "5" and first["theme"] == "dark" and first["tokens to write"] == "48"
+    assert first["folded"] == ["station-tokens", "station-merge"] and first["head"] == "1"
     again = open_page(page.url.partition("?")[2])
     settle(again)
     assert look(again) == first
 
-    for station in PICTURES:
-        picture = ElementTree.fromstring(save(again, station))
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_picture_is_saved_whole(open_page, language: str, tmp_path) -> None:
+    """With its title, and with the words that stand around the drawings in HTML."""
+    page = open_page(f"lang={language}")
+    write(page, TEXT[language])
+    page.get_by_test_id("think").click()
+    page.get_by_test_id("dense-moe").click()
+    page.get_by_test_id("write-both").click()
+    page.get_by_test_id("whatif-verdict").wait_for()
+    settle(page)
+    for station in STATIONS:
+        section = page.get_by_test_id(f"station-{station}")
+        section.scroll_into_view_if_needed()
+        settle(page)
+        picture = ElementTree.fromstring(save(page, station, tmp_path))
         assert picture.tag.endswith("svg"), station
-        assert len(list(picture.iter())) > 5, station
+        words = re.sub(r"\s+", "", "".join(picture.itertext()))
+        body = section.locator("[data-picture]" if station == "prompt" else ".picture")
+        texts = body.locator(":is(h3, h4, p, dt, dd, li):not(.visually-hidden):not(:has(svg))")
+        for text in [section.locator("header p"), *texts.all()]:
+            assert re.sub(r"\s+", "", text.inner_text()) in words, station
+    thought = "".join(ElementTree.fromstring(save(page, "thinking", tmp_path)).itertext())
+    for part in ("<think>", "carry", "85"):
+        assert part in thought
 
 
 def test_the_pages_numbers_are_the_engines(open_page, engine: Model) -> None:
@@ -294,34 +295,6 @@ def test_an_emoji_storm_is_a_text_like_any_other(open_page) -> None:
     write(page, "👩‍👩‍👧‍👦🏳️‍🌈🇨🇳" * 6)
     assert len(token_ids(page)) > 24
     assert page.get_by_test_id("error").count() == 0
-
-
-def test_a_text_too_long_is_answered_with_a_sentence(open_page) -> None:
-    page = open_page("lang=en")
-    page.get_by_test_id("prompt").fill("很长" * 50_000)
-    page.get_by_test_id("play").click()
-    error = page.get_by_test_id("error")
-    error.wait_for()
-    assert "100,000" in error.inner_text()
-
-
-def test_a_server_that_dies_is_named_and_missed_no_longer_when_back(
-    open_page, start_server
-) -> None:
-    own = start_server()
-    page = open_page("lang=en", address=own.address)
-    settle(page)
-    own.stop()
-    page.get_by_test_id("play").click()
-    error = page.get_by_test_id("error")
-    error.wait_for()
-    assert "does not answer" in error.inner_text()
-    own.start()
-    error.get_by_role("button").click()
-    write(page, TEXT["en"])
-    assert page.get_by_test_id("error").count() == 0
-    # Chromium itself notes a refused connection; the page says nothing of its own.
-    page.said[:] = [text for text in page.said if "ERR_" not in text]
 
 
 def test_guess_first_covers_every_answer(open_page) -> None:

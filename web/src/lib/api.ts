@@ -124,8 +124,16 @@ async function answerOf<T>(response: Response): Promise<T> {
     if (isAbort(error)) throw error;
     throw new ApiError(t('common.serverGone'));
   }
-  if (isMistake(answer)) throw new ApiError(answer.message);
+  if (isMistake(answer)) throw new ApiError(told(answer));
   return answer as T;
+}
+
+/** What the server refused, in the reader's language where the page knows the sentence. */
+export function told({ message }: ErrorEvent): string {
+  const long = /^the prompt has (\d+) tokens but the model's context holds (\d+)/.exec(message);
+  return long
+    ? t('common.context', { n: Number(long[1]), max: Number(long[2]) })
+    : t('common.told', { message });
 }
 
 const isMistake = (answer: unknown): answer is ErrorEvent =>

@@ -23,6 +23,10 @@ export function t(key: Key, values: Values = {}): string {
   });
 }
 
+/** Sentences one after the other; Chinese has no space between them. */
+export const sentences = (...parts: (string | false | null)[]): string =>
+  parts.filter(Boolean).join(i18n.language === 'zh' ? '' : ' ');
+
 const locale = () => (i18n.language === 'zh' ? 'zh-CN' : 'en');
 
 /** A number with at most `digits` decimals. */

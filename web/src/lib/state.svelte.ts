@@ -1,6 +1,6 @@
 /** The page's one state: what was typed, what the model answered, and what the reader chose. */
 import { getContext, setContext, untrack } from 'svelte';
-import { ApiError, generate, getModel, isAbort, knock, MAX_TEXT, serverGone, token, trace } from './api';
+import { ApiError, generate, getModel, isAbort, knock, MAX_TEXT, serverGone, told, token, trace } from './api';
 import { GREEDY, MAX_TOKENS, NO_STEERING } from './defaults';
 import { i18n, t, type Language } from './i18n.svelte';
 import type {
@@ -359,7 +359,7 @@ export class AppState {
     await generate(
       request,
       (event) => {
-        if (event.type === 'error') failure = new ApiError(event.message);
+        if (event.type === 'error') failure = new ApiError(told(event));
         else if (event.type === 'end') enqueue(0, () => this.#end(event));
         else if (event.step.index >= known) {
           const { step } = event;

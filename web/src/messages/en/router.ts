@@ -22,6 +22,7 @@ export default {
   scores: 'scores after {scoring}',
   threshold: 'the line of the best {n}',
   weights: 'At the foot: how the chosen ones share the say.',
+  legendOut: 'Pale bars: ruled out, because switched off or outside the chosen groups.',
   legendBias: 'The stem on a bar is the balancing bias; the choice goes by its end.',
   legendBefore: 'Rings mark who was chosen before your changes.',
   readExpert: 'Expert {expert}',

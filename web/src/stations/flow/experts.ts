@@ -37,12 +37,13 @@ export function drawExperts(box: Box, experts: number, step: LayerStep): Experts
     y: box.y + (Math.floor(id / columns) + 0.5) * pitch.y,
   }));
   const shared = { x: middle - 44, y: box.y + box.h - 34, w: 88, h: 26 };
+  const chosen = apart(step.topk_ids.map((id) => places[id]), 2 * radiusOf(experts, radius));
   const total = step.topk_weights.reduce((a, b) => a + b, 0) || 1;
   const lines: Line[] = step.topk_ids.map((expert, i) => ({
     expert,
     share: ((1 - step.shared_share) * step.topk_weights[i]) / total,
-    place: places[expert],
-    path: through(router, places[expert], sum),
+    place: chosen[i],
+    path: through(router, chosen[i], sum),
   }));
   lines.push({
     expert: null,
@@ -51,6 +52,22 @@ export function drawExperts(box: Box, experts: number, step: LayerStep): Experts
     path: through(left(box), { x: middle, y: shared.y + shared.h / 2 }, sum),
   });
   return { places, radius, router, shared, sum, lines };
+}
+
+/** Radius of a chosen expert, which has to hold its number. */
+export const radiusOf = (experts: number, radius: number) => Math.max(radius, experts > 99 ? 11 : 8.5);
+
+/** Places of the chosen, neighbours in a row pushed apart so that each can be read. */
+function apart(places: Point[], distance: number): Point[] {
+  const moved = places.map((place) => ({ ...place }));
+  const inOrder = moved.toSorted((a, b) => a.x - b.x);
+  inOrder.forEach((place, i) => {
+    for (const other of inOrder.slice(0, i)) {
+      const near = Math.abs(other.y - place.y) < distance * 0.8 && place.x - other.x < distance;
+      if (near) place.x = other.x + distance;
+    }
+  });
+  return moved;
 }
 
 export const strokeOf = (line: Line) => 1 + 16 * line.share;
