@@ -19,7 +19,8 @@ NAME = "_native"
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
 SOURCES = [
     *("module", "pool", "memory", "isa", "weights"),
-    *("linear", "feed_forward", "attention", "layer", "sampling"),
+    *("attend", "latent_attention", "grouped_attention"),
+    *("linear", "feed_forward", "layer", "sampling"),
 ]
 X86_KERNELS = {
     "kernels_avx2": ["-mavx2", "-mfma"],

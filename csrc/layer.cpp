@@ -10,32 +10,6 @@
 namespace moescope {
 namespace {
 
-// Rotated pairs come out as halves (Su et al. 2021, eq. 15); `out` may not be `x`.
-void rotate(const float* x, const float* cosine, const float* sine, int64_t width, bool interleave,
-            float* out) {
-  const int64_t half = width / 2;
-  for (int64_t i = 0; i < half; ++i) {
-    const float first = interleave ? x[2 * i] : x[i];
-    const float second = interleave ? x[2 * i + 1] : x[half + i];
-    out[i] = first * cosine[i] - second * sine[i];
-    out[half + i] = second * cosine[i] + first * sine[i];
-  }
-}
-
-// rounded = norm(x) for all rows.
-void round_normed(const Norm& norm, const Weights& weights, const float* x, int64_t rows,
-                  QuantizedRows& rounded) {
-  rounded.resize(weights, rows);
-  parallel_rows(rows, [&](int64_t first, int64_t last) {
-    static thread_local std::vector<float> normed;
-    grow(normed, norm.width());
-    for (int64_t row = first; row < last; ++row) {
-      norm.forward(x + row * norm.width(), normed.data());
-      rounded.set_row(row, normed.data());
-    }
-  });
-}
-
 // Marks the `count` largest of `values` in `chosen`; of equal ones the first. `count` is small.
 void mark_largest(const float* values, int64_t n, int64_t count, std::vector<int64_t>& chosen) {
   chosen.clear();
@@ -51,70 +25,32 @@ void mark_largest(const float* values, int64_t n, int64_t count, std::vector<int
 
 }  // namespace
 
-void Norm::forward(const float* x, float* out) const {
-  kernels().rms_norm(x, weight.data(), eps, width(), out);
+void rotate(const float* x, const float* cosine, const float* sine, int64_t width, bool interleave,
+            float* out) {
+  const int64_t half = width / 2;
+  for (int64_t i = 0; i < half; ++i) {
+    const float first = interleave ? x[2 * i] : x[i];
+    const float second = interleave ? x[2 * i + 1] : x[half + i];
+    out[i] = first * cosine[i] - second * sine[i];
+    out[half + i] = second * cosine[i] + first * sine[i];
+  }
 }
 
-void LatentAttention::forward(float* x, const Tokens& tokens, const Slots& latents,
-                              const Slots& k_rope) const {
-  static thread_local QuantizedRows caller_rounded;
-  static thread_local std::vector<float> caller_down, caller_queries, caller_compressed,
-      caller_mixed;
-  QuantizedRows& rounded = caller_rounded;  // the caller's, seen by all threads
-  const int64_t heads = absorbed->up_key->matrices(), nope = absorbed->up_key->columns();
-  const int64_t rank = latents.width, value = absorbed->up_value->outputs(), count = tokens.count();
-  grow(caller_queries, count * heads * (nope + rope));
-  grow(caller_compressed, count * (rank + rope));
-  grow(caller_mixed, count * heads * value);
-  float* queries = caller_queries.data();        // (rows, seq, heads, nope + rope)
-  float* compressed = caller_compressed.data();  // (rows, seq, rank + rope)
-  float* mixed = caller_mixed.data();            // (rows, seq, heads, v_head_dim)
-
-  round_normed(input_norm, *latent.weights, x, count, rounded);
-  if (query_down.weights) {
-    grow(caller_down, count * query_down.weights->outputs());
-    multiply_all({query_down.to(caller_down.data()), latent.to(compressed)}, rounded.view(), count);
-    round_normed(query_norm, *query.weights, caller_down.data(), count, rounded);
-    multiply_all({query.to(queries)}, rounded.view(), count);
-  } else {
-    multiply_all({query.to(queries), latent.to(compressed)}, rounded.view(), count);
-  }
-
-  parallel_rows(count, [&](int64_t first, int64_t last) {
-    static thread_local std::vector<float> unrotated;
-    grow(unrotated, rope);
-    for (int64_t token = first; token < last; ++token) {
-      const float* cosine = tokens.cosine + token * (rope / 2);
-      const float* sine = tokens.sine + token * (rope / 2);
-      for (int64_t head = 0; head < heads; ++head) {
-        float* query_rope = queries + (token * heads + head) * (nope + rope) + nope;
-        std::copy_n(query_rope, rope, unrotated.data());
-        rotate(unrotated.data(), cosine, sine, rope, interleave, query_rope);
-      }
-      const int64_t row = token / tokens.seq, slot = tokens.positions[token];
-      const float* from = compressed + token * (rank + rope);
-      latent_norm.forward(from, latents.at(row, slot));
-      rotate(from + rank, cosine, sine, rope, interleave, k_rope.at(row, slot));
+void round_normed(const Norm& norm, const Weights& weights, const float* x, int64_t rows,
+                  QuantizedRows& rounded) {
+  rounded.resize(weights, rows);
+  parallel_rows(rows, [&](int64_t first, int64_t last) {
+    static thread_local std::vector<float> normed;
+    grow(normed, norm.width());
+    for (int64_t row = first; row < last; ++row) {
+      norm.forward(x + row * norm.width(), normed.data());
+      rounded.set_row(row, normed.data());
     }
   });
+}
 
-  if (tokens.seq == 1) {
-    std::vector<int64_t> lengths(count);
-    for (int64_t row = 0; row < count; ++row) lengths[row] = tokens.positions[row] + 1;
-    absorbed->forward({queries, queries + nope, nope + rope, nope + rope}, latents, k_rope,
-                      lengths.data(), count, mixed);
-  } else {
-    for (int64_t row = 0; row < tokens.rows; ++row)
-      expanded->forward(queries + row * tokens.seq * heads * (nope + rope), tokens.seq,
-                        tokens.positions + row * tokens.seq, row, latents, k_rope,
-                        mixed + row * tokens.seq * heads * value);
-  }
-  rounded.resize(*output.weights, count);
-  parallel_rows(count, [&](int64_t first, int64_t last) {
-    for (int64_t token = first; token < last; ++token)
-      rounded.set_row(token, mixed + token * heads * value);
-  });
-  multiply_all({output.to(x, true)}, rounded.view(), count);
+void Norm::forward(const float* x, float* out) const {
+  kernels().rms_norm(x, weight.data(), eps, width(), out);
 }
 
 void Router::forward(const float* x, int64_t* topk_ids, float* topk_weights) const {
@@ -182,14 +118,14 @@ void Embedding::read(int64_t row, float* out) const {
   }
 }
 
-void Decoder::forward(const int64_t* ids, const Tokens& tokens, const std::vector<Slots>& latents,
-                      const std::vector<Slots>& k_rope, float* out) const {
+void Decoder::forward(const int64_t* ids, const Tokens& tokens, const std::vector<Slots>& keys,
+                      const std::vector<Slots>& values, float* out) const {
   parallel_rows(tokens.count(), [&](int64_t first, int64_t last) {
     for (int64_t token = first; token < last; ++token)
       embedding.read(ids[token], out + token * embedding.width);
   });
   for (size_t layer = 0; layer < attention.size(); ++layer) {
-    attention[layer]->forward(out, tokens, latents[layer], k_rope[layer]);
+    attention[layer]->forward(out, tokens, keys[layer], values[layer]);
     feed_forward[layer]->forward(out, tokens.count());
   }
 }

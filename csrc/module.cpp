@@ -159,25 +159,68 @@ std::shared_ptr<LatentAttention> make_latent_attention(
               (!latent_bias || has_shape(*latent_bias, {rank + rope})) &&
               (!output_bias || has_shape(*output_bias, {hidden})),
           "the parts of the attention do not fit together");
-  const auto expanded = std::make_shared<ExpandedAttention>(
+  const auto made = std::make_shared<LatentAttention>();
+  made->input_norm = norm_of(input_norm, eps);
+  made->query_norm = norm_of(query_norm, latent_eps);
+  made->latent_norm = norm_of(latent_norm, latent_eps);
+  made->query_down = {query_down, copied(query_down_bias)};
+  made->query = {query, {}};
+  made->latent = {latent, copied(latent_bias)};
+  made->output = {output, copied(output_bias)};
+  made->absorbed = absorbed;
+  made->expanded = std::make_shared<ExpandedAttention>(
       ExpandedAttention{expand, nope, absorbed->scale});
-  return std::make_shared<LatentAttention>(LatentAttention{
-      norm_of(input_norm, eps), norm_of(query_norm, latent_eps), norm_of(latent_norm, latent_eps),
-      {query_down, copied(query_down_bias)}, {query, {}}, {latent, copied(latent_bias)},
-      {output, copied(output_bias)}, absorbed, expanded, rope, interleave});
+  made->rope = rope;
+  made->interleave = interleave;
+  return made;
+}
+
+std::shared_ptr<GroupedAttention> make_grouped_attention(
+    const Floats<1>& input_norm, float eps, const SharedWeights& query,
+    const std::optional<Floats<1>>& query_bias, const SharedWeights& key,
+    const std::optional<Floats<1>>& key_bias, const SharedWeights& value,
+    const std::optional<Floats<1>>& value_bias, const SharedWeights& output,
+    const std::optional<Floats<1>>& output_bias, int64_t heads, int64_t kv_heads, float scale,
+    bool interleave) {
+  const int64_t hidden = input_norm.shape(0);
+  require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && query->outputs() % heads == 0,
+          "the heads do not fit the query");
+  const int64_t width = query->outputs() / heads;
+  require(width % 2 == 0 && query->columns() == hidden && key->columns() == hidden &&
+              value->columns() == hidden && key->outputs() == kv_heads * width &&
+              value->outputs() == kv_heads * width && output->columns() == heads * width &&
+              output->outputs() == hidden && query->group() == key->group() &&
+              query->group() == value->group() &&
+              (!query_bias || has_shape(*query_bias, {query->outputs()})) &&
+              (!key_bias || has_shape(*key_bias, {key->outputs()})) &&
+              (!value_bias || has_shape(*value_bias, {value->outputs()})) &&
+              (!output_bias || has_shape(*output_bias, {hidden})),
+          "the parts of the attention do not fit together");
+  const auto made = std::make_shared<GroupedAttention>();
+  made->input_norm = norm_of(input_norm, eps);
+  made->query = {query, copied(query_bias)};
+  made->key = {key, copied(key_bias)};
+  made->value = {value, copied(value_bias)};
+  made->output = {output, copied(output_bias)};
+  made->heads = heads;
+  made->kv_heads = kv_heads;
+  made->width = width;
+  made->scale = scale;
+  made->interleave = interleave;
+  return made;
 }
 
 std::shared_ptr<Decoder> make_decoder(
     const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& embedding,
-    const std::vector<std::shared_ptr<LatentAttention>>& attention,
+    const std::vector<std::shared_ptr<Attention>>& attention,
     const std::vector<std::shared_ptr<FeedForwardBlock>>& feed_forward) {
   require(!attention.empty() && attention.size() == feed_forward.size(),
           "every layer needs attention and a feed-forward part");
-  const LatentAttention& first = *attention.front();
+  const Attention& first = *attention.front();
   for (size_t layer = 0; layer < attention.size(); ++layer)
     require(attention[layer]->input_norm.width() == first.input_norm.width() &&
                 feed_forward[layer]->norm.width() == first.input_norm.width() &&
-                attention[layer]->rope == first.rope,
+                attention[layer]->rotated_width() == first.rotated_width(),
             "the layers do not fit together");
   const bool bf16 = embedding.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat);
   require((bf16 || embedding.dtype() == nb::dtype<float>()) &&
@@ -191,26 +234,27 @@ std::shared_ptr<Decoder> make_decoder(
 
 void apply_decoder(const Decoder& decoder, const Ids<2>& ids, const Ids<2>& positions,
                    const Floats<3>& cosine, const Floats<3>& sine,
-                   const std::vector<CacheArray>& latents, const std::vector<CacheArray>& k_rope,
+                   const std::vector<CacheArray>& keys, const std::vector<CacheArray>& values,
                    const Output<3>& out) {
   const int64_t rows = ids.shape(0), seq = ids.shape(1);
-  const int64_t rope = decoder.attention.front()->rope;
+  const int64_t half = decoder.attention.front()->rotated_width() / 2;
   require(has_shape(out, {rows, seq, decoder.embedding.width}) &&
-              has_shape(positions, {rows, seq}) && has_shape(cosine, {rows, seq, rope / 2}) &&
-              has_shape(sine, {rows, seq, rope / 2}) && rows * seq > 0 &&
-              latents.size() == decoder.attention.size() && k_rope.size() == latents.size(),
+              has_shape(positions, {rows, seq}) && has_shape(cosine, {rows, seq, half}) &&
+              has_shape(sine, {rows, seq, half}) && rows * seq > 0 &&
+              keys.size() == decoder.attention.size() && values.size() == keys.size(),
           "ids, positions, rotation, cache or out do not fit the network");
-  std::vector<Slots> latent_slots, rope_slots;
-  int64_t slots = latents.front().shape(1);
-  for (size_t layer = 0; layer < latents.size(); ++layer) {
-    const int64_t held = latents[layer].shape(1);
-    const int64_t rank = decoder.attention[layer]->absorbed->up_key->outputs();
-    require(has_shape(latents[layer], {rows, held, rank}) && latents[layer].stride(2) == 1 &&
-                has_shape(k_rope[layer], {rows, held, rope}) && k_rope[layer].stride(2) == 1,
+  std::vector<Slots> key_slots, value_slots;
+  int64_t slots = keys.front().shape(1);
+  for (size_t layer = 0; layer < keys.size(); ++layer) {
+    const Attention& attention = *decoder.attention[layer];
+    const int64_t held = keys[layer].shape(1);
+    require(has_shape(keys[layer], {rows, held, attention.key_width()}) &&
+                has_shape(values[layer], {rows, held, attention.value_width()}) &&
+                keys[layer].stride(2) == 1 && values[layer].stride(2) == 1,
             "a layer's cache does not fit the network");
     slots = std::min(slots, held);
-    latent_slots.push_back(slots_of(latents[layer]));
-    rope_slots.push_back(slots_of(k_rope[layer]));
+    key_slots.push_back(slots_of(keys[layer]));
+    value_slots.push_back(slots_of(values[layer]));
   }
   for (int64_t token = 0; token < rows * seq; ++token) {
     require(positions.data()[token] >= 0 && positions.data()[token] < slots,
@@ -220,7 +264,7 @@ void apply_decoder(const Decoder& decoder, const Ids<2>& ids, const Ids<2>& posi
   }
   nb::gil_scoped_release unlocked;
   decoder.forward(ids.data(), {rows, seq, positions.data(), cosine.data(), sine.data()},
-                  latent_slots, rope_slots, out.data());
+                  key_slots, value_slots, out.data());
 }
 
 std::shared_ptr<Router> make_router(const Floats<2>& weight, const std::optional<Floats<1>>& bias,
@@ -342,11 +386,16 @@ NB_MODULE(_native, m) {
       .def("__call__", &apply_attention, "q_nope"_a, "q_rope"_a, "latents"_a, "k_rope"_a,
            "lengths"_a, "out"_a);
 
-  nb::class_<LatentAttention>(m, "LatentAttention").def("__deepcopy__", &same);
+  nb::class_<Attention>(m, "Attention").def("__deepcopy__", &same);
+  nb::class_<LatentAttention, Attention>(m, "LatentAttention");
+  nb::class_<GroupedAttention, Attention>(m, "GroupedAttention");
   m.def("latent_attention", &make_latent_attention, "input_norm"_a, "eps"_a,
         "query_down"_a.none(), "query_down_bias"_a.none(), "query_norm"_a.none(), "query"_a,
         "latent"_a, "latent_bias"_a.none(), "latent_norm"_a, "latent_eps"_a, "absorbed"_a,
         "expand"_a, "output"_a, "output_bias"_a.none(), "interleave"_a);
+  m.def("grouped_attention", &make_grouped_attention, "input_norm"_a, "eps"_a, "query"_a,
+        "query_bias"_a.none(), "key"_a, "key_bias"_a.none(), "value"_a, "value_bias"_a.none(),
+        "output"_a, "output_bias"_a.none(), "heads"_a, "kv_heads"_a, "scale"_a, "interleave"_a);
   nb::class_<Router>(m, "Router")
       .def("__deepcopy__", &same)
       .def("__call__", &apply_router, "x"_a, "topk_ids"_a, "topk_weights"_a);
@@ -357,8 +406,8 @@ NB_MODULE(_native, m) {
         "layer"_a);
   nb::class_<Decoder>(m, "Decoder")
       .def("__deepcopy__", &same)
-      .def("__call__", &apply_decoder, "ids"_a, "positions"_a, "cosine"_a, "sine"_a, "latents"_a,
-           "k_rope"_a, "out"_a);
+      .def("__call__", &apply_decoder, "ids"_a, "positions"_a, "cosine"_a, "sine"_a, "keys"_a,
+           "values"_a, "out"_a);
   m.def("decoder", &make_decoder, "embedding"_a, "attention"_a, "feed_forward"_a);
   m.def("likeliest", &apply_likeliest, "logits"_a, "ids"_a, "values"_a, "log_sums"_a);
 }

@@ -112,18 +112,62 @@ struct Tokens {
   int64_t count() const { return rows * seq; }
 };
 
-// x (rows, seq, hidden) += latent attention of norm(x), which stores what it leaves behind in the
-// cache.
-struct LatentAttention {
-  Norm input_norm, query_norm, latent_norm;
+// Rotated pairs come out as halves (Su et al. 2021, eq. 15); `out` may not be `x`.
+void rotate(const float* x, const float* cosine, const float* sine, int64_t width, bool interleave,
+            float* out);
+
+// rounded = norm(x) for all rows.
+void round_normed(const Norm& norm, const Weights& weights, const float* x, int64_t rows,
+                  QuantizedRows& rounded);
+
+// x (rows, seq, hidden) += attention of norm(x), which stores keys and values in the cache.
+struct Attention {
+  Norm input_norm;
+  Projection output;
+
+  virtual ~Attention() = default;
+  virtual int64_t key_width() const = 0;    // of a slot, all heads together
+  virtual int64_t value_width() const = 0;  // likewise
+  virtual int64_t rotated_width() const = 0;
+  virtual void forward(float* x, const Tokens& tokens, const Slots& keys,
+                       const Slots& values) const = 0;
+};
+
+// Multi-head latent attention: a slot's key is its latent, its value the rotated key of all heads.
+struct LatentAttention : Attention {
+  Norm query_norm, latent_norm;
   Projection query_down;  // without weights where queries have no low rank; query_norm is empty then
-  Projection query, latent, output;
+  Projection query, latent;
   std::shared_ptr<const AbsorbedAttention> absorbed;
   std::shared_ptr<const ExpandedAttention> expanded;
   int64_t rope;
   bool interleave;  // whether rotated pairs are neighbours, or halves
 
-  void forward(float* x, const Tokens& tokens, const Slots& latents, const Slots& k_rope) const;
+  int64_t key_width() const override { return absorbed->up_key->outputs(); }
+  int64_t value_width() const override { return rope; }
+  int64_t rotated_width() const override { return rope; }
+  void forward(float* x, const Tokens& tokens, const Slots& latents,
+               const Slots& k_rope) const override;
+};
+
+// Grouped-query attention: `heads / kv_heads` queries share a key and a value.
+struct GroupedAttention : Attention {
+  Projection query, key, value;
+  int64_t heads, kv_heads, width;
+  float scale;
+  bool interleave;
+
+  int64_t key_width() const override { return kv_heads * width; }
+  int64_t value_width() const override { return kv_heads * width; }
+  int64_t rotated_width() const override { return width; }
+  void forward(float* x, const Tokens& tokens, const Slots& keys,
+               const Slots& values) const override;
+
+ private:
+  void attend_singly(const float* queries, const Tokens& tokens, const Slots& keys,
+                     const Slots& values, float* mixed) const;
+  void attend_prompt(const float* queries, int64_t seq, const int64_t* positions, int64_t row,
+                     const Slots& keys, const Slots& values, float* mixed) const;
 };
 
 // The router's matrix and rule, in float32: scores, then the best experts of the best groups.
@@ -158,12 +202,12 @@ struct Embedding {
 // Everything below the output head in one call.
 struct Decoder {
   Embedding embedding;
-  std::vector<std::shared_ptr<const LatentAttention>> attention;
+  std::vector<std::shared_ptr<const Attention>> attention;
   std::vector<std::shared_ptr<const FeedForwardBlock>> feed_forward;
   // ids (rows, seq) below embedding.rows; out (rows, seq, hidden) is what the last layer hands on.
-  // `latents` and `k_rope` have one entry a layer.
-  void forward(const int64_t* ids, const Tokens& tokens, const std::vector<Slots>& latents,
-               const std::vector<Slots>& k_rope, float* out) const;
+  // `keys` and `values` have one entry a layer.
+  void forward(const int64_t* ids, const Tokens& tokens, const std::vector<Slots>& keys,
+               const std::vector<Slots>& values, float* out) const;
 };
 
 // For each row of logits (rows, vocab): its `count` greatest, in order, of equal ones the first,

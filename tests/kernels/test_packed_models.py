@@ -156,7 +156,7 @@ def test_all_layers_in_one_call_equal_their_parts(family: str) -> None:
 @pytest.mark.parametrize("isa", cpu.instruction_sets())
 @settings(max_examples=8, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
-    family=st.sampled_from(["v3", "v2, biased"]),
+    family=st.sampled_from(["v3", "v2, biased", "moe", "qwen2"]),
     batch=st.integers(1, 3),
     first=st.one_of(st.integers(1, 9), st.integers(90, 130)),
     second=st.integers(0, 60),

@@ -34,14 +34,15 @@ class Cache:
         return grown[0][:, : self.length], grown[1][:, : self.length]
 
     def reserve(
-        self, layer_idx: int, batch: int, widths: tuple[int, int], length: int
+        self, layer_idx: int, batch: int, shapes: tuple[tuple[int, ...], ...], length: int
     ) -> tuple[Tensor, Tensor]:
         """Make room for a kernel that stores float32 keys and values itself.
 
-        Returns all slots of the layer, at least `length`: `(batch, slots, width)` for each width.
+        Returns all slots of the layer, at least `length`: `(batch, slots, ...)` with what `shapes`
+        says of a slot's keys and values.
         """
         self.length = max(self.length, length)
-        held = self._slots.get(layer_idx) or tuple(torch.zeros(batch, 0, w) for w in widths)
+        held = self._slots.get(layer_idx) or tuple(torch.zeros(batch, 0, *s) for s in shapes)
         keys, values = (_grow(slots, self.length) for slots in held)
         self._slots[layer_idx] = keys, values
         return keys, values

@@ -91,6 +91,8 @@ class Packer:
                 layer.self_attn = NativeLatentAttention(
                     model.config, attention, f"{at}.self_attn", read, self.weight_format
                 )
+            else:
+                layer.self_attn = NativeGroupedAttention(model.config, attention)
             if isinstance(mlp, MoE):
                 layer.mlp = NativeMoE(model.config, mlp, f"{at}.mlp", read, self.weight_format)
             elif isinstance(mlp, MLP):
@@ -248,25 +250,25 @@ class NativeLatentAttention(LatentAttention):
         self.kv_b_proj = PackedLinear(weight, attention.kv_b_proj.bias, weight_format)
         self.absorbed = cpu.absorbed_attention(weight, self.nope, self.scale, weight_format)
 
-    def block(self, input_norm: RMSNorm) -> "cpu.LatentAttention":
+    @property
+    def slot_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the cache keeps of a token: its latent and its rotated key."""
+        return (self.kv_lora_rank,), (self.rope,)
+
+    def block(self, input_norm: RMSNorm) -> "cpu.Attention":
         """Join the norm before it and all its parts into half a layer of a native decoder."""
-
-        def parts(name: str) -> "tuple[cpu.Weights, Tensor | None]":
-            linear = cast(PackedLinear, getattr(self, name))
-            return linear.packed, linear.bias
-
-        query_down = None
+        query_down, query = None, "q_proj"
         if not hasattr(self, "q_proj"):
-            query_down = (*parts("q_a_proj"), self.q_a_layernorm.weight)
+            query_down, query = (*_parts(self.q_a_proj), self.q_a_layernorm.weight), "q_b_proj"
         return cpu.latent_attention(
             (input_norm.weight, input_norm.eps),
             query_down,
-            parts("q_b_proj" if query_down else "q_proj")[0],
-            parts("kv_a_proj_with_mqa"),
+            _parts(getattr(self, query))[0],
+            _parts(self.kv_a_proj_with_mqa),
             (self.kv_a_layernorm.weight, self.kv_a_layernorm.eps),
             self.absorbed,
-            parts("kv_b_proj")[0],
-            parts("o_proj"),
+            _parts(self.kv_b_proj)[0],
+            _parts(self.o_proj),
             self.interleave,
         )
 
@@ -281,21 +283,57 @@ class NativeLatentAttention(LatentAttention):
         return output[:, None]
 
 
+class NativeGroupedAttention(GroupedQueryAttention):
+    """Grouped-query attention whose projections are packed."""
+
+    def __init__(self, config: ModelConfig, attention: GroupedQueryAttention) -> None:
+        with torch.device("meta"):
+            super().__init__(config, attention.layer_idx)
+        for name, child in attention.named_children():
+            setattr(self, name, child)
+
+    @property
+    def slot_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+        """What the cache keeps of a token: keys and values of all heads."""
+        shape = (self.kv_heads, self.q_proj.out_features // self.heads)
+        return shape, shape
+
+    def block(self, input_norm: RMSNorm) -> "cpu.Attention":
+        """Join the norm before it and all its parts into half a layer of a native decoder."""
+        return cpu.grouped_attention(
+            (input_norm.weight, input_norm.eps),
+            _parts(self.q_proj),
+            _parts(self.k_proj),
+            _parts(self.v_proj),
+            _parts(self.o_proj),
+            heads=self.heads,
+            kv_heads=self.kv_heads,
+            scale=self.scale,
+            interleave=self.interleave,
+        )
+
+
+def _parts(linear: nn.Linear) -> "tuple[cpu.Weights, Tensor | None]":
+    return cast(PackedLinear, linear).packed, linear.bias
+
+
+NativeAttention = NativeLatentAttention | NativeGroupedAttention
+
+
 class NativeDecoder(Decoder):
     """All layers in one call, unless somebody looks on or has put other routers in."""
 
     def __init__(
         self,
         decoder: Decoder,
-        attention: "list[cpu.LatentAttention]",
+        attention: "list[cpu.Attention]",
         feed_forward: "list[cpu.FeedForwardBlock]",
     ) -> None:
         nn.Module.__init__(self)
         for name, child in decoder.named_children():
             setattr(self, name, child)
         self.all_layers = cpu.decoder(self.embed_tokens.weight, attention, feed_forward)
-        first = cast(NativeLatentAttention, self.layers[0].self_attn)
-        self.widths = (first.kv_lora_rank, first.rope)
+        self.slot_shapes = cast(NativeAttention, self.layers[0].self_attn).slot_shapes
 
     def forward(
         self,
@@ -315,7 +353,7 @@ class NativeDecoder(Decoder):
         rotation = cos.flatten(2), sin.flatten(2)  # (batch, seq, rope / 2)
         length = int(positions.max()) + 1
         held = [
-            slots.reserve(layer_idx, len(input_ids), self.widths, length)
+            slots.reserve(layer_idx, len(input_ids), self.slot_shapes, length)
             for layer_idx in range(len(self.layers))
         ]
         width = self.embed_tokens.embedding_dim
@@ -331,14 +369,14 @@ class NativeDecoder(Decoder):
 
 def _blocks(
     decoder: Decoder,
-) -> "tuple[list[cpu.LatentAttention], list[cpu.FeedForwardBlock]] | None":
+) -> "tuple[list[cpu.Attention], list[cpu.FeedForwardBlock]] | None":
     """Both halves of every layer, or None if one is of a kind that only PyTorch computes."""
-    attention: list[cpu.LatentAttention] = []
+    attention: list[cpu.Attention] = []
     feed_forward: list[cpu.FeedForwardBlock] = []
     for layer in cast("list[DecoderLayer]", decoder.layers):
         mlp, norm = layer.mlp, layer.post_attention_layernorm
         rule = native_router(mlp.gate) if isinstance(mlp, NativeMoE) else None
-        if not isinstance(layer.self_attn, NativeLatentAttention):
+        if not isinstance(layer.self_attn, NativeAttention):
             return None
         if not isinstance(mlp, NativeMLP) and (not isinstance(mlp, NativeMoE) or rule is None):
             return None

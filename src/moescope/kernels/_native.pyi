@@ -40,7 +40,9 @@ class AbsorbedAttention:
         out: Array,
     ) -> None: ...
 
-class LatentAttention: ...
+class Attention: ...
+class LatentAttention(Attention): ...
+class GroupedAttention(Attention): ...
 
 class Router:
     def __call__(self, x: Array, topk_ids: Array, topk_weights: Array) -> None: ...
@@ -54,8 +56,8 @@ class Decoder:
         positions: Array,
         cosine: Array,
         sine: Array,
-        latents: list[Array],
-        k_rope: list[Array],
+        keys: list[Array],
+        values: list[Array],
         out: Array,
     ) -> None: ...
 
@@ -76,8 +78,24 @@ def latent_attention(
     output_bias: Array | None,
     interleave: bool,
 ) -> LatentAttention: ...
+def grouped_attention(
+    input_norm: Array,
+    eps: float,
+    query: Weights,
+    query_bias: Array | None,
+    key: Weights,
+    key_bias: Array | None,
+    value: Weights,
+    value_bias: Array | None,
+    output: Weights,
+    output_bias: Array | None,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    interleave: bool,
+) -> GroupedAttention: ...
 def decoder(
-    embedding: Array, attention: list[LatentAttention], feed_forward: list[FeedForwardBlock]
+    embedding: Array, attention: list[Attention], feed_forward: list[FeedForwardBlock]
 ) -> Decoder: ...
 def likeliest(logits: Array, ids: Array, values: Array, log_sums: Array) -> None: ...
 def router(

@@ -22,9 +22,11 @@ if TYPE_CHECKING:
     from moescope.kernels import _native
     from moescope.kernels._native import (
         AbsorbedAttention,
+        Attention,
         Decoder,
         FeedForward,
         FeedForwardBlock,
+        GroupedAttention,
         LatentAttention,
         ReadProbe,
         Router,
@@ -35,9 +37,11 @@ else:
         from moescope.kernels import _native
         from moescope.kernels._native import (
             AbsorbedAttention,
+            Attention,
             Decoder,
             FeedForward,
             FeedForwardBlock,
+            GroupedAttention,
             LatentAttention,
             ReadProbe,
             Router,
@@ -271,6 +275,49 @@ def latent_attention(
     )
 
 
+def grouped_attention(
+    input_norm: tuple[Tensor, float],
+    query: tuple[Weights, Tensor | None],
+    key: tuple[Weights, Tensor | None],
+    value: tuple[Weights, Tensor | None],
+    output: tuple[Weights, Tensor | None],
+    *,
+    heads: int,
+    kv_heads: int,
+    scale: float,
+    interleave: bool,
+) -> GroupedAttention:
+    """Join a norm and the parts of grouped-query attention: half a layer of `decoder`.
+
+    Args:
+        input_norm: weight and epsilon.
+        query: `q_proj` and its bias.
+        key: `k_proj` and its bias.
+        value: `v_proj` and its bias.
+        output: `o_proj` and its bias.
+        heads: of queries, a multiple of `kv_heads`.
+        kv_heads: of keys and values.
+        scale: factor of the attention logits.
+        interleave: whether rotated pairs are neighbours.
+    """
+    return _native.grouped_attention(
+        to_dlpack(input_norm[0].detach()),
+        input_norm[1],
+        query[0],
+        _optional(query[1]),
+        key[0],
+        _optional(key[1]),
+        value[0],
+        _optional(value[1]),
+        output[0],
+        _optional(output[1]),
+        heads,
+        kv_heads,
+        scale,
+        interleave,
+    )
+
+
 def router(
     weight: Tensor,
     bias: Tensor | None,
@@ -325,7 +372,7 @@ def feed_forward_block(
 
 
 def decoder(
-    embedding: Tensor, attention: list[LatentAttention], feed_forward: list[FeedForwardBlock]
+    embedding: Tensor, attention: list[Attention], feed_forward: list[FeedForwardBlock]
 ) -> Decoder:
     """Join an embedding and all layers into one call for `run_decoder`.
 
@@ -349,9 +396,9 @@ def run_decoder(
         input_ids: int64, below the rows of the embedding.
         hidden: width of the embedding.
         positions: `(batch, seq)` int64, each below the number of slots.
-        rotation: cosine and sine, each `(batch, seq, rope / 2)`.
-        slots: for each layer latents `(batch, slots, kv_lora_rank)` and rotated keys
-            `(batch, slots, rope)`, to which those of the new tokens are written.
+        rotation: cosine and sine, each `(batch, seq, rotated width / 2)`.
+        slots: for each layer keys and values, `(batch, slots, ...)`, to which those of the new
+            tokens are written; for latent attention the latents and the rotated keys.
     """
     out = torch.empty(*input_ids.shape, hidden)
     layers(
@@ -359,8 +406,8 @@ def run_decoder(
         to_dlpack(positions.contiguous()),
         to_dlpack(rotation[0]),
         to_dlpack(rotation[1]),
-        [to_dlpack(latents) for latents, _ in slots],
-        [to_dlpack(k_rope) for _, k_rope in slots],
+        [to_dlpack(keys.flatten(2)) for keys, _ in slots],
+        [to_dlpack(values.flatten(2)) for _, values in slots],
         to_dlpack(out),
     )
     return out

@@ -1,0 +1,99 @@
+#include <algorithm>
+
+#include "attend.h"
+#include "numbers.h"
+#include "ops.h"
+#include "pool.h"
+
+namespace moescope {
+
+void GroupedAttention::forward(float* x, const Tokens& tokens, const Slots& keys,
+                               const Slots& values) const {
+  static thread_local QuantizedRows caller_rounded;
+  static thread_local std::vector<float> caller_queries, caller_keys, caller_values, caller_mixed;
+  QuantizedRows& rounded = caller_rounded;  // the caller's, seen by all threads
+  const int64_t count = tokens.count(), kv_width = kv_heads * width;
+  grow(caller_queries, count * heads * width);
+  grow(caller_keys, count * kv_width);
+  grow(caller_values, count * kv_width);
+  grow(caller_mixed, count * heads * width);
+  float* queries = caller_queries.data();   // (rows, seq, heads, width)
+  float* new_keys = caller_keys.data();     // (rows, seq, kv heads, width)
+  float* new_values = caller_values.data();  // (rows, seq, kv heads, width)
+  float* mixed = caller_mixed.data();       // (rows, seq, heads, width)
+
+  round_normed(input_norm, *query.weights, x, count, rounded);
+  multiply_all({query.to(queries), key.to(new_keys), value.to(new_values)}, rounded.view(), count);
+  parallel_rows(count, [&](int64_t first, int64_t last) {
+    static thread_local std::vector<float> unrotated;
+    grow(unrotated, width);
+    for (int64_t token = first; token < last; ++token) {
+      const float* cosine = tokens.cosine + token * (width / 2);
+      const float* sine = tokens.sine + token * (width / 2);
+      for (int64_t head = 0; head < heads; ++head) {
+        float* rotated = queries + (token * heads + head) * width;
+        std::copy_n(rotated, width, unrotated.data());
+        rotate(unrotated.data(), cosine, sine, width, interleave, rotated);
+      }
+      const int64_t row = token / tokens.seq, slot = tokens.positions[token];
+      for (int64_t head = 0; head < kv_heads; ++head)
+        rotate(new_keys + token * kv_width + head * width, cosine, sine, width, interleave,
+               keys.at(row, slot) + head * width);
+      std::copy_n(new_values + token * kv_width, kv_width, values.at(row, slot));
+    }
+  });
+
+  if (tokens.seq == 1)
+    attend_singly(queries, tokens, keys, values, mixed);
+  else
+    for (int64_t row = 0; row < tokens.rows; ++row)
+      attend_prompt(queries + row * tokens.seq * heads * width, tokens.seq,
+                    tokens.positions + row * tokens.seq, row, keys, values,
+                    mixed + row * tokens.seq * heads * width);
+  rounded.resize(*output.weights, count);
+  parallel_rows(count, [&](int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; ++token)
+      rounded.set_row(token, mixed + token * heads * width);
+  });
+  multiply_all({output.to(x, true)}, rounded.view(), count);
+}
+
+void GroupedAttention::attend_singly(const float* queries, const Tokens& tokens, const Slots& keys,
+                                     const Slots& values, float* mixed) const {
+  const int64_t group = heads / kv_heads, bundles = (group + kHeads - 1) / kHeads;
+  parallel(tokens.rows * kv_heads * bundles, [&](int64_t task) {
+    static thread_local std::vector<float> memory;
+    const int64_t row = task / (kv_heads * bundles), kv_head = task / bundles % kv_heads;
+    const int64_t first = kv_head * group + task % bundles * kHeads;
+    const int64_t count = std::min<int64_t>(kHeads, (kv_head + 1) * group - first);
+    memory.assign(Bundle::size(width, width), 0.0f);
+    Bundle bundle(memory.data(), width, width);
+    for (int64_t h = 0; h < count; ++h)
+      std::copy_n(queries + (row * heads + first + h) * width, width, bundle.query(h));
+    const int64_t slots = tokens.positions[row] + 1;
+    for (int64_t slot = 0; slot < slots; slot += kSlotBlock)
+      bundle.visit({keys.at(row, slot) + kv_head * width, keys.slot_stride, width}, nullptr,
+                   {values.at(row, slot) + kv_head * width, values.slot_stride, width},
+                   std::min(kSlotBlock, slots - slot), scale);
+    for (int64_t h = 0; h < count; ++h)
+      std::copy_n(bundle.finish(h), width, mixed + (row * heads + first + h) * width);
+  });
+}
+
+void GroupedAttention::attend_prompt(const float* queries, int64_t seq, const int64_t* positions,
+                                     int64_t row, const Slots& keys, const Slots& values,
+                                     float* mixed) const {
+  const int64_t slots = *std::max_element(positions, positions + seq) + 1;
+  const Panels panels(kv_heads, slots, width, width);
+  parallel(kv_heads, [&](int64_t head) {
+    for (int64_t slot = 0; slot < slots; ++slot) {
+      const float* key_from = keys.at(row, slot) + head * width;
+      const float* value_from = values.at(row, slot) + head * width;
+      for (int64_t n = 0; n < width; ++n) panels.key(head, slot, n) = key_from[n];
+      for (int64_t n = 0; n < width; ++n) panels.value(head, slot, n) = value_from[n];
+    }
+  });
+  panels.attend(queries, heads, kv_heads, seq, positions, scale, mixed);
+}
+
+}  // namespace moescope
