@@ -28,7 +28,7 @@ def main() -> None:
     moe_out, dense_out = map(Path, sys.argv[1:3])
     mpl.rcParams.update({"svg.hashsalt": "moescope", "font.size": 9, "axes.spines.top": False})
     moe, dense = rows(moe_out), rows(dense_out)
-    load = json.loads((moe_out / "specialization.json").read_text(encoding="utf-8"))["load"]
+    load = json.loads((moe_out / "expert_load.json").read_text(encoding="utf-8"))["load"]
     draw_loss(moe, dense)
     draw_balance(moe)
     draw_domains(load)

@@ -16,7 +16,7 @@ def line(step: int, **more: Any) -> str:
 
 def test_a_dense_training_has_rows_and_no_snapshots(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(line(1) + line(2, held_out_loss={"a": 0.123456}))
-    (tmp_path / "specialization.jsonl").write_text('{"step": 2, "load": {"a": {}}}\n')
+    (tmp_path / "expert_load.jsonl").write_text('{"step": 2, "load": {"a": {}}}\n')
     history = history_of(tmp_path)
     assert [row.held_out for row in history.rows] == [{}, {"a": 0.1235}]
     assert (history.steps, history.domains, history.snapshots) == (2, ["a"], [])
@@ -28,7 +28,7 @@ def test_layers_stand_in_their_order(tmp_path: Path) -> None:
     (tmp_path / "metrics.jsonl").write_text(line(1))
     load = {"b": {"10": [3, 1], "9": [0, 2]}, "a": {"9": [0, 0], "10": [1, 1]}}
     text = json.dumps({"step": 1, "load": load}) + "\n"
-    (tmp_path / "specialization.jsonl").write_text(text)
+    (tmp_path / "expert_load.jsonl").write_text(text)
     (snapshot,) = history_of(tmp_path).snapshots
     assert snapshot.load == [[[0.0, 1.0], [0.75, 0.25]], [[0.0, 0.0], [0.5, 0.5]]]
 

@@ -14,7 +14,7 @@ def write_run(folder: Path, steps: int) -> None:
         for step in range(1, steps + 1):
             stream.write(metrics_line(step))
     load = {"poetry": {"1": [1, 3], "2": [2, 2]}, "prose": {"1": [4, 0], "2": [0, 4]}}
-    (folder / "specialization.jsonl").write_text(
+    (folder / "expert_load.jsonl").write_text(
         "".join(json.dumps({"step": s, "load": load}) + "\n" for s in range(2, steps + 1, 2))
     )
 

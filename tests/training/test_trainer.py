@@ -83,7 +83,7 @@ def run(config: TrainConfig, out: Path, resume: bool = False, threads: int = 1) 
 
 def assert_same_training(out: Path, other: Path) -> None:
     assert rows(out) == rows(other)
-    measured = ("specialization.json", "specialization.jsonl")
+    measured = ("expert_load.json", "expert_load.jsonl")
     for name in ("model.safetensors", "config.json", "tokenizer.json", *measured):
         assert (out / name).read_bytes() == (other / name).read_bytes(), name
 
@@ -326,8 +326,8 @@ def test_evaluation_is_a_float64_loop_of_transformers(finished: Path, corpus: Pa
 
     model.model.layers[1].mlp.experts.register_forward_pre_hook(count)
     summary = json.loads((finished / "training.json").read_text())
-    shown = json.loads((finished / "specialization.json").read_text())["load"]
-    series = (finished / "specialization.jsonl").read_text().splitlines()
+    shown = json.loads((finished / "expert_load.json").read_text())["load"]
+    series = (finished / "expert_load.jsonl").read_text().splitlines()
     assert [json.loads(line)["step"] for line in series] == [20]
     assert json.loads(series[-1])["load"] == shown
     total = torch.zeros(4)

@@ -12,7 +12,7 @@ from moescope.scope.saved import Saved, rounded
 
 FILE = "training_history.json"
 """What the history of a packed model is called in its folder."""
-METRICS, LOADS, SUMMARY = "metrics.jsonl", "specialization.jsonl", "training.json"
+METRICS, LOADS, SUMMARY = "metrics.jsonl", "expert_load.jsonl", "training.json"
 """What a training writes into its own folder."""
 MOST_ROWS = 600
 """Rows beyond this many are thinned out, but none that was evaluated."""

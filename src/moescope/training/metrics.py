@@ -55,7 +55,7 @@ def _value_width(config: ModelConfig) -> int:
 class MetricsLog:
     """Appends one JSON object a line to `metrics.jsonl`, and scalars to TensorBoard if installed.
 
-    Rows after `last_step` are dropped first, of `specialization.jsonl` too: a resumed training
+    Rows after `last_step` are dropped first, of `expert_load.jsonl` too: a resumed training
     writes them again.
 
     Raises:
@@ -64,7 +64,7 @@ class MetricsLog:
 
     def __init__(self, out: Path, last_step: int) -> None:
         self._path = out / "metrics.jsonl"
-        for path in (self._path, out / "specialization.jsonl"):
+        for path in (self._path, out / "expert_load.jsonl"):
             write_text(path, "".join(rows_up_to(path, last_step)))
         self._board: Any = None
         self.has_tensorboard = find_spec("tensorboard") is not None

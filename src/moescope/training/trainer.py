@@ -73,7 +73,7 @@ def train(
     Args:
         config: what to train.
         out: receives the model as `transformers` reads it, `training.json`, `metrics.jsonl`,
-            `specialization.json` and `.jsonl`, `tensorboard/`, `checkpoints/` and the token files.
+            `expert_load.json` and `.jsonl`, `tensorboard/`, `checkpoints/` and the token files.
         resume: continue what is in `out`; without a checkpoint there, begin.
         stream: where progress is shown; standard output if left out.
 
@@ -292,7 +292,7 @@ class Trainer:
     def evaluate(self) -> dict[str, Any]:
         """Measure on held-out text; keep the load per domain, layer and expert in two files.
 
-        `specialization.json` holds the latest, `specialization.jsonl` a line for each step.
+        `expert_load.json` holds the latest, `expert_load.jsonl` a line for each step.
         """
         result = evaluate(
             self.model,
@@ -303,8 +303,8 @@ class Trainer:
         )
         load = {"step": self.step, "load": result.load}
         line = json.dumps(load, ensure_ascii=False) + "\n"
-        write_text(self.out / "specialization.json", line)
-        series = self.out / "specialization.jsonl"
+        write_text(self.out / "expert_load.json", line)
+        series = self.out / "expert_load.jsonl"
         write_text(series, "".join([*rows_up_to(series, self.step - 1), line]))
         return result.to_row()
 
