@@ -159,7 +159,11 @@ def model_config(
 def _experts(
     path: Path, own: Fields, layers: int, tensors: Mapping[str, TensorInfo]
 ) -> dict[str, Any]:
-    """Return the fields of the mixture, and the family that its router tells."""
+    """Return the fields of the mixture, and the family that its router tells.
+
+    Groups of experts are ranked as DeepSeek's code ranks them: without a bias (V2) by their best
+    score, where llama.cpp takes the sum of the two best.
+    """
     n_routed_experts = own.get("expert_count", int, 0)
     if not n_routed_experts:
         return {"model_type": "deepseek_v2"}
