@@ -7,6 +7,7 @@ import torch
 
 from moescope.kernels import cpu
 from moescope.machine import (
+    EnergyMeter,
     Machine,
     last_level_cache,
     measure_gemm_peak,
@@ -90,3 +91,22 @@ def test_the_largest_cache_is_the_last(tmp_path: Path) -> None:
     write(tmp_path, {f"{folder}/index{n}/size": f"{size}K\n" for n, size in ((0, 48), (3, 32768))})
     assert last_level_cache(tmp_path) == 2**25
     assert last_level_cache(tmp_path / "nothing") == 2**25
+
+
+def test_joules_are_those_of_all_packages_across_an_overflow(tmp_path: Path) -> None:
+    """A core's domain is part of its package's, so it is not added."""
+    folder = "sys/class/powercap/intel-rapl"
+    domains = {":0": (900_000, 100_000), ":1": (5_000_000, 7_000_000), ":0:0": (1, 99_000_000)}
+    for name, (start, _) in domains.items():
+        write(tmp_path, {f"{folder}{name}/energy_uj": f"{start}\n"})
+        write(tmp_path, {f"{folder}{name}/max_energy_range_uj": "1000000\n"})
+    meter = EnergyMeter(tmp_path)
+    for name, (_, end) in domains.items():
+        write(tmp_path, {f"{folder}{name}/energy_uj": f"{end}\n"})
+    assert meter.joules() == pytest.approx(0.2 + 2.0)
+
+
+def test_a_machine_that_tells_no_joules_tells_none(tmp_path: Path) -> None:
+    assert EnergyMeter(tmp_path).joules() is None
+    write(tmp_path, {"sys/class/powercap/intel-rapl:0/energy_uj": "not for you"})
+    assert EnergyMeter(tmp_path).joules() is None

@@ -167,6 +167,35 @@ def _usable_cores() -> int:
     return os.cpu_count() or 1
 
 
+class EnergyMeter:
+    """Counts the joules that all processors take, as Linux tells by RAPL (`powercap`).
+
+    Args:
+        root: where the kernel's `sys` folder is found.
+    """
+
+    def __init__(self, root: Path = Path("/")) -> None:
+        domains = (root / "sys/class/powercap").glob("intel-rapl:*")
+        self._domains = [domain for domain in domains if domain.name.count(":") == 1]
+        self._start = self._read()
+
+    def joules(self) -> float | None:
+        """Return what was taken since the meter was made; None where the machine does not tell."""
+        now = self._read()
+        if not now or len(now) != len(self._start):
+            return None
+        taken = 0
+        for domain, start, end in zip(self._domains, self._start, now, strict=True):
+            span = _integer_in(domain / "max_energy_range_uj") or 0
+            taken += end - start if end >= start else end - start + span
+        return taken / 1e6
+
+    def _read(self) -> list[int]:
+        """Microjoules of each package; empty unless all can be read."""
+        counts = [_integer_in(domain / "energy_uj") for domain in self._domains]
+        return [] if None in counts else [count for count in counts if count is not None]
+
+
 def memory(root: Path = Path("/")) -> tuple[int, int]:
     """Return total and available bytes, bounded by the container's limit where there is one.
 

@@ -4,6 +4,7 @@ import math
 from pathlib import Path
 
 import pytest
+from scipy import stats
 
 from moescope.api import Model
 from moescope.documents import Document
@@ -104,16 +105,17 @@ def test_models_are_timed_in_turns_with_what_is_left_of_the_context(
 ) -> None:
     seen: list[str] = []
 
-    def stopwatch(engine: object, prompt: str) -> tuple[float, float]:
+    def stopwatch(engine: object, prompt: str) -> tuple[float, float, float]:
         name = next(entrant.name for entrant in entrants if entrant.engine is engine)
         seen.append(name)
         assert len(entrants[0].engine.encode(prompt)) + module.NEW_TOKENS <= 64
-        return float(len(seen)), 2.0 * len(seen)
+        return float(len(seen)), 2.0 * len(seen), 0.5 * len(seen)
 
     monkeypatch.setattr(module, "_time", stopwatch)
     found = compare(entrants[:2], DOCUMENTS, rounds=3, progress=lambda _: None)
     assert seen == ["one", "other", "other", "one", "one", "other", "other", "one"]
     assert found.results[0].time_to_first_token == Spread(5.0, 4.0, 8.0)
+    assert found.results[0].joules_per_token == Spread(2.5, 2.0, 4.0)
     assert found.differences[0].time_per_token == Spread(
         median=pytest.approx(7 / 8), least=pytest.approx(3 / 4), most=pytest.approx(6 / 5)
     )
@@ -125,7 +127,7 @@ def test_generation_goes_on_beyond_an_end_token(entrants: list[Entrant]) -> None
     before = set(engine.end_ids)
     engine.end_ids |= set(range(300))
     try:
-        first, further = module._time(engine, "the moon")
+        first, further, _ = module._time(engine, "the moon")
         assert engine.end_ids == before | set(range(300))
     finally:
         engine.end_ids = before
@@ -141,3 +143,30 @@ def test_it_is_saved_in_full(found: Comparison, tmp_path: Path) -> None:
 def test_a_model_named_twice_is_a_sentence(entrants: list[Entrant]) -> None:
     with pytest.raises(UserError, match="one is named twice"):
         compare([entrants[0], entrants[0]], DOCUMENTS, rounds=1, progress=lambda _: None)
+
+
+def test_other_seeds_tell_how_sure_a_difference_of_recipes_is(entrants: list[Entrant]) -> None:
+    """Three seeds of either; each seed's difference is that of two comparisons of models."""
+    one, other, dense = (entrant.engine for entrant in entrants)
+    pair = [
+        Entrant("a", entrants[0].folder, one, [other, dense]),
+        Entrant("b", entrants[1].folder, dense, [one, other]),
+    ]
+    found = compare(pair, DOCUMENTS, rounds=1, progress=lambda _: None)
+    alone = compare(entrants, DOCUMENTS, rounds=1, progress=lambda _: None)
+    bits = [result.overall.bits_per_byte.value for result in alone.results]
+    a, b = found.results
+    assert a.bits_of_seeds == pytest.approx(bits)
+    assert b.bits_of_seeds == pytest.approx([bits[2], bits[0], bits[1]])
+    differences = [bits[2] - bits[0], bits[0] - bits[1], bits[1] - bits[2]]
+    interval = stats.t.interval(0.95, 2, loc=sum(differences) / 3, scale=stats.sem(differences))
+    over_seeds = found.differences[0].over_seeds
+    assert over_seeds is not None
+    assert (over_seeds.low, over_seeds.high) == pytest.approx(interval)
+    assert alone.differences[0].over_seeds is None
+
+
+def test_memory_holds_the_weights_and_a_full_cache(found: Comparison) -> None:
+    for result in found.results:
+        cache = result.cache_bytes_per_token * result.context
+        assert result.memory_bytes == result.weight_bytes + cache

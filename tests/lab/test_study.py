@@ -13,9 +13,11 @@ from scipy import stats
 from moescope.catalog import count_parameters
 from moescope.errors import UserError
 from moescope.lab import study as module
+from moescope.lab import trainings
 from moescope.lab.routers import BASE, STUDIES, Case, base_config
-from moescope.lab.study import Row, Study, run_study, summarise, t_interval
+from moescope.lab.study import Row, Study, run_study, summarise
 from moescope.model.routing import ROUTERS
+from moescope.scope.resampling import t_interval
 from moescope.training import trainer
 from moescope.training.config import TrainConfig
 
@@ -88,7 +90,7 @@ class HereAndNow:
 
 @pytest.fixture
 def here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(module, "ProcessPoolExecutor", HereAndNow)
+    monkeypatch.setattr(trainings, "ProcessPoolExecutor", HereAndNow)
 
 
 def run(name: str, base: TrainConfig, out: Path, seeds: int = 2) -> Study:
@@ -150,7 +152,7 @@ def finished(base: TrainConfig, tmp_path_factory: pytest.TempPathFactory) -> Pat
     """Two cases, two seeds each."""
     out: Path = tmp_path_factory.mktemp("study")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "ProcessPoolExecutor", HereAndNow)
+        patch.setattr(trainings, "ProcessPoolExecutor", HereAndNow)
         patch.setattr(trainer, "measure_gemm_peak", lambda dtype: 1e9)
         patch.setitem(
             STUDIES, "pair", lambda _: [Case("same"), Case("relu", {"topk_method": "relu"})]

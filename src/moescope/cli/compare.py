@@ -1,25 +1,42 @@
 """`moescope compare`: models side by side."""
 
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+
+if TYPE_CHECKING:
+    from moescope.lab.compare import Entrant
 
 
 def compare(
     models: Annotated[
         list[str],
         typer.Argument(
-            metavar="A B [C...]", help='Models: "tiny", folders, .gguf files or Hub names.'
+            metavar="A B [C...]",
+            help='Models: "tiny", folders, .gguf files or Hub names. Or recipes to train first: '
+            '"moe", its twin "dense", or TOML files.',
         ),
     ],
     text: Annotated[
-        Path,
+        Path | None,
         typer.Option(
             help="File or folder of text, one subfolder a domain; of a folder that holds train/ "
-            "and held_out/, the latter is read."
+            "and held_out/, the latter is read. The --data, if left out."
         ),
-    ],
+    ] = None,
+    data: Annotated[Path | None, typer.Option(help="Recipes: text to train on.")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Recipes: folder for the trainings, which go on there.")
+    ] = None,
+    tokenizer: Annotated[
+        Path | None, typer.Option(help="Recipes: folder of a tokenizer; else one is learned.")
+    ] = None,
+    steps: Annotated[int | None, typer.Option(help="Recipes: optimizer steps.")] = None,
+    seeds: Annotated[int, typer.Option(min=1, help="Recipes: trainings of each.")] = 3,
+    workers: Annotated[
+        int | None, typer.Option(min=1, help="Recipes: trainings at a time; one for each core.")
+    ] = None,
     bytes_per_domain: Annotated[
         int, typer.Option("--bytes", min=1, help="Most bytes of text that are read of a domain.")
     ] = 50_000,
@@ -34,17 +51,27 @@ def compare(
 
     from rich.console import Console
 
-    from moescope.api import load, locate
     from moescope.cli.command import command_line
     from moescope.cli.comparison_drawing import draw
-    from moescope.lab.compare import Entrant
+    from moescope.errors import UserError
     from moescope.lab.compare import compare as measure
+    from moescope.lab.twins import is_recipe
     from moescope.scope.texts import labelled_documents
 
     if len(models) < 2:
         raise typer.BadParameter("give two models or more")
-    documents = labelled_documents(text, bytes_per_domain)
-    entrants = [Entrant(name, locate(name), load(name).engine) for name in models]
+    recipes = [name for name in models if is_recipe(name)]
+    if recipes and (data is None or out is None):
+        raise UserError(f"{recipes[0]} is a recipe; give --data to train on, and --out for models")
+    source = text or data
+    if source is None:
+        raise typer.BadParameter("missing option '--text'")
+    documents = labelled_documents(source, bytes_per_domain)
+    trained: dict[str, list[Path]] = {}
+    if data is not None and out is not None:
+        overrides = {"data": {"source": data, "tokenizer": tokenizer}, "training": {"steps": steps}}
+        trained = _train(recipes, overrides, out, seeds, workers)
+    entrants = [_entrant(name, trained) for name in models]
     with Console(stderr=True).status("reading") as status:
         found = measure(entrants, documents, rounds=rounds, progress=status.update)
     found = replace(found, command=command_line())
@@ -54,3 +81,40 @@ def compare(
         print(found.to_json())
     else:
         draw(found, Console(highlight=False))
+
+
+def _train(
+    recipes: list[str],
+    overrides: dict[str, dict[str, Any]],
+    out: Path,
+    seeds: int,
+    workers: int | None,
+) -> dict[str, list[Path]]:
+    """Train the recipes; return the folders of each one's trainings."""
+    from moescope.cli.progress import progress_bar
+    from moescope.lab.twins import train_recipes
+    from moescope.machine import Machine
+
+    if not recipes:
+        return {}
+    with progress_bar("training steps") as progress:
+        return train_recipes(
+            recipes,
+            overrides,
+            out,
+            seeds=seeds,
+            workers=workers or Machine.detect().cores,
+            progress=progress,
+        )
+
+
+def _entrant(name: str, trained: dict[str, list[Path]]) -> "Entrant":
+    from moescope.api import load, locate
+    from moescope.lab.compare import Entrant
+    from moescope.lab.twins import is_recipe
+
+    if not is_recipe(name):
+        return Entrant(name, locate(name), load(name).engine)
+    folder, *others = trained[Path(name).stem]
+    siblings = [load(other).engine for other in others]
+    return Entrant(Path(name).stem, folder, load(folder).engine, siblings)

@@ -48,9 +48,11 @@ def _results(found: Comparison) -> Table:
         "operations a token": [f"{r.flops_per_token / 1e6:,.1f} MFLOP" for r in found.results],
         "cache a token": [f"{r.cache_bytes_per_token / 1e3:,.2f} KB" for r in found.results],
         "context": [f"{r.context:,}" for r in found.results],
+        "memory, context full": [f"{r.memory_bytes / 1e6:,.1f} MB" for r in found.results],
         "bytes of text a token": [f"{r.bytes_per_token:.2f}" for r in found.results],
         "first token after": [_spread(r.time_to_first_token) for r in found.results],
         "each further token": [_spread(r.time_per_token) for r in found.results],
+        "  joules": [_joules(r.joules_per_token) for r in found.results],
         "bits per byte, all": [_sure(r.overall) for r in found.results],
     }.items():
         table.add_row(title, *cells)
@@ -66,6 +68,8 @@ def _difference(difference: Difference) -> Table:
     table.add_row("bits per byte, all", _change(difference.overall))
     for domain, interval in difference.bits_per_byte.items():
         table.add_row(f"  {domain}", _change(interval))
+    if difference.over_seeds is not None:
+        table.add_row("  over seeds", _change(difference.over_seeds))
     for title, ratio in {
         "first token": difference.time_to_first_token,
         "further tokens": difference.time_per_token,
@@ -94,6 +98,12 @@ def _change(interval: Interval) -> str:
 def _spread(seconds: Spread) -> str:
     median, least, most = (1e3 * s for s in (seconds.median, seconds.least, seconds.most))
     return f"{median:.1f} ({least:.1f}-{most:.1f}) ms"
+
+
+def _joules(spread: Spread | None) -> str:
+    if spread is None:
+        return "not available"
+    return f"{spread.median:.3g} ({spread.least:.3g}-{spread.most:.3g})"
 
 
 def _millions(count: int) -> str:

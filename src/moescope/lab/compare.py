@@ -17,9 +17,9 @@ from moescope.engine.engine import Engine
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
 from moescope.lab.plan import plan
-from moescope.machine import Machine
+from moescope.machine import EnergyMeter, Machine
 from moescope.scope.losses import document_losses
-from moescope.scope.resampling import Interval, rate_interval
+from moescope.scope.resampling import Interval, rate_interval, t_interval
 from moescope.scope.saved import Saved
 from moescope.scope.texts import check_resampling, encode
 
@@ -36,11 +36,13 @@ class Entrant:
         name: what it is called.
         folder: where its `config.json` lies.
         engine: runs it.
+        siblings: the same recipe trained with other seeds, in the order of seeds.
     """
 
     name: str
     folder: Path
     engine: Engine
+    siblings: Sequence[Engine] = ()
 
 
 @dataclass(frozen=True)
@@ -83,12 +85,17 @@ class Result:
         flops_per_token: operations of a generated token, without attention to earlier ones.
         cache_bytes_per_token: keys and values of one token in bf16.
         context: tokens that the model can see at once.
+        memory_bytes: of all weights and the cache of a full context.
         quality: by domain.
         overall: of all text together.
         bytes_per_token: UTF-8 bytes of text that a token stands for, on average.
         prompt_tokens: of the text whose reading was timed.
         time_to_first_token: seconds from a prompt to the first token after it.
         time_per_token: seconds for each further token.
+        joules_per_token: of the processors, for each further token; None where the machine does
+            not tell.
+        bits_of_seeds: bits a byte of all text, of each training of the recipe; empty where none
+            was trained.
     """
 
     name: str
@@ -100,12 +107,15 @@ class Result:
     flops_per_token: int
     cache_bytes_per_token: int
     context: int
+    memory_bytes: int
     quality: dict[str, Quality]
     overall: Quality
     bytes_per_token: float
     prompt_tokens: int
     time_to_first_token: Spread
     time_per_token: Spread
+    joules_per_token: Spread | None
+    bits_of_seeds: list[float]
 
 
 @dataclass(frozen=True)
@@ -117,6 +127,8 @@ class Difference:
         bits_per_byte: its own minus the first one's, by domain; below zero it is better.
         overall: the same for all text together.
         time_to_first_token, time_per_token: its seconds over the first one's, round by round.
+        over_seeds: bits a byte of all text, the mean over trainings with the same seed, with its
+            95 % interval (Student's t); None unless there are two seeds or more.
     """
 
     name: str
@@ -124,6 +136,7 @@ class Difference:
     overall: Interval
     time_to_first_token: Spread
     time_per_token: Spread
+    over_seeds: Interval | None
 
 
 @dataclass(frozen=True)
@@ -131,7 +144,7 @@ class Comparison(Saved):
     """Models side by side.
 
     Intervals hold in 95 of 100 samples of documents; they do not tell how much a model would
-    change if it were trained again.
+    change if it were trained again. `Difference.over_seeds` does.
 
     Attributes:
         version: of moescope.
@@ -200,6 +213,10 @@ def compare(
     sizes = np.array([len(document.text.encode()) for document in documents])
     chosen = _by_domain(documents)
     seconds = _time_in_turns(entrants, _prompt(entrants, documents), rounds, progress)
+    bits = [
+        _bits_of_seeds(entrant, nats, documents, progress)
+        for entrant, nats in zip(entrants, losses, strict=True)
+    ]
     machine = Machine.detect()
     return Comparison(
         version=version("moescope"),
@@ -209,11 +226,18 @@ def compare(
         documents={domain: int(mine.sum()) for domain, mine in chosen.items()},
         text_bytes={domain: int(sizes[mine].sum()) for domain, mine in chosen.items()},
         results=[
-            _result(entrant, nats, counts, sizes, chosen, timed)
-            for entrant, nats, counts, timed in zip(entrants, losses, tokens, seconds, strict=True)
+            _result(*measured, sizes, chosen)
+            for measured in zip(entrants, losses, tokens, seconds, bits, strict=True)
         ],
         differences=[
-            _difference(names[i], losses[i] - losses[0], sizes, chosen, seconds[i], seconds[0])
+            _difference(
+                names[i],
+                losses[i] - losses[0],
+                sizes,
+                chosen,
+                (seconds[i], seconds[0]),
+                (bits[i], bits[0]),
+            )
             for i in range(1, len(entrants))
         ],
     )
@@ -221,11 +245,12 @@ def compare(
 
 @dataclass(frozen=True)
 class _Timed:
-    """Seconds of each round; `prompt_tokens` were read."""
+    """Seconds of each round, and joules where they are known; `prompt_tokens` were read."""
 
     prompt_tokens: int
     first: list[float]
     further: list[float]
+    joules: list[float]
 
 
 def _by_domain(documents: Sequence[Document]) -> dict[str, npt.NDArray[np.bool_]]:
@@ -253,50 +278,79 @@ def _prompt(entrants: Sequence[Entrant], documents: Sequence[Document]) -> str:
 def _time_in_turns(
     entrants: Sequence[Entrant], prompt: str, rounds: int, progress: Callable[[str], None]
 ) -> list[_Timed]:
-    timed = [_Timed(len(entrant.engine.encode(prompt)), [], []) for entrant in entrants]
+    timed = [_Timed(len(entrant.engine.encode(prompt)), [], [], []) for entrant in entrants]
     for number in range(rounds + 1):
         progress(f"timing, round {number} of {rounds}" if number else "warming up")
         for turn in range(len(entrants)):
             at = (number + turn) % len(entrants)
-            first, further = _time(entrants[at].engine, prompt)
+            first, further, joules = _time(entrants[at].engine, prompt)
             if number:
                 timed[at].first.append(first)
                 timed[at].further.append(further)
+                if joules is not None:
+                    timed[at].joules.append(joules)
     return timed
 
 
-def _time(engine: Engine, prompt: str) -> tuple[float, float]:
-    """Seconds to the first token, and on average for each of those after it."""
+def _time(engine: Engine, prompt: str) -> tuple[float, float, float | None]:
+    """Seconds to the first token; seconds and joules on average for each of those after it."""
     endless = Engine(engine.model, engine.tokenizer)
     endless.end_ids = set()
     ids = endless.encode(prompt)
-    moments = [time.perf_counter()]
+    moments, meter = [time.perf_counter()], EnergyMeter()
     for _ in endless.repeat([ids], SamplingParams(max_tokens=NEW_TOKENS)):
         moments.append(time.perf_counter())
-    return moments[1] - moments[0], (moments[-1] - moments[1]) / (NEW_TOKENS - 1)
+        if len(moments) == 2:
+            meter = EnergyMeter()
+    joules, further = meter.joules(), NEW_TOKENS - 1
+    return (
+        moments[1] - moments[0],
+        (moments[-1] - moments[1]) / further,
+        None if joules is None else joules / further,
+    )
+
+
+def _bits_of_seeds(
+    entrant: Entrant,
+    nats: Floats,
+    documents: Sequence[Document],
+    progress: Callable[[str], None],
+) -> list[float]:
+    """Bits a byte of all text, of an entrant and its siblings; none if it has no siblings."""
+    if not entrant.siblings:
+        return []
+    of_seeds = [nats]
+    for number, engine in enumerate(entrant.siblings, start=1):
+        progress(f"reading with {entrant.name}, seed {number}")
+        of_seeds.append(document_losses(engine.model, encode(engine.tokenizer, documents)))
+    size = sum(len(document.text.encode()) for document in documents)
+    return [float(losses.sum()) / math.log(2) / size for losses in of_seeds]
 
 
 def _result(
     entrant: Entrant,
     nats: Floats,
     tokens: npt.NDArray[np.int64],
+    timed: _Timed,
+    bits_of_seeds: list[float],
     sizes: npt.NDArray[np.int64],
     chosen: dict[str, npt.NDArray[np.bool_]],
-    timed: _Timed,
 ) -> Result:
     planned, model = plan(entrant.folder), entrant.engine.model
     dtype = model.lm_head.weight.dtype
     active = planned.parameters.active_without_embedding
+    weight_bytes = planned.parameters.total * dtype.itemsize
     return Result(
         name=entrant.name,
         dtype=str(dtype).removeprefix("torch."),
         total_parameters=planned.parameters.total,
         active_parameters=planned.parameters.active,
-        weight_bytes=planned.parameters.total * dtype.itemsize,
+        weight_bytes=weight_bytes,
         weight_bytes_per_token=active * dtype.itemsize,
         flops_per_token=planned.work.weight_flops,
         cache_bytes_per_token=planned.cache.bytes_per_token,
         context=planned.cache.max_context,
+        memory_bytes=weight_bytes + planned.cache.bytes_at_max_context,
         quality={
             domain: _quality(nats[mine], tokens[mine], sizes[mine])
             for domain, mine in chosen.items()
@@ -306,6 +360,8 @@ def _result(
         prompt_tokens=timed.prompt_tokens,
         time_to_first_token=Spread.of(timed.first),
         time_per_token=Spread.of(timed.further),
+        joules_per_token=Spread.of(timed.joules) if timed.joules else None,
+        bits_of_seeds=bits_of_seeds,
     )
 
 
@@ -318,18 +374,22 @@ def _difference(
     nats: Floats,
     sizes: npt.NDArray[np.int64],
     chosen: dict[str, npt.NDArray[np.bool_]],
-    timed: _Timed,
-    first: _Timed,
+    timed: tuple[_Timed, _Timed],
+    of_seeds: tuple[list[float], list[float]],
 ) -> Difference:
+    """Ours against the first one's: `timed` and `of_seeds` hold both, in this order."""
     bits = nats / math.log(2)
+    ours, theirs = timed
+    by_seed = [one - other for one, other in zip(*of_seeds, strict=False)]
     return Difference(
         name=name,
         bits_per_byte={
             domain: rate_interval(bits[mine], sizes[mine]) for domain, mine in chosen.items()
         },
         overall=rate_interval(bits, sizes),
-        time_to_first_token=_ratio(timed.first, first.first),
-        time_per_token=_ratio(timed.further, first.further),
+        time_to_first_token=_ratio(ours.first, theirs.first),
+        time_per_token=_ratio(ours.further, theirs.further),
+        over_seeds=t_interval(by_seed) if len(by_seed) > 1 else None,
     )
 
 

@@ -1,5 +1,6 @@
 """What was found, as one HTML page that needs nothing else, with its charts and data beside it."""
 
+import dataclasses
 import json
 import math
 import shutil
@@ -412,9 +413,30 @@ def _comparison(file: str, found: Comparison, words: Words) -> Section:
         ]
         for name, title in words.costs.items()
     ]
+    costs.append(
+        [
+            words.joules,
+            *(
+                f"{result.joules_per_token.median:.3g}"
+                if result.joules_per_token
+                else words.not_available
+                for result in found.results
+            ),
+        ]
+    )
+    over_seeds = [
+        words.over_seeds.format(
+            name=other.name,
+            first=names[0],
+            seeds=len(found.results[0].bits_of_seeds),
+            **dataclasses.asdict(other.over_seeds),
+        )
+        for other in found.differences
+        if other.over_seeds is not None
+    ]
     return Section(
         title=words.comparison.format(models=", ".join(names)),
-        paragraphs=[text],
+        paragraphs=[text, *over_seeds],
         file=file,
         version=found.version,
         commands=_commands(found.command),

@@ -5,37 +5,29 @@ stopped goes on where it was: finished trainings are not repeated, an interrupte
 from the checkpoint that it left.
 """
 
-import multiprocessing
-import os
 import statistics
-from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, ProcessPoolExecutor, wait
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib.metadata import version
-from itertools import islice
 from pathlib import Path
 from typing import Any, ClassVar
 
 import numpy as np
-import torch
-from rich.console import Console
 
 from moescope.errors import UserError
 from moescope.lab.routers import STUDIES, Case
+from moescope.lab.trainings import Training, run_all, steps_done, train_quietly
 from moescope.scope.choices import Progress, observe
 from moescope.scope.information import explained_by_token, jackknife
-from moescope.scope.resampling import Interval
+from moescope.scope.resampling import Interval, t_interval
 from moescope.scope.saved import Saved
 from moescope.scope.specialization import block_counts
 from moescope.scope.texts import labelled_documents
 from moescope.training.config import TrainConfig
-from moescope.training.state import saved_steps
 from moescope.training.text import prepare_text, with_special_ids
-from moescope.training.trainer import Trainer
 
 OBSERVED_BYTES = 20_000
 """Text of each domain on which the finished routers are observed."""
-SECONDS_BETWEEN_LOOKS = 1.0
 ROW = "row.json"
 
 
@@ -133,15 +125,12 @@ class Study(Saved):
 
 
 @dataclass(frozen=True)
-class Task:
-    """One training to do."""
+class Task(Training):
+    """One training of a study."""
 
     study: str
     case: Case
     seed: int
-    config: TrainConfig
-    folder: Path
-    shared_folder: Path
     command: str
 
 
@@ -193,7 +182,7 @@ def run_study(
         for number, case in enumerate(cases)
     ]
     waiting = [task for task in tasks if not _is_done(task)]
-    _run_all(waiting, workers, lambda: progress(*_steps(tasks)))
+    run_all(run_task, waiting, workers, lambda: progress(*steps_done(tasks)))
     rows = [Row.from_file(task.folder / ROW) for task in tasks]
     study = Study(name, rows, summarise(rows))
     study.save(out / "study.json")
@@ -226,16 +215,6 @@ def summarise(rows: Sequence[Row]) -> list[CaseSummary]:
     return summaries
 
 
-def t_interval(values: Sequence[float]) -> Interval:
-    """Return the mean of two values or more, with its 95 % interval by Student's t."""
-    from scipy import stats
-
-    mean = statistics.fmean(values)
-    error = statistics.stdev(values) / len(values) ** 0.5
-    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
-    return Interval(mean, mean - half, mean + half)
-
-
 # --- doing it ------------------------------------------------------------------------------------
 
 
@@ -256,43 +235,20 @@ def _is_done(task: Task) -> bool:
     return True
 
 
-def _run_all(tasks: Sequence[Task], workers: int, look: Callable[[], None]) -> None:
-    """Run tasks in processes; begin no further one after a failure or Ctrl-C, which they see too.
-
-    Raises:
-        KeyboardInterrupt: a training was told to stop, and saved itself.
-    """
-    context, left = multiprocessing.get_context("spawn"), iter(tasks)
-    with ProcessPoolExecutor(workers, mp_context=context) as pool:
-        waiting = {pool.submit(run_task, task) for task in islice(left, workers)}
-        while waiting:
-            done, waiting = wait(waiting, SECONDS_BETWEEN_LOOKS, return_when=FIRST_COMPLETED)
-            look()
-            if not all(future.result() for future in done):
-                raise KeyboardInterrupt
-            # No task waits inside the pool, from where it could not be called back.
-            waiting |= {pool.submit(run_task, task) for task in islice(left, len(done))}
-
-
 def run_task(task: Task) -> bool:
     """Train one case with one seed and write its row; False if the training was interrupted.
 
     Raises:
         UserError: as `training.trainer.train`.
     """
-    torch.set_num_threads(1)
-    config = task.config
-    text = prepare_text(config.data, config.model, task.shared_folder, lambda _: None)
-    trainer = Trainer(config, task.folder, text)
-    if saved_steps(task.folder / "checkpoints"):
-        trainer.resume()
-    with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
-        summary = trainer.run(Console(file=nowhere))
-    if summary is None:
+    trained = train_quietly(task)
+    if trained is None:
         return False
+    trainer, summary = trained
+    config = task.config
     assert config.data.source is not None
     documents = labelled_documents(config.data.source, OBSERVED_BYTES)
-    choices = observe(trainer.model, text.tokenizer, documents)
+    choices = observe(trainer.model, trainer.text.tokenizer, documents)
     information, _ = jackknife([block_counts(choices, d) for d in range(len(choices.domains))])
     shares = [
         explained_by_token(choices.token_ids, choices.document, topk_ids)
@@ -320,12 +276,3 @@ def run_task(task: Task) -> bool:
         tokens_per_second=summary["tokens"] / summary["seconds"],
     ).save(task.folder / ROW)
     return True
-
-
-def _steps(tasks: Sequence[Task]) -> tuple[int, int]:
-    """Optimizer steps done, as the trainings' logs tell, and steps in all."""
-    done = 0
-    for task in tasks:
-        log = task.folder / "metrics.jsonl"
-        done += len(log.read_bytes().splitlines()) if log.exists() else 0
-    return done, sum(task.config.training.steps for task in tasks)

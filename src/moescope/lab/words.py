@@ -59,6 +59,9 @@ class Words:
     further_token: str
     milliseconds: str
     costs: dict[str, str]
+    joules: str
+    not_available: str
+    over_seeds: str
     # studies
     study: str
     study_text: str
@@ -148,8 +151,13 @@ WORDS: dict[Language, Words] = {
             "flops_per_token": "operations a token",
             "cache_bytes_per_token": "bytes of cache a token",
             "context": "context, tokens",
+            "memory_bytes": "bytes with a full cache",
             "bytes_per_token": "bytes of text a token",
         },
+        joules="joules for each further token",
+        not_available="not available",
+        over_seeds="{name} against {first}, trained anew with {seeds} seeds: {value:+.4f} bits per "
+        "byte ({low:+.4f} to {high:+.4f}, 95 % over seeds, Student's t).",
         study="Study: {name}",
         study_text="{cases} cases, {seeds} seeds each, {tokens:,} training tokens; the same first "
         "weights and the same text for each seed. Intervals are 95 % over seeds (Student's t).",
@@ -269,8 +277,13 @@ WORDS: dict[Language, Words] = {
             "flops_per_token": "每词元运算次数",
             "cache_bytes_per_token": "每词元缓存字节数",
             "context": "上下文（词元）",
+            "memory_bytes": "缓存占满时的字节数",
             "bytes_per_token": "每词元对应的文本字节数",
         },
+        joules="之后每个词元的焦耳数",
+        not_available="无法获得",
+        over_seeds="{name} 与 {first} 相比，用 {seeds} 个随机种子重新训练：{value:+.4f} 比特/字节"
+        "（{low:+.4f} 到 {high:+.4f}，对种子的 95 % 区间，学生 t 分布）。",
         study="研究：{name}",
         study_text="{cases} 种方案，每种 {seeds} 个随机种子，训练 {tokens:,} 个词元；"
         "同一种子的初始权重与文本顺序都相同。区间为对种子的 95 % 区间（学生 t 分布）。",

@@ -1,5 +1,7 @@
 """How sure a number is that was measured on a sample of documents."""
 
+import statistics
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -60,3 +62,13 @@ def rate_interval(amounts: Floats, sizes: npt.NDArray[np.int64]) -> Interval:
     """Do the same for one number, from amounts `(documents,)`."""
     value, low, high = rate_intervals(amounts, sizes)
     return Interval(float(value), float(low), float(high))
+
+
+def t_interval(values: Sequence[float]) -> Interval:
+    """Return the mean of two values or more, with its 95 % interval by Student's t."""
+    from scipy import stats
+
+    mean = statistics.fmean(values)
+    error = statistics.stdev(values) / len(values) ** 0.5
+    half = float(stats.t.ppf(0.975, len(values) - 1)) * error
+    return Interval(mean, mean - half, mean + half)
