@@ -16,12 +16,12 @@ from playwright.sync_api import Page, sync_playwright
 
 HERE = Path(__file__).parent / "page"
 TEXTS = {
-    "zh": "床前明月光，疑是地上",
+    "zh": "春眠不觉晓，",
     "en": "It is a truth universally acknowledged, that a single man",
 }
 STATIONS = [
     *("prompt", "flow", "tokens", "attention", "router", "experts", "merge"),
-    *("next", "balance", "dense", "whatif", "thinking", "training"),
+    *("next", "balance", "dense", "thinking", "training", "whatif"),
 ]
 LOOKED_AT = 8
 """The token that is selected."""
@@ -45,6 +45,8 @@ def main() -> None:
                 page.goto(f"http://127.0.0.1:{port}/?lang={language}")
                 explore(page, text)
                 for station in STATIONS:
+                    if station == "whatif":  # last, because it changes all others
+                        switch_off(page, experts=3)
                     photograph(page, station, HERE / f"{language}.{station}.png")
             browser.close()
     finally:
@@ -61,16 +63,27 @@ def explore(page: Page, text: str) -> None:
     page.get_by_test_id("token").nth(LOOKED_AT).click()
     page.get_by_test_id("think").click()
     page.get_by_test_id("dense-moe").click()
-    page.wait_for_timeout(8000)
+    page.locator("[aria-busy=false] .answer strong").wait_for()
+    page.get_by_test_id("dense-moe").and_(page.locator(":enabled")).wait_for()
+    page.mouse.move(0, 0)  # a hovered part looks otherwise
     # The bar of tokens stays in sight on the page and would stand before the pictures.
     page.add_style_tag(content=".bar { position: static !important }")
+
+
+def switch_off(page: Page, experts: int) -> None:
+    """Switch off the busiest experts, one by one, and wait for both continuations."""
+    for _ in range(experts):
+        page.get_by_test_id("offer").first.click()
+        page.wait_for_timeout(500)
+    page.get_by_test_id("whatif-verdict").wait_for()
+    page.mouse.move(0, 0)
 
 
 def photograph(page: Page, station: str, target: Path) -> None:
     """Save one station as it stands on the page."""
     section = page.get_by_test_id(f"station-{station}")
     section.scroll_into_view_if_needed()
-    page.wait_for_timeout(600)
+    page.wait_for_timeout(1500)  # what is asked for in sight has come, and bars stand still
     picture = Image.open(io.BytesIO(section.screenshot())).convert("RGB")
     target.parent.mkdir(exist_ok=True)
     picture.quantize(128).save(target, optimize=True)

@@ -66,6 +66,34 @@ def test_a_readers_way_through_the_page(open_page, language: str) -> None:
     assert candidates(page) == before
 
 
+def test_a_change_is_answered_first_where_the_reader_looks(open_page) -> None:
+    page = open_page("lang=en")
+    write(page, TEXT["en"])
+    asked: list[str] = []
+    page.on("request", lambda request: asked.append(request.url.rpartition("/")[2]))
+    set_slider(page, "top-k", 2)
+    assert asked[0] == "token" and asked.count("token") == 1  # as it was is known already
+    assert asked.count("trace") == 1
+
+
+def test_stations_out_of_sight_rest_while_text_is_played(open_page) -> None:
+    page = open_page("lang=en")
+    write(page, TEXT["en"])
+    before = candidates(page)
+    page.evaluate(
+        """() => {
+          const next = document.querySelector('[data-testid=station-next] .picture');
+          const playing = () => document.querySelector('[data-testid=play][aria-pressed=true]');
+          window.redrawn = 0;
+          new MutationObserver(() => playing() && window.redrawn++)
+            .observe(next, { subtree: true, childList: true, attributes: true });
+        }"""
+    )
+    write(page, TEXT["en"] + " a")
+    assert page.evaluate("window.redrawn") <= 1
+    assert candidates(page) != before
+
+
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_without_its_experts_the_model_writes_something_else(open_page, language: str) -> None:
     page = open_page(f"lang={language}")

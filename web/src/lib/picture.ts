@@ -36,7 +36,7 @@ export function toSvg(section: HTMLElement): string {
   const head = header.getBoundingClientRect();
   const body = picture.getBoundingClientRect();
   const root = getComputedStyle(document.documentElement);
-  const width = reach(picture) - body.left + 2 * MARGIN;
+  const width = Math.max(reach(picture) - body.left, textEnd(header) - head.left) + 2 * MARGIN;
   const height = head.height + MARGIN + body.height + 2 * MARGIN;
   const svg = element('svg', { xmlns: SVG, width, height, viewBox: `0 0 ${width} ${height}` });
   svg.append(element('rect', { width, height, fill: root.backgroundColor }));
@@ -61,6 +61,14 @@ export async function toPng(section: HTMLElement): Promise<Blob> {
 function reach(picture: HTMLElement): number {
   const boxes = [...picture.querySelectorAll('svg')].map((svg) => svg.getBoundingClientRect());
   return Math.max(picture.getBoundingClientRect().right, ...boxes.map((box) => box.right));
+}
+
+/** Where the longest line of an element's text ends. */
+function textEnd(node: Node): number {
+  if (!(node instanceof Text)) return Math.max(0, ...[...node.childNodes].map(textEnd));
+  const range = document.createRange();
+  range.selectNodeContents(node);
+  return range.getBoundingClientRect().right;
 }
 
 /** Draw an element and all in it, moved by (dx, dy). */

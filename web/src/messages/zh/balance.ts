@@ -12,7 +12,7 @@ const zh: typeof en = {
   asIs: '本模型原样',
   withoutBias: '本模型去掉均衡偏置',
   map: '{title}：每位专家的负载；一行一层，一列一位专家',
-  maxVio: '各层平均 MaxVio',
+  maxVio: '平均 MaxVio',
   overloaded: '过载（超过平均 {times} 倍）',
   idle: '空闲',
   axis: '专家 →（一行一层）',
