@@ -383,6 +383,11 @@ NB_MODULE(_native, m) {
             new (self) AbsorbedAttention{up_key, up_value, scale};
           },
           "up_key"_a, "up_value"_a, "scale"_a)
+      .def_prop_ro("weight_bytes",
+                   [](const AbsorbedAttention& self) {
+                     return self.up_key->matrices() *
+                            (self.up_key->matrix_bytes() + self.up_value->matrix_bytes());
+                   })
       .def("__call__", &apply_attention, "q_nope"_a, "q_rope"_a, "latents"_a, "k_rope"_a,
            "lengths"_a, "out"_a);
 

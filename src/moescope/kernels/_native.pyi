@@ -29,6 +29,7 @@ class FeedForward:
     ) -> None: ...
 
 class AbsorbedAttention:
+    weight_bytes: int
     def __init__(self, up_key: Weights, up_value: Weights, scale: float) -> None: ...
     def __call__(
         self,

@@ -10,6 +10,7 @@ from moescope.model.decoder import CausalLM
 from moescope.model.moe import MoE
 from moescope.model.recorder import Recorder
 from moescope.model.routing import UNUSED, Routing
+from moescope.scope.bytes import WeightBytes
 from moescope.scope.trace import Candidate, LayerTrace, RouterTrace, Trace, TracedToken
 from moescope.tokenizer import Tokenizer
 
@@ -42,9 +43,12 @@ def record(
         for layer_idx, hidden_states in recorder.hidden_states.items()
     ]
     used = parameters_used(model, recorder.routings, len(input_ids))
+    read = WeightBytes.of(model).read(recorder.routings, len(input_ids))
     tokens = [
-        TracedToken(token_id, tokenizer.decode([token_id], skip_special_tokens=False), parameters)
-        for token_id, parameters in zip(input_ids, used.tolist(), strict=True)
+        TracedToken(
+            token_id, tokenizer.decode([token_id], skip_special_tokens=False), parameters, size
+        )
+        for token_id, parameters, size in zip(input_ids, used.tolist(), read.tolist(), strict=True)
     ]
     return Trace(
         model=name,

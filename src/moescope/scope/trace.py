@@ -23,11 +23,14 @@ class TracedToken:
         id: in the vocabulary.
         text: its spelling; a piece of a character reads U+FFFD.
         parameters_used: weights that worked on it, the embedding table included.
+        weight_bytes: of the matrices that products read for it when it is made by itself; norms,
+            routers and its row of the embedding are not counted.
     """
 
     id: int
     text: str
     parameters_used: int
+    weight_bytes: int
 
 
 @dataclass(frozen=True)
