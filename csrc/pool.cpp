@@ -63,7 +63,7 @@ class Pool {
     while (left_.load(std::memory_order_acquire) != joined) relax();
   }
 
-  int size() const { return static_cast<int>(workers_.size()) + 1; }
+  int size() const { return size_.load(std::memory_order_relaxed); }
 
   void resize(int count) {
     std::lock_guard<std::mutex> turn(turn_);
@@ -77,6 +77,7 @@ class Pool {
   void start(int count) {
     stopping_.store(false);
     for (int i = 1; i < count; ++i) workers_.emplace_back([this] { serve(); });
+    size_.store(count, std::memory_order_relaxed);
   }
 
   void stop() {
@@ -133,7 +134,7 @@ class Pool {
   std::atomic<uint64_t> gate_{0};
   std::atomic<int64_t> next_{0};
   std::atomic<uint64_t> left_{0};
-  std::atomic<int> sleepers_{0};
+  std::atomic<int> sleepers_{0}, size_{1};
   std::atomic<bool> stopping_{false};
   const std::function<void(int64_t)>* task_ = nullptr;
   int64_t count_ = 0;
