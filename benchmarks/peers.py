@@ -102,7 +102,7 @@ class Moescope:
         self.length += 1
 
     def _likeliest(self, states: Tensor) -> Tensor:
-        ids, _, _ = cpu.likeliest(self.model.logits(states[:, -1]), 1)
+        ids, _ = cpu.likeliest(self.model.logits(states[:, -1]), 1)
         return ids[:, 0]
 
 

@@ -19,6 +19,11 @@ constexpr int kRowBlock = 96;            // rows at a time, so that their result
 constexpr int kInt8Zero = 128;  // int8 weights are stored plus this, as unsigned bytes
 constexpr int kInt4Zero = 8;    // int4 weights are stored plus this, as nibbles
 
+// -zero * sum, for `offsets` below; wraps where infinities, whose integers mean nothing, overflow it.
+static constexpr int32_t start_of_dots(int zero, uint32_t sum) {
+  return static_cast<int32_t>(0 - static_cast<uint32_t>(zero) * sum);
+}
+
 // Rows of activations in int8, symmetric, with one scale a group of columns. `offsets` holds
 // `-zero * sum` of each group's integers: where the dot products start, so that they end as if the
 // weights had been stored without their zero point.
@@ -74,8 +79,8 @@ struct Kernels {
   void (*softmax)(float* x, float scale, int64_t n);
   // x = exp(scale * (x - largest)); returns their sum
   float (*exponentials)(float* x, float scale, float largest, int64_t n);
-  // log(sum(exp(x)))
-  float (*log_sum_exp)(const float* x, int64_t n);
+  // log(sum(exp(scale * x)))
+  float (*log_sum_exp)(const float* x, float scale, int64_t n);
   // out = x / sqrt(mean(x^2) + eps) * weight
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
 };

@@ -70,23 +70,23 @@ void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, in
     for (float lane : lanes) most = lane > most ? lane : most;
     for (; k < filled; ++k) most = fabsf(x[k]) > most ? fabsf(x[k]) : most;
     const float inverse = most > 0 ? 127 / most : 0;
-    int32_t sum = 0;
+    uint32_t sum = 0;
     int32_t rounded[8];
     for (k = start; k + 8 <= filled; k += 8) {
       const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + k), _mm256_set1_ps(inverse));
       _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded), _mm256_cvtps_epi32(scaled));
       for (int i = 0; i < 8; ++i) {
         values[k + i] = static_cast<int8_t>(rounded[i]);
-        sum += rounded[i];
+        sum += static_cast<uint32_t>(rounded[i]);
       }
     }
     for (; k < end; ++k) {
       const int value = k < filled ? _mm_cvtss_si32(_mm_set_ss(x[k] * inverse)) : 0;
       values[k] = static_cast<int8_t>(value);
-      sum += value;
+      sum += static_cast<uint32_t>(value);
     }
     scales[g] = most / 127;
-    offsets[g] = -zero * sum;
+    offsets[g] = start_of_dots(zero, sum);
   }
 }
 
@@ -319,12 +319,12 @@ void softmax(float* x, float scale, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] /= sum;
 }
 
-float log_sum_exp(const float* x, int64_t n) {
+float log_sum_exp(const float* x, float scale, int64_t n) {
   float largest = x[0];
   for (int64_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
   float sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += expf(x[i] - largest);
-  return largest + logf(sum);
+  for (int64_t i = 0; i < n; ++i) sum += expf(scale * (x[i] - largest));
+  return scale * largest + logf(sum);
 }
 
 void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) {

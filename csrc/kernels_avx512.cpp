@@ -48,7 +48,7 @@ void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, in
       _mm_storeu_si128(reinterpret_cast<__m128i*>(values + k), _mm512_cvtepi32_epi8(rounded));
     }
     scales[g] = most / 127;
-    offsets[g] = -zero * _mm512_reduce_add_epi32(sum);
+    offsets[g] = start_of_dots(zero, static_cast<uint32_t>(_mm512_reduce_add_epi32(sum)));
   }
 }
 
@@ -454,15 +454,16 @@ void softmax(float* x, float scale, int64_t n) {
   }
 }
 
-float log_sum_exp(const float* x, int64_t n) {
+float log_sum_exp(const float* x, float scale, int64_t n) {
   const float most = greatest(x, n);
   __m512 sums = _mm512_setzero_ps();
   for (int64_t i = 0; i < n; i += 16) {
     const __mmask16 mask = n - i >= 16 ? 0xffff : static_cast<__mmask16>((1 << (n - i)) - 1);
     const __m512 below = _mm512_sub_ps(_mm512_maskz_loadu_ps(mask, x + i), _mm512_set1_ps(most));
-    sums = _mm512_mask_add_ps(sums, mask, sums, exponential(below));
+    const __m512 e = exponential(_mm512_mul_ps(below, _mm512_set1_ps(scale)));
+    sums = _mm512_mask_add_ps(sums, mask, sums, e);
   }
-  return most + logf(_mm512_reduce_add_ps(sums));
+  return scale * most + logf(_mm512_reduce_add_ps(sums));
 }
 
 void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) {

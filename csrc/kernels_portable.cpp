@@ -15,14 +15,15 @@ void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, in
     float largest = 0;
     for (int64_t k = start; k < filled; ++k) largest = fmaxf(largest, fabsf(x[k]));
     const float inverse = largest > 0 ? 127 / largest : 0;
-    int32_t sum = 0;
+    uint32_t sum = 0;
     for (int64_t k = start; k < end; ++k) {
-      const int rounded = k < filled ? static_cast<int>(rintf(x[k] * inverse)) : 0;
+      const float scaled = k < filled ? x[k] * inverse : 0;
+      const int rounded = fabsf(scaled) < 128 ? static_cast<int>(rintf(scaled)) : 0;  // no NaN
       values[k] = static_cast<int8_t>(rounded);
-      sum += rounded;
+      sum += static_cast<uint32_t>(rounded);
     }
     scales[g] = largest / 127;
-    offsets[g] = -zero * sum;
+    offsets[g] = start_of_dots(zero, sum);
   }
 }
 
@@ -147,12 +148,12 @@ void softmax(float* x, float scale, int64_t n) {
   for (int64_t i = 0; i < n; ++i) x[i] /= sum;
 }
 
-float log_sum_exp(const float* x, int64_t n) {
+float log_sum_exp(const float* x, float scale, int64_t n) {
   float largest = x[0];
   for (int64_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
   float sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += expf(x[i] - largest);
-  return largest + logf(sum);
+  for (int64_t i = 0; i < n; ++i) sum += expf(scale * (x[i] - largest));
+  return scale * largest + logf(sum);
 }
 
 void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* out) {

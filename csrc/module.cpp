@@ -304,14 +304,20 @@ std::shared_ptr<FeedForwardBlock> make_feed_forward_block(
   return std::make_shared<FeedForwardBlock>(FeedForwardBlock{norm_of(norm, eps), router, layer});
 }
 
-void apply_likeliest(const Floats<2>& logits, const MutableIds& ids, const Output<2>& values,
-                     const Output<1>& log_sums) {
+void apply_likeliest(const Floats<2>& logits, const MutableIds& ids, const Output<2>& values) {
   const int64_t rows = logits.shape(0), vocab = logits.shape(1), count = ids.shape(1);
-  require(has_shape(ids, {rows, count}) && has_shape(values, {rows, count}) &&
-              has_shape(log_sums, {rows}) && count > 0 && count <= vocab,
-          "ids, values or log_sums do not fit the logits");
+  require(has_shape(ids, {rows, count}) && has_shape(values, {rows, count}) && count > 0 &&
+              count <= vocab,
+          "ids or values do not fit the logits");
   nb::gil_scoped_release unlocked;
-  likeliest(logits.data(), rows, vocab, count, ids.data(), values.data(), log_sums.data());
+  likeliest(logits.data(), rows, vocab, count, ids.data(), values.data());
+}
+
+void apply_log_sums(const Floats<2>& logits, float scale, const Output<1>& out) {
+  const int64_t rows = logits.shape(0), vocab = logits.shape(1);
+  require(has_shape(out, {rows}) && vocab > 0, "out does not fit the logits");
+  nb::gil_scoped_release unlocked;
+  log_sums(logits.data(), rows, vocab, scale, out.data());
 }
 
 void apply_rms_norm(const Floats<2>& x, const Floats<1>& weight, float eps, const Output<2>& out) {
@@ -414,5 +420,6 @@ NB_MODULE(_native, m) {
       .def("__call__", &apply_decoder, "ids"_a, "positions"_a, "cosine"_a, "sine"_a, "keys"_a,
            "values"_a, "out"_a);
   m.def("decoder", &make_decoder, "embedding"_a, "attention"_a, "feed_forward"_a);
-  m.def("likeliest", &apply_likeliest, "logits"_a, "ids"_a, "values"_a, "log_sums"_a);
+  m.def("likeliest", &apply_likeliest, "logits"_a, "ids"_a, "values"_a);
+  m.def("log_sums", &apply_log_sums, "logits"_a, "scale"_a, "out"_a);
 }

@@ -211,8 +211,11 @@ struct Decoder {
 };
 
 // For each row of logits (rows, vocab): its `count` greatest, in order, of equal ones the first,
-// with their ids, both (rows, count); and the logarithm of the sum of all exponentials, (rows,).
+// with their ids, both (rows, count).
 void likeliest(const float* logits, int64_t rows, int64_t vocab, int64_t count, int64_t* ids,
-               float* values, float* log_sums);
+               float* values);
+
+// out (rows,) = log(sum(exp(scale * logits)))
+void log_sums(const float* logits, int64_t rows, int64_t vocab, float scale, float* out);
 
 }  // namespace moescope

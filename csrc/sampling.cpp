@@ -13,7 +13,7 @@ constexpr int64_t kBlock = 256;  // numbers that are skipped together
 }  // namespace
 
 void likeliest(const float* logits, int64_t rows, int64_t vocab, int64_t count, int64_t* ids,
-               float* values, float* log_sums) {
+               float* values) {
   parallel(rows, [&](int64_t row) {
     const float* x = logits + row * vocab;
     std::vector<std::pair<float, int64_t>> best;  // in order
@@ -35,7 +35,12 @@ void likeliest(const float* logits, int64_t rows, int64_t vocab, int64_t count, 
       values[row * count + i] = best[i].first;
       ids[row * count + i] = best[i].second;
     }
-    log_sums[row] = kernels().log_sum_exp(x, vocab);
+  });
+}
+
+void log_sums(const float* logits, int64_t rows, int64_t vocab, float scale, float* out) {
+  parallel(rows, [&](int64_t row) {
+    out[row] = kernels().log_sum_exp(logits + row * vocab, scale, vocab);
   });
 }
 

@@ -13,8 +13,12 @@ from transformers import (
 )
 
 from moescope.engine.sampling import (
+    SHORTLIST,
     SamplingParams,
+    Shortlist,
     choose,
+    distribution,
+    draw,
     keep_min_p,
     keep_top_k,
     keep_top_p,
@@ -67,7 +71,7 @@ def test_draws_follow_the_softmax() -> None:
     params, draws = SamplingParams(temperature=0.7), 4000
     generator = torch.Generator().manual_seed(1)
     seen = torch.zeros(0, dtype=torch.int64)
-    counts = Counter(choose(logits, seen, params, generator) for _ in range(draws))
+    counts = Counter(choose(logits, seen, params, draw(generator)) for _ in range(draws))
     expected = (logits.double() / 0.7).softmax(dim=0)
     for token, probability in enumerate(expected.tolist()):
         deviation = (draws * probability * (1 - probability)) ** 0.5
@@ -76,9 +80,57 @@ def test_draws_follow_the_softmax() -> None:
 
 def test_temperature_zero_takes_the_likeliest_whatever_the_seed() -> None:
     logits = drawn_logits(50, 3)
-    for seed in range(5):
-        generator = torch.Generator().manual_seed(seed)
-        assert choose(logits, torch.tensor([0]), SamplingParams(), generator) == logits.argmax()
+    for drawn in (0.0, 0.3, 0.999):
+        assert choose(logits, torch.tensor([0]), SamplingParams(), drawn) == logits.argmax()
+
+
+@given(
+    vocab=st.one_of(st.integers(1, 60), st.integers(65, 300)),
+    seed=st.integers(0, 10_000),
+    drawn=st.floats(0.0, 1.0, exclude_max=True),
+    temperature=st.sampled_from([0.0, 0.5, 1.0, 3.0]),
+    top_k=st.sampled_from([None, 1, 5, 64, 65, 200]),
+    top_p=st.sampled_from([None, 0.3, 0.9, 1.0]),
+    min_p=st.sampled_from([None, 0.0, 0.05]),
+)
+def test_a_shortlist_chooses_as_all_logits_do(
+    vocab: int,
+    seed: int,
+    drawn: float,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    min_p: float | None,
+) -> None:
+    params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
+    logits = drawn_logits(vocab, seed)
+    shortlist = Shortlist.of(torch.stack([logits - 1, logits]), temperature)
+    found = shortlist.choose(1, params, drawn)
+    expected = choose(logits, torch.tensor([0]), params, drawn)
+    if found is None:
+        assert vocab > SHORTLIST, "all tokens are on the shortlist"
+    elif found != expected:  # what was drawn lies at the border of both, but for rounding
+        distribution_of = distribution(logits, torch.tensor([0]), params).double()
+        ordered, ids = distribution_of.sort(descending=True, stable=True)
+        borders = {int(i): float(c) for i, c in zip(ids, ordered.cumsum(0), strict=True)}
+        likelier = found if borders[found] < borders[expected] else expected
+        assert abs(borders[likelier] - drawn) < 1e-5
+    assert shortlist.logprob(1, float(logits[expected])) == pytest.approx(
+        float(logits.log_softmax(-1)[expected]), abs=1e-5
+    )
+
+
+def test_a_shortlist_is_enough_for_the_usual_settings() -> None:
+    logits = drawn_logits(5000, 0) * 2
+    for params in (
+        SamplingParams(),
+        SamplingParams(temperature=0.7, top_p=0.9),
+        SamplingParams(temperature=1.0, top_k=40, min_p=0.05),
+    ):
+        shortlist = Shortlist.of(logits[None], params.temperature)
+        assert shortlist.choose(0, params, 0.5) is not None
+    tired = SamplingParams(temperature=1.0, repetition_penalty=1.2)
+    assert Shortlist.of(logits[None], 1.0).choose(0, tired, 0.5) is None
 
 
 @pytest.mark.parametrize(

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moescope.engine.cache import Cache
-from moescope.engine.sampling import SamplingParams, choose
+from moescope.engine.sampling import SamplingParams, Shortlist, choose, draw
 from moescope.engine.stopping import StopFinder
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM
@@ -136,15 +136,21 @@ class Engine:
         seen: Sequence[Sequence[int]],
         params: SamplingParams,
         generators: Sequence[torch.Generator],
-    ) -> list[int]:
+    ) -> list[tuple[int, float]]:
         """Step 4: choose each row's next token from `(batch, vocab)` logits.
 
-        `seen` are each row's ids so far; `generators` each row's source of chance.
+        `seen` are each row's ids so far; `generators` each row's source of chance. Returns ids
+        with the logarithms of their probabilities.
         """
-        return [
-            choose(row_logits, torch.tensor(ids), params, generator)
-            for row_logits, ids, generator in zip(logits.cpu(), seen, generators, strict=True)
-        ]
+        shortlist = Shortlist.of(logits, params.temperature)
+        picked: list[tuple[int, float]] = []
+        for row, (ids, generator) in enumerate(zip(seen, generators, strict=True)):
+            drawn = draw(generator) if params.temperature else 0.0
+            token_id = shortlist.choose(row, params, drawn)
+            if token_id is None:
+                token_id = choose(logits[row].cpu(), torch.tensor(ids), params, drawn)
+            picked.append((token_id, shortlist.logprob(row, float(logits[row, token_id]))))
+        return picked
 
     @torch.inference_mode()
     def repeat(
@@ -167,10 +173,9 @@ class Engine:
             hidden_states = self.transform(input_ids, positions, cache, recorder)
             last_states = hidden_states[torch.arange(len(rows)), last]  # (batch, hidden)
             logits = self.predict(last_states)  # (batch, vocab)
-            ids = self.pick(logits, [r.ids for r in rows], params, [r.generator for r in rows])
-            logprobs = logits.log_softmax(dim=-1)
-            for at, (row, token_id) in enumerate(zip(rows, ids, strict=True)):
-                yield row.append(token_id, float(logprobs[at, token_id]))
+            picked = self.pick(logits, [r.ids for r in rows], params, [r.generator for r in rows])
+            for row, (token_id, logprob) in zip(rows, picked, strict=True):
+                yield row.append(token_id, logprob)
             alive = [at for at, row in enumerate(rows) if not row.ended]
             if len(alive) < len(rows):
                 rows = [rows[at] for at in alive]

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moescope.errors import UserError
+from moescope.kernels import cpu
 
 
 @dataclass(frozen=True)
@@ -109,9 +110,97 @@ def distribution(logits: Tensor, seen: Tensor, params: SamplingParams) -> Tensor
     return logits.softmax(dim=-1)
 
 
-def choose(logits: Tensor, seen: Tensor, params: SamplingParams, generator: torch.Generator) -> int:
-    """Choose the next token's id from its logits; arguments as for `distribution`."""
+def draw(generator: torch.Generator) -> float:
+    """Draw a number from [0, 1)."""
+    return float(torch.rand((), dtype=torch.float64, generator=generator))
+
+
+def choose(logits: Tensor, seen: Tensor, params: SamplingParams, drawn: float) -> int:
+    """Choose the next token's id from its logits; the other arguments as for `distribution`.
+
+    `drawn`, from [0, 1), falls somewhere among the probabilities, likeliest first.
+    """
     probabilities = distribution(logits, seen, params)
     if params.temperature == 0:
         return int(probabilities.argmax())
-    return int(torch.multinomial(probabilities, 1, generator=generator))
+    ordered, ids = probabilities.double().cpu().sort(descending=True, stable=True)
+    return int(ids[_place(ordered, drawn)])
+
+
+def _place(probabilities: Tensor, drawn: float) -> int:
+    """Where a share of all the probabilities is reached, adding them up from the first."""
+    cumulated = probabilities.cumsum(0)
+    place = int(torch.searchsorted(cumulated, drawn * cumulated[-1], right=True))
+    return min(place, len(cumulated) - 1)
+
+
+SHORTLIST = 64
+"""Likeliest tokens among which a choice is nearly always found."""
+
+
+@dataclass(frozen=True)
+class Shortlist:
+    """The likeliest tokens of each of several rows, in order, and what normalises the rows.
+
+    Attributes:
+        ids: `(rows, count)` int64.
+        logits: `(rows, count)` float32, those of `ids`.
+        log_sums: `(rows,)`, logarithm of the sum of all tokens' exponentials.
+        tempered: likewise, of the logits over the temperature.
+        vocab: tokens that there are.
+    """
+
+    ids: Tensor
+    logits: Tensor
+    log_sums: Tensor
+    tempered: Tensor
+    vocab: int
+
+    @classmethod
+    def of(cls, logits: Tensor, temperature: float) -> "Shortlist":
+        """Take the shortlist of `(rows, vocab)` logits."""
+        count = min(SHORTLIST, logits.shape[-1])
+        scale = 1 / temperature if temperature else 1.0
+        if cpu.available() and logits.device.type == "cpu":
+            ids, values = cpu.likeliest(logits, count)
+            log_sums = cpu.log_sums(logits)
+            tempered = log_sums if scale == 1 else cpu.log_sums(logits, scale)
+        else:
+            values, ids = logits.topk(count)
+            log_sums, tempered = logits.logsumexp(-1), (logits * scale).logsumexp(-1)
+            ids, values, log_sums, tempered = (t.cpu() for t in (ids, values, log_sums, tempered))
+        return cls(ids, values, log_sums, tempered, logits.shape[-1])
+
+    def choose(self, row: int, params: SamplingParams, drawn: float) -> int | None:
+        """Choose as `choose` does, or return None where it takes all logits."""
+        if params.repetition_penalty != 1.0:
+            return None
+        if params.temperature == 0:
+            return int(self.ids[row, 0])
+        scaled = self.logits[row].double() / params.temperature
+        log_sum = float(self.tempered[row])
+        whole = len(scaled) == self.vocab  # whether no token beyond these can be chosen
+        if params.top_k is not None:
+            if not whole and params.top_k > len(scaled):
+                return None
+            whole, scaled = True, scaled[: params.top_k]
+            log_sum = float(scaled.logsumexp(0))
+        probabilities = (scaled - log_sum).exp()
+        if params.top_p is not None and params.top_p < 1:
+            kept = probabilities[probabilities.cumsum(0) - probabilities < params.top_p]
+            if not whole and len(kept) == len(probabilities):
+                return None
+            whole, probabilities = True, kept
+        if params.min_p:
+            kept = probabilities[probabilities >= params.min_p * probabilities[0]]
+            if not whole and len(kept) == len(probabilities):
+                return None
+            whole, probabilities = True, kept
+        if not whole and drawn >= float(probabilities.sum()):
+            return None
+        share = drawn if whole else drawn / float(probabilities.sum())
+        return int(self.ids[row, _place(probabilities, share)])
+
+    def logprob(self, row: int, logit: float) -> float:
+        """Logarithm of the probability of a token of this logit, at temperature one."""
+        return logit - float(self.log_sums[row])

@@ -413,18 +413,23 @@ def run_decoder(
     return out
 
 
-def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor, Tensor]:
-    """The `count` greatest of each row of `(rows, vocab)`, in order, and what normalises the row.
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` greatest of each row of `(rows, vocab)`, in order, of equal ones the first.
 
-    Returns:
-        Their ids `(rows, count)` int64, their logits `(rows, count)`, and the logarithm of the
-        sum of all exponentials `(rows,)`.
+    Returns their ids, int64, and their logits, both `(rows, count)`.
     """
     rows = _rows(logits)
-    ids = torch.empty(len(rows), count, dtype=torch.int64)
-    values, log_sums = torch.empty(len(rows), count), torch.empty(len(rows))
-    _native.likeliest(to_dlpack(rows), to_dlpack(ids), to_dlpack(values), to_dlpack(log_sums))
-    return ids, values, log_sums
+    ids, values = torch.empty(len(rows), count, dtype=torch.int64), torch.empty(len(rows), count)
+    _native.likeliest(to_dlpack(rows), to_dlpack(ids), to_dlpack(values))
+    return ids, values
+
+
+def log_sums(logits: Tensor, scale: float = 1.0) -> Tensor:
+    """`log(sum(exp(scale * logits)))` of each row of `(rows, vocab)`: `(rows,)`."""
+    rows = _rows(logits)
+    out = torch.empty(len(rows))
+    _native.log_sums(to_dlpack(rows), scale, to_dlpack(out))
+    return out
 
 
 def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moescope.engine.engine import Engine
 from moescope.engine.native import NativeExperts
-from moescope.engine.sampling import SamplingParams, choose, distribution
+from moescope.engine.sampling import SamplingParams, choose, distribution, draw
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM
 from moescope.model.layer import DecoderLayer
@@ -332,7 +332,8 @@ class Reading:
         logits = logits.cpu()
         probabilities = logits.softmax(dim=-1)
         filtered = distribution(logits, seen, params)
-        picked = choose(logits, seen, params, torch.Generator().manual_seed(params.seed or 0))
+        drawn = draw(torch.Generator().manual_seed(params.seed or 0))
+        picked = choose(logits, seen, params, drawn)
         best = logits.topk(min(CANDIDATES, logits.shape[-1])).indices.tolist()
         candidates = [
             PickCandidate(
