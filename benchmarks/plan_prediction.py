@@ -76,7 +76,7 @@ def run(shape: str, weight_format: str, rounds: int) -> dict[str, Any]:
     measure(model, ids)
     found: list[dict[str, dict[str, float]]] = []
     for _ in range(rounds):
-        speed = predict_format(config, weight_format, PROMPT, bandwidth=1.0, peak=1.0)
+        speed = predict_format(config, weight_format, PROMPT, bandwidth=1.0, peak=float("inf"))
         predicted = {"prefill": speed.prefill, "decode": speed.decode}
         found.append({"predicted": predicted, "measured": measure(model, ids)})
     return {

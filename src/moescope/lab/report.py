@@ -221,8 +221,9 @@ def _fits(found: Plan, words: Words) -> Table:
             fit.format,
             of_bytes(getattr(found.weights, fit.format)),
             of_bytes(fit.needed),
-            f"{told['yes' if fit.fits else 'no']} ({of_bytes(fit.room)}, {fit.place})",
-            f"{fit.longest_context:,}",
+            f"{told['yes' if fit.fits else 'no']} ({of_bytes(fit.room)}, "
+            f"{told.get(fit.place, fit.place)})",
+            f"{fit.longest_context:,}" if fit.longest_context else "-",
             of_bytes(getattr(found.work.bytes_read, fit.format)),
         ]
         for fit in found.fits

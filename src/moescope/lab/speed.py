@@ -145,7 +145,15 @@ def predict(config: ModelConfig, prompt: int = PROMPT) -> Prediction:
 def predict_format(
     config: ModelConfig, weight_format: str, prompt: int, bandwidth: float, peak: float
 ) -> Speed:
-    """Time a sample of the model in one format; `bandwidth` in bytes/s and `peak` in FLOP/s."""
+    """Time a sample of the model in one format.
+
+    Args:
+        config: of the model.
+        weight_format: of its weights.
+        prompt: tokens.
+        bandwidth: bytes/s from memory.
+        peak: FLOP/s of large products, faster than which no prompt is read.
+    """
     parameters = count_parameters(config)
     sample = sample_shape(config, weight_format, last_level_cache())
     decode, prefill = _time_sample(config, sample, weight_format, prompt)
@@ -162,7 +170,7 @@ def predict_format(
     return Speed(
         format=weight_format,
         decode=1 / decode,
-        prefill=prompt / prefill,
+        prefill=min(prompt / prefill, peak / prefill_flops),  # a sample's noise is no speed
         decode_bytes=decode_bytes,
         decode_flops=decode_flops,
         prefill_flops=prefill_flops,
