@@ -5,6 +5,7 @@ nothing but a compiler and nanobind. Each instruction set has its own object fil
 its own flags; which one runs is decided when the extension is loaded.
 """
 
+import hashlib
 import os
 import platform
 import shlex
@@ -18,7 +19,7 @@ from pathlib import Path
 NAME = "_native"
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
 SOURCES = [
-    *("module", "pool", "memory", "isa", "weights"),
+    *("pool", "memory", "file", "isa", "weights"),
     *("attend", "latent_attention", "grouped_attention"),
     *("linear", "feed_forward", "layer", "sampling"),
 ]
@@ -28,6 +29,9 @@ X86_KERNELS = {
     "kernels_avx512": ["-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"],
 }
 """Kernel files of x86 and what they are compiled with; everything else is for any processor."""
+
+LAYOUT = ("isa.h", "weights.h", "weights.cpp")
+"""What decides how packed weights lie in memory: files of them are read by the same code only."""
 
 
 def build_native(root: Path) -> Path | None:
@@ -69,7 +73,8 @@ def _compile(compiler: list[str], csrc: Path, build: Path, target: Path) -> None
     import nanobind
 
     nanobind_dir = Path(nanobind.__file__).parent
-    flags = [*COMMON, *shlex.split(os.environ.get("CXXFLAGS", "")), f"-I{csrc}"]
+    units = kernel_units(csrc, platform.machine())
+    flags = units[csrc / "pool.cpp"]
     # Not `-I`: warnings in others' headers are not ours to mend.
     binding = [
         f"-isystem{sysconfig.get_path('include')}",
@@ -78,40 +83,57 @@ def _compile(compiler: list[str], csrc: Path, build: Path, target: Path) -> None
         "-DNB_COMPACT_ASSERTIONS",
         "-fno-strict-aliasing",
     ]
-    kernels = {"kernels_portable": []}
-    if platform.machine().lower() in ("x86_64", "amd64"):
+    units[csrc / "module.cpp"] = flags + binding
+    units[nanobind_dir / "src" / "nb_combined.cpp"] = flags + binding + ["-w"]
+    objects = compile_units(compiler, units, build)
+    partial = target.with_name(f".{target.name}.partial")
+    link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--gc-sections"]
+    command = [*compiler, *flags, "-shared", *map(str, objects), *link, "-pthread"]
+    subprocess.run([*command, "-o", str(partial)], check=True, capture_output=True, text=True)
+    partial.replace(target)
+
+
+def kernel_units(csrc: Path, machine: str) -> dict[Path, list[str]]:
+    """Return the source files for a kind of processor, each with its flags, but for the binding."""
+    flags = [*COMMON, *shlex.split(os.environ.get("CXXFLAGS", "")), f"-I{csrc}"]
+    kernels: dict[str, list[str]] = {"kernels_portable": []}
+    if machine.lower() in ("x86_64", "amd64"):
         kernels |= X86_KERNELS
         flags.append("-DMOESCOPE_X86")
-    units = {csrc / f"{name}.cpp": flags + binding * (name == "module") for name in SOURCES}
-    units |= {csrc / f"{name}.cpp": flags + extra for name, extra in kernels.items()}
-    units[nanobind_dir / "src" / "nb_combined.cpp"] = flags + binding + ["-w"]
+    units = {csrc / f"{name}.cpp": flags for name in SOURCES}
+    layout = hashlib.sha256(b"".join((csrc / name).read_bytes() for name in LAYOUT)).hexdigest()
+    units[csrc / "weights.cpp"] = [*flags, f'-DMOESCOPE_LAYOUT="{layout[:16]}"']
+    return units | {csrc / f"{name}.cpp": flags + extra for name, extra in kernels.items()}
 
-    objects = {source: build / f"{source.stem}.o" for source in units}
-    headers = [Path(__file__), *csrc.glob("*.h")]
 
-    def compile_unit(source: Path) -> None:
-        command = [*compiler, *units[source], "-c", str(source), "-o", str(objects[source])]
-        stamp = objects[source].with_suffix(".command")
+def compile_units(compiler: list[str], units: dict[Path, list[str]], build: Path) -> list[Path]:
+    """Compile what changed, several files at once, and return the object files.
+
+    Raises:
+        subprocess.CalledProcessError: the compiler refuses a file.
+    """
+    headers = [Path(__file__), *Path(__file__).parent.glob("*.h")]
+
+    def compile_unit(source: Path) -> Path:
+        built = build / f"{source.stem}.o"
+        command = [*compiler, *units[source], "-c", str(source), "-o", str(built)]
+        stamp = built.with_suffix(".command")
         parts = [source] if source.stem == "nb_combined" else [source, *headers]
         newest = max(part.stat().st_mtime for part in parts)
         if (
-            objects[source].exists()
-            and objects[source].stat().st_mtime >= newest
+            built.exists()
+            and built.stat().st_mtime >= newest
             and stamp.exists()
             and stamp.read_text() == shlex.join(command)
         ):
-            return
+            return built
         stamp.unlink(missing_ok=True)
         subprocess.run(command, check=True, capture_output=True, text=True)
         stamp.write_text(shlex.join(command))
+        return built
 
     with ThreadPoolExecutor(os.cpu_count()) as threads:
-        list(threads.map(compile_unit, units))
-    partial = target.with_name(f".{target.name}.partial")
-    link = ["-undefined", "dynamic_lookup"] if sys.platform == "darwin" else ["-Wl,--gc-sections"]
-    command = [*compiler, *flags, "-shared", *map(str, objects.values()), *link, "-pthread"]
-    subprocess.run([*command, "-o", str(partial)], check=True, capture_output=True, text=True)
-    partial.replace(target)
+        return list(threads.map(compile_unit, units))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 #include <nanobind/nanobind.h>
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
+#include <nanobind/stl/pair.h>
 #include <nanobind/stl/shared_ptr.h>
 #include <nanobind/stl/string.h>
 #include <nanobind/stl/vector.h>
@@ -11,7 +12,9 @@
 #include <optional>
 #include <stdexcept>
 #include <string>
+#include <utility>
 
+#include "file.h"
 #include "ops.h"
 #include "pool.h"
 
@@ -29,6 +32,8 @@ template <int Dimensions>
 using Ids = nb::ndarray<const int64_t, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
 using MutableIds = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using CacheArray = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;
+using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
+using MutableBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrices = nb::ndarray<nb::ro, nb::ndim<3>, nb::device::cpu>;
 using SharedWeights = std::shared_ptr<Weights>;
 
@@ -57,6 +62,35 @@ SharedWeights pack(const Matrices& matrices, const std::string& format) {
   nb::gil_scoped_release unlocked;
   return std::make_shared<Weights>(format == "int8" ? Format::int8 : Format::int4, count, outputs,
                                    columns, source);
+}
+
+uint64_t checksum_of(const Bytes& data) {
+  nb::gil_scoped_release unlocked;
+  return checksum(data.data(), data.size());
+}
+
+uint64_t read_bytes(int descriptor, uint64_t offset, const MutableBytes& out) {
+  nb::gil_scoped_release unlocked;
+  return read_file(descriptor, offset, out.data(), out.size());
+}
+
+std::pair<SharedWeights, uint64_t> read_weights(int descriptor, uint64_t offset, uint64_t bytes,
+                                                const std::string& format, int64_t matrices,
+                                                int64_t outputs, int64_t columns) {
+  require(format == "int8" || format == "int4", "the format must be int8 or int4");
+  require(matrices > 0 && outputs > 0 && columns > 0, "there are no weights");
+  nb::gil_scoped_release unlocked;
+  const auto weights = std::make_shared<Weights>(format == "int8" ? Format::int8 : Format::int4,
+                                                 matrices, outputs, columns);
+  Buffer& stored = weights->stored();
+  require(stored.size() == bytes, "weights of this shape are not of this size");
+  return {weights, read_file(descriptor, offset, stored.data(), bytes)};
+}
+
+// A view, which keeps the weights alive.
+nb::ndarray<nb::numpy, const uint8_t, nb::ndim<1>> stored_bytes(const SharedWeights& weights) {
+  const Buffer& stored = weights->stored();
+  return {stored.data(), {stored.size()}, nb::cast(weights)};
 }
 
 void unpack(const Weights& weights, const Output<3>& out) {
@@ -359,10 +393,16 @@ NB_MODULE(_native, m) {
 
   nb::class_<Weights>(m, "Weights")
       .def_prop_ro("matrix_bytes", &Weights::matrix_bytes)
+      .def_prop_ro("stored", &stored_bytes)
       .def("__deepcopy__", &same)
       .def("unpack", &unpack, "out"_a)
       .def("linear", &apply_linear, "x"_a, "bias"_a.none(), "out"_a);
   m.def("pack", &pack, "matrices"_a, "format"_a);
+  m.def("layout", &Weights::layout);
+  m.def("checksum", &checksum_of, "data"_a);
+  m.def("read_bytes", &read_bytes, "descriptor"_a, "offset"_a, "out"_a);
+  m.def("read_weights", &read_weights, "descriptor"_a, "offset"_a, "bytes"_a, "format"_a,
+        "matrices"_a, "outputs"_a, "columns"_a);
 
   nb::class_<FeedForward>(m, "FeedForward")
       .def("__deepcopy__", &same)

@@ -16,6 +16,10 @@ int64_t padded_row_bytes(Format format, int64_t padded) {
   return format == Format::int8 ? padded : padded / kChunk * kInt4ChunkBytes / kPanel;
 }
 
+int64_t scale_bytes(Format format, int64_t padded_outputs) {
+  return format == Format::int8 ? padded_outputs * static_cast<int64_t>(sizeof(float)) : 0;
+}
+
 float as_float(uint16_t bf16) {
   const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
   float value;
@@ -81,8 +85,7 @@ uint16_t search_int4_scale(const float* x) {
 
 }  // namespace
 
-Weights::Weights(Format format, int64_t matrices, int64_t outputs, int64_t columns,
-                 const Source& source)
+Weights::Weights(Format format, int64_t matrices, int64_t outputs, int64_t columns)
     : format_(format),
       matrices_(matrices),
       outputs_(outputs),
@@ -90,16 +93,23 @@ Weights::Weights(Format format, int64_t matrices, int64_t outputs, int64_t colum
       padded_(round_up(columns, kChunk)),
       padded_outputs_(round_up(outputs, kPanel)),
       matrix_bytes_(round_up(padded_outputs_ * padded_row_bytes(format, padded_), 64)),
-      packed_(matrices * matrix_bytes_),
-      row_scales_(format == Format::int8 ? matrices * padded_outputs_ : 0) {
+      packed_(matrices * (matrix_bytes_ + scale_bytes(format, padded_outputs_))) {}
+
+Weights::Weights(Format format, int64_t matrices, int64_t outputs, int64_t columns,
+                 const Source& source)
+    : Weights(format, matrices, outputs, columns) {
   parallel(matrices * tiles(),
            [&](int64_t task) { pack_tile(task / tiles(), task % tiles(), source); });
 }
 
+const char* Weights::layout() { return MOESCOPE_LAYOUT; }
+
 Tile Weights::tile(int64_t matrix, int64_t index) const {
   const int64_t first = index * kTile;
-  const float* scales =
-      format_ == Format::int8 ? row_scales_.data() + matrix * padded_outputs_ + first : nullptr;
+  const uint8_t* all_scales = packed_.data() + matrices_ * matrix_bytes_;
+  const float* scales = format_ == Format::int8 ? reinterpret_cast<const float*>(all_scales) +
+                                                      matrix * padded_outputs_ + first
+                                                : nullptr;
   const int64_t width = std::min<int64_t>(kTile, padded_outputs_ - first);
   const int64_t row_bytes = padded_row_bytes(format_, padded_);
   const uint8_t* begin = packed_.data() + matrix * matrix_bytes_ + first * row_bytes;

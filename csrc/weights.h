@@ -23,6 +23,8 @@ struct Source {
 class Weights {
  public:
   Weights(Format format, int64_t matrices, int64_t outputs, int64_t columns, const Source& source);
+  // Zeros, whose `stored` is there to be filled with what another's was.
+  Weights(Format format, int64_t matrices, int64_t outputs, int64_t columns);
 
   int64_t matrices() const { return matrices_; }
   int64_t outputs() const { return outputs_; }
@@ -30,6 +32,10 @@ class Weights {
   int64_t padded_columns() const { return padded_; }
   // Bytes of one matrix, all of which a product with it reads.
   int64_t matrix_bytes() const { return matrix_bytes_; }
+  // All that is held, as a file keeps it, and the name of the layout that it has.
+  Buffer& stored() { return packed_; }
+  const Buffer& stored() const { return packed_; }
+  static const char* layout();
 
   // Columns of activations that share a scale, and what their offsets make up for.
   int64_t group() const { return format_ == Format::int8 ? 64 : kChunk; }
@@ -51,8 +57,7 @@ class Weights {
 
   Format format_;
   int64_t matrices_, outputs_, columns_, padded_, padded_outputs_, matrix_bytes_;
-  Buffer packed_;
-  std::vector<float> row_scales_;  // (matrices, padded outputs), int8 only
+  Buffer packed_;  // the matrices; for int8, float32 scales (matrices, padded outputs) behind them
 };
 
 // Rows of activations rounded to int8 for a matrix; memory is kept from use to use.

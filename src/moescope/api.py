@@ -13,6 +13,7 @@ from moescope.checkpoint import load_model, open_checkpoint, save_weights
 from moescope.config import ModelConfig
 from moescope.engine.engine import Engine, Generation, Token
 from moescope.engine.native import PackedLinear, Packer
+from moescope.engine.pack_cache import load_packed
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
 from moescope.gguf_model import is_gguf
@@ -72,8 +73,12 @@ def load(
             wanted = torch.float32
         _refuse_if_too_large(parameters.total + parameters.mtp, wanted, memory()[1])
     tokenizer = checkpoint.tokenizer()
-    model = load_model(checkpoint, dtype=wanted, packer=packer)
-    return Model(str(name_or_path), model, tokenizer)
+    if packer is None:
+        return Model(str(name_or_path), load_model(checkpoint, dtype=wanted), tokenizer)
+    network, pack = load_packed(checkpoint, wanted, packer.weight_format)
+    model = Model(str(name_or_path), network, tokenizer)
+    model.pack = pack
+    return model
 
 
 def _refuse_if_too_large(parameters: int, dtype: torch.dtype, available: int) -> None:
@@ -136,6 +141,7 @@ class Model:
         network: the PyTorch module.
         engine: the five steps from text to text.
         steering: what `steer` changed about the routers.
+        pack: the file that its weights were read from ready packed; None if there was none.
     """
 
     def __init__(self, name: str, network: CausalLM, tokenizer: Tokenizer) -> None:
@@ -145,6 +151,7 @@ class Model:
         self.network = network
         self.engine = Engine(network, tokenizer)
         self.steering = Steering()
+        self.pack: Path | None = None
         self._unsteered = network
 
     @torch.inference_mode()
@@ -232,7 +239,7 @@ class Model:
             )
         steering = replace(self.steering, **changes)
         model = Model(self.name, steered(self._unsteered, steering), self.tokenizer)
-        model.steering, model._unsteered = steering, self._unsteered
+        model.steering, model._unsteered, model.pack = steering, self._unsteered, self.pack
         return model
 
     def save(self, folder: str | Path) -> None:

@@ -20,7 +20,7 @@ from moescope.errors import UserError
 from moescope.files import atomic_path, write_text
 from moescope.gguf_model import GgufModel, is_gguf
 from moescope.kernels.quantize import dequantize_int8, quantize_int8
-from moescope.model.decoder import CausalLM
+from moescope.model.decoder import CausalLM, without_numbers
 from moescope.model.rope import RotaryEmbedding
 from moescope.model.routing import Hash
 from moescope.tokenizer import Tokenizer
@@ -81,10 +81,12 @@ class WeightSource(Protocol):
     Attributes:
         config: the model's shape.
         dtype: to compute in unless asked otherwise.
+        files: all that config and weights are read from.
     """
 
     config: ModelConfig
     dtype: torch.dtype
+    files: list[Path]
 
     def read(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
         """Return a tensor in `dtype`; None takes the narrower of bf16 and float32 that is exact."""
@@ -100,7 +102,13 @@ class WeightSource(Protocol):
 
 
 class WeightPacker(Protocol):
-    """Takes matrices from files into a form of its own, one after another."""
+    """Takes matrices from files into a form of its own, one after another.
+
+    Attributes:
+        reads_all: whether `pack` reads all that it wants, instead of finding it packed.
+    """
+
+    reads_all: bool
 
     def wants(self, model: CausalLM) -> set[str]:
         """Return the names of the weights that it reads itself, or that no one needs."""
@@ -151,8 +159,7 @@ def load_model(
     if isinstance(source, str | Path):
         source = open_checkpoint(Path(source))
     config, dtype = source.config, dtype or source.dtype
-    with torch.device("meta"):
-        model = CausalLM(config)
+    model = without_numbers(config)
     shapes = {name: slot.shape for name, slot in model.state_dict().items()}
     packed: set[str] = set() if packer is None else packer.wants(model)
 
@@ -172,7 +179,8 @@ def load_model(
     _make_fixed_buffers(model, device)
     if packer is not None:
         packer.pack(model, lambda name: source.read(name, shapes[name], None).to(device))
-    source.refuse_unread()
+    if packer is None or packer.reads_all:
+        source.refuse_unread()
     return model.eval()
 
 
@@ -247,6 +255,7 @@ class SafetensorsModel:
     Attributes:
         config: the shape, without multi-token prediction where the files lack it.
         dtype: that of the final norm.
+        files: config, index and weights.
 
     Raises:
         UserError: there is no config or no safetensors, or a file is damaged.
@@ -260,6 +269,7 @@ class SafetensorsModel:
             config = config.model_copy(update={"num_nextn_predict_layers": 0})
         self.config = config
         self.dtype = self._files.dtype("model.norm.weight")
+        self.files = [folder / "config.json", *self._files.paths]
 
     def tokenizer(self) -> Tokenizer:
         """Return the vocabulary of the folder."""
@@ -303,7 +313,8 @@ class _WeightFiles:
     def __init__(self, folder: Path) -> None:
         self._folder = folder
         self._handles: dict[str, Any] = {}
-        for path in self._paths():
+        self.paths = self._paths()
+        for path in self.paths:
             try:
                 handle: Any = safe_open(path, framework="pt")
                 names: list[str] = list(handle.keys())

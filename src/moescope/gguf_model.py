@@ -66,6 +66,7 @@ class GgufModel:
     Attributes:
         config: the model's shape, without multi-token prediction.
         dtype: to compute in unless asked otherwise; the file's own norms are float32 always.
+        files: all parts.
 
     Raises:
         UserError: a file is missing, damaged, or of a kind that moescope does not know.
@@ -76,7 +77,9 @@ class GgufModel:
         first = GgufFile(path)
         self._metadata = first.metadata
         self._holders: dict[str, GgufFile] = {}
-        for file in [first, *_further_parts(first)]:
+        parts = [first, *_further_parts(first)]
+        self.files = [file.path for file in parts]
+        for file in parts:
             for name in file.tensors:
                 if name in self._holders:
                     raise damaged(file.path, f"the tensor {name} stands in another part, too")

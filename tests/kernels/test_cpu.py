@@ -6,6 +6,7 @@ import subprocess
 import sys
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -48,6 +49,10 @@ def examples(count: int) -> settings:
 
 def chance(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
+
+
+def packer(weight_format: str) -> cpu.Pack:
+    return partial(cpu.pack, weight_format=weight_format)
 
 
 def whole_numbers(rows: int, columns: int, generator: torch.Generator) -> Tensor:
@@ -178,7 +183,7 @@ def test_the_mixture_equals_the_reference(
         ]
 
     routed = matrices(experts, intermediate)
-    packed = cpu.expert_weights(*routed, weight_format)
+    packed = cpu.expert_weights(*routed, packer(weight_format))
     topk_ids = torch.randint(experts, (tokens, slots), generator=generator)
     topk_ids[torch.rand(tokens, slots, generator=generator) < unused] = UNUSED
     topk_weights = torch.rand(tokens, slots, generator=generator)
@@ -195,7 +200,7 @@ def test_the_mixture_equals_the_reference(
     packed_shared = None
     if shared:
         shared_matrices = matrices(1, shared)
-        packed_shared = cpu.expert_weights(*shared_matrices, weight_format)
+        packed_shared = cpu.expert_weights(*shared_matrices, packer(weight_format))
         gate, up, down = held(packed_shared, shared_matrices)
         exact += reference.swiglu(x.double() @ gate[0].T, x.double() @ up[0].T) @ down[0].T
         room += half_steps(x, gate[0], up[0], down[0])
@@ -250,7 +255,7 @@ def test_absorbed_attention_equals_softmax_over_expanded_keys(
     k_rope = normal(batch, slots + 3, rope)[:, :slots]
     lengths = torch.randint(1, slots + 1, (batch,), generator=generator)
     scale = (nope + rope) ** -0.5
-    packed = cpu.absorbed_attention(kv_b_proj, nope, scale, weight_format)
+    packed = cpu.absorbed_attention(kv_b_proj, nope, scale, packer(weight_format))
     output = cpu.attend_absorbed(packed, q_nope, q_rope, latents, k_rope, lengths, width)
 
     up_key = rounded(kv_b_proj[:, :nope].mT.contiguous(), weight_format).mT.double()
@@ -295,12 +300,12 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="int8 or int4"):
         cpu.pack(torch.ones(2, 2), "int3")
     weights = cpu.expert_weights(
-        torch.ones(2, 8, 16), torch.ones(2, 8, 16), torch.ones(2, 16, 9), "int8"
+        torch.ones(2, 8, 16), torch.ones(2, 8, 16), torch.ones(2, 16, 9), packer("int8")
     )
     with pytest.raises(ValueError, match="do not fit together"):
         cpu.feed_forward_layer(weights, None)
     weights = cpu.expert_weights(
-        torch.ones(2, 8, 16), torch.ones(2, 8, 16), torch.ones(2, 16, 8), "int8"
+        torch.ones(2, 8, 16), torch.ones(2, 8, 16), torch.ones(2, 16, 8), packer("int8")
     )
     layer = cpu.feed_forward_layer(weights, None)
     with pytest.raises(ValueError, match="no such expert"):

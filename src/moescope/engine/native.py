@@ -7,6 +7,7 @@ computes with them.
 """
 
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import cast
 
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from moescope.catalog import count_parameters
 from moescope.config import ModelConfig
 from moescope.engine.cache import Cache
+from moescope.engine.pack_file import NewPack, PackSource
 from moescope.errors import UserError
 from moescope.kernels import cpu
 from moescope.kernels.quantize import rounded
@@ -28,6 +30,7 @@ from moescope.model.recorder import Recorder
 from moescope.model.routing import Greedy, GroupLimitedGreedy, NoAuxTopK, Router
 
 FORMATS = ("int8", "int4")
+EMBEDDING = "model.embed_tokens.weight"
 HEAD_FORMAT = {"int8": "int8", "int4": "int8"}
 """The output head's format by that of the rest."""
 
@@ -41,14 +44,23 @@ Read = Callable[[str], Tensor]
 class Packer:
     """Turns a network's matrices into `int8` or `int4`, one module at a time.
 
+    Args:
+        weight_format: `int8` or `int4`.
+        source: where packed weights come from; None packs them.
+
+    Attributes:
+        reads_all: whether `pack` reads all that it wants, instead of finding it packed.
+
     Raises:
         UserError: there is no such format.
     """
 
-    def __init__(self, weight_format: str) -> None:
+    def __init__(self, weight_format: str, source: PackSource | None = None) -> None:
         if weight_format not in FORMATS:
             raise UserError(f"quantize is {weight_format!r}; choose from {', '.join(FORMATS)}")
         self.weight_format = weight_format
+        self._source = source or NewPack()
+        self.reads_all = not self._source.from_file
 
     def refuse_if_too_large(self, config: ModelConfig, available: int) -> None:
         """Compare what the packed network takes with the bytes that are free.
@@ -74,7 +86,7 @@ class Packer:
         for prefix, module in _packable(model):
             names = module.state_dict() if isinstance(module, GroupedExperts) else ("weight",)
             wanted |= {f"{prefix}.{name}" for name in names}
-        return wanted
+        return wanted | {EMBEDDING} if cpu.available() else wanted
 
     def pack(self, model: CausalLM, read: Read) -> None:
         """Replace the modules of a network of which everything else is loaded, in place."""
@@ -82,25 +94,31 @@ class Packer:
         if not cpu.available():
             self._round(model, read)
             return
+        read = _shapes(model) if self._source.from_file else read
+        pack = partial(self._source.weights, weight_format=self.weight_format)
+        embedding = read(EMBEDDING)
+        if model.model.norm.weight.dtype == torch.bfloat16:
+            embedding = embedding.bfloat16()
+        embedding = nn.Parameter(self._source.tensor(embedding), requires_grad=False)
         for layer_idx, layer in enumerate(model.model.layers):
             at = f"model.layers.{layer_idx}"
             attention, mlp = layer.self_attn, layer.mlp
             assert isinstance(attention, LatentAttention | GroupedQueryAttention)
-            self._pack_linears(attention, f"{at}.self_attn", read)
+            self._pack_linears(attention, f"{at}.self_attn", read, pack)
             if isinstance(attention, LatentAttention):
                 layer.self_attn = NativeLatentAttention(
-                    model.config, attention, f"{at}.self_attn", read, self.weight_format
+                    model.config, attention, f"{at}.self_attn", read, pack
                 )
             else:
                 layer.self_attn = NativeGroupedAttention(model.config, attention)
             if isinstance(mlp, MoE):
-                layer.mlp = NativeMoE(model.config, mlp, f"{at}.mlp", read, self.weight_format)
+                layer.mlp = NativeMoE(model.config, mlp, f"{at}.mlp", read, pack)
             elif isinstance(mlp, MLP):
-                layer.mlp = NativeMLP(mlp, f"{at}.mlp", read, self.weight_format)
+                layer.mlp = NativeMLP(mlp, f"{at}.mlp", read, pack)
         tied = model.config.tie_word_embeddings
-        embedding = cast(nn.Parameter, model.model.embed_tokens.weight)
         head = embedding if tied else read("lm_head.weight")
-        model.lm_head = PackedLinear(head, None, HEAD_FORMAT[self.weight_format])
+        pack = partial(self._source.weights, weight_format=HEAD_FORMAT[self.weight_format])
+        model.lm_head = PackedLinear(head, None, pack)
         if tied:
             model.lm_head.weight = embedding
         model.model.embed_tokens = WideEmbedding(embedding)
@@ -111,11 +129,11 @@ class Packer:
         if blocks := _blocks(model.model):
             model.model = NativeDecoder(model.model, *blocks)
 
-    def _pack_linears(self, parent: nn.Module, at: str, read: Read) -> None:
+    def _pack_linears(self, parent: nn.Module, at: str, read: Read, pack: "cpu.Pack") -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, nn.Linear) and name != "kv_b_proj":
                 weight = read(f"{at}.{name}.weight")
-                setattr(parent, name, PackedLinear(weight, child.bias, self.weight_format))
+                setattr(parent, name, PackedLinear(weight, child.bias, pack))
 
     def _round(self, model: CausalLM, read: Read) -> None:
         dtype = model.model.norm.weight.dtype
@@ -137,6 +155,12 @@ def _packable(model: CausalLM) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
+def _shapes(model: CausalLM) -> Read:
+    """Return what reads shapes without numbers."""
+    shapes = {name: slot.shape for name, slot in model.state_dict().items()}
+    return lambda name: torch.empty(shapes[name], device="meta")
+
+
 def _stand_in(*shape: int) -> nn.Parameter:
     """A parameter that keeps counts and devices right where the weights are packed.
 
@@ -155,11 +179,11 @@ def _unpacked_shapes(module: nn.Module) -> None:
 class PackedLinear(nn.Linear):
     """A linear map with packed weights, `(outputs, columns)` or `(matrices, outputs, columns)`."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, weight_format: str) -> None:
+    def __init__(self, weight: Tensor, bias: Tensor | None, pack: "cpu.Pack") -> None:
         outputs, columns = weight.shape[:-1].numel(), weight.shape[-1]
         super().__init__(columns, outputs, bias=False, device="meta")
         self.weight = _stand_in(outputs, columns)
-        self.packed = cpu.pack(weight, weight_format)
+        self.packed = pack(weight)
         self.bias = None if bias is None else nn.Parameter(bias.float(), requires_grad=False)
 
     def forward(self, input: Tensor) -> Tensor:
@@ -170,7 +194,7 @@ class PackedLinear(nn.Linear):
 class NativeMLP(MLP):
     """A feed-forward block in one call."""
 
-    def __init__(self, mlp: MLP, at: str, read: Read, weight_format: str) -> None:
+    def __init__(self, mlp: MLP, at: str, read: Read, pack: "cpu.Pack") -> None:
         with torch.device("meta"):
             super().__init__(mlp.gate_proj.in_features, mlp.gate_proj.out_features)
         _unpacked_shapes(self)
@@ -178,7 +202,7 @@ class NativeMLP(MLP):
             read(f"{at}.gate_proj.weight"),
             read(f"{at}.up_proj.weight"),
             read(f"{at}.down_proj.weight"),
-            weight_format,
+            pack,
         )
         self.layer = cpu.feed_forward_layer(None, self.packed)
 
@@ -190,12 +214,12 @@ class NativeMLP(MLP):
 class NativeExperts(GroupedExperts):
     """The routed experts in one call."""
 
-    def __init__(self, config: ModelConfig, at: str, read: Read, weight_format: str) -> None:
+    def __init__(self, config: ModelConfig, at: str, read: Read, pack: "cpu.Pack") -> None:
         with torch.device("meta"):
             super().__init__(config)
         _unpacked_shapes(self)
         gate_proj, up_proj = read(f"{at}.gate_up_proj").chunk(2, dim=1)
-        self.packed = cpu.expert_weights(gate_proj, up_proj, read(f"{at}.down_proj"), weight_format)
+        self.packed = cpu.expert_weights(gate_proj, up_proj, read(f"{at}.down_proj"), pack)
         self.layer = cpu.feed_forward_layer(self.packed, None)
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -207,17 +231,15 @@ class NativeMoE(MoE):
     """Routed and shared experts in one call, unless a recorder wants to see them apart."""
 
     def __init__(
-        self, config: ModelConfig, moe: MoE, at: str, read: Read, weight_format: str
+        self, config: ModelConfig, moe: MoE, at: str, read: Read, pack: "cpu.Pack"
     ) -> None:
         nn.Module.__init__(self)
         self.layer_idx = moe.layer_idx
         self.gate = moe.gate.float()
-        self.experts = NativeExperts(config, f"{at}.experts", read, weight_format)
+        self.experts = NativeExperts(config, f"{at}.experts", read, pack)
         self.shared_experts = None
         if moe.shared_experts is not None:
-            self.shared_experts = NativeMLP(
-                moe.shared_experts, f"{at}.shared_experts", read, weight_format
-            )
+            self.shared_experts = NativeMLP(moe.shared_experts, f"{at}.shared_experts", read, pack)
         shared = None if self.shared_experts is None else self.shared_experts.packed
         self.layer = cpu.feed_forward_layer(self.experts.packed, shared)
 
@@ -240,15 +262,15 @@ class NativeLatentAttention(LatentAttention):
         attention: LatentAttention,
         at: str,
         read: Read,
-        weight_format: str,
+        pack: "cpu.Pack",
     ) -> None:
         with torch.device("meta"):
             super().__init__(config, attention.layer_idx)
         for name, child in attention.named_children():
             setattr(self, name, child)
         weight = read(f"{at}.kv_b_proj.weight").unflatten(0, (self.heads, -1))
-        self.kv_b_proj = PackedLinear(weight, attention.kv_b_proj.bias, weight_format)
-        self.absorbed = cpu.absorbed_attention(weight, self.nope, self.scale, weight_format)
+        self.kv_b_proj = PackedLinear(weight, attention.kv_b_proj.bias, pack)
+        self.absorbed = cpu.absorbed_attention(weight, self.nope, self.scale, pack)
 
     @property
     def slot_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -424,7 +446,7 @@ class WideEmbedding(nn.Embedding):
 
     def __init__(self, weight: nn.Parameter) -> None:
         rows, width = weight.shape
-        super().__init__(rows, width, device="meta")
+        super().__init__(rows, width, _weight=weight)
         narrow = weight.dtype in (torch.float32, torch.bfloat16)
         self.weight = weight if narrow else nn.Parameter(weight.float(), requires_grad=False)
 

@@ -2,6 +2,9 @@
 
 from typing import Any
 
+import numpy as np
+from numpy.typing import NDArray
+
 Array = Any
 """A DLPack capsule, or what has a `__dlpack__` method."""
 
@@ -11,6 +14,7 @@ class ReadProbe:
 
 class Weights:
     matrix_bytes: int
+    stored: NDArray[np.uint8]
     def unpack(self, out: Array) -> None: ...
     def linear(self, x: Array, bias: Array | None, out: Array) -> None: ...
 
@@ -115,6 +119,18 @@ def feed_forward_block(
     norm: Array, eps: float, router: Router | None, layer: FeedForward
 ) -> FeedForwardBlock: ...
 def pack(matrices: Array, format: str) -> Weights: ...
+def layout() -> str: ...
+def checksum(data: Array) -> int: ...
+def read_bytes(descriptor: int, offset: int, out: Array) -> int: ...
+def read_weights(
+    descriptor: int,
+    offset: int,
+    bytes: int,
+    format: str,
+    matrices: int,
+    outputs: int,
+    columns: int,
+) -> tuple[Weights, int]: ...
 def rms_norm(x: Array, weight: Array, eps: float, out: Array) -> None: ...
 def instruction_set() -> str: ...
 def instruction_sets() -> list[str]: ...

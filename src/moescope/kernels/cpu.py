@@ -9,10 +9,13 @@ from __future__ import annotations
 
 import statistics
 import time
+from collections.abc import Callable
 from functools import cache
 from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage]
 
@@ -122,6 +125,10 @@ def _read_probe(size: int, huge_pages: bool) -> ReadProbe:
     return _native.ReadProbe(size, huge_pages)
 
 
+Pack = Callable[[Tensor], "Weights"]
+"""Packs matrices into one format, or hands out what was packed before."""
+
+
 def pack(matrices: Tensor, weight_format: str) -> Weights:
     """Round and lay out `(matrices, outputs, columns)` or `(outputs, columns)`.
 
@@ -136,6 +143,51 @@ def pack(matrices: Tensor, weight_format: str) -> Weights:
     return _native.pack(to_dlpack(matrices.detach()), weight_format)
 
 
+def layout() -> str:
+    """Name the way in which packed weights lie in memory; what it changes for cannot be read."""
+    return _native.layout()
+
+
+def stored_bytes(packed: Weights | Tensor) -> NDArray[np.uint8]:
+    """View all bytes of packed weights, or of a contiguous tensor."""
+    if isinstance(packed, Tensor):
+        return packed.detach().flatten().view(torch.uint8).numpy()
+    return packed.stored
+
+
+def checksum(data: NDArray[np.uint8]) -> int:
+    """Sum bytes so that damage shows, at the speed of memory."""
+    return _native.checksum(data)
+
+
+def read_weights(
+    descriptor: int, offset: int, size: int, weight_format: str, shape: tuple[int, int, int]
+) -> tuple[Weights, int]:
+    """Read packed weights from an open file, all threads together; return them and their checksum.
+
+    Args:
+        descriptor: of the file.
+        offset: where they begin.
+        size: bytes.
+        weight_format: `int8` or `int4`.
+        shape: `(matrices, outputs, columns)`.
+
+    Raises:
+        ValueError: weights of this shape and format have another size.
+        RuntimeError: the file cannot be read or ends too early.
+    """
+    return _native.read_weights(descriptor, offset, size, weight_format, *shape)
+
+
+def read_tensor(descriptor: int, offset: int, out: Tensor) -> int:
+    """Fill a contiguous tensor from an open file; return the checksum of what came.
+
+    Raises:
+        RuntimeError: the file cannot be read or ends too early.
+    """
+    return _native.read_bytes(descriptor, offset, stored_bytes(out))
+
+
 def linear(weights: Weights, outputs: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """Map `(..., columns)` to `(..., outputs)` float32; several matrices' outputs lie in a row."""
     rows = _rows(x)  # (rows, columns)
@@ -145,11 +197,10 @@ def linear(weights: Weights, outputs: int, x: Tensor, bias: Tensor | None = None
 
 
 def expert_weights(
-    gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, weight_format: str
+    gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, pack: Pack
 ) -> tuple[Weights, Weights, Weights]:
     """Pack experts' matrices: `(experts, intermediate, hidden)` twice, and the transposed shape."""
-    gate, up, down = (pack(matrix, weight_format) for matrix in (gate_proj, up_proj, down_proj))
-    return gate, up, down
+    return pack(gate_proj), pack(up_proj), pack(down_proj)
 
 
 def feed_forward_layer(
@@ -185,15 +236,11 @@ def feed_forward(
     return out.view(hidden_states.shape)
 
 
-def absorbed_attention(
-    kv_b_proj: Tensor, nope: int, scale: float, weight_format: str
-) -> AbsorbedAttention:
+def absorbed_attention(kv_b_proj: Tensor, nope: int, scale: float, pack: Pack) -> AbsorbedAttention:
     """Pack `kv_b_proj` `(heads, nope + v_head_dim, kv_lora_rank)` for `attend_absorbed`."""
     up_key = kv_b_proj[:, :nope].mT.contiguous()  # (heads, rank, nope)
     up_value = kv_b_proj[:, nope:].contiguous()  # (heads, v_head_dim, rank)
-    return _native.AbsorbedAttention(
-        pack(up_key, weight_format), pack(up_value, weight_format), scale
-    )
+    return _native.AbsorbedAttention(pack(up_key), pack(up_value), scale)
 
 
 def attend_absorbed(

@@ -1,7 +1,10 @@
 """The network: embed -> layers -> norm -> logits."""
 
+from typing import Any
+
 import torch
 from torch import Tensor, nn
+from torch.overrides import TorchFunctionMode
 
 from moescope.config import ModelConfig
 from moescope.model.attention import KVCache
@@ -73,6 +76,27 @@ class CausalLM(nn.Module):
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Map normed `(..., hidden)` to next-token logits `(..., vocab)`, float32."""
         return self.lm_head(hidden_states).float()
+
+
+def without_numbers(config: ModelConfig) -> CausalLM:
+    """Make a network of shapes and types alone, on the meta device."""
+    with torch.device("meta"), _Uninitialised():
+        return CausalLM(config)
+
+
+class _Uninitialised(TorchFunctionMode):
+    """Leaves out PyTorch's first values of weights.
+
+    For the meta device they call for its compiler, whose import takes longer than opening a small
+    model does.
+    """
+
+    def __torch_function__(
+        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: Any = None
+    ) -> Any:
+        if getattr(func, "__module__", None) == "torch.nn.init":
+            return args[0] if args else kwargs["tensor"]
+        return func(*args, **(kwargs or {}))
 
 
 @torch.no_grad()

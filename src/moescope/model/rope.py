@@ -20,9 +20,10 @@ class RotaryEmbedding(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         width = config.required("qk_rope_head_dim") if config.uses_mla else config.qk_head_dim
-        inv_freq, self.attention_factor = _frequencies(
-            width, config.rope_theta, config.rope_scaling, config.max_position_embeddings
-        )
+        with torch.device("cpu"):  # numbers, even where the network is made without
+            inv_freq, self.attention_factor = _frequencies(
+                width, config.rope_theta, config.rope_scaling, config.max_position_embeddings
+            )
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
     def forward(self, positions: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:

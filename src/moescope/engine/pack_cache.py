@@ -1,0 +1,207 @@
+"""Where packed weights are kept from one start to the next, and when.
+
+A model whose packing takes longer than `WORTH_KEEPING` leaves a file beside its checkpoint, or in
+the user's cache folder where that is not writable, and the next start reads it instead. The file
+is keyed to the checkpoint's content and to the code that packs; `MOESCOPE_PACKS=off` switches all
+of this off. Nothing here fails a load: what cannot be read or kept is logged.
+"""
+
+import hashlib
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Generator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+import torch
+
+import moescope
+from moescope import checkpoint, gguf_file, gguf_model
+from moescope.catalog import BOX
+from moescope.checkpoint import WeightSource, load_model
+from moescope.engine import native
+from moescope.engine.native import Packer
+from moescope.engine.pack_file import NewPack, StalePack, StoredPack
+from moescope.errors import UserError
+from moescope.kernels import cpu, quantize
+from moescope.model.decoder import CausalLM
+
+try:
+    import fcntl
+except ImportError:  # not on Windows
+    fcntl = None
+
+SWITCH = "MOESCOPE_PACKS"
+WORTH_KEEPING = 0.3
+"""Seconds that packing takes at least, for its result to be kept."""
+
+SPARE = 2**30
+"""Bytes that must stay free on the disk."""
+
+HEAD, SAMPLES, SAMPLE = 2**20, 64, 4096
+"""Bytes at the front of a file that its key depends on, and further parts all over it."""
+
+log = logging.getLogger(__name__)
+
+
+def load_packed(
+    source: WeightSource, dtype: torch.dtype, weight_format: str
+) -> tuple[CausalLM, Path | None]:
+    """Make a network with packed weights: from an earlier start's pack, if there is one that fits.
+
+    Args:
+        source: an open checkpoint.
+        dtype: of what is not packed.
+        weight_format: `int8` or `int4`.
+
+    Returns:
+        The network, and the pack that it was read from; None if it was packed anew.
+
+    Raises:
+        UserError: as for `load_model`.
+    """
+    cache = PackCache(source.files, weight_format, str(dtype))
+    if (stored := cache.find()) is not None:
+        try:
+            network = load_model(source, dtype=dtype, packer=Packer(weight_format, stored))
+            stored.close()
+            log.info("packed weights come from %s", stored.path)
+            return network, stored.path
+        except StalePack as why:
+            log.warning("%s is not used, and made anew: %s", stored.path, why)
+    made, start = NewPack(), time.perf_counter()
+    network = load_model(source, dtype=dtype, packer=Packer(weight_format, made))
+    cache.keep(made, time.perf_counter() - start)
+    return network, None
+
+
+class PackCache:
+    """The packs of one checkpoint in one format.
+
+    Args:
+        files: config and weights, the first of which names the checkpoint's folder.
+        weight_format: `int8` or `int4`.
+        dtype: that of the tensors that are not packed.
+    """
+
+    def __init__(self, files: Sequence[Path], weight_format: str, dtype: str) -> None:
+        self._files = list(files)
+        self._recipe = [weight_format, dtype]
+        first = self._files[0]
+        stem = "moescope" if first.name == "config.json" else first.stem
+        name = f"{stem}-{weight_format}.pack"
+        folder = first.parent.absolute()
+        unique = hashlib.sha256(os.fsencode(folder / name)).hexdigest()[:16]
+        self._beside = folder / name
+        self._apart = user_folder() / f"{folder.name}-{unique}-{name}"
+        self._off = os.environ.get(SWITCH, "").lower() in ("off", "0") or not cpu.available()
+
+    def find(self) -> StoredPack | None:
+        """Open the pack of an earlier start; None if there is none that fits."""
+        if self._off:
+            return None
+        for path in (self._beside, self._apart):
+            if not path.is_file():
+                continue
+            try:
+                return StoredPack(path, self._key())
+            except StalePack as why:
+                log.info("%s is not used: %s", path, why)
+        return None
+
+    def keep(self, pack: NewPack, seconds: float) -> Path | None:
+        """Write what took so many seconds to pack; return the file, None if none was written."""
+        if self._off or seconds < WORTH_KEEPING:
+            return None
+        for path in (self._beside, self._apart):
+            in_the_box = BOX in path.parents
+            if not in_the_box and self._write(pack, path):
+                return path
+        return None
+
+    def _write(self, pack: NewPack, path: Path) -> bool:
+        try:
+            if path == self._apart:
+                path.parent.mkdir(parents=True, exist_ok=True)
+            if not os.access(path.parent, os.W_OK):
+                log.info("%s is not writable", path.parent)
+                return False
+            spare = shutil.disk_usage(path.parent).free - pack.size
+            if spare < SPARE:
+                log.warning("the disk is too full to keep packed weights in %s", path)
+                return False
+            with _alone(path.parent) as alone:
+                if not alone:
+                    log.info("%s is being written by somebody else", path)
+                    return True
+                pack.write(path, self._key())
+        except (OSError, UserError) as error:
+            log.warning("packed weights are not kept: %s", error)
+            return False
+        log.info("packed weights are kept in %s", path)
+        return True
+
+    def _key(self) -> str:
+        """Say of what and by which code the weights are packed."""
+        parts = {
+            "version": moescope.__version__,
+            "layout": cpu.layout(),
+            "code": _code(),
+            "recipe": self._recipe,
+            "files": [_fingerprint(file) for file in self._files],
+        }
+        return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def user_folder() -> Path:
+    """Return where packs go that cannot stand beside their checkpoint."""
+    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
+    return Path(cache).expanduser() / "moescope" / "packs"
+
+
+def _fingerprint(file: Path) -> list[str | int]:
+    """Name, size, time and a hash of the front of a file and of samples all over it.
+
+    Raises:
+        StalePack: the file is gone.
+    """
+    try:
+        with file.open("rb") as stream:
+            status = os.fstat(stream.fileno())
+            digest = hashlib.sha256(stream.read(HEAD))
+            for sample in range(1, SAMPLES + 1):
+                stream.seek(max(0, (status.st_size - SAMPLE) * sample // SAMPLES))
+                digest.update(stream.read(SAMPLE))
+    except OSError as error:
+        raise StalePack(str(error)) from error
+    return [file.name, status.st_size, status.st_mtime_ns, digest.hexdigest()]
+
+
+def _code() -> str:
+    """Hash the source of all that stands between a checkpoint and its packed weights."""
+    digest = hashlib.sha256()
+    for module in (checkpoint, gguf_file, gguf_model, quantize, cpu, native):
+        assert module.__file__ is not None
+        digest.update(Path(module.__file__).read_bytes())
+    return digest.hexdigest()
+
+
+@contextmanager
+def _alone(folder: Path) -> Generator[bool]:
+    """Keep other writers of packs out of a folder; yield False if one is at work there."""
+    if fcntl is None:
+        yield True
+        return
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            yield False
+        else:
+            yield True
+    finally:
+        os.close(descriptor)

@@ -1,0 +1,238 @@
+"""A network's packed weights in a file: what rounding and laying out its matrices made, kept.
+
+Layout: a magic number, the header's length and SHA-256, the header (JSON), then, from the next
+multiple of 4 KiB on, what the header lists, in the order in which packing made it. Nothing of a
+file is believed before it is checked: the header's sum, every size and offset against the length
+of the file, every entry against what the network asks for, and the bytes against their sum while
+they are read. What fails is a `StalePack`, and the weights are packed anew.
+
+Entries are read into memory, not mapped: weights in 2 MiB pages are read faster for as long as
+the model runs, and a file that shrinks under a mapping would end the process (docs/decisions).
+"""
+
+import hashlib
+import os
+from collections.abc import Callable, Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
+from torch import Tensor
+
+from moescope.files import atomic_path
+from moescope.kernels import cpu
+
+if TYPE_CHECKING:
+    from moescope.kernels.cpu import Weights
+
+MAGIC = b"MOESPACK"
+LONGEST_HEADER = 2**24
+ALIGNMENT = 4096
+_PREFIX = len(MAGIC) + 8 + hashlib.sha256().digest_size
+_TENSORS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+T = TypeVar("T")
+
+
+class StalePack(Exception):
+    """A pack is damaged, or another than the one asked for; the message says why."""
+
+
+class PackSource(Protocol):
+    """Where a network takes its packed weights from.
+
+    Attributes:
+        from_file: whether values are ready; what is handed in then needs a shape and a type only.
+    """
+
+    from_file: bool
+
+    def weights(self, matrices: Tensor, weight_format: str) -> "Weights":
+        """Return `(matrices, outputs, columns)` or `(outputs, columns)` packed."""
+        ...
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        """Return a tensor that stays as it is."""
+        ...
+
+
+class Entry(BaseModel):
+    """One matrix or tensor of a file; `offset` counts from where the header's page ends."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    kind: str
+    shape: tuple[int, ...]
+    offset: NonNegativeInt
+    size: NonNegativeInt
+    checksum: NonNegativeInt
+
+
+class Header(BaseModel):
+    """What a file holds; `key` says of what and by which code it was made."""
+
+    model_config = ConfigDict(strict=True, frozen=True, extra="forbid")
+
+    key: str
+    entries: tuple[Entry, ...]
+
+
+class NewPack:
+    """Packs, and remembers what it made, so that it can be written."""
+
+    from_file = False
+
+    def __init__(self) -> None:
+        self._made: list[tuple[str, tuple[int, ...], Weights | Tensor]] = []
+
+    def weights(self, matrices: Tensor, weight_format: str) -> "Weights":
+        """Round and lay out."""
+        packed = cpu.pack(matrices, weight_format)
+        self._made.append((weight_format, _shape(matrices), packed))
+        return packed
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        """Return it."""
+        self._made.append((_name(tensor.dtype), tuple(tensor.shape), tensor))
+        return tensor
+
+    @property
+    def size(self) -> int:
+        """Bytes that a file takes, but for its header."""
+        return sum(_aligned(len(cpu.stored_bytes(made))) for _, _, made in self._made)
+
+    def write(self, path: Path, key: str) -> None:
+        """Write `path`, atomically.
+
+        Raises:
+            UserError: the folder cannot be written or the disk is full.
+        """
+        entries: list[Entry] = []
+        offset = 0
+        for kind, shape, made in self._made:
+            data = cpu.stored_bytes(made)
+            entries.append(
+                Entry(
+                    kind=kind,
+                    shape=shape,
+                    offset=offset,
+                    size=len(data),
+                    checksum=cpu.checksum(data),
+                )
+            )
+            offset += _aligned(len(data))
+        header = Header(key=key, entries=tuple(entries)).model_dump_json().encode()
+        start = _aligned(_PREFIX + len(header))
+        with atomic_path(path) as partial, partial.open("wb") as file:
+            file.write(MAGIC + len(header).to_bytes(8, "little"))
+            file.write(hashlib.sha256(header).digest() + header)
+            for entry, (_, _, made) in zip(entries, self._made, strict=True):
+                file.seek(start + entry.offset)
+                file.write(cpu.stored_bytes(made).data)
+            file.truncate(start + offset)
+
+
+class StoredPack:
+    """Hands out what a file holds, entry by entry.
+
+    Attributes:
+        path: the file.
+
+    Raises:
+        StalePack: it is damaged, or was made of another source or by other code than `key` says.
+    """
+
+    from_file = True
+
+    def __init__(self, path: Path, key: str) -> None:
+        self.path = path
+        try:
+            self._file = path.open("rb", buffering=0)
+        except OSError as error:
+            raise StalePack(str(error)) from error
+        header, self._start = _read_header(self._file)
+        if header.key != key:
+            raise StalePack("it was made of other files, or by another version of moescope")
+        self._fd = self._file.fileno()
+        ends = [_aligned(entry.offset + entry.size) for entry in header.entries]
+        if os.fstat(self._fd).st_size != self._start + max(ends, default=0):
+            raise StalePack("its length is not what its header says")
+        self._entries = iter(header.entries)
+
+    def weights(self, matrices: Tensor, weight_format: str) -> "Weights":
+        """Read the next entry, which must be of this shape and format.
+
+        Raises:
+            StalePack: it is another, or damaged.
+        """
+        shape = _shape(matrices)
+        entry = self._next((weight_format,), shape)
+        return self._checked(
+            entry, lambda at: cpu.read_weights(self._fd, at, entry.size, weight_format, shape)
+        )
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        """Read the next entry, which must be a tensor of this shape; its type is the file's.
+
+        Raises:
+            StalePack: it is another, or damaged.
+        """
+        entry = self._next(_TENSORS, tuple(tensor.shape))
+        out = torch.empty(tensor.shape, dtype=_TENSORS[entry.kind])
+        if entry.size != out.nbytes:
+            raise StalePack("an entry's size is not that of its shape")
+        return self._checked(entry, lambda at: (out, cpu.read_tensor(self._fd, at, out)))
+
+    def close(self) -> None:
+        """Close the file.
+
+        Raises:
+            StalePack: it holds more than was asked for.
+        """
+        self._file.close()
+        if next(self._entries, None) is not None:
+            raise StalePack("it holds more than the network")
+
+    def _next(self, kinds: Collection[str], shape: tuple[int, ...]) -> Entry:
+        entry = next(self._entries, None)
+        if entry is None or entry.kind not in kinds or entry.shape != shape:
+            raise StalePack(f"{' or '.join(kinds)} of the shape {shape} does not come next")
+        return entry
+
+    def _checked(self, entry: Entry, read: Callable[[int], tuple[T, int]]) -> T:
+        try:
+            value, checksum = read(self._start + entry.offset)
+        except (ValueError, RuntimeError) as error:
+            raise StalePack(str(error)) from error
+        if checksum != entry.checksum:
+            raise StalePack("its bytes are not those that were written")
+        return value
+
+
+def _read_header(file: BinaryIO) -> tuple[Header, int]:
+    """Return the header and where the entries begin."""
+    prefix = file.read(_PREFIX)
+    length = int.from_bytes(prefix[len(MAGIC) : len(MAGIC) + 8], "little")
+    if prefix[: len(MAGIC)] != MAGIC or length > LONGEST_HEADER:
+        raise StalePack("it does not begin as a pack does")
+    text = file.read(length)
+    if len(text) < length or hashlib.sha256(text).digest() != prefix[len(MAGIC) + 8 :]:
+        raise StalePack("its header is damaged")
+    try:
+        return Header.model_validate_json(text), _aligned(_PREFIX + length)
+    except ValidationError as error:
+        raise StalePack("its header has another form") from error
+
+
+def _shape(matrices: Tensor) -> tuple[int, int, int]:
+    outputs, columns = matrices.shape[-2:]
+    return matrices.shape[0] if matrices.ndim == 3 else 1, outputs, columns
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _aligned(size: int) -> int:
+    return -(-size // ALIGNMENT) * ALIGNMENT
