@@ -288,6 +288,8 @@ def main() -> None:
     if unknown := set(engines) - set(ENGINES):
         parser.error(f"there is no engine {unknown.pop()!r}; choose from {', '.join(ENGINES)}")
     console = Console()
+    if not console.is_terminal:
+        console = Console(width=140)
     with tempfile.TemporaryDirectory() as temporary:
         folder = given.gguf_folder or Path(temporary)
         folder.mkdir(parents=True, exist_ok=True)
