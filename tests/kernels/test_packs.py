@@ -31,7 +31,7 @@ IDS = torch.arange(20)[None]
 
 @pytest.fixture(autouse=True)
 def everything_is_worth_keeping(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
-    monkeypatch.setattr(pack_cache, "WORTH_KEEPING", 0.0)
+    monkeypatch.setattr(pack_cache, "SMALLEST", 0)
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "user"))
 
 
@@ -220,7 +220,7 @@ def test_a_header_of_terabytes_is_not_read(folder: Path) -> None:
 
 def test_many_starts_at_once_leave_one_whole_file(folder: Path) -> None:
     program = (
-        "import sys; from moescope.engine import pack_cache; pack_cache.WORTH_KEEPING = 0\n"
+        "import sys; from moescope.engine import pack_cache; pack_cache.SMALLEST = 0\n"
         "from moescope import load; import torch\n"
         "print(load(sys.argv[1], quantize='int8').logits(torch.arange(20)[None]).sum().item())"
     )
@@ -284,8 +284,8 @@ def test_the_model_in_the_box_leaves_the_package_alone(tmp_path: Path) -> None:
     assert second.pack.is_relative_to(tmp_path / "user")
 
 
-def test_quick_packing_leaves_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(pack_cache, "WORTH_KEEPING", 60.0)
+def test_small_models_leave_no_file(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.undo()
     assert open_twice(folder)[1].pack is None and packs(folder) == []
 
 

@@ -36,6 +36,8 @@ def doctor(
 
 def _paths(machine: "Machine") -> dict[str, str]:
     """Say in a few words each which of the possible ways will be taken here."""
+    from moescope.engine.pack_cache import packs_are_kept
+
     bf16_products = (
         "on instructions made for them"
         if machine.has_fast_bf16
@@ -50,6 +52,7 @@ def _paths(machine: "Machine") -> dict[str, str]:
         "bfloat16 products": bf16_products,
         "training": training,
         "--backend cpu": _native(machine.native_instruction_set),
+        "packed weights": packs_are_kept(),
     }
 
 

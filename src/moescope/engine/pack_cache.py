@@ -1,7 +1,7 @@
 """Where packed weights are kept from one start to the next, and when.
 
-A model whose packing takes longer than `WORTH_KEEPING` leaves a file beside its checkpoint, or in
-the user's cache folder where that is not writable, and the next start reads it instead. The file
+A model of more than `SMALLEST` packed bytes leaves a file beside its checkpoint, or in the user's
+cache folder where that is not writable, and the next start reads it instead. The file
 is keyed to the checkpoint's content and to the code that packs; `MOESCOPE_PACKS=off` switches all
 of this off. Nothing here fails a load: what cannot be read or kept is logged.
 """
@@ -11,7 +11,6 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -35,8 +34,8 @@ except ImportError:  # not on Windows
     fcntl = None
 
 SWITCH = "MOESCOPE_PACKS"
-WORTH_KEEPING = 0.3
-"""Seconds that packing takes at least, for its result to be kept."""
+SMALLEST = 2**26
+"""Bytes of a pack that is kept; less is packed in about a third of a second."""
 
 SPARE = 2**30
 """Bytes that must stay free on the disk."""
@@ -72,9 +71,9 @@ def load_packed(
             return network, stored.path
         except StalePack as why:
             log.warning("%s is not used, and made anew: %s", stored.path, why)
-    made, start = NewPack(), time.perf_counter()
+    made = NewPack()
     network = load_model(source, dtype=dtype, packer=Packer(weight_format, made))
-    cache.keep(made, time.perf_counter() - start)
+    cache.keep(made)
     return network, None
 
 
@@ -97,7 +96,7 @@ class PackCache:
         unique = hashlib.sha256(os.fsencode(folder / name)).hexdigest()[:16]
         self._beside = folder / name
         self._apart = user_folder() / f"{folder.name}-{unique}-{name}"
-        self._off = os.environ.get(SWITCH, "").lower() in ("off", "0") or not cpu.available()
+        self._off = _switched_off() or not cpu.available()
 
     def find(self) -> StoredPack | None:
         """Open the pack of an earlier start; None if there is none that fits."""
@@ -112,15 +111,13 @@ class PackCache:
                 log.info("%s is not used: %s", path, why)
         return None
 
-    def keep(self, pack: NewPack, seconds: float) -> Path | None:
-        """Write what took so many seconds to pack; return the file, None if none was written."""
-        if self._off or seconds < WORTH_KEEPING:
-            return None
+    def keep(self, pack: NewPack) -> None:
+        """Write what was packed, in the first place that takes it."""
+        if self._off or pack.size < SMALLEST:
+            return
         for path in (self._beside, self._apart):
-            in_the_box = BOX in path.parents
-            if not in_the_box and self._write(pack, path):
-                return path
-        return None
+            if BOX not in path.parents and self._write(pack, path):
+                return
 
     def _write(self, pack: NewPack, path: Path) -> bool:
         try:
@@ -154,6 +151,22 @@ class PackCache:
             "files": [_fingerprint(file) for file in self._files],
         }
         return hashlib.sha256(json.dumps(parts).encode()).hexdigest()
+
+
+def packs_are_kept() -> str:
+    """Say in a few words where packs are kept, and what lies in the user's folder."""
+    if _switched_off():
+        return f"made at every start ({SWITCH}=off)"
+    found = list(user_folder().glob("*.pack"))
+    held = sum(file.stat().st_size for file in found) / 2**30
+    return (
+        "kept beside each checkpoint for the next start, or else in "
+        f"{user_folder()} ({len(found)} now, {held:.1f} GiB)"
+    )
+
+
+def _switched_off() -> bool:
+    return os.environ.get(SWITCH, "").lower() in ("off", "0")
 
 
 def user_folder() -> Path:
