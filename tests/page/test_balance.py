@@ -7,6 +7,7 @@ from reader import LANGUAGES, TEXT, settle, token_ids, write
 
 import moescope
 from moescope.catalog import BOX
+from moescope.scope.recording import record
 from moescope.scope.specialization import Specialization
 
 pytestmark = [pytest.mark.slow, pytest.mark.page]
@@ -47,9 +48,7 @@ def test_balance_stands_beside_a_copy_without(open_page, language: str) -> None:
     ids = token_ids(page)
     for name, folder in (("own", BOX / "tiny"), ("copy", COPY)):
         model = moescope.load(folder)
-        text = model.tokenizer.decode(ids[1:], skip_special_tokens=False)
-        trace = model.trace(text)
-        assert [token.id for token in trace.tokens] == ids
+        trace = record("", model.network, model.tokenizer, ids, len(ids))
         routers = [layer.router for layer in trace.layers if layer.router is not None]
         loads = [[float(count) for count in router.load] for router in routers]
         assert numbers(page, name) == pytest.approx(expected(loads), rel=1e-3)
