@@ -27,10 +27,12 @@ static constexpr int32_t start_of_dots(int zero, uint32_t sum) {
 // Rows of activations in int8, symmetric, with one scale a group of columns. `offsets` holds
 // `-zero * sum` of each group's integers: where the dot products start, so that they end as if the
 // weights had been stored without their zero point.
+// Weights in bf16 take `numbers`, which are not rounded, and nothing else.
 struct Activations {
   const int8_t* values;    // (rows, columns)
   const float* scales;     // (rows, groups)
   const int32_t* offsets;  // (rows, groups)
+  const float* numbers;    // (rows, columns)
   int64_t columns;         // padded
   int64_t group;           // columns that share a scale
   int64_t groups;
@@ -40,6 +42,7 @@ struct Activations {
 //   int8: [columns / 4][panels][16 outputs][4 columns] bytes; `row_scales` (panels * 16).
 //   int4: for each 32 columns, [4][panels][16 outputs][4 columns] bytes, whose low nibbles are the
 //         first 16 columns and whose high nibbles the others; then [panels][16] scales in bf16.
+//   bf16: [columns / 2][panels][16 outputs][2 columns].
 struct Tile {
   const uint8_t* weights;
   const float* row_scales;
@@ -57,6 +60,8 @@ struct Kernels {
   void (*multiply_int8)(const Tile&, const Activations&, const int32_t* rows, int count,
                         float* out);
   void (*multiply_int4)(const Tile&, const Activations&, const int32_t* rows, int count,
+                        float* out);
+  void (*multiply_bf16)(const Tile&, const Activations&, const int32_t* rows, int count,
                         float* out);
   // gate = silu(gate) * up
   void (*swiglu)(float* gate, const float* up, int64_t n);

@@ -205,6 +205,61 @@ void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int c
       for (int n = 0; n < tile.panels * kPanel; ++n) out[r * kTile + n] *= tile.row_scales[n];
 }
 
+template <int M>
+inline __attribute__((always_inline)) void add_bf16(const uint8_t* panel, int64_t step,
+                                                    const Activations& a, const int64_t* row,
+                                                    int64_t first, int64_t last, float* out) {
+  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+  __m256 sums[M][2];
+  const float* x[M];
+  each<M>([&](auto m) MOESCOPE_INLINE {
+    x[m] = a.numbers + row[m] * a.columns;
+    sums[m][0] = _mm256_loadu_ps(out + m * kTile);
+    sums[m][1] = _mm256_loadu_ps(out + m * kTile + 8);
+  });
+  for (int64_t k = first; k < last; k += 2) {
+    const uint8_t* w = panel + k / 2 * step;
+    const __m256i left = load(w), right = load(w + 32);
+    const auto add = [&](int64_t column, __m256i low, __m256i high) MOESCOPE_INLINE {
+      each<M>([&](auto m) MOESCOPE_INLINE {
+        const __m256 factor = _mm256_broadcast_ss(x[m] + column);
+        sums[m][0] = _mm256_fmadd_ps(factor, _mm256_castsi256_ps(low), sums[m][0]);
+        sums[m][1] = _mm256_fmadd_ps(factor, _mm256_castsi256_ps(high), sums[m][1]);
+      });
+    };
+    add(k, _mm256_slli_epi32(left, 16), _mm256_slli_epi32(right, 16));
+    add(k + 1, _mm256_and_si256(left, upper), _mm256_and_si256(right, upper));
+  }
+  each<M>([&](auto m) MOESCOPE_INLINE {
+    _mm256_storeu_ps(out + m * kTile, sums[m][0]);
+    _mm256_storeu_ps(out + m * kTile + 8, sums[m][1]);
+  });
+}
+
+void multiply_bf16(const Tile& tile, const Activations& a, const int32_t* rows, int count,
+                   float* out) {
+  memset(out, 0, count * kTile * sizeof(float));
+  const int64_t step = count <= kRows ? a.columns : kColumnBlock;
+  for (int64_t first = 0; first < a.columns; first += step) {
+    const int64_t last = first + step < a.columns ? first + step : a.columns;
+    for (int start = 0; start < count; start += kRows) {
+      const int m = count - start < kRows ? count - start : kRows;
+      int64_t row[kRows];
+      for (int i = 0; i < m; ++i) row[i] = rows ? rows[start + i] : start + i;
+      for (int p = 0; p < tile.panels; ++p) {
+        const uint8_t* panel = tile.weights + p * 64;
+        float* to = out + start * kTile + p * kPanel;
+        switch (m) {
+          case 1: add_bf16<1>(panel, tile.panels * 64, a, row, first, last, to); break;
+          case 2: add_bf16<2>(panel, tile.panels * 64, a, row, first, last, to); break;
+          case 3: add_bf16<3>(panel, tile.panels * 64, a, row, first, last, to); break;
+          default: add_bf16<4>(panel, tile.panels * 64, a, row, first, last, to);
+        }
+      }
+    }
+  }
+}
+
 void swiglu(float* gate, const float* up, int64_t n) {
   for (int64_t i = 0; i < n; ++i) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
 }

@@ -246,6 +246,91 @@ void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int c
   }
 }
 
+// Adds M rows x P panels over columns [first, last) to `out`.
+template <bool Once, int M, int P>
+__attribute__((noinline)) void add_bf16(const Tile& tile, const Activations& a, const int64_t* row,
+                                        int64_t first, int64_t last, float* out) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  __m512 sums[M][P];
+  const float* x[M];
+  each<M>([&](auto m) MOESCOPE_INLINE {
+    x[m] = a.numbers + row[m] * a.columns;
+    each<P>([&](auto p) MOESCOPE_INLINE {
+      sums[m][p] = _mm512_loadu_ps(out + m * kTile + p * kPanel);
+    });
+  });
+  const uint8_t* w = tile.weights + first / 2 * (P * 64);
+  for (int64_t k = first; k < last; k += 2, w += P * 64) {
+    const uint8_t* ahead = Once ? ahead_of(tile, w) : nullptr;
+    const auto add = [&](int64_t column, const __m512i (&panel)[P]) MOESCOPE_INLINE {
+      each<M>([&](auto m) MOESCOPE_INLINE {
+        const __m512 factor = _mm512_set1_ps(x[m][column]);
+        each<P>([&](auto p) MOESCOPE_INLINE {
+          sums[m][p] = _mm512_fmadd_ps(factor, _mm512_castsi512_ps(panel[p]), sums[m][p]);
+        });
+      });
+    };
+    __m512i panel[P];
+    each<P>([&](auto p) MOESCOPE_INLINE {
+      if constexpr (Once) prefetch(ahead + p * 64);
+      panel[p] = _mm512_slli_epi32(_mm512_loadu_si512(w + p * 64), 16);
+    });
+    add(k, panel);
+    each<P>([&](auto p) MOESCOPE_INLINE {
+      panel[p] = _mm512_and_si512(_mm512_loadu_si512(w + p * 64), upper);
+    });
+    add(k + 1, panel);
+  }
+  each<M>([&](auto m) MOESCOPE_INLINE {
+    each<P>([&](auto p) MOESCOPE_INLINE {
+      _mm512_storeu_ps(out + m * kTile + p * kPanel, sums[m][p]);
+    });
+  });
+}
+
+template <bool Once, int P>
+void add_bf16_rows(int count, const Tile& tile, const Activations& a, const int64_t* row,
+                   int64_t first, int64_t last, float* out) {
+  switch (count) {
+    case 1: return add_bf16<Once, 1, P>(tile, a, row, first, last, out);
+    case 2: return add_bf16<Once, 2, P>(tile, a, row, first, last, out);
+    case 3: return add_bf16<Once, 3, P>(tile, a, row, first, last, out);
+    case 4: return add_bf16<Once, 4, P>(tile, a, row, first, last, out);
+    case 5: return add_bf16<Once, 5, P>(tile, a, row, first, last, out);
+    default: return add_bf16<Once, 6, P>(tile, a, row, first, last, out);
+  }
+}
+
+template <int P>
+void multiply_bf16_panels(const Tile& tile, const Activations& a, const int32_t* rows, int count,
+                          float* out) {
+  memset(out, 0, count * kTile * sizeof(float));
+  const int64_t step = count <= kRows ? a.columns : kColumnBlock;
+  for (int64_t first = 0; first < a.columns; first += step) {
+    const int64_t last = first + step < a.columns ? first + step : a.columns;
+    for (int start = 0; start < count; start += kRows) {
+      const int m = count - start < kRows ? count - start : kRows;
+      int64_t row[kRows];
+      for (int i = 0; i < m; ++i) row[i] = rows ? rows[start + i] : start + i;
+      float* to = out + start * kTile;
+      if (count <= kRows)
+        add_bf16_rows<true, P>(m, tile, a, row, first, last, to);
+      else
+        add_bf16_rows<false, P>(m, tile, a, row, first, last, to);
+    }
+  }
+}
+
+void multiply_bf16(const Tile& tile, const Activations& a, const int32_t* rows, int count,
+                   float* out) {
+  switch (tile.panels) {
+    case 1: return multiply_bf16_panels<1>(tile, a, rows, count, out);
+    case 2: return multiply_bf16_panels<2>(tile, a, rows, count, out);
+    case 3: return multiply_bf16_panels<3>(tile, a, rows, count, out);
+    default: return multiply_bf16_panels<4>(tile, a, rows, count, out);
+  }
+}
+
 // exp to about 2 units in the last place: exp(x) = 2^n * p(x - n ln 2), p the Taylor polynomial.
 inline __m512 exponential(__m512 x) {
   x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0f)), _mm512_set1_ps(-87.0f));
@@ -484,7 +569,7 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", quantize, multiply<false>, multiply<true>,
+const Kernels avx512_kernels = {"avx512", quantize, multiply<false>, multiply<true>, multiply_bf16,
                                 swiglu,   axpy,     dots,            dot_rows,
                                 mix,      multiply_floats, softmax,  exponentials, log_sum_exp,
                                 rms_norm};

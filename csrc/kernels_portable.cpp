@@ -89,6 +89,22 @@ void multiply_int4(const Tile& tile, const Activations& a, const int32_t* rows, 
   }
 }
 
+void multiply_bf16(const Tile& tile, const Activations& a, const int32_t* rows, int count,
+                   float* out) {
+  const int width = tile.panels * kPanel;
+  for (int r = 0; r < count; ++r) {
+    const float* x = a.numbers + (rows ? rows[r] : r) * a.columns;
+    float* sums = out + r * kTile;
+    memset(sums, 0, kTile * sizeof(float));
+    for (int64_t k = 0; k < a.columns; k += 2)
+      for (int n = 0; n < width; ++n) {
+        uint16_t pair[2];
+        memcpy(pair, tile.weights + (k / 2 * width + n) * 4, sizeof pair);
+        sums[n] += from_bf16(pair[0]) * x[k] + from_bf16(pair[1]) * x[k + 1];
+      }
+  }
+}
+
 void swiglu(float* gate, const float* up, int64_t n) {
   for (int64_t i = 0; i < n; ++i) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
 }
@@ -165,7 +181,7 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
 
 }  // namespace
 
-const Kernels portable_kernels = {"portable", quantize, multiply_int8, multiply_int4,
+const Kernels portable_kernels = {"portable", quantize, multiply_int8, multiply_int4, multiply_bf16,
                                   swiglu,     axpy,     dots,          dot_rows,
                                   mix,        multiply_floats, softmax, exponentials, log_sum_exp, rms_norm};
 

@@ -49,8 +49,14 @@ bool has_shape(const Array& array, std::initializer_list<int64_t> shape) {
   return true;
 }
 
+Format format_of(const std::string& name) {
+  require(name == "int8" || name == "int4" || name == "bf16",
+          "the format must be int8, int4 or bf16");
+  return name == "int8" ? Format::int8 : name == "int4" ? Format::int4 : Format::bf16;
+}
+
 SharedWeights pack(const Matrices& matrices, const std::string& format) {
-  require(format == "int8" || format == "int4", "the format must be int8 or int4");
+  const Format kind = format_of(format);
   const nb::dlpack::dtype type = matrices.dtype();
   const bool bf16 = type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat);
   const bool f32 = type == nb::dtype<float>();
@@ -60,8 +66,7 @@ SharedWeights pack(const Matrices& matrices, const std::string& format) {
   const Source source{matrices.data(), bf16, matrices.stride(0), matrices.stride(1)};
   const int64_t count = matrices.shape(0), outputs = matrices.shape(1), columns = matrices.shape(2);
   nb::gil_scoped_release unlocked;
-  return std::make_shared<Weights>(format == "int8" ? Format::int8 : Format::int4, count, outputs,
-                                   columns, source);
+  return std::make_shared<Weights>(kind, count, outputs, columns, source);
 }
 
 uint64_t checksum_of(const Bytes& data) {
@@ -77,11 +82,10 @@ uint64_t read_bytes(int descriptor, uint64_t offset, const MutableBytes& out) {
 std::pair<SharedWeights, uint64_t> read_weights(int descriptor, uint64_t offset, uint64_t bytes,
                                                 const std::string& format, int64_t matrices,
                                                 int64_t outputs, int64_t columns) {
-  require(format == "int8" || format == "int4", "the format must be int8 or int4");
+  const Format kind = format_of(format);
   require(matrices > 0 && outputs > 0 && columns > 0, "there are no weights");
   nb::gil_scoped_release unlocked;
-  const auto weights = std::make_shared<Weights>(format == "int8" ? Format::int8 : Format::int4,
-                                                 matrices, outputs, columns);
+  const auto weights = std::make_shared<Weights>(kind, matrices, outputs, columns);
   Buffer& stored = weights->stored();
   require(stored.size() == bytes, "weights of this shape are not of this size");
   return {weights, read_file(descriptor, offset, stored.data(), bytes)};

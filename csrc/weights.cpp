@@ -13,7 +13,11 @@ namespace {
 constexpr int kInt4ChunkBytes = kPanel * (kChunk / 2 + 2);  // of one panel
 
 int64_t padded_row_bytes(Format format, int64_t padded) {
-  return format == Format::int8 ? padded : padded / kChunk * kInt4ChunkBytes / kPanel;
+  switch (format) {
+    case Format::int8: return padded;
+    case Format::int4: return padded / kChunk * kInt4ChunkBytes / kPanel;
+    default: return 2 * padded;
+  }
 }
 
 int64_t scale_bytes(Format format, int64_t padded_outputs) {
@@ -122,7 +126,11 @@ void Weights::multiply(int64_t matrix, int64_t index, const Activations& activat
   const Kernels& k = kernels();
   Tile at = tile(matrix, index);
   if (next != nullptr) at.next = next;
-  (format_ == Format::int8 ? k.multiply_int8 : k.multiply_int4)(at, activations, rows, count, out);
+  switch (format_) {
+    case Format::int8: return k.multiply_int8(at, activations, rows, count, out);
+    case Format::int4: return k.multiply_int4(at, activations, rows, count, out);
+    default: return k.multiply_bf16(at, activations, rows, count, out);
+  }
 }
 
 void Weights::pack_tile(int64_t matrix, int64_t index, const Source& source) {
@@ -137,6 +145,13 @@ void Weights::pack_tile(int64_t matrix, int64_t index, const Source& source) {
       read_row(source, matrix, index * kTile + n, columns_, row.data());
     else
       std::fill(row.begin(), row.end(), 0.0f);
+    if (format_ == Format::bf16) {
+      for (int64_t k = 0; k < padded_; ++k) {
+        const uint16_t bits = to_bf16(row[k]);
+        std::memcpy(bytes + (k / 2 * width + n) * 4 + k % 2 * 2, &bits, sizeof bits);
+      }
+      continue;
+    }
     if (format_ == Format::int8) {
       const float scale = std::max(largest_magnitude(row.data(), columns_), 1e-30f) / 127;
       scales[n] = scale;
@@ -168,6 +183,12 @@ void Weights::unpack(float* out) const {
       const Tile from = tile(matrix, n / kTile);
       const int64_t width = from.panels * kPanel, at = n % kTile;
       for (int64_t k = 0; k < columns_; ++k) {
+        if (format_ == Format::bf16) {
+          uint16_t bits;
+          std::memcpy(&bits, from.weights + (k / 2 * width + at) * 4 + k % 2 * 2, sizeof bits);
+          out[k] = as_float(bits);
+          continue;
+        }
         if (format_ == Format::int8) {
           const int q = from.weights[(k / 4 * width + at) * 4 + k % 4] - kInt8Zero;
           out[k] = static_cast<float>(q) * from.row_scales[at];
@@ -190,9 +211,11 @@ void QuantizedRows::resize(const Weights& weights, int64_t rows) {
   group_ = weights.group();
   groups_ = (columns_ + group_ - 1) / group_;
   zero_ = weights.zero();
+  floats_ = weights.takes_floats();
   const auto grow = [](auto& held, int64_t size) {
     if (static_cast<int64_t>(held.size()) < size) held.resize(size);
   };
+  if (floats_) return grow(numbers_, rows * columns_);
   grow(values_, rows * columns_);
   grow(scales_, rows * groups_);
   grow(offsets_, rows * groups_);
@@ -200,13 +223,20 @@ void QuantizedRows::resize(const Weights& weights, int64_t rows) {
 
 void QuantizedRows::set(int64_t row, int64_t start, const float* x, int64_t columns,
                         int64_t padded) {
+  if (floats_) {
+    float* to = numbers_.data() + row * columns_ + start;
+    std::copy_n(x, columns, to);
+    std::fill_n(to + columns, padded - columns, 0.0f);
+    return;
+  }
   const int64_t group = row * groups_ + start / group_;
   kernels().quantize(x, columns, padded, group_, zero_, values_.data() + row * columns_ + start,
                      scales_.data() + group, offsets_.data() + group);
 }
 
 Activations QuantizedRows::view() const {
-  return {values_.data(), scales_.data(), offsets_.data(), columns_, group_, groups_};
+  return {values_.data(), scales_.data(), offsets_.data(), numbers_.data(),
+          columns_,       group_,         groups_};
 }
 
 }  // namespace moescope

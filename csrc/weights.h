@@ -8,7 +8,7 @@
 
 namespace moescope {
 
-enum class Format { int8, int4 };
+enum class Format { int8, int4, bf16 };
 
 // Where matrices come from: (matrices, outputs, columns) float32 or bf16, columns side by side.
 struct Source {
@@ -19,7 +19,8 @@ struct Source {
 
 // `matrices` matrices of one shape (one for a linear map, one an expert for a layer's experts).
 // int8 has one float32 scale a row: the largest magnitude over 127. int4 has one bf16 scale for 32
-// columns: of several candidates the one whose least-squares refit errs least.
+// columns: of several candidates the one whose least-squares refit errs least. bf16 has none, and
+// its products take activations as they are.
 class Weights {
  public:
   Weights(Format format, int64_t matrices, int64_t outputs, int64_t columns, const Source& source);
@@ -38,8 +39,9 @@ class Weights {
   static const char* layout();
 
   // Columns of activations that share a scale, and what their offsets make up for.
-  int64_t group() const { return format_ == Format::int8 ? 64 : kChunk; }
+  int64_t group() const { return format_ == Format::int4 ? kChunk : 64; }
   int zero() const { return format_ == Format::int8 ? kInt8Zero : kInt4Zero; }
+  bool takes_floats() const { return format_ == Format::bf16; }
 
   int64_t tiles() const { return (outputs_ + kTile - 1) / kTile; }
   // out (count, kTile) = activations[rows] times outputs [index * kTile, ...) of a matrix. `next` is
@@ -60,7 +62,7 @@ class Weights {
   Buffer packed_;  // the matrices; for int8, float32 scales (matrices, padded outputs) behind them
 };
 
-// Rows of activations rounded to int8 for a matrix; memory is kept from use to use.
+// Rows of activations as a matrix wants them, rounded to int8 or not; memory is kept from use to use.
 class QuantizedRows {
  public:
   void resize(const Weights& weights, int64_t rows);
@@ -73,6 +75,8 @@ class QuantizedRows {
  private:
   int64_t real_columns_ = 0, columns_ = 0, group_ = 1, groups_ = 0;
   int zero_ = 0;
+  bool floats_ = false;
+  std::vector<float> numbers_;
   std::vector<int8_t> values_;
   std::vector<float> scales_;
   std::vector<int32_t> offsets_;

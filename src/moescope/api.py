@@ -54,7 +54,7 @@ def load(
         backend: `torch` computes with PyTorch, `cpu` with the native kernels, whose weights are
             rounded and whose activations are float32. None means `cpu` if `quantize` is given,
             else `torch`.
-        quantize: `int8` or `int4`, for the backend `cpu`; None means `int8` there.
+        quantize: `int8`, `int4` or `bf16`, for the backend `cpu`; None means `int8` there.
 
     Raises:
         UserError: there is no such model, it is damaged, does not fit into memory or is of a kind

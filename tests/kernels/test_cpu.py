@@ -71,7 +71,7 @@ def close(ours: Tensor, exact: Tensor, bound: float) -> None:
 
 
 @needs_extension
-@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("weight_format", ["int8", "int4", "bf16"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @settings(max_examples=25)
 @given(outputs=WIDTHS, columns=WIDTHS, seed=SEEDS, size=st.floats(1e-6, 1e6))
@@ -89,7 +89,7 @@ def test_packed_weights_are_those_that_quantize_makes(
 
 
 @needs_extension
-@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("weight_format", ["int8", "int4", "bf16"])
 @examples(15)
 @given(rows=ROWS, outputs=WIDTHS, columns=WIDTHS, seed=SEEDS, biased=st.booleans())
 def test_linear_is_exact_where_activations_are(
@@ -106,7 +106,7 @@ def test_linear_is_exact_where_activations_are(
 
 
 @needs_extension
-@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("weight_format", ["int8", "int4", "bf16"])
 @examples(8)
 @given(rows=ROWS, outputs=WIDTHS, columns=WIDTHS, seed=SEEDS, size=st.floats(1e-6, 1e6))
 def test_rounding_activations_costs_under_a_percent(
@@ -145,7 +145,7 @@ def half_steps(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
 
 
 @needs_extension
-@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("weight_format", ["int8", "int4", "bf16"])
 @examples(40)
 @given(
     tokens=ROWS,
@@ -220,7 +220,7 @@ def test_the_mixture_equals_the_reference(
 
 
 @needs_extension
-@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("weight_format", ["int8", "int4", "bf16"])
 @examples(10)
 @given(
     batch=st.integers(1, 3),
@@ -297,7 +297,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     packed = cpu.pack(torch.randn(20, 40), "int8")
     with pytest.raises(ValueError, match="do not fit"):
         cpu.linear(packed, 20, torch.ones(2, 41))
-    with pytest.raises(ValueError, match="int8 or int4"):
+    with pytest.raises(ValueError, match="int8, int4 or bf16"):
         cpu.pack(torch.ones(2, 2), "int3")
     weights = cpu.expert_weights(
         torch.ones(2, 8, 16), torch.ones(2, 8, 16), torch.ones(2, 16, 9), packer("int8")

@@ -112,7 +112,7 @@ def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("weight_format", ["int8", "int4", "bf16"])
 def test_packed_networks_agree_with_rounded_ones(
     family: str, weight_format: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:

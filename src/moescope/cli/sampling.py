@@ -8,7 +8,7 @@ ModelName = Annotated[str, typer.Option(help='"tiny", a folder, a .gguf file or 
 Backend = Annotated[
     str | None, typer.Option(help='"torch", or "cpu": native kernels on rounded weights.')
 ]
-Quantize = Annotated[str | None, typer.Option(help='Weights of "cpu": "int8" or "int4".')]
+Quantize = Annotated[str | None, typer.Option(help='Weights of "cpu": "int8", "int4" or "bf16".')]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to make at most.")]
 Temperature = Annotated[float, typer.Option(help="0 takes the likeliest; higher is livelier.")]
 TopK = Annotated[int | None, typer.Option(help="Choose among this many likeliest tokens.")]

@@ -29,12 +29,12 @@ from moescope.model.norm import RMSNorm
 from moescope.model.recorder import Recorder
 from moescope.model.routing import Greedy, GroupLimitedGreedy, NoAuxTopK, Router
 
-FORMATS = ("int8", "int4")
+FORMATS = ("int8", "int4", "bf16")
 EMBEDDING = "model.embed_tokens.weight"
-HEAD_FORMAT = {"int8": "int8", "int4": "int8"}
+HEAD_FORMAT = {"int8": "int8", "int4": "int8", "bf16": "bf16"}
 """The output head's format by that of the rest."""
 
-BITS_PER_WEIGHT = {"int8": 8.0, "int4": 4.5}
+BITS_PER_WEIGHT = {"int8": 8.0, "int4": 4.5, "bf16": 16.0}
 """int4 has a 16-bit scale for each 32 weights; the scales of int8, one a row, are not counted."""
 
 Read = Callable[[str], Tensor]
@@ -42,7 +42,7 @@ Read = Callable[[str], Tensor]
 
 
 class Packer:
-    """Turns a network's matrices into `int8` or `int4`, one module at a time.
+    """Turns a network's matrices into `int8`, `int4` or `bf16`, one module at a time.
 
     Args:
         weight_format: `int8` or `int4`.

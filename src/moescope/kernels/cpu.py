@@ -1,7 +1,8 @@
 """The native CPU kernels (`csrc/`), called with tensors.
 
-Weights are int8 (a scale a row) or int4 (a scale for 32 columns), activations float32; products
-are taken in integers, the activations being rounded to int8 with a scale for 64 columns, or 32.
+Weights are int8 (a scale a row), int4 (a scale for 32 columns) or bf16, activations float32.
+Products with the first two are taken in integers, the activations being rounded to int8 with a
+scale for 64 columns, or 32; with bf16 they are taken as they are.
 Where the extension was not built, `available()` says so and nothing else here may be called.
 """
 
@@ -134,7 +135,7 @@ def pack(matrices: Tensor, weight_format: str) -> Weights:
 
     Args:
         matrices: float32 or bfloat16.
-        weight_format: `int8` or `int4`.
+        weight_format: `int8`, `int4` or `bf16`.
     """
     if matrices.ndim == 2:
         matrices = matrices[None]
@@ -169,7 +170,7 @@ def read_weights(
         descriptor: of the file.
         offset: where they begin.
         size: bytes.
-        weight_format: `int8` or `int4`.
+        weight_format: `int8`, `int4` or `bf16`.
         shape: `(matrices, outputs, columns)`.
 
     Raises:

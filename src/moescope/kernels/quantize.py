@@ -61,7 +61,9 @@ def dequantize_int4(integers: Tensor, scale: Tensor, columns: int, dtype: torch.
 
 
 def rounded(weight: Tensor, weight_format: str) -> Tensor:
-    """`weight` `(..., columns)` as `int8` or `int4` would hold it, in its own type."""
+    """`weight` `(..., columns)` as `int8`, `int4` or `bf16` would hold it, in its own type."""
+    if weight_format == "bf16":
+        return weight.to(torch.bfloat16).to(weight.dtype)
     if weight_format == "int8":
         return dequantize_int8(*quantize_int8(weight), weight.dtype)
     return dequantize_int4(*quantize_int4(weight), weight.shape[-1], weight.dtype)
