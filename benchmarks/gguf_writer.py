@@ -44,6 +44,7 @@ _LAYER_NAMES = {
     "self_attn.q_b_proj.weight": "attn_q_b.weight",
     "self_attn.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
     "self_attn.kv_a_layernorm.weight": "attn_kv_a_norm.weight",
+    "self_attn.kv_b_proj.weight": "attn_kv_b.weight",
     "self_attn.o_proj.weight": "attn_output.weight",
     "post_attention_layernorm.weight": "ffn_norm.weight",
     "mlp.gate_proj.weight": "ffn_gate.weight",
@@ -51,6 +52,7 @@ _LAYER_NAMES = {
     "mlp.down_proj.weight": "ffn_down.weight",
     "mlp.gate.weight": "ffn_gate_inp.weight",
     "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
+    "mlp.experts.gate_up_proj": "ffn_gate_up_exps.weight",
     "mlp.experts.down_proj": "ffn_down_exps.weight",
     "mlp.shared_experts.gate_proj.weight": "ffn_gate_shexp.weight",
     "mlp.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
@@ -98,6 +100,7 @@ def write_gguf(
     head_type: str | None = None,
     vocabulary: Vocabulary | None = None,
     fused_kv_b: bool = False,
+    fused_gate_up: bool = False,
 ) -> None:
     """Write the network to `path`, atomically.
 
@@ -112,13 +115,16 @@ def write_gguf(
         vocabulary: the tokens; None spells the 256 bytes and fills up with unused ids,
             257 at least.
         fused_kv_b: whether `kv_b_proj` stays one tensor, as in files before April 2025.
+        fused_gate_up: whether experts' gates and ups are one tensor, as llama.cpp can also have it.
     """
     with atomic_path(Path(path)) as partial:
         writer = GGUFWriter(partial, "deepseek2")
         _add_shape(writer, config, fused_kv_b)
         writer.add_file_type(FILE_TYPES[file_type])
         _add_vocabulary(writer, vocabulary or _bytes_only(config))
-        entries = list(_entries(config, file_type, head_type or file_type, fused_kv_b))
+        whole = {"self_attn.kv_b_proj.weight"} if fused_kv_b else set[str]()
+        whole |= {"mlp.experts.gate_up_proj"} if fused_gate_up else set()
+        entries = list(_entries(config, file_type, head_type or file_type, whole))
         for entry in entries:
             numbers = int(np.prod(entry.shape))
             block, size = gguf.GGML_QUANT_SIZES[entry.kind]
@@ -136,7 +142,7 @@ def write_gguf(
 
 
 def _entries(
-    config: ModelConfig, file_type: str, head_type: str, fused_kv_b: bool
+    config: ModelConfig, file_type: str, head_type: str, whole: set[str]
 ) -> Iterator[_Entry]:
     heads, nope = config.num_attention_heads, config.required("qk_nope_head_dim")
 
@@ -151,11 +157,10 @@ def _entries(
             "ffn_gate_exps.weight": lambda weight: weight.chunk(2, dim=1)[0],
             "ffn_up_exps.weight": lambda weight: weight.chunk(2, dim=1)[1],
         },
-        "self_attn.kv_b_proj.weight": (
-            {"attn_kv_b.weight": lambda weight: weight}
-            if fused_kv_b
-            else {"attn_k_b.weight": key_half, "attn_v_b.weight": value_half}
-        ),
+        "self_attn.kv_b_proj.weight": {
+            "attn_k_b.weight": key_half,
+            "attn_v_b.weight": value_half,
+        },
     }
     with torch.device("meta"):
         state = CausalLM(config).state_dict()
@@ -168,7 +173,9 @@ def _entries(
             }
         else:
             layer, part = source.removeprefix("model.layers.").split(".", 1)
-            named = parts.get(part) or {_LAYER_NAMES[part]: lambda weight: weight}
+            named = {_LAYER_NAMES[part]: lambda weight: weight}
+            if part in parts and part not in whole:
+                named = parts[part]
             made = {f"blk.{layer}.{name}": make for name, make in named.items()}
         for name, make in made.items():
             shape = tuple(make(tensor).shape)

@@ -68,7 +68,7 @@ def write(
     file_type: str = "F32",
     *,
     vocabulary: Vocabulary | None = None,
-    fused_kv_b: bool = False,
+    **layout: bool,
 ) -> Path:
     """Write a network's weights to `path`."""
     write_gguf(
@@ -77,6 +77,6 @@ def write(
         path,
         file_type,
         vocabulary=vocabulary,
-        fused_kv_b=fused_kv_b,
+        **layout,
     )
     return path

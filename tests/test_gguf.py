@@ -33,6 +33,11 @@ except ImportError:
     llama_cpp = None
 
 needs_llama_cpp = pytest.mark.skipif(llama_cpp is None, reason="llama-cpp-python is not installed")
+LAYOUTS: dict[str, dict[str, bool]] = {
+    "split": {},
+    "kv_b whole": {"fused_kv_b": True},
+    "gate and up in one": {"fused_gate_up": True},
+}
 IDS = torch.randint(0, 320, (1, 100), generator=torch.Generator().manual_seed(0))
 
 
@@ -83,11 +88,11 @@ def requantized(path: Path, kind: str) -> Path:
 
 
 @needs_llama_cpp
-@pytest.mark.parametrize("fused_kv_b", [False, True], ids=["split", "fused"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_logits_are_those_of_llama_cpp(variant: str, fused_kv_b: bool, tmp_path: Path) -> None:
+def test_logits_are_those_of_llama_cpp(variant: str, layout: str, tmp_path: Path) -> None:
     made = network(VARIANTS[variant])
-    path = write(made, tmp_path / "model.gguf", fused_kv_b=fused_kv_b)
+    path = write(made, tmp_path / "model.gguf", **LAYOUTS[layout])
     assert float(relative(ours(path), theirs(path)).max()) < 1e-4
 
 
@@ -102,13 +107,12 @@ def test_logits_are_those_of_llama_cpp_up_to_its_rounding_of_activations(
     assert float(relative(ours(path), theirs(path)).median()) < bound
 
 
-@pytest.mark.parametrize("fused_kv_b", [False, True], ids=["split", "fused"])
+@pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("variant", VARIANTS)
-def test_a_written_network_comes_back(variant: str, fused_kv_b: bool, tmp_path: Path) -> None:
+def test_a_written_network_comes_back(variant: str, layout: str, tmp_path: Path) -> None:
     made = network(VARIANTS[variant])
-    opened = load_model(
-        write(made, tmp_path / "model.gguf", fused_kv_b=fused_kv_b), dtype=torch.float32
-    )
+    path = write(made, tmp_path / "model.gguf", **LAYOUTS[layout])
+    opened = load_model(path, dtype=torch.float32)
     assert told(opened.config) == told(made.config)
     expected, held = made.state_dict(), opened.state_dict()
     assert expected.keys() == held.keys()
@@ -157,6 +161,8 @@ def test_any_block_is_multiplied_out_as_the_library_does(
         expected = torch.from_numpy(np.array(gguf.quants.dequantize(raw, kind_number)))
     held = file.read("matrix", torch.float32)
     torch.testing.assert_close(held, expected, rtol=0, atol=0, equal_nan=True)
+    row = file.read("matrix", torch.float32, entry=rows - 1)
+    torch.testing.assert_close(row, expected[-1], rtol=0, atol=0, equal_nan=True)
     exact = file.read("matrix")
     assert exact.dtype == (torch.bfloat16 if kind == "BF16" else torch.float32)
     torch.testing.assert_close(exact.float(), expected, rtol=0, atol=0, equal_nan=True)

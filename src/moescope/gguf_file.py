@@ -120,20 +120,30 @@ class GgufFile:
         self.metadata = header.metadata
         self.tensors = header.tensors
 
-    def read(self, name: str, dtype: torch.dtype | None = None) -> Tensor:
-        """Return a tensor in `dtype`; None takes the narrower of bf16 and float32 that is exact."""
+    def exact(self, name: str) -> torch.dtype:
+        """Return the narrower of bf16 and float32 that loses nothing of a tensor."""
+        return torch.bfloat16 if self.tensors[name].kind == "BF16" else torch.float32
+
+    def read(self, name: str, dtype: torch.dtype | None = None, entry: int | None = None) -> Tensor:
+        """Return a tensor, multiplied out.
+
+        Args:
+            name: in `tensors`.
+            dtype: of the answer; None takes the exact one.
+            entry: index into the first dimension, to read nothing else; of two or more dimensions.
+        """
         info = self.tensors[name]
-        if dtype is None:
-            dtype = torch.bfloat16 if info.kind == "BF16" else torch.float32
+        shape, start = info.shape, info.start
+        if entry is not None:
+            shape, start = shape[1:], start + entry * (info.size // shape[0])
         block, block_bytes = _block_of(info.kind)
-        out = torch.empty(prod(info.shape), dtype=dtype)
-        start = info.start
+        out = torch.empty(prod(shape), dtype=dtype or self.exact(name))
         for part in out.split(NUMBERS_AT_A_TIME // block * block):
             size = len(part) // block * block_bytes
             raw = np.frombuffer(self._bytes, np.uint8, count=size, offset=start)
             part.copy_(_multiplied_out(raw, info.kind))
             start += size
-        return out.view(info.shape)
+        return out.view(shape)
 
 
 def _multiplied_out(raw: NDArray[np.uint8], kind: str) -> Tensor:

@@ -117,9 +117,7 @@ class GgufModel:
         first, second = (prefix + half for half in _SPLIT[stored])
         if stored == "attn_kv_b.weight":
             return self._joined_kv_b(first, second, shape, dtype)
-        experts, both, hidden = shape
-        half = torch.Size((experts, both // 2, hidden))
-        return torch.cat([self._take(part, half, dtype) for part in (first, second)], dim=1)
+        return self._joined_experts(first, second, shape, dtype)
 
     def _joined_kv_b(
         self, key: str, value: str, shape: torch.Size, dtype: torch.dtype | None
@@ -130,20 +128,39 @@ class GgufModel:
         up_value = self._take(value, torch.Size((heads, v_head_dim, rank)), dtype)
         return torch.cat([up_key, up_value], dim=1).flatten(0, 1)
 
+    def _joined_experts(
+        self, gate: str, up: str, shape: torch.Size, dtype: torch.dtype | None
+    ) -> Tensor:
+        """Read expert by expert, so that nothing stands in memory twice."""
+        experts, both, hidden = shape
+        half = torch.Size((experts, both // 2, hidden))
+        files = [self._holder(part, half) for part in (gate, up)]
+        dtype = dtype or torch.promote_types(files[0].exact(gate), files[1].exact(up))
+        stacked = torch.empty(shape, dtype=dtype)
+        for expert, matrix in enumerate(stacked):
+            for place, part, file in zip(matrix.chunk(2), (gate, up), files, strict=True):
+                place.copy_(file.read(part, dtype, expert))
+        return stacked
+
     def _take(self, stored: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
+        return self._holder(stored, shape).read(stored, dtype)
+
+    def _holder(self, stored: str, shape: torch.Size) -> GgufFile:
+        """Return the file that a tensor is in, once it is found to have the right shape."""
         if stored not in self._holders:
             raise UserError(
                 f"{self._path} lacks the tensor {stored}, which its metadata call for; the file "
                 "is incomplete or of a kind that moescope does not know"
             )
-        held = self._holders[stored].tensors[stored].shape
+        file = self._holders[stored]
+        held = file.tensors[stored].shape
         if held != tuple(shape):
             raise UserError(
                 f"{self._path}: the tensor {stored} has the shape {held}, but the metadata make "
                 f"it {tuple(shape)}; the file is damaged or of a kind that moescope does not know"
             )
         self._unread.discard(stored)
-        return self._holders[stored].read(stored, dtype)
+        return file
 
     def refuse_unread(self) -> None:
         """Refuse tensors that nothing in the network takes; multi-token prediction is left out.
