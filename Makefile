@@ -6,7 +6,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TEST_SECONDS ?= 1800
 
-.PHONY: run test test-all lint
+.PHONY: run test test-all lint sanitize
 
 run: .venv/.installed
 	$(BIN)/moescope explain "床前明月光，疑是地上"
@@ -18,6 +18,10 @@ test: lint
 
 test-all: lint
 	timeout $(TEST_SECONDS) $(BIN)/python -m pytest -n auto --maxprocesses 4
+
+# The kernels under the compiler's sanitizers, and on a processor that is not at hand; minutes.
+sanitize: .venv/.installed-dev
+	$(BIN)/python csrc/sanitize.py
 
 lint: .venv/.installed-dev
 	$(BIN)/ruff check .
