@@ -53,7 +53,7 @@ def packs(folder: Path) -> list[Path]:
     return sorted(folder.rglob("*.pack"))
 
 
-@pytest.mark.parametrize("weight_format", ["int8", "int4"])
+@pytest.mark.parametrize("weight_format", ["int8", "int4", "bf16"])
 def test_a_second_start_reads_what_the_first_one_packed(folder: Path, weight_format: str) -> None:
     first, second = open_twice(folder, weight_format)
     assert first.pack is None
@@ -300,7 +300,7 @@ def test_the_switch_turns_it_off(folder: Path, monkeypatch: pytest.MonkeyPatch) 
     matrices=st.integers(1, 3),
     outputs=st.integers(1, 130),
     columns=st.integers(1, 300),
-    weight_format=st.sampled_from(["int8", "int4"]),
+    weight_format=st.sampled_from(["int8", "int4", "bf16"]),
 )
 def test_any_shape_comes_back(
     tmp_path: Path, matrices: int, outputs: int, columns: int, weight_format: str
