@@ -41,7 +41,7 @@ def main() -> None:
                 executable_path=shutil.which("chromium"), args=["--no-sandbox"]
             )
             for language, text in TEXTS.items():
-                page = browser.new_page(viewport={"width": 1120, "height": 900})
+                page = browser.new_page(viewport={"width": 1120, "height": 1600})
                 page.goto(f"http://127.0.0.1:{port}/?lang={language}")
                 explore(page, text)
                 for station in STATIONS:
