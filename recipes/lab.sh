@@ -19,7 +19,7 @@ fi
 for study in routers balance shared granularity; do
     mkdir -p "$runs/$study"
     ln -sfn ../shards "$runs/$study/shards" # the same token files serve all four
-    moescope study "$study" --data "$corpus" --tokenizer "$runs/tokenizer" --seeds 3 \
+    moescope study "$study" --data "$corpus" --tokenizer "$runs/tokenizer" --seeds 2 \
         --out "$runs/$study"
     cp "$runs/$study/study.json" "$lab/study-$study.json"
 done
