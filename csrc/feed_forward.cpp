@@ -25,11 +25,10 @@ struct Scratch {
 
 void check(const Experts& experts, const Weights& like) {
   const Weights &gate = *experts.gate, &up = *experts.up, &down = *experts.down;
-  if (gate.columns() != like.columns() || up.columns() != gate.columns() ||
+  if (!gate.takes_rows_of(like) || !up.takes_rows_of(gate) || !down.has_format_of(gate) ||
       up.outputs() != gate.outputs() || down.columns() != gate.outputs() ||
       down.outputs() != gate.columns() || up.matrices() != gate.matrices() ||
-      down.matrices() != gate.matrices() || gate.group() != like.group() ||
-      up.group() != gate.group() || down.group() != gate.group())
+      down.matrices() != gate.matrices())
     throw std::invalid_argument("gate, up and down projections do not fit together");
 }
 

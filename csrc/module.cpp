@@ -192,7 +192,7 @@ std::shared_ptr<LatentAttention> make_latent_attention(
               has_shape(latent_norm, {rank}) && expand->matrices() == heads &&
               expand->outputs() == nope + value && expand->columns() == rank &&
               output->outputs() == hidden && output->columns() == heads * value &&
-              (low_rank ? *query_down : *query).group() == latent->group() &&
+              (low_rank ? *query_down : *query).takes_rows_of(*latent) &&
               (!query_down_bias || has_shape(*query_down_bias, {query->columns()})) &&
               (!latent_bias || has_shape(*latent_bias, {rank + rope})) &&
               (!output_bias || has_shape(*output_bias, {hidden})),
@@ -227,8 +227,8 @@ std::shared_ptr<GroupedAttention> make_grouped_attention(
   require(width % 2 == 0 && query->columns() == hidden && key->columns() == hidden &&
               value->columns() == hidden && key->outputs() == kv_heads * width &&
               value->outputs() == kv_heads * width && output->columns() == heads * width &&
-              output->outputs() == hidden && query->group() == key->group() &&
-              query->group() == value->group() &&
+              output->outputs() == hidden && query->takes_rows_of(*key) &&
+              query->takes_rows_of(*value) &&
               (!query_bias || has_shape(*query_bias, {query->outputs()})) &&
               (!key_bias || has_shape(*key_bias, {key->outputs()})) &&
               (!value_bias || has_shape(*value_bias, {value->outputs()})) &&
@@ -373,6 +373,8 @@ void apply_rms_norm(const Floats<2>& x, const Floats<1>& weight, float eps, cons
 }  // namespace
 
 NB_MODULE(_native, m) {
+  nb::set_leak_warnings(false);  // a model that a script holds to its end is no leak
+
   m.def("instruction_set", [] { return kernels().name; });
   m.def("instruction_sets", [] {
     std::vector<std::string> names;

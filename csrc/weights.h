@@ -42,6 +42,11 @@ class Weights {
   int64_t group() const { return format_ == Format::int4 ? kChunk : 64; }
   int zero() const { return format_ == Format::int8 ? kInt8Zero : kInt4Zero; }
   bool takes_floats() const { return format_ == Format::bf16; }
+  // Whether activations made ready for one of them are ready for both.
+  bool takes_rows_of(const Weights& other) const {
+    return has_format_of(other) && columns_ == other.columns_;
+  }
+  bool has_format_of(const Weights& other) const { return format_ == other.format_; }
 
   int64_t tiles() const { return (outputs_ + kTile - 1) / kTile; }
   // out (count, kTile) = activations[rows] times outputs [index * kTile, ...) of a matrix. `next` is

@@ -1,8 +1,11 @@
 """The command that is being run, as a shell would take it again: what made a file's numbers."""
 
 import shlex
-import sys
+from contextvars import ContextVar
+
+arguments: ContextVar[tuple[str, ...]] = ContextVar("arguments", default=())
+"""What follows `moescope` on the command line; `main.run` sets it."""
 
 
 def command_line() -> str:
-    return shlex.join(["moescope", *sys.argv[1:]])
+    return shlex.join(["moescope", *arguments.get()])

@@ -11,7 +11,7 @@ from typing import Annotated
 
 import typer
 
-from moescope.cli import tokenizer
+from moescope.cli import command, tokenizer
 from moescope.cli.ablate import ablate
 from moescope.cli.chat import chat
 from moescope.cli.compare import compare
@@ -87,6 +87,7 @@ def run(arguments: list[str]) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows `?`
+    command.arguments.set(tuple(arguments))
     try:
         code = app(arguments, prog_name="moescope", standalone_mode=False)
     except typer.Abort:
