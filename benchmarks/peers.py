@@ -236,8 +236,3 @@ class LlamaCpp:
         logits = self.c.llama_get_logits_ith(self.context, at)
         buffer = (ctypes.c_float * self.vocab_size).from_address(ctypes.addressof(logits.contents))
         return int(torch.frombuffer(buffer, dtype=torch.float32).argmax())
-
-
-def weight_bytes_read() -> int:
-    """Bytes of weights that our kernels have read so far."""
-    return cpu.weight_bytes_read()

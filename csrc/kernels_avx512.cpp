@@ -80,8 +80,9 @@ MOESCOPE_INLINE inline const uint8_t* ahead_of(const Tile& tile, const uint8_t* 
   return beyond < 0 ? weights + kPrefetch : tile.next + beyond;
 }
 
-MOESCOPE_INLINE inline void prefetch(const uint8_t* from) {
-  _mm_prefetch(reinterpret_cast<const char*>(from), _MM_HINT_T0);
+// What is read once for a token must not push out of the caches what is read for every one.
+MOESCOPE_INLINE inline void prefetch(const void* from) {
+  _mm_prefetch(static_cast<const char*>(from), _MM_HINT_NTA);
 }
 
 // Sums of M rows x P panels: kept in registers for a single row, else in `out`, for want of them.
@@ -389,9 +390,12 @@ void dots(const float* x, int64_t stride, int64_t count, const float* q, int64_t
     const float* row[4];
     each<4>([&](auto r) MOESCOPE_INLINE { row[r] = x + (i + (r < left ? r : 0)) * stride; });
     __m512 sums[16];  // [heads][rows]
+    // The next rows are fetched meanwhile; behind the last stand the caller's next ones.
+    const float* ahead = x + (i + 4) * stride;
     each<16>([&](auto s) MOESCOPE_INLINE { sums[s] = _mm512_setzero_ps(); });
     const auto step = [&](int64_t k, __mmask16 mask) MOESCOPE_INLINE {
       __m512 numbers[4];
+      each<4>([&](auto r) MOESCOPE_INLINE { prefetch(ahead + r * stride + k); });
       each<4>([&](auto r) MOESCOPE_INLINE { numbers[r] = _mm512_maskz_loadu_ps(mask, row[r] + k); });
       each<kHeads>([&](auto h) MOESCOPE_INLINE {
         const __m512 query = _mm512_maskz_loadu_ps(mask, q + h * q_stride + k);
@@ -419,6 +423,8 @@ void dot_rows(const float* x, int64_t count, const float* q, int64_t width, floa
       const __mmask16 high = left >= 32   ? 0xffff
                              : left <= 16 ? 0
                                           : static_cast<__mmask16>((1 << (left - 16)) - 1);
+      prefetch(x + k + kPrefetch / sizeof(float));
+      prefetch(x + k + kPrefetch / sizeof(float) + 16);
       sums[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(low, x + k),
                                 _mm512_maskz_loadu_ps(low, q + k), sums[0]);
       sums[1] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(high, x + k + 16),

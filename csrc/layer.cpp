@@ -10,6 +10,8 @@
 namespace moescope {
 namespace {
 
+constexpr int64_t kBlock = 16;  // tokens, or experts, that a task of the router takes
+
 // Marks the `count` largest of `values` in `chosen`; of equal ones the first. `count` is small.
 void mark_largest(const float* values, int64_t n, int64_t count, std::vector<int64_t>& chosen) {
   chosen.clear();
@@ -53,18 +55,35 @@ void Norm::forward(const float* x, float* out) const {
   kernels().rms_norm(x, weight.data(), eps, width(), out);
 }
 
-void Router::forward(const float* x, int64_t* topk_ids, float* topk_weights) const {
-  static thread_local std::vector<float> scores, choice, group_scores;
+void Router::forward(const float* x, int64_t tokens, int64_t* topk_ids, float* topk_weights) const {
+  static thread_local std::vector<float> caller_scores;
+  grow(caller_scores, tokens * experts);
+  float* scores = caller_scores.data();  // (tokens, experts); the caller's, seen by all threads
+  // Even one token's work is shared: memory gives one thread but half of what it gives two.
+  const int64_t expert_blocks = (experts + kBlock - 1) / kBlock;
+  parallel((tokens + kBlock - 1) / kBlock * expert_blocks, [&](int64_t task) {
+    const int64_t first = task % expert_blocks * kBlock, start = task / expert_blocks * kBlock;
+    const int64_t count = std::min(kBlock, experts - first);
+    for (int64_t token = start; token < std::min(start + kBlock, tokens); ++token)
+      kernels().dot_rows(weight.data() + first * hidden(), count, x + token * hidden(), hidden(),
+                         scores + token * experts + first);
+  });
+  parallel_rows(tokens, [&](int64_t first, int64_t last) {
+    for (int64_t token = first; token < last; ++token)
+      choose(scores + token * experts, topk_ids + token * top_k, topk_weights + token * top_k);
+  });
+}
+
+void Router::choose(float* scores, int64_t* topk_ids, float* topk_weights) const {
+  static thread_local std::vector<float> choice, group_scores;
   static thread_local std::vector<int64_t> chosen;
   const int64_t size = experts / groups;
-  grow(scores, experts);
   grow(choice, experts);
   grow(group_scores, groups);
-  kernels().dot_rows(weight.data(), experts, x, hidden(), scores.data());
   if (sigmoid)
     for (int64_t e = 0; e < experts; ++e) scores[e] = 1 / (1 + std::exp(-scores[e]));
   else
-    kernels().softmax(scores.data(), 1, experts);
+    kernels().softmax(scores, 1, experts);
   for (int64_t e = 0; e < experts; ++e) choice[e] = bias.empty() ? scores[e] : scores[e] + bias[e];
   if (kept_groups < groups) {
     for (int64_t g = 0; g < groups; ++g) {
@@ -96,13 +115,10 @@ void FeedForwardBlock::forward(float* x, int64_t tokens) const {
   float *normed = caller_normed.data(), *topk_weights = caller_weights.data();
   int64_t* topk_ids = caller_ids.data();
   parallel_rows(tokens, [&](int64_t first, int64_t last) {
-    for (int64_t token = first; token < last; ++token) {
+    for (int64_t token = first; token < last; ++token)
       norm.forward(x + token * hidden, normed + token * hidden);
-      if (router)
-        router->forward(normed + token * hidden, topk_ids + token * slots,
-                        topk_weights + token * slots);
-    }
   });
+  if (router) router->forward(normed, tokens, topk_ids, topk_weights);
   layer->forward(normed, tokens, topk_ids, topk_weights, slots, x);
 }
 
@@ -118,11 +134,28 @@ void Embedding::read(int64_t row, float* out) const {
   }
 }
 
-void Decoder::forward(const int64_t* ids, const Tokens& tokens, const std::vector<Slots>& keys,
-                      const std::vector<Slots>& values, float* out) const {
+void Rotation::at(int64_t position, float* cosine, float* sine) const {
+  for (size_t i = 0; i < frequencies.size(); ++i) {
+    const float angle = static_cast<float>(position) * frequencies[i];
+    cosine[i] = std::cos(angle) * factor;
+    sine[i] = std::sin(angle) * factor;
+  }
+}
+
+void Decoder::forward(const int64_t* ids, const int64_t* positions, int64_t rows, int64_t seq,
+                      const std::vector<Slots>& keys, const std::vector<Slots>& values,
+                      float* out) const {
+  static thread_local std::vector<float> caller_cosine, caller_sine;
+  const int64_t half = static_cast<int64_t>(rotation.frequencies.size());
+  grow(caller_cosine, rows * seq * half);
+  grow(caller_sine, rows * seq * half);
+  float *cosine = caller_cosine.data(), *sine = caller_sine.data();
+  const Tokens tokens{rows, seq, positions, cosine, sine};
   parallel_rows(tokens.count(), [&](int64_t first, int64_t last) {
-    for (int64_t token = first; token < last; ++token)
+    for (int64_t token = first; token < last; ++token) {
       embedding.read(ids[token], out + token * embedding.width);
+      rotation.at(positions[token], cosine + token * half, sine + token * half);
+    }
   });
   for (size_t layer = 0; layer < attention.size(); ++layer) {
     attention[layer]->forward(out, tokens, keys[layer], values[layer]);

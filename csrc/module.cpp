@@ -251,7 +251,8 @@ std::shared_ptr<GroupedAttention> make_grouped_attention(
 std::shared_ptr<Decoder> make_decoder(
     const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& embedding,
     const std::vector<std::shared_ptr<Attention>>& attention,
-    const std::vector<std::shared_ptr<FeedForwardBlock>>& feed_forward) {
+    const std::vector<std::shared_ptr<FeedForwardBlock>>& feed_forward, const Floats<1>& frequencies,
+    float rotation_factor) {
   require(!attention.empty() && attention.size() == feed_forward.size(),
           "every layer needs attention and a feed-forward part");
   const Attention& first = *attention.front();
@@ -260,49 +261,61 @@ std::shared_ptr<Decoder> make_decoder(
                 feed_forward[layer]->norm.width() == first.input_norm.width() &&
                 attention[layer]->rotated_width() == first.rotated_width(),
             "the layers do not fit together");
+  require(has_shape(frequencies, {first.rotated_width() / 2}), "the rotation does not fit the layers");
   const bool bf16 = embedding.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat);
   require((bf16 || embedding.dtype() == nb::dtype<float>()) &&
               static_cast<int64_t>(embedding.shape(1)) == first.input_norm.width(),
           "the embedding does not fit the layers");
   const Embedding rows{embedding.data(), bf16, static_cast<int64_t>(embedding.shape(0)),
                        static_cast<int64_t>(embedding.shape(1))};
-  return std::make_shared<Decoder>(Decoder{rows, {attention.begin(), attention.end()},
-                                           {feed_forward.begin(), feed_forward.end()}});
+  return std::make_shared<Decoder>(
+      Decoder{rows,
+              {{frequencies.data(), frequencies.data() + frequencies.size()}, rotation_factor},
+              {attention.begin(), attention.end()},
+              {feed_forward.begin(), feed_forward.end()}});
+}
+
+// Every layer's slots, which it keeps alive, so that a call need not hand over each of them.
+struct CacheSlots {
+  std::vector<CacheArray> key_arrays, value_arrays;
+  std::vector<Slots> keys, values;
+  int64_t rows, slots;  // that all layers have
+};
+
+void make_cache_slots(CacheSlots* self, std::vector<CacheArray> keys,
+                      std::vector<CacheArray> values) {
+  require(!keys.empty() && keys.size() == values.size(), "every layer needs keys and values");
+  const int64_t rows = keys.front().shape(0), slots = keys.front().shape(1);
+  CacheSlots made{std::move(keys), std::move(values), {}, {}, rows, slots};
+  for (const auto& [arrays, held] : {std::pair{&made.key_arrays, &made.keys},
+                                     std::pair{&made.value_arrays, &made.values}})
+    for (const CacheArray& array : *arrays) {
+      require(has_shape(array, {rows, slots}) && (array.stride(2) == 1 || array.shape(2) == 1),
+              "the layers' slots do not fit together");
+      held->push_back(slots_of(array));
+    }
+  new (self) CacheSlots(std::move(made));
 }
 
 void apply_decoder(const Decoder& decoder, const Ids<2>& ids, const Ids<2>& positions,
-                   const Floats<3>& cosine, const Floats<3>& sine,
-                   const std::vector<CacheArray>& keys, const std::vector<CacheArray>& values,
-                   const Output<3>& out) {
+                   const CacheSlots& cache, const Output<3>& out) {
   const int64_t rows = ids.shape(0), seq = ids.shape(1);
-  const int64_t half = decoder.attention.front()->rotated_width() / 2;
   require(has_shape(out, {rows, seq, decoder.embedding.width}) &&
-              has_shape(positions, {rows, seq}) && has_shape(cosine, {rows, seq, half}) &&
-              has_shape(sine, {rows, seq, half}) && rows * seq > 0 &&
-              keys.size() == decoder.attention.size() && values.size() == keys.size(),
-          "ids, positions, rotation, cache or out do not fit the network");
-  std::vector<Slots> key_slots, value_slots;
-  int64_t slots = keys.front().shape(1);
-  for (size_t layer = 0; layer < keys.size(); ++layer) {
-    const Attention& attention = *decoder.attention[layer];
-    const int64_t held = keys[layer].shape(1);
-    require(has_shape(keys[layer], {rows, held, attention.key_width()}) &&
-                has_shape(values[layer], {rows, held, attention.value_width()}) &&
-                keys[layer].stride(2) == 1 && values[layer].stride(2) == 1,
+              has_shape(positions, {rows, seq}) && rows * seq > 0 && cache.rows == rows &&
+              cache.keys.size() == decoder.attention.size(),
+          "ids, positions, cache or out do not fit the network");
+  for (size_t layer = 0; layer < cache.keys.size(); ++layer)
+    require(cache.keys[layer].width == decoder.attention[layer]->key_width() &&
+                cache.values[layer].width == decoder.attention[layer]->value_width(),
             "a layer's cache does not fit the network");
-    slots = std::min(slots, held);
-    key_slots.push_back(slots_of(keys[layer]));
-    value_slots.push_back(slots_of(values[layer]));
-  }
   for (int64_t token = 0; token < rows * seq; ++token) {
-    require(positions.data()[token] >= 0 && positions.data()[token] < slots,
+    require(positions.data()[token] >= 0 && positions.data()[token] < cache.slots,
             "a position is not in the cache");
     require(ids.data()[token] >= 0 && ids.data()[token] < decoder.embedding.rows,
             "an id is not in the vocabulary");
   }
   nb::gil_scoped_release unlocked;
-  decoder.forward(ids.data(), {rows, seq, positions.data(), cosine.data(), sine.data()},
-                  key_slots, value_slots, out.data());
+  decoder.forward(ids.data(), positions.data(), rows, seq, cache.keys, cache.values, out.data());
 }
 
 std::shared_ptr<Router> make_router(const Floats<2>& weight, const std::optional<Floats<1>>& bias,
@@ -326,9 +339,8 @@ void apply_router(const Router& router, const Floats<2>& x,
   require(has_shape(x, {tokens, router.hidden()}) && has_shape(topk_ids, {tokens, router.top_k}) &&
               has_shape(topk_weights, {tokens, router.top_k}),
           "x, topk_ids or topk_weights do not fit the router");
-  for (int64_t token = 0; token < tokens; ++token)
-    router.forward(x.data() + token * router.hidden(), topk_ids.data() + token * router.top_k,
-                   topk_weights.data() + token * router.top_k);
+  nb::gil_scoped_release unlocked;
+  router.forward(x.data(), tokens, topk_ids.data(), topk_weights.data());
 }
 
 std::shared_ptr<FeedForwardBlock> make_feed_forward_block(
@@ -463,9 +475,11 @@ NB_MODULE(_native, m) {
         "layer"_a);
   nb::class_<Decoder>(m, "Decoder")
       .def("__deepcopy__", &same)
-      .def("__call__", &apply_decoder, "ids"_a, "positions"_a, "cosine"_a, "sine"_a, "keys"_a,
-           "values"_a, "out"_a);
-  m.def("decoder", &make_decoder, "embedding"_a, "attention"_a, "feed_forward"_a);
+      .def("__call__", &apply_decoder, "ids"_a, "positions"_a, "cache"_a, "out"_a);
+  m.def("decoder", &make_decoder, "embedding"_a, "attention"_a, "feed_forward"_a, "frequencies"_a,
+        "rotation_factor"_a);
+  nb::class_<CacheSlots>(m, "CacheSlots")
+      .def("__init__", &make_cache_slots, "keys"_a, "values"_a);
   m.def("likeliest", &apply_likeliest, "logits"_a, "ids"_a, "values"_a);
   m.def("log_sums", &apply_log_sums, "logits"_a, "scale"_a, "out"_a);
 }

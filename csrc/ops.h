@@ -108,7 +108,7 @@ struct Projection {
 struct Tokens {
   int64_t rows, seq;
   const int64_t* positions;    // (rows, seq)
-  const float *cosine, *sine;  // (rows, seq, rope / 2)
+  const float *cosine, *sine;  // (rows, seq, rotated width / 2)
   int64_t count() const { return rows * seq; }
 };
 
@@ -178,9 +178,13 @@ struct Router {
   int64_t best_of_group;  // how many of its best scores rank a group
   bool sigmoid, normalise;
   float factor;
-  // One token: x (hidden,), topk_ids and topk_weights (top_k,).
-  void forward(const float* x, int64_t* topk_ids, float* topk_weights) const;
+  // x (tokens, hidden), topk_ids and topk_weights (tokens, top_k).
+  void forward(const float* x, int64_t tokens, int64_t* topk_ids, float* topk_weights) const;
   int64_t hidden() const { return static_cast<int64_t>(weight.size()) / experts; }
+
+ private:
+  // Turns one token's logits into scores and takes the best.
+  void choose(float* scores, int64_t* topk_ids, float* topk_weights) const;
 };
 
 // x (tokens, hidden) += feed-forward part of norm(x).
@@ -199,15 +203,23 @@ struct Embedding {
   void read(int64_t row, float* out) const;
 };
 
+// Angles of rotary positions (Su et al. 2021, eq. 15).
+struct Rotation {
+  std::vector<float> frequencies;  // (rotated width / 2,)
+  float factor;                    // of cosine and sine
+  void at(int64_t position, float* cosine, float* sine) const;
+};
+
 // Everything below the output head in one call.
 struct Decoder {
   Embedding embedding;
+  Rotation rotation;
   std::vector<std::shared_ptr<const Attention>> attention;
   std::vector<std::shared_ptr<const FeedForwardBlock>> feed_forward;
-  // ids (rows, seq) below embedding.rows; out (rows, seq, hidden) is what the last layer hands on.
-  // `keys` and `values` have one entry a layer.
-  void forward(const int64_t* ids, const Tokens& tokens, const std::vector<Slots>& keys,
-               const std::vector<Slots>& values, float* out) const;
+  // ids and positions (rows, seq), ids below embedding.rows; out (rows, seq, hidden) is what the last
+  // layer hands on. `keys` and `values` have one entry a layer.
+  void forward(const int64_t* ids, const int64_t* positions, int64_t rows, int64_t seq,
+               const std::vector<Slots>& keys, const std::vector<Slots>& values, float* out) const;
 };
 
 // For each row of logits (rows, vocab): its `count` greatest, in order, of equal ones the first,

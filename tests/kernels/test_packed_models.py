@@ -148,9 +148,10 @@ def test_all_layers_in_one_call_equal_their_parts(family: str) -> None:
     joined, apart = packed(network(family), "int8"), packed(network(family), "int8")
     apart.model.__class__ = Decoder  # the same modules, one after another
     ids = torch.randint(300, (3, 20), generator=torch.Generator().manual_seed(2))
-    torch.testing.assert_close(
-        token_by_token(joined, ids, 9), token_by_token(apart, ids, 9), rtol=1e-3, atol=1e-4
-    )
+    found, expected = token_by_token(joined, ids, 9), token_by_token(apart, ids, 9)
+    assert difference(found, expected) < 1e-6
+    # The last bit of a rotation may send a number to the other side of a rounding.
+    torch.testing.assert_close(found, expected, rtol=0, atol=0.2)
 
 
 @pytest.mark.parametrize("isa", cpu.instruction_sets())

@@ -1,7 +1,13 @@
 """What attention remembers of earlier tokens."""
 
+from collections.abc import Callable
+from typing import TypeVar, cast
+
 import torch
 from torch import Tensor
+
+Handle = TypeVar("Handle")
+"""What a kernel knows all layers' slots by."""
 
 GROWTH = 256
 """Slots are added in steps of this many."""
@@ -19,6 +25,7 @@ class Cache:
     def __init__(self) -> None:
         self.length = 0
         self._slots: dict[int, tuple[Tensor, Tensor]] = {}
+        self._handle: object = None  # of the slots as they are now
 
     def update(
         self, layer_idx: int, keys: Tensor, values: Tensor, positions: Tensor
@@ -31,21 +38,35 @@ class Cache:
         for slots, new in zip(grown, (keys, values), strict=True):
             slots[rows, positions] = new
         self._slots[layer_idx] = grown[0], grown[1]
+        self._handle = None
         return grown[0][:, : self.length], grown[1][:, : self.length]
 
     def reserve(
-        self, layer_idx: int, batch: int, shapes: tuple[tuple[int, ...], ...], length: int
-    ) -> tuple[Tensor, Tensor]:
-        """Make room for a kernel that stores float32 keys and values itself.
+        self,
+        layers: int,
+        batch: int,
+        shapes: tuple[tuple[int, ...], tuple[int, ...]],
+        length: int,
+        hand_over: Callable[[list[tuple[Tensor, Tensor]]], Handle],
+    ) -> Handle:
+        """Make room for a kernel that stores float32 keys and values of all layers itself.
 
-        Returns all slots of the layer, at least `length`: `(batch, slots, ...)` with what `shapes`
-        says of a slot's keys and values.
+        Args:
+            layers: of the network.
+            batch: rows.
+            shapes: of a slot's keys and of its values.
+            length: slots that are needed at least.
+            hand_over: turns every layer's keys and values, `(batch, slots, ...)`, into what the
+                kernel knows them by; called again only when they have moved.
         """
         self.length = max(self.length, length)
-        held = self._slots.get(layer_idx) or tuple(torch.zeros(batch, 0, *s) for s in shapes)
-        keys, values = (_grow(slots, self.length) for slots in held)
-        self._slots[layer_idx] = keys, values
-        return keys, values
+        if self._handle is None or self._slots[0][0].shape[1] < self.length:
+            empty = torch.zeros(batch, 0, *shapes[0]), torch.zeros(batch, 0, *shapes[1])
+            for layer_idx in range(layers):
+                keys, values = self._slots.get(layer_idx, empty)
+                self._slots[layer_idx] = _grow(keys, self.length), _grow(values, self.length)
+            self._handle = hand_over([self._slots[layer_idx] for layer_idx in range(layers)])
+        return cast(Handle, self._handle)
 
     def keep(self, rows: Tensor) -> None:
         """Forget all sequences but `rows`, `(kept,)` indices."""
@@ -53,6 +74,7 @@ class Cache:
             layer_idx: (keys[rows], values[rows])
             for layer_idx, (keys, values) in self._slots.items()
         }
+        self._handle = None
 
     @property
     def nbytes(self) -> int:

@@ -31,9 +31,6 @@ from moescope.model.routing import Greedy, GroupLimitedGreedy, NoAuxTopK, Router
 
 FORMATS = ("int8", "int4", "bf16")
 EMBEDDING = "model.embed_tokens.weight"
-HEAD_FORMAT = {"int8": "int8", "int4": "int8", "bf16": "bf16"}
-"""The output head's format by that of the rest."""
-
 BITS_PER_WEIGHT = {"int8": 8.0, "int4": 4.5, "bf16": 16.0}
 """int4 has a 16-bit scale for each 32 weights; the scales of int8, one a row, are not counted."""
 
@@ -69,10 +66,9 @@ class Packer:
             UserError: it does not fit; the sentence has the sizes.
         """
         parameters = count_parameters(config)
-        matrices = parameters.total - parameters.embedding - parameters.lm_head
+        matrices = parameters.total - parameters.embedding
         bits = BITS_PER_WEIGHT[self.weight_format]
         needed = matrices * bits / 8 + 2 * parameters.embedding
-        needed += parameters.lm_head * BITS_PER_WEIGHT[HEAD_FORMAT[self.weight_format]] / 8
         if needed > available:
             raise UserError(
                 f"the model takes {needed / 2**30:.1f} GiB in {self.weight_format}, but "
@@ -117,7 +113,6 @@ class Packer:
                 layer.mlp = NativeMLP(mlp, f"{at}.mlp", read, pack)
         tied = model.config.tie_word_embeddings
         head = embedding if tied else read("lm_head.weight")
-        pack = partial(self._source.weights, weight_format=HEAD_FORMAT[self.weight_format])
         model.lm_head = PackedLinear(head, None, pack)
         if tied:
             model.lm_head.weight = embedding
@@ -139,11 +134,12 @@ class Packer:
         dtype = model.model.norm.weight.dtype
         for name in self.wants(model):
             parent, _, child = name.rpartition(".")
-            in_head = name == "lm_head.weight"
-            kind = HEAD_FORMAT[self.weight_format] if in_head else self.weight_format
-            weight = rounded(read(name), kind).to(dtype)
+            weight = rounded(read(name), self.weight_format).to(dtype)
             weight = nn.Parameter(weight, requires_grad=False)
             setattr(model.get_submodule(parent), child, weight)
+        if model.config.tie_word_embeddings:  # the embedding stays as it is
+            head = rounded(model.model.embed_tokens.weight, self.weight_format).to(dtype)
+            model.lm_head.weight = nn.Parameter(head, requires_grad=False)
 
 
 def _packable(model: CausalLM) -> Iterator[tuple[str, nn.Module]]:
@@ -354,7 +350,9 @@ class NativeDecoder(Decoder):
         nn.Module.__init__(self)
         for name, child in decoder.named_children():
             setattr(self, name, child)
-        self.all_layers = cpu.decoder(self.embed_tokens.weight, attention, feed_forward)
+        angles = self.rotary_emb
+        rotation = angles.inv_freq, angles.attention_factor
+        self.all_layers = cpu.decoder(self.embed_tokens.weight, attention, feed_forward, rotation)
         self.slot_shapes = cast(NativeAttention, self.layers[0].self_attn).slot_shapes
 
     def forward(
@@ -371,15 +369,12 @@ class NativeDecoder(Decoder):
             return super().forward(input_ids, positions, cache, recorder)
         if positions is None:
             positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-        cos, sin = self.rotary_emb(positions, torch.float32)
-        rotation = cos.flatten(2), sin.flatten(2)  # (batch, seq, rope / 2)
         length = int(positions.max()) + 1
-        held = [
-            slots.reserve(layer_idx, len(input_ids), self.slot_shapes, length)
-            for layer_idx in range(len(self.layers))
-        ]
+        held = slots.reserve(
+            len(self.layers), len(input_ids), self.slot_shapes, length, cpu.cache_slots
+        )
         width = self.embed_tokens.embedding_dim
-        return cpu.run_decoder(self.all_layers, input_ids, width, positions, rotation, held)
+        return cpu.run_decoder(self.all_layers, input_ids, width, positions, held)
 
     def _keeps_its_routers(self) -> bool:
         """Whether no layer's copy was given another router, as steering does."""

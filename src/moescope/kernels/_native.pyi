@@ -54,17 +54,11 @@ class Router:
 
 class FeedForwardBlock: ...
 
+class CacheSlots:
+    def __init__(self, keys: list[Array], values: list[Array]) -> None: ...
+
 class Decoder:
-    def __call__(
-        self,
-        ids: Array,
-        positions: Array,
-        cosine: Array,
-        sine: Array,
-        keys: list[Array],
-        values: list[Array],
-        out: Array,
-    ) -> None: ...
+    def __call__(self, ids: Array, positions: Array, cache: CacheSlots, out: Array) -> None: ...
 
 def latent_attention(
     input_norm: Array,
@@ -100,7 +94,11 @@ def grouped_attention(
     interleave: bool,
 ) -> GroupedAttention: ...
 def decoder(
-    embedding: Array, attention: list[Attention], feed_forward: list[FeedForwardBlock]
+    embedding: Array,
+    attention: list[Attention],
+    feed_forward: list[FeedForwardBlock],
+    frequencies: Array,
+    rotation_factor: float,
 ) -> Decoder: ...
 def likeliest(logits: Array, ids: Array, values: Array) -> None: ...
 def log_sums(logits: Array, scale: float, out: Array) -> None: ...

@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from moescope.kernels._native import (
         AbsorbedAttention,
         Attention,
+        CacheSlots,
         Decoder,
         FeedForward,
         FeedForwardBlock,
@@ -42,6 +43,7 @@ else:
         from moescope.kernels._native import (
             AbsorbedAttention,
             Attention,
+            CacheSlots,
             Decoder,
             FeedForward,
             FeedForwardBlock,
@@ -420,22 +422,45 @@ def feed_forward_block(
 
 
 def decoder(
-    embedding: Tensor, attention: list[Attention], feed_forward: list[FeedForwardBlock]
+    embedding: Tensor,
+    attention: list[Attention],
+    feed_forward: list[FeedForwardBlock],
+    rotation: tuple[Tensor, float],
 ) -> Decoder:
     """Join an embedding and all layers into one call for `run_decoder`.
 
-    `embedding` `(vocab, hidden)`, float32 or bfloat16, is not copied: keep it as long.
+    Args:
+        embedding: `(vocab, hidden)`, float32 or bfloat16; it is not copied: keep it as long.
+        attention: of each layer.
+        feed_forward: of each layer.
+        rotation: frequencies `(rotated width / 2,)` of rotary positions, and the factor of
+            cosine and sine.
     """
-    return _native.decoder(to_dlpack(embedding.detach()), attention, feed_forward)
+    frequencies, factor = rotation
+    return _native.decoder(
+        to_dlpack(embedding.detach()),
+        attention,
+        feed_forward,
+        to_dlpack(frequencies.float().contiguous()),
+        factor,
+    )
+
+
+def cache_slots(slots: list[tuple[Tensor, Tensor]]) -> CacheSlots:
+    """Make the cache of all layers ready for `run_decoder`, whose calls write to the same tensors.
+
+    Args:
+        slots: for each layer keys and values, `(batch, slots, ...)`, float32; for latent attention
+            the latents and the rotated keys.
+    """
+    return _native.CacheSlots(
+        [to_dlpack(keys.flatten(2)) for keys, _ in slots],
+        [to_dlpack(values.flatten(2)) for _, values in slots],
+    )
 
 
 def run_decoder(
-    layers: Decoder,
-    input_ids: Tensor,
-    hidden: int,
-    positions: Tensor,
-    rotation: tuple[Tensor, Tensor],
-    slots: list[tuple[Tensor, Tensor]],
+    layers: Decoder, input_ids: Tensor, hidden: int, positions: Tensor, slots: CacheSlots
 ) -> Tensor:
     """Embed `input_ids` `(batch, seq)` and run all layers: `(batch, seq, hidden)` float32.
 
@@ -444,19 +469,11 @@ def run_decoder(
         input_ids: int64, below the rows of the embedding.
         hidden: width of the embedding.
         positions: `(batch, seq)` int64, each below the number of slots.
-        rotation: cosine and sine, each `(batch, seq, rotated width / 2)`.
-        slots: for each layer keys and values, `(batch, slots, ...)`, to which those of the new
-            tokens are written; for latent attention the latents and the rotated keys.
+        slots: to which the new tokens' keys and values are written.
     """
     out = torch.empty(*input_ids.shape, hidden)
     layers(
-        to_dlpack(input_ids.contiguous()),
-        to_dlpack(positions.contiguous()),
-        to_dlpack(rotation[0]),
-        to_dlpack(rotation[1]),
-        [to_dlpack(keys.flatten(2)) for keys, _ in slots],
-        [to_dlpack(values.flatten(2)) for _, values in slots],
-        to_dlpack(out),
+        to_dlpack(input_ids.contiguous()), to_dlpack(positions.contiguous()), slots, to_dlpack(out)
     )
     return out
 

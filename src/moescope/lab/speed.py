@@ -25,7 +25,7 @@ from torch import Tensor
 from moescope.catalog import Parameters, count_parameters
 from moescope.config import ModelConfig
 from moescope.engine.cache import Cache
-from moescope.engine.native import BITS_PER_WEIGHT, HEAD_FORMAT, Packer
+from moescope.engine.native import BITS_PER_WEIGHT, Packer
 from moescope.kernels import cpu
 from moescope.lab.widths import cached_numbers, cached_width, expanded_width
 from moescope.machine import (
@@ -393,8 +393,6 @@ def _mean_time(action: Callable[[], object]) -> float:
 
 def _weight_bytes(parameters: Parameters, count: int, weight_format: str) -> float:
     """Bytes of `count` weights, the head and the routers among them."""
-    head_format = HEAD_FORMAT.get(weight_format, weight_format)
     router_bytes = 2 if weight_format == "bf16" else 4
-    matrices = count - parameters.lm_head - parameters.router
-    head = parameters.lm_head * BITS[head_format] / 8
-    return matrices * BITS[weight_format] / 8 + head + parameters.router * router_bytes
+    matrices = count - parameters.router
+    return matrices * BITS[weight_format] / 8 + parameters.router * router_bytes
