@@ -112,25 +112,30 @@ def _weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
         return {name: tensor.shape for name, tensor in CausalLM(config).state_dict().items()}
 
 
-def rate(runner: Runner, prompts: Tensor, new_tokens: int) -> tuple[float, float, float]:
-    """Tokens per second of reading and of continuing, and weight bytes that a step read."""
+def reading(runner: Runner, prompts: Tensor) -> float:
+    """Tokens per second of taking in prompts."""
     start = time.perf_counter()
     runner.read(prompts)
-    read = time.perf_counter()
-    before = cpu.weight_bytes_read()
+    return prompts.numel() / (time.perf_counter() - start)
+
+
+def continuing(runner: Runner, rows: int, new_tokens: int) -> tuple[float, float]:
+    """Tokens per second of continuing all rows, and weight bytes that a step read."""
+    before, start = cpu.weight_bytes_read(), time.perf_counter()
     for _ in range(new_tokens):
         runner.step()
-    end = time.perf_counter()
-    bytes_read = (cpu.weight_bytes_read() - before) / new_tokens
-    return prompts.numel() / (read - start), len(prompts) * new_tokens / (end - read), bytes_read
+    seconds = time.perf_counter() - start
+    return rows * new_tokens / seconds, (cpu.weight_bytes_read() - before) / new_tokens
 
 
 def measure(runner: Runner, prompt: Tensor, prompts: Tensor, new_tokens: int) -> dict[str, float]:
     """Rates of one prompt, of its continuation, and of a batch's continuation."""
+    prefill = reading(runner, prompt)
     before = cpu.measure_read_bandwidth(0.15)
-    prefill, decode, bytes_read = rate(runner, prompt, new_tokens)
+    decode, bytes_read = continuing(runner, 1, new_tokens)
     after = cpu.measure_read_bandwidth(0.15)
-    _, batch_decode, _ = rate(runner, prompts, BATCH_NEW_TOKENS)
+    runner.read(prompts)
+    batch_decode, _ = continuing(runner, len(prompts), BATCH_NEW_TOKENS)
     return {
         "prefill": prefill,
         "decode": decode,
@@ -159,7 +164,8 @@ def run(
     for engine in engines:
         say(f"making {engine}")
         runners[engine] = build(engine, config, shape, folder)
-        rate(runners[engine], prompt, 2)
+        runners[engine].read(prompt)
+        continuing(runners[engine], 1, 2)
     limits = measure_limits()
     measured: list[dict[str, dict[str, float]]] = []
     for number in range(1, rounds + 1):

@@ -10,7 +10,7 @@ Handle = TypeVar("Handle")
 """What a kernel knows all layers' slots by."""
 
 GROWTH = 256
-"""Slots are added in steps of this many."""
+"""Slots are added in steps of this many, so that there is always one for the next token."""
 
 
 class Cache:
@@ -92,7 +92,8 @@ def _room(like: Tensor, slots: int) -> Tensor:
 
 
 def _grow(slots: Tensor, length: int) -> Tensor:
-    if slots.shape[1] >= length:
+    held = slots.shape[1]
+    if held >= length:
         return slots
-    capacity = -(-length // GROWTH) * GROWTH
-    return torch.cat([slots, _room(slots, capacity - slots.shape[1])], dim=1)
+    capacity = (max(length, held + held // 4) // GROWTH + 1) * GROWTH
+    return torch.cat([slots, _room(slots, capacity - held)], dim=1)
