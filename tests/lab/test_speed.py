@@ -9,7 +9,7 @@ from moescope.engine.cache import Cache
 from moescope.kernels import cpu
 from moescope.lab import speed as module
 from moescope.lab.speed import _Taken, _whole, predict, predict_format, random_model, sample_shape
-from moescope.model.moe import MoE
+from moescope.model.moe import GroupedExperts
 
 CACHE = 2**25
 SMALL = ModelConfig.from_dict(
@@ -117,12 +117,12 @@ def test_fewer_experts_get_as_many_rows(monkeypatch: pytest.MonkeyPatch) -> None
     sample = sample_shape(SMALL, "bf16", CACHE)
     assert sample.n_routed_experts == SMALL.num_experts_per_tok == 2
     rows: list[int] = []
-    forward = MoE.forward
+    forward = GroupedExperts.forward
 
-    def counting(mixture: MoE, states: torch.Tensor, *others) -> torch.Tensor:
-        rows.append(states.shape[1])
-        return forward(mixture, states, *others)
+    def counting(experts: GroupedExperts, states: torch.Tensor, *others) -> torch.Tensor:
+        rows.append(len(states))
+        return forward(experts, states, *others)
 
-    monkeypatch.setattr(MoE, "forward", counting)
+    monkeypatch.setattr(GroupedExperts, "forward", counting)
     predict_format(SMALL, "bf16", 32, 1e9, 1e9)
     assert set(rows) == {32, 1, 32 * 2 // 8}  # the prompt, single tokens, a quarter of the prompt

@@ -40,7 +40,7 @@ def test_expert_level_loss_is_equations_12_to_14(shape):
     expected = 0.0
     for i in range(experts):
         f = experts / (top_k * tokens) * sum(chosen(topk_ids, t, i) for t in range(tokens))
-        p = sum(float(scores[t, i]) for t in range(tokens)) / tokens
+        p = sum(float(scores[t, i] / scores[t].sum()) for t in range(tokens)) / tokens
         expected += f * p
     assert float(balancing.expert_level_loss(scores, topk_ids)) == pytest.approx(expected, rel=1e-5)
 
@@ -55,7 +55,7 @@ def test_device_level_loss_is_equations_15_to_17(shape):
         f, p = 0.0, 0.0
         for j in members:
             f += experts / (top_k * tokens) * sum(chosen(topk_ids, t, j) for t in range(tokens))
-            p += sum(float(scores[t, j]) for t in range(tokens)) / tokens
+            p += sum(float(scores[t, j] / scores[t].sum()) for t in range(tokens)) / tokens
         expected += f / len(members) * p
     loss = balancing.device_level_loss(scores, topk_ids, groups)
     assert float(loss) == pytest.approx(expected, rel=1e-5)
@@ -121,6 +121,17 @@ def test_expert_level_loss_is_least_when_the_load_is_even():
     loss_even = balancing.expert_level_loss(even, even.topk(1).indices)
     assert float(loss_even) == pytest.approx(1.0)
     assert float(balancing.expert_level_loss(skewed, skewed.topk(1).indices)) == pytest.approx(1.4)
+
+
+@given(SHAPES)
+def test_no_loss_falls_when_all_scores_shrink_together(shape):
+    scores, topk_ids, _ = draw(shape)
+    for loss in (
+        balancing.expert_level_loss,
+        lambda s, ids: balancing.device_level_loss(s, ids, shape[2]),
+        lambda s, ids: balancing.sequence_wise_loss(s, ids, shape[1]),
+    ):
+        assert float(loss(scores / 16, topk_ids)) == pytest.approx(float(loss(scores, topk_ids)))
 
 
 def test_unused_slots_count_for_no_expert():

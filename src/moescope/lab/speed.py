@@ -325,8 +325,8 @@ def _time_sample(
         if len(steps) >= WARM_STEPS + LEAST_STEPS and _enough(steps):
             break
     decode, prefill = _whole(config, shape, steps[WARM_STEPS:]), _whole(config, shape, prompts)
-    if mixture := _mixture_seconds(config, samples[0], ids[:, :prompt]):
-        of_sample, of_model = (_mixtures(config) * seconds for seconds in mixture)
+    if routed := _routed_seconds(config, samples[0], ids[:, :prompt]):
+        of_sample, of_model = (_mixtures(config) * seconds for seconds in routed)
         prefill = max(prefill - of_sample, 0.0) + of_model
     return decode, prefill
 
@@ -349,34 +349,31 @@ def _whole(config: ModelConfig, shape: ModelConfig, runs: list[list[_Taken]]) ->
     return seconds + (missing - unlike) * layer + unlike * (first.all - first.head)
 
 
-def _mixture_seconds(
+def _routed_seconds(
     config: ModelConfig, sample: _Sample, ids: Tensor
 ) -> tuple[float, float] | None:
-    """Seconds in which a mixture reads a prompt: the sample's, and the model's; None if alike.
+    """Seconds of a layer's routed experts for a prompt: the sample's, and the model's.
 
     With fewer experts each of them receives more rows, and products with more rows are faster. So
-    the routed experts of the sample are timed on fewer rows, and again on all.
+    they are timed on all rows, as in the sample, and on as few as give an expert what it receives
+    in the model. None if both have the same experts.
     """
     ours, theirs = sample.shape.n_routed_experts, config.n_routed_experts
     if ours is None or theirs is None or ours == theirs:
         return None
     mixture = sample.model.model.layers[-1].mlp
     assert isinstance(mixture, MoE)
-    states = torch.randn(1, ids.shape[1], config.hidden_size)
+    tokens = ids.shape[1]
+    rows = max(1, round(tokens * ours / theirs))
+    states = torch.randn(tokens, config.hidden_size)
     states = states.to(sample.model.model.norm.weight.dtype)
-    rows = max(1, round(ids.shape[1] * ours / theirs))
+    routing = mixture.gate(states, ids.flatten())
 
-    def both(count: int) -> tuple[float, float]:
-        some, few = states[:, :count], ids[:, :count]
-        shared = mixture.shared_experts
-        return (
-            _mean_time(lambda: mixture(some, few)),
-            _mean_time(lambda: shared(some)) if shared is not None else 0.0,
-        )
+    def seconds(count: int) -> float:
+        topk_ids, topk_weights = routing.topk_ids[:count], routing.topk_weights[:count]
+        return _mean_time(lambda: mixture.experts(states[:count], topk_ids, topk_weights))
 
-    (all_rows, shared_all), (few_rows, shared_few) = both(ids.shape[1]), both(rows)
-    routed = max(few_rows - shared_few, 0.0) * ids.shape[1] / rows
-    return all_rows, shared_all + routed
+    return seconds(tokens), seconds(rows) * tokens / rows
 
 
 def _mean_time(action: Callable[[], object]) -> float:

@@ -2,6 +2,10 @@
 
 Scores are `(tokens, experts)`, choices `(tokens, slots)` with negative ids for unused slots, as
 in `routing.Routing`. Losses are scalars without their weight; they are zero-dimensional float32.
+
+Where a loss speaks of an expert's share `P_i`, each token's scores are first made to sum to one, as
+softmax scores do anyhow. Else sigmoid scores could please it by all shrinking together, which
+evens out nothing.
 """
 
 import math
@@ -21,9 +25,9 @@ def expert_level_loss(scores: Tensor, topk_ids: Tensor) -> Tensor:
     """`sum_i f_i P_i` over all tokens (DeepSeekMoE, eq. 12-14); one when the load is even.
 
     `f_i` is expert i's share of the choices times the number of experts; it carries no gradient.
-    `P_i` is its mean score.
+    `P_i` is its mean share of a token's scores.
     """
-    return (_relative_load(scores, topk_ids) * scores.mean(dim=0)).sum()
+    return (_relative_load(scores, topk_ids) * _shares(scores).mean(dim=0)).sum()
 
 
 def device_level_loss(scores: Tensor, topk_ids: Tensor, groups: int) -> Tensor:
@@ -32,18 +36,17 @@ def device_level_loss(scores: Tensor, topk_ids: Tensor, groups: int) -> Tensor:
     `f'_d` is the mean of the group's `f_i`, `P'_d` the sum of its `P_i`.
     """
     load = _relative_load(scores, topk_ids).unflatten(0, (groups, -1)).mean(dim=1)
-    share = scores.mean(dim=0).unflatten(0, (groups, -1)).sum(dim=1)
+    share = _shares(scores).mean(dim=0).unflatten(0, (groups, -1)).sum(dim=1)
     return (load * share).sum()
 
 
 def sequence_wise_loss(scores: Tensor, topk_ids: Tensor, seq: int) -> Tensor:
     """`sum_i f_i P_i` inside each sequence of `seq` tokens, averaged (DeepSeek-V3, eq. 17-20).
 
-    Scores are first normalised to sum to one for each token; `f_i` counts actual choices.
+    `f_i` counts actual choices.
     """
     experts = scores.shape[1]
-    share = scores / (scores.sum(dim=1, keepdim=True) + 1e-20)
-    mean_share = share.unflatten(0, (-1, seq)).mean(dim=1)  # (sequences, experts)
+    mean_share = _shares(scores).unflatten(0, (-1, seq)).mean(dim=1)  # (sequences, experts)
     counts = chosen_experts(topk_ids, experts).unflatten(0, (-1, seq)).sum(dim=1)
     load = counts / counts.sum(dim=1, keepdim=True).clamp(min=1) * experts
     return (load * mean_share).sum(dim=1).mean()
@@ -118,6 +121,11 @@ def load_entropy(counts: Tensor) -> Tensor:
 def dead_share(counts: Tensor) -> Tensor:
     """Share of the experts that received no token."""
     return (counts == 0).float().mean(dim=-1)
+
+
+def _shares(scores: Tensor) -> Tensor:
+    """Each token's scores over their sum."""
+    return scores / (scores.sum(dim=1, keepdim=True) + 1e-20)
 
 
 def _relative_load(scores: Tensor, topk_ids: Tensor) -> Tensor:
