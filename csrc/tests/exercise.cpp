@@ -18,7 +18,7 @@ namespace {
 
 using namespace moescope;
 
-constexpr int64_t kExperts = 5, kHidden = 96, kWidth = 40, kTokens = 23, kSlots = 2, kVocab = 700;
+constexpr int64_t kExperts = 19, kHidden = 96, kWidth = 40, kTokens = 23, kSlots = 2, kVocab = 700;
 constexpr int64_t kLikeliest = 9;
 constexpr int kCallers = 4, kRounds = 25;
 
@@ -47,6 +47,7 @@ std::shared_ptr<Weights> packed(Format format, int64_t matrices, int64_t outputs
 struct Model {
   std::shared_ptr<Weights> gate, up, down;
   FeedForward mixture;
+  Router router;
   std::vector<float> x = chance(kTokens * kHidden, 4), topk_weights = chance(kTokens * kSlots, 5);
   std::vector<float> logits = chance(kTokens * kVocab, 6);
   std::vector<int64_t> topk_ids;
@@ -55,7 +56,8 @@ struct Model {
       : gate(packed(format, kExperts, kWidth, kHidden, 1)),
         up(packed(format, kExperts, kWidth, kHidden, 2)),
         down(packed(format, kExperts, kHidden, kWidth, 3)),
-        mixture({gate, up, down}, {}) {
+        mixture({gate, up, down}, {}),
+        router{chance(kExperts * kHidden, 7), {}, kExperts, kSlots, 1, 1, 1, false, false, 1.0f} {
     for (int64_t slot = 0; slot < kTokens * kSlots; ++slot)
       topk_ids.push_back(slot % 7 == 6 ? -1 : slot % kExperts);
   }
@@ -126,15 +128,18 @@ void check_against_plain_loops(const Model& model) {
 }
 
 struct Answers {
-  std::vector<float> linear, mixture, likeliest;
-  std::vector<int64_t> ids;
+  std::vector<float> linear, mixture, likeliest, topk_weights;
+  std::vector<int64_t> ids, topk_ids;
   uint64_t sum;
 
   explicit Answers(const Model& model)
       : linear(linear_of(model)),
         mixture(mixture_of(model)),
         likeliest(kTokens * kLikeliest),
-        ids(kTokens * kLikeliest) {
+        topk_weights(kTokens * kSlots),
+        ids(kTokens * kLikeliest),
+        topk_ids(kTokens * kSlots) {
+    model.router.forward(model.x.data(), kTokens, topk_ids.data(), topk_weights.data());
     moescope::likeliest(model.logits.data(), kTokens, kVocab, kLikeliest, ids.data(),
                         likeliest.data());
     const Buffer& stored = model.gate->stored();
@@ -143,7 +148,8 @@ struct Answers {
 
   bool operator==(const Answers& other) const {
     return linear == other.linear && mixture == other.mixture && likeliest == other.likeliest &&
-           ids == other.ids && sum == other.sum;
+           topk_weights == other.topk_weights && ids == other.ids && topk_ids == other.topk_ids &&
+           sum == other.sum;
   }
 };
 
