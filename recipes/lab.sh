@@ -19,7 +19,7 @@ fi
 for study in routers balance shared granularity; do
     mkdir -p "$runs/$study"
     ln -sfn ../shards "$runs/$study/shards" # the same token files serve all four
-    moescope study "$study" --data "$corpus" --tokenizer "$runs/tokenizer" --seeds 2 \
+    moescope study "$study" --data "$corpus" --tokenizer "$runs/tokenizer" --seeds 3 \
         --out "$runs/$study"
     cp "$runs/$study/study.json" "$lab/study-$study.json"
 done
@@ -27,8 +27,11 @@ done
     moescope specialize tiny "$corpus" --save "$lab/specialization.json"
 [ -e "$lab/comparison.json" ] ||
     moescope compare tiny tiny-dense --text "$corpus" --save "$lab/comparison.json"
+[ -e "$lab/twins.json" ] ||
+    moescope compare moe dense --data "$corpus" \
+        --tokenizer "$runs/tokenizer" --out "$runs/twins" --save "$lab/twins.json"
 [ -e "$lab/ablation.json" ] ||
-    moescope ablate tiny "$corpus" --bytes 2500 --save "$lab/ablation.json"
+    moescope ablate tiny "$corpus" --bytes 10000 --save "$lab/ablation.json"
 for language in en zh; do
     moescope report "$lab"/*.json --language "$language" --out "runs/report-$language"
 done
