@@ -31,7 +31,7 @@ done
     moescope compare moe dense --data "$corpus" \
         --tokenizer "$runs/tokenizer" --out "$runs/twins" --save "$lab/twins.json"
 [ -e "$lab/ablation.json" ] ||
-    moescope ablate tiny "$corpus" --bytes 10000 --save "$lab/ablation.json"
+    moescope ablate tiny "$corpus" --bytes 2500 --save "$lab/ablation.json"
 for language in en zh; do
     moescope report "$lab"/*.json --language "$language" --out "runs/report-$language"
 done
