@@ -422,11 +422,16 @@ def test_the_bias_moves_against_the_load_of_the_step(trainer) -> None:
     assert row["max_violation"]["1"] == pytest.approx(max(chosen) / mean - 1)
 
 
+def shares(scores: Tensor) -> Tensor:
+    """Scores that sum to one for each token, as the formulas' softmax scores do."""
+    return scores.detach().double() / scores.detach().double().sum(dim=1, keepdim=True)
+
+
 def expert_aux(scores: Tensor, topk_ids: Tensor) -> float:
     """DeepSeekMoE, eq. 12-14, over all tokens as one sequence."""
     tokens, experts = scores.shape
     counts = [topk_ids.flatten().tolist().count(i) for i in range(experts)]
-    columns = scores.detach().double().T.tolist()
+    columns = shares(scores).T.tolist()
     k = topk_ids.shape[1]
     return sum(
         experts / (k * tokens) * count * sum(column) / tokens
@@ -436,8 +441,7 @@ def expert_aux(scores: Tensor, topk_ids: Tensor) -> float:
 
 def sequence_aux(scores: Tensor, topk_ids: Tensor) -> float:
     """DeepSeek-V3, eq. 17-20: scores normalised for each token, one term a sequence."""
-    normed = scores.detach().double() / scores.detach().double().sum(dim=1, keepdim=True)
-    sequences = zip(normed.split(24), topk_ids.split(24), strict=True)
+    sequences = zip(scores.split(24), topk_ids.split(24), strict=True)
     terms = [expert_aux(part, ids) for part, ids in sequences]
     return sum(terms) / len(terms)
 
@@ -449,7 +453,7 @@ def device_aux(scores: Tensor, topk_ids: Tensor) -> float:
     for device in ([0, 1], [2, 3]):
         counts = [topk_ids.flatten().tolist().count(i) for i in device]
         load = sum(experts / (k * tokens) * count for count in counts) / len(device)
-        loss += load * sum(float(scores[:, i].detach().double().sum()) / tokens for i in device)
+        loss += load * sum(float(shares(scores)[:, i].sum()) / tokens for i in device)
     return loss
 
 
