@@ -80,7 +80,7 @@ MOESCOPE_INLINE inline const uint8_t* ahead_of(const Tile& tile, const uint8_t* 
   return beyond < 0 ? weights + kPrefetch : tile.next + beyond;
 }
 
-// What is read once for a token must not push out of the caches what is read for every one.
+// All that is fetched so is read about once a token: it must not push the rest out of the caches.
 MOESCOPE_INLINE inline void prefetch(const void* from) {
   _mm_prefetch(static_cast<const char*>(from), _MM_HINT_NTA);
 }

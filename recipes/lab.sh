@@ -1,7 +1,7 @@
 #!/bin/sh
 # How docs/lab was made: every study, then the model in the box and its twin, then the report.
 # Run it in the repository's root, on text made by recipes/tiny: sh recipes/lab.sh CORPUS
-# A stage that was stopped goes on where it was; about 75 minutes on one core.
+# A stage that was stopped goes on where it was; over an hour on two cores.
 set -eu
 corpus=${1:-data/tiny-corpus}
 runs=runs/studies

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moescope.engine.cache import Cache
+from moescope.engine.cache import GROWTH, Cache
 
 
 @given(st.integers(1, 4), st.lists(st.integers(1, 300), min_size=1, max_size=4), st.integers(0, 99))
@@ -38,3 +38,26 @@ def test_kept_rows_are_the_ones_named() -> None:
     new = torch.zeros(2, 1, 4)
     held, _ = cache.update(0, new, new, torch.tensor([[2], [2]]))
     assert torch.equal(held[:, :2], states[[2, 0]])
+
+
+def test_a_kernel_is_handed_slots_again_only_when_they_have_moved() -> None:
+    cache, handed = Cache(), []
+
+    def reserve(batch: int, length: int) -> int:
+        return cache.reserve(2, batch, ((3,), (1, 2)), length, hand_over)
+
+    def hand_over(slots: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
+        handed.append(slots)
+        return len(handed)
+
+    assert [reserve(2, 1), reserve(2, 5), reserve(2, GROWTH)] == [1, 1, 1]
+    assert [tuple(t.shape) for t in handed[0][1]] == [(2, GROWTH, 3), (2, GROWTH, 1, 2)]
+    handed[0][1][0][:, 4] = 7.0
+    grown = handed[0][0][0].shape[1] + 1
+    assert reserve(2, grown) == 2
+    assert handed[1][1][0].shape[1] > grown and (handed[1][1][0][:, 4] == 7.0).all()
+    cache.keep(torch.tensor([1]))
+    assert reserve(1, grown) == 3 and len(handed[2][0][0]) == 1
+    states = torch.zeros(1, 1, 3), torch.zeros(1, 1, 1, 2)
+    cache.update(0, *states, torch.tensor([[grown]]))
+    assert reserve(1, grown) == 4

@@ -42,7 +42,7 @@ class Packer:
     """Turns a network's matrices into `int8`, `int4` or `bf16`, one module at a time.
 
     Args:
-        weight_format: `int8` or `int4`.
+        weight_format: `int8`, `int4` or `bf16`.
         source: where packed weights come from; None packs them.
 
     Attributes:
