@@ -16,6 +16,7 @@ from moescope.lab.compare import Entrant, compare
 from moescope.lab.plan import Plan, plan
 from moescope.lab.report import write_report
 from moescope.lab.study import Row, Study, summarise
+from moescope.lab.units import plain
 from moescope.lab.words import WORDS
 from moescope.scope.ablation import Ablation, ablate
 from moescope.scope.specialization import Specialization, specialize
@@ -177,7 +178,8 @@ def test_numbers_are_those_of_the_data(page: Path, files: list[Path]) -> None:
     planned = Plan.from_file(named["plan.json"])
     assert planned.speed is not None
     for speed in planned.speed.speeds:
-        assert f"<td>{speed.decode:,.4g}</td>" in text
+        shown = f"{speed.decode:,.0f}" if speed.decode >= 1000 else f"{speed.decode:.4g}"
+        assert f"<td>{shown}</td>" in text
     assert f"english {stats.spearmanr(load, costs).statistic:.2f}" in text
 
 
@@ -198,3 +200,10 @@ def test_mistakes_are_sentences(files: list[Path], tmp_path: Path) -> None:
     twin.write_bytes(files[0].read_bytes())
     with pytest.raises(UserError, match=r"two files are called ablation\.json"):
         write_report([files[0], twin], tmp_path / "out", "en")
+
+
+def test_large_numbers_are_written_out() -> None:
+    assert [plain(value, 4) for value in (12_990.4, 2_633.2, 135.26, 0.39852)] == [
+        *("12,990", "2,633", "135.3", "0.3985")
+    ]
+    assert [plain(value, 2) for value in (6_300.0, 84.0, 0.0844)] == ["6,300", "84", "0.084"]

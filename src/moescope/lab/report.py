@@ -20,7 +20,7 @@ from moescope.lab import charts
 from moescope.lab.compare import Comparison, Spread
 from moescope.lab.plan import Plan
 from moescope.lab.study import Study
-from moescope.lab.units import of_bytes, of_parameters
+from moescope.lab.units import of_bytes, of_parameters, plain
 from moescope.lab.words import WORDS, Language, Words
 from moescope.scope.ablation import Ablation
 from moescope.scope.information import Floats
@@ -206,7 +206,7 @@ def _plan(file: str, found: Plan, words: Words) -> Section:
         section.paragraphs.append(words.speed_text.format(prompt=speed.prompt, **told))
         section.figures[words.roofline] = charts.roofline(speed, words)
         rates = [
-            [one.format, *(f"{getattr(one, name):,.4g}" for name in words.speed_head)]
+            [one.format, *(plain(getattr(one, name), 4) for name in words.speed_head)]
             for one in speed.speeds
         ]
         head = [words.plan_costs["format"], *words.speed_head.values()]
@@ -406,7 +406,7 @@ def _comparison(file: str, found: Comparison, words: Words) -> Section:
         [
             title,
             *(
-                f"{getattr(result, name):,.4g}"
+                plain(getattr(result, name), 4)
                 if name == "bytes_per_token"
                 else f"{getattr(result, name):,}"
                 for result in found.results
@@ -471,7 +471,7 @@ def _study(file: str, found: Study, words: Words) -> Section:
         [
             summary.case,
             *(
-                f"{summary.measures[m].value:.4g} ± {_half(summary.measures[m]):.2g}"
+                f"{plain(summary.measures[m].value, 4)} ± {plain(_half(summary.measures[m]), 2)}"
                 for m in measures
             ),
         ]
