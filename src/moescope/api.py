@@ -11,7 +11,8 @@ from torch import Tensor
 from moescope.catalog import BOX, count_parameters
 from moescope.checkpoint import load_model, open_checkpoint, save_weights
 from moescope.config import ModelConfig
-from moescope.engine.engine import Engine, Generation, Token
+from moescope.engine.batch import Token
+from moescope.engine.engine import Engine, Generation
 from moescope.engine.native import PackedLinear, Packer
 from moescope.engine.pack_cache import load_packed
 from moescope.engine.sampling import SamplingParams

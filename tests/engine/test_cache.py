@@ -34,7 +34,7 @@ def test_kept_rows_are_the_ones_named() -> None:
     cache = Cache()
     states = torch.randn(3, 2, 4)
     cache.update(0, states, states, torch.arange(2).expand(3, -1))
-    cache.keep(torch.tensor([2, 0]))
+    cache.keep(torch.tensor([2, 0]), 2)
     new = torch.zeros(2, 1, 4)
     held, _ = cache.update(0, new, new, torch.tensor([[2], [2]]))
     assert torch.equal(held[:, :2], states[[2, 0]])
@@ -56,7 +56,7 @@ def test_a_kernel_is_handed_slots_again_only_when_they_have_moved() -> None:
     grown = handed[0][0][0].shape[1] + 1
     assert reserve(2, grown) == 2
     assert handed[1][1][0].shape[1] > grown and (handed[1][1][0][:, 4] == 7.0).all()
-    cache.keep(torch.tensor([1]))
+    cache.keep(torch.tensor([1]), grown)
     assert reserve(1, grown) == 3 and len(handed[2][0][0]) == 1
     states = torch.zeros(1, 1, 3), torch.zeros(1, 1, 1, 2)
     cache.update(0, *states, torch.tensor([[grown]]))

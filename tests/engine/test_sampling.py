@@ -104,7 +104,7 @@ def test_a_shortlist_chooses_as_all_logits_do(
 ) -> None:
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     logits = drawn_logits(vocab, seed)
-    shortlist = Shortlist.of(torch.stack([logits - 1, logits]), temperature)
+    shortlist = Shortlist.of(torch.stack([logits - 1, logits]), [0.0, temperature])
     found = shortlist.choose(1, params, drawn)
     expected = choose(logits, torch.tensor([0]), params, drawn)
     if found is None:
@@ -127,10 +127,10 @@ def test_a_shortlist_is_enough_for_the_usual_settings() -> None:
         SamplingParams(temperature=0.7, top_p=0.9),
         SamplingParams(temperature=1.0, top_k=40, min_p=0.05),
     ):
-        shortlist = Shortlist.of(logits[None], params.temperature)
+        shortlist = Shortlist.of(logits[None], [params.temperature])
         assert shortlist.choose(0, params, 0.5) is not None
     tired = SamplingParams(temperature=1.0, repetition_penalty=1.2)
-    assert Shortlist.of(logits[None], 1.0).choose(0, tired, 0.5) is None
+    assert Shortlist.of(logits[None], [1.0]).choose(0, tired, 0.5) is None
 
 
 @pytest.mark.parametrize(

@@ -68,13 +68,40 @@ class Cache:
             self._handle = hand_over([self._slots[layer_idx] for layer_idx in range(layers)])
         return cast(Handle, self._handle)
 
-    def keep(self, rows: Tensor) -> None:
-        """Forget all sequences but `rows`, `(kept,)` indices."""
+    def keep(self, rows: Tensor, length: int) -> None:
+        """Forget all sequences but `rows`, `(kept,)` indices, none longer than `length`."""
         self._slots = {
             layer_idx: (keys[rows], values[rows])
             for layer_idx, (keys, values) in self._slots.items()
         }
+        self.length = min(self.length, length)
         self._handle = None
+
+    def join(self, other: "Cache") -> None:
+        """Add the sequences of another cache, of the same layers, behind these."""
+        for layer_idx, added in other._slots.items():
+            held = self._slots.get(layer_idx) or (added[0][:0], added[1][:0])
+            slots = max(held[0].shape[1], added[0].shape[1])
+            keys, values = (
+                torch.cat([_widened(mine, slots), _widened(its, slots)])
+                for mine, its in zip(held, added, strict=True)
+            )
+            self._slots[layer_idx] = keys, values
+        self.length = max(self.length, other.length)
+        self._handle = None
+
+    def copy(self, row: int, length: int) -> "Cache":
+        """Return the first `length` slots of one sequence as a cache of its own."""
+        cache = Cache()
+        cache.length = length
+        cache._slots = {
+            layer_idx: (
+                keys[row : row + 1, :length].clone(),
+                values[row : row + 1, :length].clone(),
+            )
+            for layer_idx, (keys, values) in self._slots.items()
+        }
+        return cache
 
     @property
     def nbytes(self) -> int:
@@ -95,5 +122,8 @@ def _grow(slots: Tensor, length: int) -> Tensor:
     held = slots.shape[1]
     if held >= length:
         return slots
-    capacity = (max(length, held + held // 4) // GROWTH + 1) * GROWTH
-    return torch.cat([slots, _room(slots, capacity - held)], dim=1)
+    return _widened(slots, (max(length, held + held // 4) // GROWTH + 1) * GROWTH)
+
+
+def _widened(slots: Tensor, capacity: int) -> Tensor:
+    return torch.cat([slots, _room(slots, capacity - slots.shape[1])], dim=1)

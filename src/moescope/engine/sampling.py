@@ -9,6 +9,23 @@ from torch import Tensor
 from moescope.errors import UserError
 from moescope.kernels import cpu
 
+MOST_TOP_LOGPROBS = 20
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A token that was chosen.
+
+    Attributes:
+        id: in the vocabulary.
+        logprob: natural logarithm of its probability, before temperature and filters.
+        top_logprobs: ids and logprobs of the likeliest tokens, as many as were asked for.
+    """
+
+    id: int
+    logprob: float
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
 
 @dataclass(frozen=True)
 class SamplingParams:
@@ -24,6 +41,7 @@ class SamplingParams:
         seed: of the draws; the same seed makes the same text. None takes another each time.
         stop: texts that end the continuation and are left out of it.
         stop_token_ids: ids that end it, besides the model's own end token.
+        top_logprobs: how many of the likeliest tokens are told with each token.
     """
 
     max_tokens: int = 64
@@ -35,6 +53,7 @@ class SamplingParams:
     seed: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
+    top_logprobs: int = 0
 
     def __post_init__(self) -> None:
         """Refuse values without meaning.
@@ -52,6 +71,7 @@ class SamplingParams:
             "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
             "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
             "stop": ("" not in self.stop, "texts that are not empty"),
+            "top_logprobs": (0 <= self.top_logprobs <= MOST_TOP_LOGPROBS, "from 0 to 20"),
         }
         for field, (fine, allowed) in checks.items():
             if not fine:
@@ -146,7 +166,7 @@ class Shortlist:
         ids: `(rows, count)` int64.
         logits: `(rows, count)` float32, those of `ids`.
         log_sums: `(rows,)`, logarithm of the sum of all tokens' exponentials.
-        tempered: likewise, of the logits over the temperature.
+        tempered: likewise, of the logits over each row's temperature.
         vocab: tokens that there are.
     """
 
@@ -157,18 +177,17 @@ class Shortlist:
     vocab: int
 
     @classmethod
-    def of(cls, logits: Tensor, temperature: float) -> "Shortlist":
-        """Take the shortlist of `(rows, vocab)` logits."""
+    def of(cls, logits: Tensor, temperatures: Sequence[float]) -> "Shortlist":
+        """Take the shortlist of `(rows, vocab)` logits, each row of its own temperature."""
         count = min(SHORTLIST, logits.shape[-1])
-        scale = 1 / temperature if temperature else 1.0
-        if cpu.available() and logits.device.type == "cpu":
-            ids, values = cpu.likeliest(logits, count)
-            log_sums = cpu.log_sums(logits)
-            tempered = log_sums if scale == 1 else cpu.log_sums(logits, scale)
-        else:
-            values, ids = logits.topk(count)
-            log_sums, tempered = logits.logsumexp(-1), (logits * scale).logsumexp(-1)
-            ids, values, log_sums, tempered = (t.cpu() for t in (ids, values, log_sums, tempered))
+        native = cpu.available() and logits.device.type == "cpu"
+        log_sums_of = cpu.log_sums if native else _log_sums
+        ids, values = cpu.likeliest(logits, count) if native else _likeliest(logits, count)
+        log_sums = log_sums_of(logits)
+        tempered = log_sums.clone()
+        for temperature in {*temperatures} - {0.0, 1.0}:
+            rows = [row for row, other in enumerate(temperatures) if other == temperature]
+            tempered[rows] = log_sums_of(logits[rows], 1 / temperature)
         return cls(ids, values, log_sums, tempered, logits.shape[-1])
 
     def choose(self, row: int, params: SamplingParams, drawn: float) -> int | None:
@@ -204,3 +223,20 @@ class Shortlist:
     def logprob(self, row: int, logit: float) -> float:
         """Logarithm of the probability of a token of this logit, at temperature one."""
         return logit - float(self.log_sums[row])
+
+    def top_logprobs(self, row: int, count: int) -> tuple[tuple[int, float], ...]:
+        """Ids and logprobs of a row's likeliest tokens, at temperature one."""
+        ids, logits = self.ids[row, :count].tolist(), self.logits[row, :count].tolist()
+        return tuple(
+            (token_id, self.logprob(row, logit))
+            for token_id, logit in zip(ids, logits, strict=True)
+        )
+
+
+def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    values, ids = logits.topk(count)
+    return ids.cpu(), values.cpu()
+
+
+def _log_sums(logits: Tensor, scale: float = 1.0) -> Tensor:
+    return (logits * scale).logsumexp(-1).cpu()

@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moescope.engine.engine import Engine, FinishReason
+from moescope.engine.batch import FinishReason
+from moescope.engine.engine import Engine
 from moescope.engine.sampling import SamplingParams
 from moescope.model.decoder import CausalLM
 from moescope.scope.recording import (

@@ -1,0 +1,259 @@
+"""Many requests, one model: they join the batch and leave it between two tokens.
+
+Each turn reads a piece of the prompts that wait, then makes one token for every text that runs, so
+that a long prompt delays the others by one piece and not by all of it (Agrawal et al. 2023,
+"Sarathi", section 4). A prompt that begins as an earlier text did, as each turn of a conversation
+does, is read from where they part.
+"""
+
+import logging
+from collections import deque
+from collections.abc import Callable, Sequence
+from threading import Condition, Thread
+
+import torch
+
+from moescope.engine.batch import Batch, Row, Token
+from moescope.engine.cache import Cache
+from moescope.engine.engine import Engine
+from moescope.engine.sampling import SamplingParams
+from moescope.errors import UserError
+
+PIECE = 512
+"""Tokens of prompts that are read in one turn: enough for experts to get matrices, not vectors."""
+MOST_WAITING = 256
+KEPT = 8
+"""Ended texts whose cache is kept for a prompt that begins like them."""
+SHORTEST_REUSE = 16
+"""Tokens below which copying a cache is not worth it."""
+
+Receive = Callable[[Token | Exception], None]
+
+log = logging.getLogger(__name__)
+
+
+class Busy(UserError):
+    """More requests wait than will be answered in any reasonable time."""
+
+
+class Request:
+    """One text on its way; `reused` counts the tokens of its prompt that had been read before."""
+
+    def __init__(self, row: Row, receive: Receive) -> None:
+        self.row, self.receive = row, receive
+        self.reused = 0
+        self.cancelled = False
+        self.cache: Cache | None = None  # while its prompt is read
+
+    @property
+    def unread(self) -> int:
+        """Tokens that must be read before it can join: all but the last, at least one."""
+        return max(1, len(self.row.ids) - 1) - (self.cache.length if self.cache else 0)
+
+
+class Scheduler:
+    """Continues prompts with one engine, in a thread of its own, until it is closed.
+
+    Args:
+        engine: what computes; nobody else may use it meanwhile.
+        max_batch: texts that run at a time.
+        cache_bytes: that the running texts' caches may take together; as much again may be kept of
+            ended ones.
+    """
+
+    def __init__(self, engine: Engine, max_batch: int, cache_bytes: int) -> None:
+        self.engine = engine
+        self._max_batch, self._cache_bytes = max_batch, cache_bytes
+        self._batch = Batch(engine)
+        self._waiting: deque[Request] = deque()
+        self._running: list[Request] = []  # in the order of the batch's rows
+        self._kept: deque[tuple[list[int], Cache]] = deque(maxlen=KEPT)
+        self._news = Condition()
+        self._closing = False
+        self._thread = Thread(target=self._run, name="model", daemon=True)
+        self._thread.start()
+
+    # --- for any thread -------------------------------------------------------------------------
+
+    def submit(
+        self, prompt_ids: Sequence[int], params: SamplingParams, receive: Receive, number: int = 0
+    ) -> Request:
+        """Queue a prompt; `receive` is called with each token, or with what went wrong.
+
+        It is called in the scheduler's thread and must not block. `number` is the tokens' `row`.
+
+        Raises:
+            UserError: the model cannot read the prompt, or no token is asked for.
+            Busy: too many wait.
+        """
+        self.engine.check(prompt_ids)
+        if params.max_tokens < 1:
+            raise UserError("max_tokens is 0; ask for one token at least")
+        request = Request(Row(self.engine, number, prompt_ids, params), receive)
+        with self._news:
+            if self._closing:
+                raise Busy("the server is shutting down")
+            if len(self._waiting) >= MOST_WAITING:
+                raise Busy(f"{MOST_WAITING} requests are waiting already; try again later")
+            self._waiting.append(request)
+            self._news.notify()
+        return request
+
+    def cancel(self, request: Request) -> None:
+        """Have a request end as soon as possible; it may still be given a token."""
+        request.cancelled = True
+
+    def close(self) -> None:
+        """End the thread; what still runs is told so."""
+        with self._news:
+            self._closing = True
+            self._news.notify()
+        self._thread.join()
+
+    @property
+    def running(self) -> int:
+        """Texts that get tokens now."""
+        return len(self._running)
+
+    @property
+    def waiting(self) -> int:
+        """Requests whose prompts have not been read to their ends."""
+        return len(self._waiting)
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the caches of running texts and of those kept."""
+        return self._batch.cache.nbytes + sum(cache.nbytes for _, cache in list(self._kept))
+
+    # --- the thread -----------------------------------------------------------------------------
+
+    @torch.inference_mode()
+    def _run(self) -> None:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._closing or self._waiting or self._running)
+                if self._closing:
+                    self._end_all(Busy("the server is shutting down"))
+                    return
+            try:
+                self._turn()
+            except Exception as error:
+                log.exception("the model failed; all requests end")
+                self._batch = Batch(self.engine)
+                self._kept.clear()
+                with self._news:
+                    self._end_all(error)
+
+    def _turn(self) -> None:
+        self._drop_cancelled()
+        self._read_prompts()
+        self._make_room()
+        if not self._running:
+            return
+        running = dict(zip(self._batch.rows, self._running, strict=True))
+        for token, (row, request) in zip(self._batch.step(), running.items(), strict=True):
+            if token.finish_reason is not None:
+                self._keep(row)
+            request.receive(token)
+        self._running = [running[row] for row in self._batch.rows]
+
+    def _read_prompts(self) -> None:
+        """Read up to a piece of the prompts that wait, and let those join that are read."""
+        budget = PIECE
+        while budget and self._waiting and len(self._running) < self._max_batch:
+            request = self._waiting[0]
+            if request.cache is None:
+                request.cache = self._known_beginning(request)
+            count = min(budget, request.unread)
+            if count:
+                start = request.cache.length
+                input_ids = self.engine.tensor([request.row.ids[start : start + count]])
+                positions = self.engine.tensor([list(range(start, start + count))])
+                self.engine.transform(input_ids, positions, request.cache)
+                budget -= count
+                if request.cache.nbytes > self._cache_bytes:
+                    self._refuse(self._waiting.popleft())
+                    continue
+            if request.unread:
+                return
+            if self._running and not self._fits(len(self._running) + 1, request):
+                return
+            self._waiting.popleft()
+            self._batch.join(request.row, request.cache)
+            self._running.append(request)
+            request.cache = None
+
+    def _known_beginning(self, request: Request) -> Cache:
+        """Copy what is known of a prompt's beginning from the text that shares most of it."""
+        ids = request.row.ids[: request.unread]
+        known = [(kept_ids, cache, 0) for kept_ids, cache in self._kept]
+        known += [(row.ids[:-1], self._batch.cache, at) for at, row in enumerate(self._batch.rows)]
+        shared = [_shared_beginning(ids, other) for other, _, _ in known]
+        request.reused = max(shared, default=0)
+        if request.reused < SHORTEST_REUSE:
+            request.reused = 0
+            return Cache()
+        _, cache, row = known[shared.index(request.reused)]
+        return cache.copy(row, request.reused)
+
+    def _fits(self, rows: int, joining: Request | None = None) -> bool:
+        """Whether so many rows, each a slot longer than the longest, stay within the bytes."""
+        caches = [self._batch.cache, *([joining.cache] if joining and joining.cache else [])]
+        held, slots = 0, 0
+        for cache, count in zip(caches, (len(self._running), 1), strict=False):
+            held, slots = held + cache.nbytes, slots + count * cache.length
+        longest = max(cache.length for cache in caches) + 1
+        return rows * longest * held <= self._cache_bytes * slots
+
+    def _make_room(self) -> None:
+        """Send the last to join back to the queue while the next token's slots do not fit."""
+        while len(self._running) > 1 and not self._fits(len(self._running)):
+            last = self._running.pop()
+            self._batch.remove(last.row)
+            self._waiting.appendleft(last)
+        if self._running and not self._fits(1):
+            only = self._running.pop()
+            self._batch.remove(only.row)
+            self._refuse(only)
+
+    def _refuse(self, request: Request) -> None:
+        request.receive(
+            UserError(
+                f"the text fills the {self._cache_bytes / 2**30:.1f} GiB that there are for the "
+                "cache; shorten the prompt or ask for fewer tokens"
+            )
+        )
+
+    def _keep(self, row: Row) -> None:
+        """Keep what was read of a text that ends."""
+        at = self._batch.rows.index(row)
+        copied = self._batch.cache.copy(at, len(row.ids) - 1)
+        while self._kept and self._held_by_kept() + copied.nbytes > self._cache_bytes:
+            self._kept.popleft()
+        if copied.nbytes <= self._cache_bytes:
+            self._kept.append((row.ids[:-1], copied))
+
+    def _held_by_kept(self) -> int:
+        return sum(cache.nbytes for _, cache in self._kept)
+
+    def _drop_cancelled(self) -> None:
+        for request in [r for r in self._running if r.cancelled]:
+            self._batch.remove(request.row)
+        self._running = [r for r in self._running if not r.cancelled]
+        with self._news:
+            self._waiting = deque(r for r in self._waiting if not r.cancelled)
+
+    def _end_all(self, why: Exception) -> None:
+        ended = [*self._running, *self._waiting]
+        self._running.clear()
+        self._waiting.clear()
+        for request in ended:
+            request.receive(why)
+
+
+def _shared_beginning(ids: Sequence[int], other: Sequence[int]) -> int:
+    """How many ids two texts have in common from the first on."""
+    return next(
+        (at for at, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b),
+        min(len(ids), len(other)),
+    )
