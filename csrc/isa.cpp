@@ -11,6 +11,10 @@ std::atomic<const Kernels*> current{nullptr};
 
 }  // namespace
 
+#ifdef MOESCOPE_X86
+const bool fetches_past_caches = __builtin_cpu_is("amd");
+#endif
+
 std::vector<const Kernels*> available_kernels() {
   std::vector<const Kernels*> found;
 #ifdef MOESCOPE_X86

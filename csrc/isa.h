@@ -92,6 +92,7 @@ struct Kernels {
 
 extern const Kernels portable_kernels;
 #ifdef MOESCOPE_X86
+extern const bool fetches_past_caches;  // whether that costs this processor nothing
 extern const Kernels avx2_kernels, avxvnni_kernels, avx512_kernels;
 #endif
 
