@@ -32,14 +32,11 @@ def test_the_next_free_port_is_taken(busy_port: int) -> None:
         assert busy_port < listener.getsockname()[1] <= busy_port + serving.PORTS_TRIED
 
 
-def test_no_free_port_and_a_foreign_address_are_sentences(
-    busy_port: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_busy_port_and_a_foreign_address_are_sentences(busy_port: int) -> None:
     with pytest.raises(UserError, match=r"cannot listen at 203\.0\.113\.1 .*address of this"):
         listen("203.0.113.1", 0)
-    monkeypatch.setattr(serving, "PORTS_TRIED", 1)
-    with pytest.raises(UserError, match=f"no port from {busy_port} on is free"):
-        listen("127.0.0.1", busy_port)
+    with pytest.raises(UserError, match=f"port {busy_port} is busy; give another"):
+        listen("127.0.0.1", busy_port, tries=1)
 
 
 @pytest.mark.skipif(sys.platform in ("darwin", "win32"), reason="they always have a display")
@@ -100,3 +97,30 @@ def test_open_says_in_a_sentence_that_there_is_no_model(
 
     assert run(["open", "nowhere"]) == 2
     assert "there is no model 'nowhere'" in capsys.readouterr().err
+
+
+def test_serve_answers_openais_clients_until_ctrl_c(home: Path, busy_port: int) -> None:
+    script = "from moescope.cli.main import main; main()"
+    arguments = [sys.executable, "-c", script, "serve", str(home)]
+    refused = subprocess.run(
+        [*arguments, "--port", str(busy_port)], capture_output=True, text=True, timeout=120
+    )
+    assert refused.returncode == 2
+    assert refused.stderr == (f"moescope: port {busy_port} is busy; give another one with --port\n")
+    with subprocess.Popen(
+        [*arguments, "--port", "0", "--api-key", "sesame"], stdout=subprocess.PIPE, text=True
+    ) as server:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        address = line.split()[4]
+        assert line.startswith("moescope serves small at http://127.0.0.1:")
+        request = urllib.request.Request(
+            f"{address}/completions",
+            data=json.dumps({"prompt": "the moon", "max_tokens": 4}).encode(),
+            headers={"Content-Type": "application/json", "Authorization": "Bearer sesame"},
+        )
+        with urllib.request.urlopen(request, timeout=60) as answer:
+            made = json.load(answer)
+        assert made["model"] == "small" and made["usage"]["completion_tokens"] <= 4
+        server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=30) == 0

@@ -21,6 +21,7 @@ from moescope.cli.generate import generate
 from moescope.cli.open import open
 from moescope.cli.plan import plan
 from moescope.cli.report import report
+from moescope.cli.serve import serve
 from moescope.cli.specialize import specialize
 from moescope.cli.study import study
 from moescope.cli.train import train
@@ -62,6 +63,7 @@ def moescope(
 for verb, example in (
     (open, "moescope open my-model --port 8080"),
     (generate, 'moescope generate "春眠不觉晓，" --max-tokens 24'),
+    (serve, "moescope serve my-model --backend cpu --port 8080"),
     (chat, 'moescope chat "What is 17 + 25?"'),
     (explain, 'moescope explain "It is a truth universally acknowledged"'),
     (plan, "moescope plan deepseek-v3"),

@@ -5,8 +5,6 @@ again for every token, so that the page stays alive while it runs, and ends when
 """
 
 import asyncio
-import ipaddress
-import socket
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -20,13 +18,13 @@ from starlette.exceptions import HTTPException
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response, StreamingResponse
 from starlette.routing import Route
-from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moescope.errors import UserError
 from moescope.scope.history import Follower, planned_steps
 from moescope.server import schema
 from moescope.server.contract import ENDPOINTS, Endpoint
 from moescope.server.page import serve_page
+from moescope.server.requests import Handler, OwnHostOnly, TooMuch, explained, read_json
 from moescope.server.schema import MAX_TEXT, Message
 from moescope.server.studio import NotThere, Studio
 
@@ -38,12 +36,6 @@ browsers note every other status in their console, as if the page were broken.
 """
 SECONDS_BETWEEN_LOOKS = 0.5
 """How often a running training's metrics are looked at."""
-
-Handler = Callable[[Request], Awaitable[Response]]
-
-
-class TooMuch(UserError):
-    """A request is larger than any that makes sense."""
 
 
 def create_app(studio: Studio) -> Starlette:
@@ -105,43 +97,8 @@ def create_app(studio: Studio) -> Starlette:
         lifespan=lifespan,
     )
     app.state.ending = False
-    app.add_middleware(OwnHostOnly)
+    app.add_middleware(OwnHostOnly, refuse=_error)
     return app
-
-
-class OwnHostOnly:
-    """Answers only requests that name this machine or an address, not somebody else's domain.
-
-    A page elsewhere can point its own domain at 127.0.0.1 and would then be allowed to read what
-    this server says ("DNS rebinding"); but it cannot make the browser name another host.
-    """
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-        self._names = {"localhost", socket.gethostname().lower()}
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Pass a request on, or refuse it."""
-        if scope["type"] == "http":
-            request = Request(scope)
-            host = request.url.hostname or ""
-            if host.lower() not in self._names and not _is_address(host):
-                refusal = _error(
-                    request,
-                    400,
-                    f"this server does not answer to the name {host!r}; use its address",
-                )
-                await refusal(scope, receive, send)
-                return
-        await self._app(scope, receive, send)
-
-
-def _is_address(host: str) -> bool:
-    try:
-        ipaddress.ip_address(host)
-    except ValueError:
-        return False
-    return True
 
 
 # --- requests in, answers out ---------------------------------------------------------------------
@@ -149,30 +106,16 @@ def _is_address(host: str) -> bool:
 
 async def _read(request: Request, kind: type[Message]) -> Message:
     """Read a JSON body of at most `MOST_BYTES`."""
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
-        raise HTTPException(415, "send the question as application/json")
-    body = bytearray()
-    async for chunk in request.stream():
-        body += chunk
-        if len(body) > MOST_BYTES:
-            raise TooMuch(f"the request is larger than {MOST_BYTES:,} bytes; shorten the text")
     try:
-        return kind.model_validate_json(bytes(body))
+        return await read_json(request, kind, MOST_BYTES)
     except ValidationError as error:
-        raise _explained(error) from error
-
-
-def _explained(error: ValidationError) -> UserError | HTTPException:
-    """Say in a sentence what is wrong with a request, without repeating all of it."""
-    first = error.errors(include_url=False)[0]
-    place = ".".join(str(part) for part in first["loc"])
-    if first["type"] == "string_too_long":
-        return TooMuch(
-            f"the text has {len(first['input']):,} characters but the page reads {MAX_TEXT:,} at "
-            "most; shorten it"
-        )
-    message = first["msg"][0].lower() + first["msg"][1:]
-    return HTTPException(422, f"`{place}`: {message}" if place else f"the request: {message}")
+        first = error.errors(include_url=False)[0]
+        if first["type"] == "string_too_long":
+            raise TooMuch(
+                f"the text has {len(first['input']):,} characters but the page reads {MAX_TEXT:,} "
+                "at most; shorten it"
+            ) from error
+        raise HTTPException(422, explained(error)) from error
 
 
 def _json(message: Message) -> Response:

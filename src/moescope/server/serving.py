@@ -1,4 +1,4 @@
-"""From a studio to an address: a free port, a browser, and an end at Ctrl-C."""
+"""From an application to an address: a free port, a browser, and an end at Ctrl-C."""
 
 import errno
 import os
@@ -14,11 +14,19 @@ from types import FrameType
 import uvicorn
 from starlette.applications import Starlette
 
+from moescope.api import Model
+from moescope.engine.scheduler import Scheduler
 from moescope.errors import UserError
+from moescope.machine import memory
 from moescope.server.app import create_app
+from moescope.server.openai import create_api
 from moescope.server.studio import Studio
 
 PORTS_TRIED = 100
+CACHE_SHARE = 0.3
+"""Of the memory that is free once the model is loaded, what running texts may take; ended texts may
+be kept in as much again.
+"""
 SECONDS_TO_SAY_GOODBYE = 5
 """How long open streams may delay the end."""
 
@@ -46,7 +54,44 @@ def serve(
     say(f"moescope shows {studio.model.name} at {address}  (Ctrl-C ends)")
     if browser and has_display():
         webbrowser.open(address)
-    app = create_app(studio)
+    _run(create_app(studio), listener)
+
+
+def serve_api(
+    model: Model,
+    host: str,
+    port: int,
+    say: Callable[[str], None],
+    *,
+    name: str,
+    api_key: str | None,
+    max_batch: int,
+) -> None:
+    """Answer the OpenAI API for `model` at an address until Ctrl-C.
+
+    Args:
+        model: what is asked.
+        host: the address to listen at; 127.0.0.1 is this machine alone.
+        port: that clients know; 0 takes any that is free.
+        say: told the address.
+        name: what the API calls the model.
+        api_key: what every request must carry; None if none need.
+        max_batch: texts that are continued at a time.
+
+    Raises:
+        UserError: the host is none of this machine's, the port is busy, or the key cannot be sent.
+    """
+    if api_key is not None and not api_key.isascii():
+        raise UserError("the API key holds characters that a header cannot carry; use ASCII")
+    listener = listen(host, port, tries=1)
+    room = int(memory()[1] * CACHE_SHARE)
+    scheduler = Scheduler(model.engine, max_batch, room)
+    found = listener.getsockname()[1]
+    say(f"moescope serves {name} at http://{_reachable(host)}:{found}/v1  (Ctrl-C ends)")
+    _run(create_api(model, scheduler, name=name, api_key=api_key), listener)
+
+
+def _run(app: Starlette, listener: socket.socket) -> None:
     config = uvicorn.Config(
         app,
         proxy_headers=False,
@@ -70,14 +115,20 @@ class _Server(uvicorn.Server):
         super().handle_exit(sig, frame)
 
 
-def listen(host: str, port: int) -> socket.socket:
+def listen(host: str, port: int, tries: int | None = None) -> socket.socket:
     """Return a socket that listens at `host` and at `port`, or at the next free one.
+
+    Args:
+        host: an address of this machine.
+        port: the first to try.
+        tries: ports to try; None for `PORTS_TRIED`.
 
     Raises:
         UserError: the host is none of this machine's, or none of the ports is free.
     """
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    for candidate in range(port, min(port + PORTS_TRIED, 65_536)):
+    tries = tries or PORTS_TRIED
+    for candidate in range(port, min(port + tries, 65_536)):
         # asyncio sends small answers at once (TCP_NODELAY) only where the protocol is named.
         listener = socket.socket(family, socket.SOCK_STREAM, socket.IPPROTO_TCP)
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
@@ -98,7 +149,8 @@ def listen(host: str, port: int) -> socket.socket:
                 ) from error
         else:
             return listener
-    raise UserError(f"no port from {port} on is free; give another one with --port")
+    busy = f"port {port} is busy" if tries == 1 else f"no port from {port} on is free"
+    raise UserError(f"{busy}; give another one with --port")
 
 
 def has_display() -> bool:

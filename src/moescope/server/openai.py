@@ -1,0 +1,478 @@
+"""The OpenAI API, so that clients which speak it can ask a model here.
+
+Completions and chats, whole or streamed, over a scheduler in which all requests share one batch.
+"""
+
+import asyncio
+import hmac
+import json
+import time
+import uuid
+from collections.abc import AsyncGenerator, AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from typing import Any
+
+from pydantic import ValidationError
+from starlette.applications import Starlette
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response, StreamingResponse
+from starlette.routing import Route
+from starlette.types import ASGIApp, Receive, Scope, Send
+
+from moescope.api import Model
+from moescope.engine.batch import Token
+from moescope.engine.sampling import SamplingParams
+from moescope.engine.scheduler import Busy, Scheduler
+from moescope.engine.scheduler import Request as SchedulerRequest
+from moescope.errors import UserError
+from moescope.server.metrics import CONTENT_TYPE, CountAnswers, Metrics
+from moescope.server.openai_schema import DEFAULT_TOKENS, ChatRequest, CompletionRequest
+from moescope.server.openai_schema import Request as Asked
+from moescope.server.requests import Handler, OwnHostOnly, TooMuch, explained, read_json
+
+MOST_BYTES = 16_000_000
+"""Bytes of a request."""
+PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics")
+
+Json = dict[str, Any]
+
+
+def create_api(model: Model, scheduler: Scheduler, *, name: str, api_key: str | None) -> Starlette:
+    """Return the application that answers for `model`.
+
+    Args:
+        model: what is asked.
+        scheduler: over the model's engine; closed when the application ends.
+        name: what the API calls the model.
+        api_key: what every request under /v1 must carry; None if none need.
+    """
+    metrics = Metrics(scheduler)
+    service = _Service(model, scheduler, name, metrics)
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncGenerator[None]:
+        yield
+        await asyncio.to_thread(scheduler.close)
+
+    handlers: dict[str, tuple[str, Handler]] = {
+        "/v1/models": ("GET", service.models),
+        "/v1/models/{name:path}": ("GET", service.models),
+        "/v1/completions": ("POST", service.completions),
+        "/v1/chat/completions": ("POST", service.chat),
+        "/health": ("GET", service.health),
+        "/metrics": ("GET", service.metrics),
+    }
+    app = Starlette(
+        routes=[Route(path, handle, methods=[how]) for path, (how, handle) in handlers.items()],
+        exception_handlers={
+            UserError: _mistake,
+            ValidationError: _mistake,
+            HTTPException: _refused,
+            Exception: _failure,
+        },
+        lifespan=lifespan,
+    )
+    if api_key is not None:
+        app.add_middleware(KeyNeeded, api_key=api_key)
+    else:
+        app.add_middleware(OwnHostOnly, refuse=_error)
+    app.add_middleware(CountAnswers, metrics=metrics, paths=frozenset(PATHS))
+    return app
+
+
+class KeyNeeded:
+    """Lets only those who know the key ask the model."""
+
+    def __init__(self, app: ASGIApp, api_key: str) -> None:
+        self._app = app
+        self._expected = f"Bearer {api_key}".encode()
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, or refuse it."""
+        if scope["type"] == "http" and scope["path"].startswith("/v1/"):
+            request = Request(scope)
+            given = request.headers.get("authorization", "").encode()
+            if not hmac.compare_digest(given, self._expected):
+                message = "the API key is missing or wrong; send it as `Authorization: Bearer KEY`"
+                await _error(request, 401, message)(scope, receive, send)
+                return
+        await self._app(scope, receive, send)
+
+
+class _Service:
+    """The endpoints of one model."""
+
+    def __init__(self, model: Model, scheduler: Scheduler, name: str, metrics: Metrics) -> None:
+        self._model, self._scheduler, self._name = model, scheduler, name
+        self._metrics = metrics
+        self._since = int(time.time())
+
+    async def health(self, _request: Request) -> Response:
+        """Say that the server is alive."""
+        return JSONResponse({"status": "ok"})
+
+    async def metrics(self, _request: Request) -> Response:
+        """Say what was counted."""
+        return Response(self._metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+
+    async def models(self, request: Request) -> Response:
+        """List the one model, or describe it."""
+        described = {
+            "id": self._name,
+            "object": "model",
+            "created": self._since,
+            "owned_by": "moescope",
+            "max_model_len": self._model.config.max_position_embeddings,
+        }
+        if "name" not in request.path_params:
+            return JSONResponse({"object": "list", "data": [described]})
+        self._check_name(request.path_params["name"])
+        return JSONResponse(described)
+
+    async def completions(self, request: Request) -> Response:
+        """Continue one prompt or several."""
+        arrived = time.perf_counter()
+        asked = await read_json(request, CompletionRequest, MOST_BYTES)
+        self._check_name(asked.model)
+        prompts = await asyncio.to_thread(self._encoded, asked.prompts)
+        params = asked.sampling(asked.max_tokens or DEFAULT_TOKENS, asked.logprobs or 0)
+        texts = self._begin(arrived, prompts, params)
+        form = _CompletionForm(self._model, self._name, tells_logprobs=asked.logprobs is not None)
+        return await self._answer(request, asked, texts, form)
+
+    async def chat(self, request: Request) -> Response:
+        """Answer a conversation."""
+        arrived = time.perf_counter()
+        asked = await read_json(request, ChatRequest, MOST_BYTES)
+        self._check_name(asked.model)
+        if asked.top_logprobs and not asked.logprobs:
+            raise UserError("top_logprobs are only told with logprobs; set logprobs to true")
+        messages = [message.plain() for message in asked.messages]
+        prompt = self._model.tokenizer.apply_chat_template(messages)
+        prompts = await asyncio.to_thread(self._encoded, [prompt])
+        most = asked.max_completion_tokens or asked.max_tokens
+        params = asked.sampling(
+            most or self._model.config.max_position_embeddings, asked.top_logprobs or 0
+        )
+        texts = self._begin(arrived, prompts, params)
+        form = _ChatForm(self._model, self._name, tells_logprobs=bool(asked.logprobs))
+        return await self._answer(request, asked, texts, form)
+
+    def _check_name(self, name: str | None) -> None:
+        if name not in (None, "", self._name):
+            raise HTTPException(404, f"there is no model {name!r} here; ask for {self._name!r}")
+
+    def _encoded(self, prompts: Sequence[str | list[int]]) -> list[list[int]]:
+        if not prompts:
+            raise UserError("there is no prompt; give a text")
+        engine = self._model.engine
+        return [engine.encode(prompt) if isinstance(prompt, str) else prompt for prompt in prompts]
+
+    def _begin(
+        self, arrived: float, prompts: list[list[int]], params: list[SamplingParams]
+    ) -> "_Texts":
+        return _Texts(self._scheduler, self._metrics, arrived, prompts, params)
+
+    async def _answer(
+        self, request: Request, asked: Asked, texts: "_Texts", form: "_Form"
+    ) -> Response:
+        if not asked.stream:
+            tokens = await _unless_gone(request, texts)
+            return JSONResponse(form.whole(tokens, texts))
+        events = _stream(texts, form, tells_usage=asked.tells_usage)
+        headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
+        return StreamingResponse(events, media_type="text/event-stream", headers=headers)
+
+
+class _Texts:
+    """The texts that one request asked for, in the making: `params` of each of the prompts.
+
+    Tokens come in the order in which they are made; their `row` is the number of their text.
+    """
+
+    def __init__(
+        self,
+        scheduler: Scheduler,
+        metrics: Metrics,
+        arrived: float,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+    ) -> None:
+        self._scheduler, self._metrics, self._arrived = scheduler, metrics, arrived
+        self._events: asyncio.Queue[Token | Exception] = asyncio.Queue()
+        self.prompt_tokens = sum(len(prompt) for prompt in prompts)
+        self.generated_tokens = 0
+        self.count = len(prompts) * len(params)
+        self._choices = len(params)
+        loop = asyncio.get_running_loop()
+
+        def receive(event: Token | Exception) -> None:
+            if not loop.is_closed():
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        self._requests: list[SchedulerRequest] = []
+        try:
+            for prompt in prompts:
+                for how in params:
+                    number = len(self._requests)
+                    self._requests.append(scheduler.submit(prompt, how, receive, number))
+        except UserError:
+            self.end()
+            raise
+
+    @property
+    def reused_tokens(self) -> int:
+        """Tokens of prompts that an earlier text had left in the cache."""
+        return sum(request.reused for request in self._requests[:: self._choices])
+
+    @property
+    def usage(self) -> Json:
+        """How many tokens were read and made."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.generated_tokens,
+            "total_tokens": self.prompt_tokens + self.generated_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.reused_tokens},
+        }
+
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        """Yield tokens until every text has ended; leaving early ends them all."""
+        metrics, running = self._metrics, self.count
+        last: dict[int, float] = {}
+        try:
+            while running:
+                event = await self._events.get()
+                if isinstance(event, Exception):
+                    raise event
+                now = time.perf_counter()
+                if event.row in last:
+                    metrics.each_token.observe(now - last[event.row])
+                else:
+                    metrics.first_token.observe(now - self._arrived)
+                last[event.row] = now
+                self.generated_tokens += 1
+                running -= event.finish_reason is not None
+                yield event
+        finally:
+            self.end()
+            metrics.prompt_tokens.inc(self.prompt_tokens)
+            metrics.reused_tokens.inc(self.reused_tokens)
+            metrics.generated_tokens.inc(self.generated_tokens)
+            metrics.request.observe(time.perf_counter() - self._arrived)
+
+    def end(self) -> None:
+        """Make no more tokens."""
+        for request in self._requests:
+            self._scheduler.cancel(request)
+
+
+async def _collected(texts: _Texts) -> list[Token]:
+    return [token async for token in texts]
+
+
+async def _unless_gone(request: Request, texts: _Texts) -> list[Token]:
+    """Collect all tokens; stop making them when nobody waits for them any more."""
+
+    async def leaving() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    collecting, left = asyncio.ensure_future(_collected(texts)), asyncio.ensure_future(leaving())
+    try:
+        await asyncio.wait((collecting, left), return_when=asyncio.FIRST_COMPLETED)
+        if not collecting.done():
+            raise HTTPException(499, "the client has gone")
+        return collecting.result()
+    finally:
+        collecting.cancel()
+        left.cancel()
+
+
+async def _stream(texts: _Texts, form: "_Form", *, tells_usage: bool) -> AsyncIterator[str]:
+    """Hand on tokens as they are made; a mistake in the middle is the last event."""
+    usage = {"usage": None} if tells_usage else {}
+    try:
+        for opening in form.openings(texts.count):
+            yield _event(form.chunk([opening]) | usage)
+        async for token in texts:
+            if (choice := form.piece(token)) is not None:
+                yield _event(form.chunk([choice]) | usage)
+        if tells_usage:
+            yield _event(form.chunk([]) | {"usage": texts.usage})
+        yield "data: [DONE]\n\n"
+    except UserError as error:
+        yield _event(_explanation(400, str(error)))
+    except Exception as error:
+        yield _event(_explanation(500, _failed(error)))
+        raise
+    finally:
+        texts.end()
+
+
+def _event(told: Json) -> str:
+    return f"data: {json.dumps(told, ensure_ascii=False)}\n\n"
+
+
+# --- what answers look like -----------------------------------------------------------------------
+
+
+class _Form:
+    """How the tokens of some texts are told; one is made for each answer."""
+
+    prefix: str
+    whole_object: str
+    chunk_object: str
+
+    def __init__(self, model: Model, name: str, *, tells_logprobs: bool) -> None:
+        self._tokenizer = model.tokenizer
+        self._tells_logprobs = tells_logprobs
+        self._head: Json = {
+            "id": f"{self.prefix}-{uuid.uuid4().hex}",
+            "created": int(time.time()),
+            "model": name,
+        }
+
+    def whole(self, tokens: Sequence[Token], texts: _Texts) -> Json:
+        """Tell all texts at once."""
+        made: list[list[Token]] = [[] for _ in range(texts.count)]
+        for token in tokens:
+            made[token.row].append(token)
+        choices = [
+            {"index": row, "finish_reason": of[-1].finish_reason} | self.text(of)
+            for row, of in enumerate(made)
+        ]
+        return self._head | {"object": self.whole_object, "choices": choices, "usage": texts.usage}
+
+    def chunk(self, choices: list[Json]) -> Json:
+        """Tell a piece of a stream."""
+        return self._head | {"object": self.chunk_object, "choices": choices}
+
+    def piece(self, token: Token) -> Json | None:
+        """Tell one token; None if there is nothing to tell yet."""
+        if not token.text and token.finish_reason is None and not self._tells_logprobs:
+            return None
+        told = self.text([token], streamed=True)
+        return {"index": token.row, "finish_reason": token.finish_reason} | told
+
+    def openings(self, count: int) -> list[Json]:
+        """What is told of `count` texts before their first tokens."""
+        raise NotImplementedError
+
+    def text(self, tokens: Sequence[Token], *, streamed: bool = False) -> Json:
+        """Tell successive tokens of one text."""
+        raise NotImplementedError
+
+    def spelled(self, token_id: int) -> str:
+        """A token on its own, in OpenAI's way: bytes that are no characters as `bytes:\\xe5`."""
+        spelling = self._tokenizer.token_bytes(token_id)
+        try:
+            return spelling.decode()
+        except UnicodeDecodeError:
+            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
+
+
+class _CompletionForm(_Form):
+    prefix = "cmpl"
+    whole_object = chunk_object = "text_completion"
+
+    def __init__(self, model: Model, name: str, *, tells_logprobs: bool) -> None:
+        super().__init__(model, name, tells_logprobs=tells_logprobs)
+        self._offsets: dict[int, int] = {}  # of texts so far, in characters
+
+    def openings(self, count: int) -> list[Json]:
+        """Nothing."""
+        return []
+
+    def text(self, tokens: Sequence[Token], *, streamed: bool = False) -> Json:
+        """The text, and what is known of each token."""
+        text = "".join(token.text for token in tokens)
+        return {"text": text, "logprobs": self._logprobs(tokens) if self._tells_logprobs else None}
+
+    def _logprobs(self, tokens: Sequence[Token]) -> Json:
+        offsets: list[int] = []
+        for token in tokens:
+            offsets.append(self._offsets.get(token.row, 0))
+            self._offsets[token.row] = offsets[-1] + len(token.text)
+        return {
+            "tokens": [self.spelled(token.id) for token in tokens],
+            "token_logprobs": [token.logprob for token in tokens],
+            "top_logprobs": [
+                {self.spelled(token_id): logprob for token_id, logprob in token.top_logprobs}
+                for token in tokens
+            ],
+            "text_offset": offsets,
+        }
+
+
+class _ChatForm(_Form):
+    prefix = "chatcmpl"
+    whole_object = "chat.completion"
+    chunk_object = "chat.completion.chunk"
+
+    def openings(self, count: int) -> list[Json]:
+        """Who speaks."""
+        delta = {"role": "assistant", "content": ""}
+        return [
+            {"index": row, "finish_reason": None, "logprobs": None, "delta": delta}
+            for row in range(count)
+        ]
+
+    def text(self, tokens: Sequence[Token], *, streamed: bool = False) -> Json:
+        """The message or a piece of it, and what is known of each token."""
+        content = "".join(token.text for token in tokens)
+        logprobs = {"content": [self._known(t) for t in tokens]} if self._tells_logprobs else None
+        if streamed:
+            return {"delta": {"content": content}, "logprobs": logprobs}
+        return {"message": {"role": "assistant", "content": content}, "logprobs": logprobs}
+
+    def _known(self, token: Token) -> Json:
+        likeliest = [self._one(token_id, logprob) for token_id, logprob in token.top_logprobs]
+        return self._one(token.id, token.logprob) | {"top_logprobs": likeliest}
+
+    def _one(self, token_id: int, logprob: float) -> Json:
+        return {
+            "token": self.spelled(token_id),
+            "logprob": logprob,
+            "bytes": list(self._tokenizer.token_bytes(token_id)),
+        }
+
+
+# --- mistakes -------------------------------------------------------------------------------------
+
+
+def _explanation(status: int, message: str) -> Json:
+    kind = "invalid_request_error" if status < 500 else "server_error"
+    return {"error": {"message": message, "type": kind, "param": None, "code": status}}
+
+
+def _error(_request: Request, status: int, message: str) -> Response:
+    return JSONResponse(_explanation(status, message), status_code=status)
+
+
+def _failed(error: Exception) -> str:
+    return f"the server failed at this ({type(error).__name__}); its terminal says more"
+
+
+async def _mistake(request: Request, error: Exception) -> Response:
+    if isinstance(error, ValidationError):
+        return _error(request, 400, explained(error))
+    status = 503 if isinstance(error, Busy) else 413 if isinstance(error, TooMuch) else 400
+    answer = _error(request, status, str(error))
+    if status == 503:
+        answer.headers["Retry-After"] = "1"
+    return answer
+
+
+async def _refused(request: Request, error: Exception) -> Response:
+    assert isinstance(error, HTTPException)
+    message = error.detail
+    if error.status_code == 404 and message == "Not Found":
+        message = f"there is no {request.url.path} here; there are {', '.join(PATHS)}"
+    if error.status_code == 405:
+        message = f"{request.url.path} is not asked by {request.method}"
+    return _error(request, error.status_code, message)
+
+
+async def _failure(request: Request, error: Exception) -> Response:
+    return _error(request, 500, _failed(error))

@@ -1,0 +1,411 @@
+"""The OpenAI API as OpenAI's own client sees it, and what it refuses."""
+
+import json
+import re
+import socket
+import threading
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import openai
+import pytest
+import torch
+import uvicorn
+from starlette.testclient import TestClient
+
+from moescope.api import Model, sampling_params
+from moescope.engine import scheduler as scheduler_module
+from moescope.engine.native import Packer
+from moescope.engine.scheduler import Scheduler
+from moescope.kernels import cpu
+from moescope.model.decoder import CausalLM
+from moescope.server.openai import create_api
+from moescope.tokenizer import Tokenizer
+
+PROMPT = "the moon before my bed"
+TEMPLATE = (
+    "{% for m in messages %}{{ m['role'][0] }}:{{ m['content'] }}\n{% endfor %}"
+    "{% if add_generation_prompt %}a:{% endif %}"
+)
+Client = Callable[..., TestClient]
+
+
+@pytest.fixture(scope="module")
+def talker(model: Model) -> Model:
+    """The small model with a chat template."""
+    config = {**model.tokenizer._config, "chat_template": TEMPLATE}
+    return Model("small", model.network, Tokenizer(model.tokenizer._backend, config))
+
+
+@contextmanager
+def served(model: Model, **options: Any) -> Iterator[tuple[TestClient, Scheduler]]:
+    scheduler = Scheduler(model.engine, options.pop("max_batch", 4), 2**24)
+    api = create_api(model, scheduler, **{"name": "small", "api_key": None, **options})
+    with TestClient(api, base_url="http://127.0.0.1:8000") as client:
+        yield client, scheduler
+
+
+@pytest.fixture(scope="module")
+def client(talker: Model) -> Iterator[TestClient]:
+    with served(talker) as (client, _):
+        yield client
+
+
+@pytest.fixture(scope="module")
+def peer(talker: Model) -> Iterator[openai.OpenAI]:
+    """OpenAI's client, at a real server with a key."""
+    scheduler = Scheduler(talker.engine, 4, 2**24)
+    api = create_api(talker, scheduler, name="small", api_key="sesame")
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        port = listener.getsockname()[1]
+        server = uvicorn.Server(uvicorn.Config(api, log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        with openai.OpenAI(
+            base_url=f"http://127.0.0.1:{port}/v1", api_key="sesame", max_retries=0
+        ) as client:
+            yield client
+        server.should_exit = True
+        thread.join()
+
+
+def expected(model: Model, prompt: str, **sampling: Any) -> list[Any]:
+    params = sampling_params({"max_tokens": 16, "temperature": 0.0, **sampling})
+    return list(model.engine.repeat([model.engine.encode(prompt)], params))
+
+
+def text_of(tokens: list[Any]) -> str:
+    return "".join(token.text for token in tokens)
+
+
+# --- what the client sees -------------------------------------------------------------------------
+
+
+def test_the_model_is_listed(peer: openai.OpenAI) -> None:
+    assert [model.id for model in peer.models.list()] == ["small"]
+    assert peer.models.retrieve("small").owned_by == "moescope"
+    with pytest.raises(openai.NotFoundError, match="there is no model 'gpt-9' here"):
+        peer.models.retrieve("gpt-9")
+
+
+def test_a_completion_is_what_the_engine_makes(peer: openai.OpenAI, talker: Model) -> None:
+    made = peer.completions.create(model="small", prompt=PROMPT, temperature=0)
+    alone = expected(talker, PROMPT)
+    choice = made.choices[0]
+    assert choice.text == text_of(alone)
+    assert choice.finish_reason == alone[-1].finish_reason
+    assert made.usage is not None
+    assert made.usage.completion_tokens == len(alone)
+    assert made.usage.prompt_tokens == len(talker.engine.encode(PROMPT))
+
+
+def test_prompts_may_be_several_and_may_be_ids(peer: openai.OpenAI, talker: Model) -> None:
+    ids = talker.engine.encode(PROMPT)
+    for prompt in ([PROMPT, "is it frost?"], [ids, talker.engine.encode("is it frost?")]):
+        made = peer.completions.create(model="small", prompt=prompt, temperature=0, n=2)
+        texts = [text_of(expected(talker, text)) for text in (PROMPT, "is it frost?")]
+        assert [choice.text for choice in made.choices] == [
+            *[texts[0]] * 2,
+            *[texts[1]] * 2,
+        ]
+    made = peer.completions.create(model="small", prompt=ids, temperature=0)
+    assert made.choices[0].text == texts[0]
+
+
+def test_a_streamed_completion_joins_to_the_whole(peer: openai.OpenAI, talker: Model) -> None:
+    asked: dict[str, Any] = {"model": "small", "prompt": PROMPT, "temperature": 0.9, "seed": 3}
+    whole = peer.completions.create(**asked, n=2)
+    chunks = list(
+        peer.completions.create(**asked, n=2, stream=True, stream_options={"include_usage": True})
+    )
+    assert all(chunk.usage is None for chunk in chunks[:-1])
+    assert chunks[-1].usage is not None and whole.usage is not None
+    assert chunks[-1].usage.completion_tokens == whole.usage.completion_tokens
+    for row, choice in enumerate(whole.choices):
+        pieces = [c for chunk in chunks for c in chunk.choices if c.index == row]
+        assert "".join(piece.text for piece in pieces) == choice.text
+        assert [p.finish_reason for p in pieces][-1] == choice.finish_reason
+        tokens = expected(talker, PROMPT, temperature=0.9, seed=3 + row)
+        assert choice.text == text_of(tokens)
+    assert whole.choices[0].text != whole.choices[1].text
+
+
+def test_a_chat_reads_its_template(peer: openai.OpenAI, talker: Model) -> None:
+    messages: list[Any] = [
+        {"role": "developer", "content": "be"},
+        {
+            "role": "user",
+            "content": [{"type": "text", "text": "the"}, {"type": "text", "text": " sun"}],
+        },
+    ]
+    prompt = "s:be\nu:the sun\na:"
+    asked: dict[str, Any] = {"model": "small", "messages": messages, "temperature": 0}
+    tokens = expected(talker, prompt, max_tokens=9)
+    whole = peer.chat.completions.create(**asked, max_completion_tokens=9)
+    assert whole.choices[0].message.content == text_of(tokens)
+    assert whole.choices[0].message.role == "assistant"
+    chunks = list(peer.chat.completions.create(**asked, max_tokens=9, stream=True))
+    deltas = [chunk.choices[0].delta for chunk in chunks]
+    assert deltas[0].role == "assistant"
+    assert "".join(delta.content or "" for delta in deltas) == text_of(tokens)
+    assert chunks[-1].choices[0].finish_reason == tokens[-1].finish_reason
+
+
+def test_a_chat_without_a_limit_goes_on_to_its_end(peer: openai.OpenAI) -> None:
+    made = peer.chat.completions.create(
+        model="small", messages=[{"role": "user", "content": "is"}], temperature=0
+    )
+    assert made.usage is not None
+    total = made.usage.total_tokens
+    assert made.choices[0].finish_reason == "stop" or total == 64 + 1
+
+
+def test_logprobs_are_the_models(peer: openai.OpenAI, talker: Model) -> None:
+    tokens = expected(talker, PROMPT, max_tokens=5)
+    ids = talker.engine.encode(PROMPT)
+    known = talker.logits(torch.tensor([[*ids, *(t.id for t in tokens)]])).log_softmax(-1)[0]
+    told = (
+        peer.completions.create(
+            model="small", prompt=PROMPT, temperature=0, max_tokens=5, logprobs=3
+        )
+        .choices[0]
+        .logprobs
+    )
+    assert told is not None and told.token_logprobs and told.top_logprobs and told.text_offset
+    for at, token in enumerate(tokens):
+        here = known[len(ids) - 1 + at]
+        assert told.token_logprobs[at] == pytest.approx(float(here[token.id]), abs=1e-4)
+        best = sorted(told.top_logprobs[at].values(), reverse=True)
+        assert best == pytest.approx(here.topk(3).values.tolist(), abs=1e-4)
+        assert told.tokens is not None and told.tokens[at] in told.top_logprobs[at]
+        assert told.text_offset[at] == len(text_of(tokens[:at]))
+    chat = peer.chat.completions.create(
+        model="small",
+        messages=[{"role": "user", "content": "moon"}],
+        temperature=0,
+        max_tokens=4,
+        logprobs=True,
+        top_logprobs=2,
+    ).choices[0]
+    assert chat.logprobs is not None and chat.logprobs.content is not None
+    content = chat.logprobs.content
+    made = b"".join(bytes(one.bytes or []) for one in content)
+    assert made.decode(errors="replace").startswith(chat.message.content or "")
+    assert all(len(one.top_logprobs) == 2 for one in content)
+    assert all(one.logprob == one.top_logprobs[0].logprob for one in content)
+
+
+def test_a_stop_text_ends_it_and_is_left_out(peer: openai.OpenAI, talker: Model) -> None:
+    whole = text_of(expected(talker, PROMPT))
+    stop = whole[len(whole) // 2 :][:3]
+    made = peer.completions.create(model="small", prompt=PROMPT, temperature=0, stop=stop)
+    assert made.choices[0].text == whole[: whole.index(stop)]
+    assert made.choices[0].finish_reason == "stop"
+
+
+def test_a_wrong_key_is_refused_and_health_needs_none(peer: openai.OpenAI) -> None:
+    with (
+        pytest.raises(openai.AuthenticationError, match="the API key is missing or wrong"),
+        openai.OpenAI(base_url=peer.base_url, api_key="guess", max_retries=0) as stranger,
+    ):
+        stranger.models.list()
+
+
+def test_what_cannot_be_done_is_said(peer: openai.OpenAI) -> None:
+    with pytest.raises(openai.BadRequestError, match="shorten it"):
+        peer.completions.create(model="small", prompt=PROMPT * 20)
+    with pytest.raises(openai.BadRequestError, match="does not know tools; leave it out"):
+        peer.chat.completions.create(
+            model="small",
+            messages=[{"role": "user", "content": "x"}],
+            tools=[{"type": "function", "function": {"name": "f"}}],
+        )
+
+
+# --- what else there is ---------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("path", "question", "status", "words"),
+    [
+        ("completions", {}, 400, "`prompt"),
+        ("completions", {"prompt": []}, 400, "there is no prompt"),
+        ("completions", {"prompt": [300]}, 400, "the prompt holds token 300"),
+        ("completions", {"prompt": "x", "max_tokens": 0}, 400, "`max_tokens`"),
+        ("completions", {"prompt": "x", "temperature": -1}, 400, "`temperature`"),
+        ("completions", {"prompt": "x", "n": 17}, 400, "`n`"),
+        ("completions", {"prompt": "x", "echo": True}, 400, "does not know echo"),
+        ("completions", {"prompt": "x", "stop": [""]}, 400, "stop is"),
+        ("completions", {"prompt": "x", "model": "gpt"}, 404, "ask for 'small'"),
+        ("chat/completions", {"messages": []}, 400, "`messages`"),
+        ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 400, "role"),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
+            400,
+            "`messages.0.content",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2},
+            400,
+            "set logprobs to true",
+        ),
+        ("embeddings", {}, 404, "there is no /v1/embeddings here; there are /v1/models"),
+    ],
+)
+def test_a_mistake_is_one_sentence(
+    client: TestClient, path: str, question: dict[str, Any], status: int, words: str
+) -> None:
+    answer = client.post(f"/v1/{path}", json=question)
+    assert answer.status_code == status
+    message = answer.json()["error"]["message"]
+    assert words in message
+    assert len(message) < 300 and "\n" not in message
+
+
+def test_what_has_no_effect_is_passed_over(client: TestClient) -> None:
+    fields = {"user": "me", "frequency_penalty": 0, "tools": None, "logit_bias": {}, "new": 1}
+    asked = {"prompt": PROMPT, "max_tokens": 2, **fields}
+    assert client.post("/v1/completions", json=asked).status_code == 200
+
+
+def test_a_page_elsewhere_can_ask_nothing(client: TestClient) -> None:
+    plain = client.post("/v1/completions", content='{"prompt": "x"}')
+    assert plain.status_code == 415
+    answer = client.get("/v1/models", headers={"host": "evil.example"})
+    assert answer.status_code == 400 and "evil.example" in answer.json()["error"]["message"]
+    assert client.get("/v1/completions").status_code == 405
+
+
+def test_a_text_too_large_is_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("moescope.server.openai.MOST_BYTES", 100)
+    answer = client.post("/v1/completions", json={"prompt": "x" * 200})
+    assert answer.status_code == 413
+
+
+def test_a_full_queue_asks_for_patience(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_module, "MOST_WAITING", 0)
+    answer = client.post("/v1/completions", json={"prompt": "x"})
+    assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+    assert "try again later" in answer.json()["error"]["message"]
+
+
+def test_a_failure_tells_nothing_of_its_inside(
+    talker: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> torch.Tensor:
+        raise RuntimeError("secret")
+
+    with served(talker) as (open_client, _):
+        app = open_client.app
+        client = TestClient(app, "http://127.0.0.1:8000", raise_server_exceptions=False)
+        monkeypatch.setattr(talker.engine, "transform", fail)
+        answer = client.post("/v1/completions", json={"prompt": "x"})
+        assert answer.status_code == 500
+        assert "RuntimeError" in answer.json()["error"]["message"]
+        assert "secret" not in answer.text
+        streamed = client.post("/v1/completions", json={"prompt": "x", "stream": True})
+        assert '"type": "server_error"' in streamed.text and "secret" not in streamed.text
+
+
+def test_who_leaves_early_is_no_longer_computed_for(
+    talker: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    transform, made = talker.engine.transform, []
+
+    def slow(*given: Any) -> torch.Tensor:
+        made.append(1)
+        time.sleep(0.02)
+        return transform(*given)
+
+    monkeypatch.setattr(talker.engine, "transform", slow)
+    scheduler = Scheduler(talker.engine, 4, 2**24)
+    api = create_api(talker, scheduler, name="small", api_key=None)
+    with listening(api) as port:
+        body = json.dumps({"prompt": "is", "max_tokens": 60, "temperature": 0}).encode()
+        head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
+        head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+        with socket.create_connection(("127.0.0.1", port)) as connection:
+            connection.sendall(head.encode() + body)
+            while not scheduler.running:
+                time.sleep(0.005)
+        deadline = time.monotonic() + 5
+        while scheduler.running and time.monotonic() < deadline:
+            time.sleep(0.01)
+    assert len(made) < 40
+
+
+@contextmanager
+def listening(api: Any) -> Iterator[int]:
+    with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
+        listener.bind(("127.0.0.1", 0))
+        listener.listen()
+        server = uvicorn.Server(uvicorn.Config(api, log_level="warning"))
+        thread = threading.Thread(target=server.run, args=([listener],))
+        thread.start()
+        yield listener.getsockname()[1]
+        server.should_exit = True
+        thread.join()
+
+
+# --- metrics --------------------------------------------------------------------------------------
+
+
+def numbers(client: TestClient) -> dict[str, float]:
+    lines = client.get("/metrics").text.splitlines()
+    found = (re.match(r"([^#\s]+(?:\{[^}]*\})?) ([0-9.e+-]+)$", line) for line in lines)
+    return {match[1]: float(match[2]) for match in found if match}
+
+
+def test_tokens_and_answers_are_counted(talker: Model) -> None:
+    with served(talker) as (client, _):
+        for status in (200, 404):
+            asked = {"prompt": PROMPT, "max_tokens": 3, "temperature": 0, "n": 2}
+            name = {200: "small", 404: "other"}[status]
+            assert (
+                client.post("/v1/completions", json=asked | {"model": name}).status_code == status
+            )
+        client.get("/nowhere/at/all")
+        found = numbers(client)
+    answered = 'moescope_requests_total{path="/v1/completions",status="%s"}'
+    assert found[answered % 200] == found[answered % 404] == 1
+    assert found['moescope_requests_total{path="other",status="404"}'] == 1
+    assert found["moescope_prompt_tokens_total"] == len(talker.engine.encode(PROMPT))
+    assert found["moescope_generated_tokens_total"] == 6
+    assert found["moescope_time_to_first_token_seconds_count"] == 2
+    assert found["moescope_time_per_output_token_seconds_count"] == 4
+    assert found["moescope_request_seconds_count"] == 1
+    assert found["moescope_requests_waiting"] == 0
+
+
+@pytest.mark.skipif(not cpu.available(), reason="no native kernels")
+def test_the_weight_bytes_read_are_what_the_routing_says(
+    talker: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(scheduler_module, "SHORTEST_REUSE", 1)
+    network = CausalLM(talker.config)
+    network.load_state_dict(talker.network.state_dict())
+    packer = Packer("int8")
+    state = network.state_dict()
+    packer.pack(network, lambda name: state[name])
+    packed = Model("small", network, talker.tokenizer)
+    ids = packed.engine.encode(PROMPT)
+    trace = packed.trace(PROMPT, max_tokens=5, temperature=0.0)
+    with served(packed) as (client, _):
+        before = numbers(client)["moescope_weight_bytes_read_total"]
+        asked = {"prompt": ids, "max_tokens": 1, "temperature": 0}
+        client.post("/v1/completions", json=asked)
+        middle = numbers(client)["moescope_weight_bytes_read_total"]
+        # Again: all of the prompt but its last token is known now, and six tokens are read singly.
+        client.post("/v1/completions", json=asked | {"max_tokens": 6})
+        after = numbers(client)["moescope_weight_bytes_read_total"]
+    assert middle > before
+    singly = [token.weight_bytes for token in trace.tokens[len(ids) - 1 :]]
+    assert after - middle == sum(singly[:6])
