@@ -364,7 +364,7 @@ class _Form:
         raise NotImplementedError
 
     def spelled(self, token_id: int) -> str:
-        """A token on its own, in OpenAI's way: bytes that are no characters as `bytes:\\xe5`."""
+        """A token on its own; what is no character is spelled in hexadecimal, as OpenAI does."""
         spelling = self._tokenizer.token_bytes(token_id)
         try:
             return spelling.decode()
