@@ -128,6 +128,14 @@ def test_stream_joins_to_decode(tokenizer: Tokenizer, ids: list[int], skip: bool
     assert "".join(pieces) + stream.flush() == tokenizer.decode(ids, skip_special_tokens=skip)
 
 
+def test_ids_beyond_the_vocabulary_spell_nothing(tokenizer: Tokenizer) -> None:
+    ids = tokenizer.encode("明月")
+    decoder = StreamDecoder(tokenizer)
+    made = [ids[0], tokenizer.vocab_size, *ids[1:], tokenizer.vocab_size + 9]
+    assert "".join(map(decoder.feed, made)) + decoder.flush() == "明月"
+    assert tokenizer.decode(made) == "明月"
+
+
 @given(text=st.text(max_size=30))
 def test_stream_never_cuts_a_character(tokenizer: Tokenizer, text: str) -> None:
     stream = StreamDecoder(tokenizer, skip_special_tokens=False)

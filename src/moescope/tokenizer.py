@@ -232,6 +232,13 @@ class Tokenizer:
             return self.decode([token_id]).encode()
         return bytes(_BYTE_OF[character] for character in token)
 
+    def made_bytes(self, token_id: int) -> bytes:
+        """As `token_bytes`, for what a model made: none for an id beyond the vocabulary.
+
+        Embeddings are often padded up to a round number, and nothing forbids to choose such an id.
+        """
+        return self.token_bytes(token_id) if token_id < self.vocab_size else b""
+
     def token_id(self, token: str) -> int | None:
         """Return the id of a token by its spelling in the vocabulary, or None."""
         return self._backend.token_to_id(token)
@@ -320,7 +327,7 @@ class StreamDecoder:
     def _spelled(self, token_id: int) -> bytes:
         if self._skip_special_tokens and token_id in self._tokenizer.special_ids:
             return b""
-        return self._tokenizer.token_bytes(token_id)
+        return self._tokenizer.made_bytes(token_id)
 
     def _grown(self, *, final: bool) -> str:
         """Return what the unsettled ids add to the text of the last settled ones.

@@ -365,7 +365,7 @@ class _Form:
 
     def spelled(self, token_id: int) -> str:
         """A token on its own; what is no character is spelled in hexadecimal, as OpenAI does."""
-        spelling = self._tokenizer.token_bytes(token_id)
+        spelling = self._tokenizer.made_bytes(token_id)
         try:
             return spelling.decode()
         except UnicodeDecodeError:
@@ -434,7 +434,7 @@ class _ChatForm(_Form):
         return {
             "token": self.spelled(token_id),
             "logprob": logprob,
-            "bytes": list(self._tokenizer.token_bytes(token_id)),
+            "bytes": list(self._tokenizer.made_bytes(token_id)),
         }
 
 
