@@ -2,39 +2,98 @@
 
 #include <algorithm>
 #include <atomic>
+#include <chrono>
 #include <cstdlib>
 #include <cstring>
 #include <new>
+#include <stdexcept>
+#include <thread>
 
+#include "file.h"
 #include "pool.h"
 
 #if defined(__linux__)
 #include <sys/mman.h>
+#include <sys/stat.h>
 #endif
 
 namespace moescope {
 namespace {
 constexpr size_t kHugePage = size_t{1} << 21, kHugeFrom = size_t{1} << 22, kAlign = 64;
+constexpr size_t kPiece = size_t{1} << 23;  // that is moved at once
+constexpr int kPatience = 4;                // of a mover: for every second of work beside others
+constexpr size_t kPage = 4096;
+
+uint8_t* aligned(void* base, size_t step) {
+  return reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(base) + step - 1) / step * step);
 }
+
+#if defined(__linux__)
+void* reserve(size_t bytes, int access) {
+  return mmap(nullptr, bytes, access, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+}
+#endif
+}  // namespace
 
 Buffer::Buffer(size_t bytes, Pages pages) : bytes_(bytes) {
 #if defined(__linux__)
   if (bytes >= kHugeFrom) {
     mapped_ = bytes + kHugePage;
-    base_ = mmap(nullptr, mapped_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS, -1, 0);
+    base_ = reserve(mapped_, PROT_READ | PROT_WRITE);
     if (base_ == MAP_FAILED) throw std::bad_alloc();
-    const uintptr_t aligned =
-        (reinterpret_cast<uintptr_t>(base_) + kHugePage - 1) / kHugePage * kHugePage;
-    data_ = reinterpret_cast<uint8_t*>(aligned);
+    data_ = aligned(base_, kHugePage);
     madvise(data_, bytes, pages == Pages::huge ? MADV_HUGEPAGE : MADV_NOHUGEPAGE);
     return;
   }
 #endif
   base_ = std::calloc(1, bytes + kAlign);
   if (base_ == nullptr) throw std::bad_alloc();
-  data_ = reinterpret_cast<uint8_t*>((reinterpret_cast<uintptr_t>(base_) + kAlign - 1) / kAlign *
-                                     kAlign);
+  data_ = aligned(base_, kAlign);
 }
+
+#if defined(__linux__)
+void Buffer::fill(int descriptor, uint64_t offset) {
+  struct stat status;
+  if (fstat(descriptor, &status) != 0 || static_cast<uint64_t>(status.st_size) < offset + bytes_)
+    throw std::runtime_error("the file ends too early or cannot be read");
+  if (mapped_ != 0 && mmap(data_, bytes_, PROT_READ, MAP_PRIVATE | MAP_FIXED, descriptor,
+                           static_cast<off_t>(offset)) == data_)
+    is_file_ = true;
+  else
+    read_file(descriptor, offset, data_, bytes_);
+}
+
+void Buffer::settle() {
+  if (!is_file_) return;
+  for (size_t start = 0; start < bytes_; start += kPiece) {
+    const auto began = std::chrono::steady_clock::now();
+    const uint64_t rounds = rounds_begun();
+    const size_t held = std::min(kPiece, bytes_ - start);
+    const size_t size = (held + kPage - 1) / kPage * kPage, room = size + kHugePage;
+    void* const base = reserve(room, PROT_READ | PROT_WRITE);
+    if (base == MAP_FAILED) return;  // mapped pages will do
+    uint8_t* const fresh = aligned(base, kHugePage);
+    madvise(fresh, size, MADV_HUGEPAGE);
+    std::memcpy(fresh, data_ + start, held);
+    if (mremap(fresh, size, size, MREMAP_MAYMOVE | MREMAP_FIXED, data_ + start) == MAP_FAILED) {
+      munmap(base, room);
+      return;
+    }
+    const size_t before = fresh - static_cast<uint8_t*>(base);
+    if (before != 0) munmap(base, before);
+    munmap(fresh + size, room - before - size);
+    if (rounds_begun() != rounds)  // somebody computes: the memory and the cores are theirs first
+      std::this_thread::sleep_for(kPatience * (std::chrono::steady_clock::now() - began));
+  }
+  is_file_ = false;
+}
+#else
+void Buffer::fill(int descriptor, uint64_t offset) {
+  read_file(descriptor, offset, data_, bytes_);
+}
+
+void Buffer::settle() {}
+#endif
 
 Buffer::~Buffer() {
 #if defined(__linux__)

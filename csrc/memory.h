@@ -20,9 +20,17 @@ class Buffer {
   const uint8_t* data() const { return data_; }
   size_t size() const { return bytes_; }
 
+  // Hold what stands at `offset`, a multiple of 4 KiB, of an open file: mapped where it is large and
+  // the system can, else read. Throws std::runtime_error where the file ends earlier or fails.
+  void fill(int descriptor, uint64_t offset);
+  // Move what is mapped into huge pages, piece by piece, under the feet of whoever reads it, and
+  // slowly while the pool is at work. A file that is cut before that is done ends the process.
+  void settle();
+
  private:
   size_t bytes_;
   size_t mapped_ = 0;
+  bool is_file_ = false;
   void* base_ = nullptr;
   uint8_t* data_ = nullptr;
 };

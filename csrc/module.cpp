@@ -17,6 +17,7 @@
 #include "file.h"
 #include "ops.h"
 #include "pool.h"
+#include "settling.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
@@ -88,7 +89,9 @@ std::pair<SharedWeights, uint64_t> read_weights(int descriptor, uint64_t offset,
   const auto weights = std::make_shared<Weights>(kind, matrices, outputs, columns);
   Buffer& stored = weights->stored();
   require(stored.size() == bytes, "weights of this shape are not of this size");
-  return {weights, read_file(descriptor, offset, stored.data(), bytes)};
+  stored.fill(descriptor, offset);
+  settle_later(weights);
+  return {weights, checksum(stored.data(), bytes)};
 }
 
 // A view, which keeps the weights alive.
@@ -421,6 +424,8 @@ NB_MODULE(_native, m) {
   m.def("read_bytes", &read_bytes, "descriptor"_a, "offset"_a, "out"_a);
   m.def("read_weights", &read_weights, "descriptor"_a, "offset"_a, "bytes"_a, "format"_a,
         "matrices"_a, "outputs"_a, "columns"_a);
+  m.def("settle", &settle);
+  m.def("unsettled", &unsettled);
 
   nb::class_<FeedForward>(m, "FeedForward")
       .def("__deepcopy__", &same)

@@ -63,6 +63,8 @@ class Pool {
     while (left_.load(std::memory_order_acquire) != joined) relax();
   }
 
+  uint64_t rounds() const { return gate_.load(std::memory_order_relaxed) >> 32; }
+
   int size() const { return size_.load(std::memory_order_relaxed); }
 
   void resize(int count) {
@@ -158,6 +160,8 @@ void parallel_rows(int64_t rows, const std::function<void(int64_t, int64_t)>& ta
     task(part * step, std::min(rows, (part + 1) * step));
   });
 }
+
+uint64_t rounds_begun() { return pool().rounds(); }
 
 int threads() { return pool().size(); }
 

@@ -17,6 +17,9 @@ void parallel_rows(int64_t rows, const std::function<void(int64_t, int64_t)>& ta
 // Threads that share the work, the caller's included.
 int threads();
 
+// Rounds of work that threads shared so far; it wraps.
+uint64_t rounds_begun();
+
 // Use `count` threads from the next call on.
 void set_threads(int count);
 

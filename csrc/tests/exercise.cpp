@@ -13,6 +13,7 @@
 #include "file.h"
 #include "ops.h"
 #include "pool.h"
+#include "settling.h"
 
 namespace {
 
@@ -174,9 +175,34 @@ void ask_from_many_threads(const Model& model, const Answers& alone) {
   for (std::thread& caller : callers) caller.join();
 }
 
+// Weights that are mapped from a file and moved into memory while products read them.
+void move_under_the_readers() {
+  constexpr int64_t kOutputs = 3000, kColumns = 4096;  // two pieces, the second not whole
+  std::vector<float> numbers(kOutputs * kColumns), x(kColumns), alone(kOutputs), beside(kOutputs);
+  for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<float>(i % 251) - 125;
+  for (int64_t i = 0; i < kColumns; ++i) x[i] = static_cast<float>(i % 13) - 6;
+  const Weights made(Format::int8, 1, kOutputs, kColumns, {numbers.data(), false, 0, kColumns});
+  linear(made, x.data(), 1, nullptr, alone.data());
+  std::FILE* file = std::tmpfile();
+  require(file != nullptr && std::fwrite(made.stored().data(), 1, made.stored().size(), file) ==
+                                 made.stored().size() && std::fflush(file) == 0,
+          "a file of weights");
+  const auto mapped = std::make_shared<Weights>(Format::int8, 1, kOutputs, kColumns);
+  mapped->stored().fill(fileno(file), 0);
+  settle_later(mapped);
+  settle();
+  int reads = 0;
+  do {
+    linear(*mapped, x.data(), 1, nullptr, beside.data());
+    require(beside == alone, "a product while weights are moved");
+  } while (unsettled() > 0 || ++reads < 3);
+  std::fclose(file);
+}
+
 }  // namespace
 
 int main() {
+  move_under_the_readers();
   for (const Kernels* set : available_kernels()) {
     use_kernels(set->name);
     for (Format format : {Format::int8, Format::int4}) {

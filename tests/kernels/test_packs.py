@@ -5,6 +5,7 @@ import logging
 import os
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from hashlib import sha256
 from pathlib import Path
@@ -318,6 +319,43 @@ def test_any_shape_comes_back(
     stored.close()
     with pytest.raises(StalePack, match="other files"):
         StoredPack(path, "another key")
+
+
+def test_large_weights_move_into_memory_while_they_are_used(tmp_path: Path) -> None:
+    shape = (5, 1000, 2048)  # not a whole number of the pieces that are moved
+    weight, x = torch.randn(shape), torch.randn(3, 2048)
+    made, path = NewPack(), tmp_path / "large.pack"
+    packed = made.weights(weight, "int8")
+    made.write(path, "key")
+    stored = StoredPack(path, "key")
+    read = stored.weights(torch.empty(shape, device="meta"), "int8")
+    expected = cpu.linear(packed, 5000, x)
+    if sys.platform == "linux":
+        assert "large.pack" in Path("/proc/self/maps").read_text()
+    stored.close()
+    deadline = time.monotonic() + 60
+    while cpu.unsettled() and time.monotonic() < deadline:
+        assert torch.equal(cpu.linear(read, 5000, x), expected)
+    assert cpu.unsettled() == 0
+    if sys.platform == "linux":
+        assert "large.pack" not in Path("/proc/self/maps").read_text()
+    path.unlink()
+    assert torch.equal(cpu.linear(read, 5000, x), expected)
+    assert torch.equal(cpu.unpacked(read, shape), cpu.unpacked(packed, shape))
+
+
+def test_weights_that_are_dropped_before_they_are_moved_are_passed_over(tmp_path: Path) -> None:
+    shape = (1, 1000, 4500)
+    made, path = NewPack(), tmp_path / "dropped.pack"
+    made.weights(torch.randn(shape), "int8")
+    made.write(path, "key")
+    stored = StoredPack(path, "key")
+    stored.weights(torch.empty(shape, device="meta"), "int8")
+    stored.close()
+    deadline = time.monotonic() + 60
+    while cpu.unsettled() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert cpu.unsettled() == 0
 
 
 def test_a_sum_tells_any_bit_and_any_order() -> None:

@@ -6,8 +6,8 @@ file is believed before it is checked: the header's sum, every size and offset a
 of the file, every entry against what the network asks for, and the bytes against their sum while
 they are read. What fails is a `StalePack`, and the weights are packed anew.
 
-Entries are read into memory, not mapped: weights in 2 MiB pages are read faster for as long as
-the model runs, and a file that shrinks under a mapping would end the process (docs/decisions).
+Weights are mapped, summed and used at once, and moved into memory while they are in use: in 2 MiB
+pages they are read faster for as long as the model runs (docs/decisions).
 """
 
 import hashlib
@@ -185,7 +185,7 @@ class StoredPack:
         return self._checked(entry, lambda at: (out, cpu.read_tensor(self._fd, at, out)))
 
     def close(self) -> None:
-        """Close the file.
+        """Close the file and have its weights moved into memory.
 
         Raises:
             StalePack: it holds more than was asked for.
@@ -193,6 +193,7 @@ class StoredPack:
         self._file.close()
         if next(self._entries, None) is not None:
             raise StalePack("it holds more than the network")
+        cpu.settle()
 
     def _next(self, kinds: Collection[str], shape: tuple[int, ...]) -> Entry:
         entry = next(self._entries, None)

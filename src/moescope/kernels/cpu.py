@@ -166,7 +166,9 @@ def checksum(data: NDArray[np.uint8]) -> int:
 def read_weights(
     descriptor: int, offset: int, size: int, weight_format: str, shape: tuple[int, int, int]
 ) -> tuple[Weights, int]:
-    """Read packed weights from an open file, all threads together; return them and their checksum.
+    """Take packed weights from an open file; return them and their checksum.
+
+    Large ones are mapped where the system can, so that they are there at once; `settle` moves them.
 
     Args:
         descriptor: of the file.
@@ -180,6 +182,19 @@ def read_weights(
         RuntimeError: the file cannot be read or ends too early.
     """
     return _native.read_weights(descriptor, offset, size, weight_format, *shape)
+
+
+def settle() -> None:
+    """Begin to move mapped weights into 2 MiB pages, in a thread of its own, while they are used.
+
+    They are read faster there. A file that is cut before that is done ends the process.
+    """
+    _native.settle()
+
+
+def unsettled() -> int:
+    """How many weights taken from files `settle` has still to look at."""
+    return _native.unsettled()
 
 
 def read_tensor(descriptor: int, offset: int, out: Tensor) -> int:
