@@ -9,7 +9,7 @@ import json
 import time
 import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, suppress
 from typing import Any
 
 from pydantic import ValidationError
@@ -76,7 +76,9 @@ def create_api(model: Model, scheduler: Scheduler, *, name: str, api_key: str | 
     if api_key is not None:
         app.add_middleware(KeyNeeded, api_key=api_key)
     else:
-        app.add_middleware(OwnHostOnly, refuse=_error)
+        app.add_middleware(
+            OwnHostOnly, refuse=_error, way_out="use its address, or serve with --api-key"
+        )
     app.add_middleware(CountAnswers, metrics=metrics, paths=frozenset(PATHS))
     return app
 
@@ -208,7 +210,7 @@ class _Texts:
         loop = asyncio.get_running_loop()
 
         def receive(event: Token | Exception) -> None:
-            if not loop.is_closed():
+            with suppress(RuntimeError):  # the server has ended meanwhile
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
         self._requests: list[SchedulerRequest] = []

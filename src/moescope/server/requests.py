@@ -56,8 +56,8 @@ class OwnHostOnly:
     this server says ("DNS rebinding"); but it cannot make the browser name another host.
     """
 
-    def __init__(self, app: ASGIApp, refuse: Refuse) -> None:
-        self._app, self._refuse = app, refuse
+    def __init__(self, app: ASGIApp, refuse: Refuse, way_out: str = "use its address") -> None:
+        self._app, self._refuse, self._way_out = app, refuse, way_out
         self._names = {"localhost", socket.gethostname().lower()}
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
@@ -66,7 +66,7 @@ class OwnHostOnly:
             request = Request(scope)
             host = request.url.hostname or ""
             if host.lower() not in self._names and not _is_address(host):
-                message = f"this server does not answer to the name {host!r}; use its address"
+                message = f"this server does not answer to the name {host!r}; {self._way_out}"
                 await self._refuse(request, 400, message)(scope, receive, send)
                 return
         await self._app(scope, receive, send)
