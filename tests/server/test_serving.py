@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 from questions import write_run
 
+from moescope.api import Model
 from moescope.errors import UserError
 from moescope.server import serving
 from moescope.server.serving import has_display, listen, shown_beside
@@ -97,6 +98,12 @@ def test_open_says_in_a_sentence_that_there_is_no_model(
 
     assert run(["open", "nowhere"]) == 2
     assert "there is no model 'nowhere'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["", "sésame", "a\nb"])
+def test_a_key_that_no_client_can_send_is_a_sentence(model: Model, key: str) -> None:
+    with pytest.raises(UserError, match="use plain ASCII"):
+        serving.serve_api(model, "127.0.0.1", 0, print, name="x", api_key=key, max_batch=1)
 
 
 def test_serve_answers_openais_clients_until_ctrl_c(home: Path, busy_port: int) -> None:

@@ -17,7 +17,7 @@ def serve(
     ] = "127.0.0.1",
     api_key: Annotated[
         str | None,
-        typer.Option(envvar="MOESCOPE_API_KEY", help="What every request must carry.", min=1),
+        typer.Option(envvar="MOESCOPE_API_KEY", help="What every request must carry."),
     ] = None,
     name: Annotated[
         str | None, typer.Option(help="What the API calls the model; else its own name.")

@@ -81,8 +81,8 @@ def serve_api(
     Raises:
         UserError: the host is none of this machine's, the port is busy, or the key cannot be sent.
     """
-    if api_key is not None and not api_key.isascii():
-        raise UserError("the API key holds characters that a header cannot carry; use ASCII")
+    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
+        raise UserError("the API key is empty or holds what a header cannot carry; use plain ASCII")
     listener = listen(host, port, tries=1)
     room = int(memory()[1] * CACHE_SHARE)
     scheduler = Scheduler(model.engine, max_batch, room)
