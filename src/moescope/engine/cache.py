@@ -70,8 +70,9 @@ class Cache:
 
     def keep(self, rows: Tensor, length: int) -> None:
         """Forget all sequences but `rows`, `(kept,)` indices, none longer than `length`."""
+        slots = (length // GROWTH + 1) * GROWTH  # what a longer one leaves is given back
         self._slots = {
-            layer_idx: (keys[rows], values[rows])
+            layer_idx: (keys[:, :slots][rows], values[:, :slots][rows])
             for layer_idx, (keys, values) in self._slots.items()
         }
         self.length = min(self.length, length)
@@ -108,7 +109,7 @@ class Cache:
         """Bytes that the slots in use take."""
         return sum(
             slots[:, : self.length].numel() * slots.element_size()
-            for pair in self._slots.values()
+            for pair in list(self._slots.values())
             for slots in pair
         )
 

@@ -237,9 +237,10 @@ class Scheduler:
         return sum(cache.nbytes for _, cache in self._kept)
 
     def _drop_cancelled(self) -> None:
-        for request in [r for r in self._running if r.cancelled]:
+        gone = [r for r in self._running if r.cancelled]  # read once: others set it meanwhile
+        for request in gone:
             self._batch.remove(request.row)
-        self._running = [r for r in self._running if not r.cancelled]
+        self._running = [r for r in self._running if r not in gone]
         with self._news:
             self._waiting = deque(r for r in self._waiting if not r.cancelled)
 
