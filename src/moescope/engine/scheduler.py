@@ -178,9 +178,9 @@ class Scheduler:
                 return
             if self._running and not self._fits(len(self._running) + 1, request):
                 return
-            self._waiting.popleft()
             self._batch.join(request.row, request.cache)
             self._running.append(request)
+            self._waiting.popleft()  # last: whatever fails before, the request is told
             request.cache = None
 
     def _known_beginning(self, request: Request) -> Cache:

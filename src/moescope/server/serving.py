@@ -81,6 +81,8 @@ def serve_api(
     Raises:
         UserError: the host is none of this machine's, the port is busy, or the key cannot be sent.
     """
+    if api_key is None and os.environ.get("MOESCOPE_API_KEY") == "":
+        raise UserError("MOESCOPE_API_KEY is set but empty; give a key, or unset it to need none")
     if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
         raise UserError("the API key is empty or holds what a header cannot carry; use plain ASCII")
     listener = listen(host, port, tries=1)
