@@ -24,7 +24,10 @@ class Settler {
 
   int64_t left() {
     std::lock_guard<std::mutex> lock(mutex_);
-    return static_cast<int64_t>(waiting_.size());
+    size_t bytes = 0;
+    for (const auto& waiting : waiting_)
+      if (const auto weights = waiting.lock()) bytes += weights->stored().size();
+    return static_cast<int64_t>(bytes);
   }
 
  private:

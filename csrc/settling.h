@@ -10,7 +10,7 @@ namespace moescope {
 void settle_later(const std::shared_ptr<Weights>& weights);
 // Begin, in a thread of its own.
 void settle();
-// How many are still to be moved.
+// Bytes that are still to be moved, whatever is being moved included.
 int64_t unsettled();
 
 }  // namespace moescope

@@ -40,6 +40,23 @@ def test_kept_rows_are_the_ones_named() -> None:
     assert torch.equal(held[:, :2], states[[2, 0]])
 
 
+def test_a_row_joins_at_the_size_that_the_longest_needs() -> None:
+    def of(rows: int, length: int) -> Cache:
+        cache = Cache()
+        states = torch.randn(rows, length, 4)
+        cache.update(0, states, states[..., :1], torch.arange(length).expand(rows, -1))
+        return cache
+
+    wide, narrow = of(2, 5 * GROWTH), of(1, 3)
+    states = [wide._slots[0][0][1, :7].clone(), narrow._slots[0][0][0, :3].clone()]
+    wide.length = 7  # as when a longer row has left
+    wide.join(narrow)
+    keys, values = wide._slots[0]
+    assert keys.shape == (3, GROWTH, 4) and values.shape == (3, GROWTH, 1)
+    assert torch.equal(keys[1, :7], states[0]) and torch.equal(keys[2, :3], states[1])
+    assert wide.length == 7 and not keys[2, 3:].any()
+
+
 def test_a_kernel_is_handed_slots_again_only_when_they_have_moved() -> None:
     cache, handed = Cache(), []
 

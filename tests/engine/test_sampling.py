@@ -84,6 +84,18 @@ def test_temperature_zero_takes_the_likeliest_whatever_the_seed() -> None:
         assert choose(logits, torch.tensor([0]), SamplingParams(), drawn) == logits.argmax()
 
 
+@given(exponent=st.floats(-45, -3), seed=st.integers(0, 99))
+def test_the_colder_the_likelier_is_the_likeliest(exponent: float, seed: int) -> None:
+    params = SamplingParams(temperature=10**exponent)
+    logits = drawn_logits(300, seed)
+    best = logits.topk(2).values
+    if params.temperature and (best[0] - best[1]) / params.temperature < 40:
+        return
+    assert choose(logits, torch.tensor([0]), params, 0.999) == logits.argmax()
+    shortlist = Shortlist.of(logits[None], [params.temperature])
+    assert shortlist.choose(0, params, 0.999) in (logits.argmax(), None)  # None: ask `choose`
+
+
 @given(
     vocab=st.one_of(st.integers(1, 60), st.integers(65, 300)),
     seed=st.integers(0, 10_000),

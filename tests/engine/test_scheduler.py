@@ -1,5 +1,6 @@
 import threading
 from collections.abc import Iterator
+from contextlib import contextmanager
 from queue import Queue
 
 import pytest
@@ -7,7 +8,7 @@ import torch
 
 from moescope.api import Model
 from moescope.engine import scheduler as module
-from moescope.engine.batch import Token
+from moescope.engine.batch import Batch, Row, Token
 from moescope.engine.cache import Cache
 from moescope.engine.sampling import SamplingParams
 from moescope.engine.scheduler import Busy, Request, Scheduler
@@ -21,6 +22,15 @@ def scheduler(model: Model) -> Iterator[Scheduler]:
     made = Scheduler(model.engine, max_batch=3, cache_bytes=2**24)
     yield made
     made.close()
+
+
+@contextmanager
+def scheduling(model: Model, max_batch: int, cache_bytes: int) -> Iterator[Scheduler]:
+    scheduler = Scheduler(model.engine, max_batch, cache_bytes)
+    try:
+        yield scheduler
+    finally:
+        scheduler.close()
 
 
 class Listener:
@@ -113,29 +123,102 @@ def test_a_cancelled_request_leaves_the_others_alone(model: Model, scheduler: Sc
     assert (scheduler.running, scheduler.waiting) in ((0, 0), (1, 0))
 
 
-def test_rows_that_do_not_fit_together_go_one_after_the_other(model: Model) -> None:
+@pytest.mark.parametrize("piece", [2, 512])
+@pytest.mark.parametrize("slots", [45, 64, 100, 1000])
+def test_all_caches_together_stay_within_their_bytes(
+    model: Model, slots: int, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "PIECE", piece)
+    monkeypatch.setattr(module, "SHORTEST_REUSE", 2)
+    cache_bytes = _bytes_per_slot(model) * slots
+    held: list[int] = []
+    transform = model.engine.transform
+
+    def weighed(*given: object) -> torch.Tensor:
+        states = transform(*given)
+        held.append(scheduler.held_bytes if len(held) else 0)
+        return states
+
+    monkeypatch.setattr(model.engine, "transform", weighed)
+    with scheduling(model, max_batch=4, cache_bytes=cache_bytes) as scheduler:
+        ids = [model.engine.encode(prompt)[: 4 + 5 * at] for at, prompt in enumerate(PROMPTS * 3)]
+        asked = [(of[:30], 1 + 7 * at % 15) for at, of in enumerate(ids)]
+        listeners = [Listener(scheduler, of, max_tokens=most) for of, most in asked]
+        made = [[token.id for token in listener.tokens()] for listener in listeners]
+        monkeypatch.undo()
+        assert made == [alone(model, of, max_tokens=most) for of, most in asked]
+    assert max(held) <= cache_bytes
+    assert slots == 1000 or max(held) > 0.8 * cache_bytes
+
+
+def test_a_text_ends_where_the_memory_ends(model: Model) -> None:
+    ids = model.engine.encode(PROMPTS[1])[:10]
+    with scheduling(model, max_batch=2, cache_bytes=_bytes_per_slot(model) * 20) as scheduler:
+        whole = alone(model, ids, max_tokens=50)
+        assert len(whole) > 11
+        tokens = Listener(scheduler, ids, max_tokens=50).tokens()
+        assert [token.id for token in tokens] == whole[:11]
+        assert tokens[-1].finish_reason == "length"
+        with pytest.raises(UserError, match="has 21 tokens but there is memory for 20; shorten it"):
+            Listener(scheduler, [65] * 21)
+        assert len(Listener(scheduler, [65] * 20).tokens()) == 1
+    with pytest.raises(UserError, match="too few for the cache of one token"):
+        Scheduler(model.engine, max_batch=2, cache_bytes=_bytes_per_slot(model) - 1)
+
+
+def test_a_text_that_has_to_wait_again_still_tells_what_had_been_read_before(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SHORTEST_REUSE", 2)
     ids = model.engine.encode("the moon")
-    per_slot = _bytes_per_slot(model)
-    scheduler = Scheduler(model.engine, max_batch=4, cache_bytes=per_slot * 45)
-    try:
+    removed: list[Row] = []
+    remove = Batch.remove
+    monkeypatch.setattr(
+        Batch, "remove", lambda batch, rows: removed.extend(rows) or remove(batch, rows)
+    )
+    with scheduling(model, max_batch=4, cache_bytes=_bytes_per_slot(model) * 45) as scheduler:
         listeners = [Listener(scheduler, ids, max_tokens=30, seed=s) for s in range(4)]
         for listener in listeners:
             made = [token.id for token in listener.tokens()]
             assert made == alone(model, ids, max_tokens=30)
-    finally:
-        scheduler.close()
+            assert listener.request.reused in (0, len(ids) - 1)
+    again = {number for number, listener in enumerate(listeners) if listener.request.row in removed}
+    assert again and 0 not in again
 
 
-@pytest.mark.parametrize("slots", [3, 20])
-def test_a_text_that_outgrows_the_memory_is_a_sentence(model: Model, slots: int) -> None:
-    scheduler = Scheduler(model.engine, max_batch=2, cache_bytes=_bytes_per_slot(model) * slots)
-    ids = model.engine.encode(PROMPTS[1])[:10]
-    try:
-        with pytest.raises(UserError, match="shorten the prompt or ask for fewer tokens"):
-            Listener(scheduler, ids, max_tokens=50).tokens()
-        assert len(Listener(scheduler, [65], max_tokens=2).tokens()) == 2
-    finally:
-        scheduler.close()
+def test_a_conversation_is_kept_once(
+    model: Model, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SHORTEST_REUSE", 2)
+    ids = model.engine.encode("the moon")
+    for turn in range(3):
+        listener = Listener(scheduler, ids, max_tokens=4)
+        ids = [*ids, *(token.id for token in listener.tokens())]
+        assert (listener.request.reused > 0) == (turn > 0)
+    Listener(scheduler, [66, 67, 68], max_tokens=2).tokens()
+    lengths = sorted(len(kept) for kept, _ in scheduler._kept)
+    assert lengths == [4, len(ids) - 1]
+    scheduler.close()
+    assert scheduler.held_bytes == _bytes_per_slot(model) * sum(lengths)
+
+
+@pytest.mark.parametrize("step", ["join", "remove"])
+def test_whatever_fails_no_request_is_forgotten(
+    model: Model, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*_: object) -> None:
+        raise MemoryError("no more")
+
+    ids = model.engine.encode("the moon")
+    with scheduling(model, max_batch=4, cache_bytes=_bytes_per_slot(model) * 45) as scheduler:
+        with monkeypatch.context() as patch:
+            patch.setattr(Batch, step, fail)
+            listeners = [Listener(scheduler, ids, max_tokens=30, seed=s) for s in range(4)]
+            for listener in listeners:
+                with pytest.raises(MemoryError):
+                    listener.tokens()
+        made = [token.id for token in Listener(scheduler, ids).tokens()]
+    assert made == alone(model, ids)
 
 
 def test_a_failure_ends_what_runs_and_nothing_else(

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any
 
 import openai
@@ -17,6 +18,7 @@ from starlette.testclient import TestClient
 
 from moescope.api import Model, sampling_params
 from moescope.engine import scheduler as scheduler_module
+from moescope.engine.batch import Row, Token
 from moescope.engine.native import Packer
 from moescope.engine.scheduler import Scheduler
 from moescope.kernels import cpu
@@ -240,6 +242,8 @@ def test_what_cannot_be_done_is_said(peer: openai.OpenAI) -> None:
         ("completions", {"prompt": "x", "n": 17}, 400, "`n`"),
         ("completions", {"prompt": "x", "echo": True}, 400, "does not know echo"),
         ("completions", {"prompt": "x", "stop": [""]}, 400, "stop is"),
+        ("completions", {"prompt": "x", "stop": ["x"] * 17}, 400, "at most 16"),
+        ("completions", {"prompt": ["x"] * 65, "n": 2}, 400, "130 texts at once; ask for 128"),
         ("completions", {"prompt": "x", "model": "gpt"}, 404, "ask for 'small'"),
         ("chat/completions", {"messages": []}, 400, "`messages`"),
         ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 400, "role"),
@@ -313,6 +317,26 @@ def test_a_failure_tells_nothing_of_its_inside(
         assert "secret" not in answer.text
         streamed = client.post("/v1/completions", json={"prompt": "x", "stream": True})
         assert '"type": "server_error"' in streamed.text and "secret" not in streamed.text
+        found = numbers(open_client)
+    assert found['moescope_requests_total{path="/v1/completions",status="500"}'] == 1
+    assert found['moescope_requests_total{path="/v1/completions",status="200"}'] == 1
+
+
+def test_no_character_of_a_stream_ends_its_line(
+    talker: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(Row, "append", telling("a\u2028b\x85月", Row.append))
+    with served(talker) as (client, _):
+        asked = {"prompt": "x", "stream": True, "max_tokens": 2}
+        lines = client.post("/v1/completions", json=asked).text.splitlines()
+    *told, done = [line.removeprefix("data: ") for line in lines if line]
+    events = [json.loads(event) for event in told]
+    assert all(event["choices"][0]["text"] == "a\u2028b\x85月" for event in events)
+    assert len(events) == 2 and done == "[DONE]"
+
+
+def telling(text: str, append: Callable[..., Token]) -> Callable[..., Token]:
+    return lambda row, choice: replace(append(row, choice), text=text)
 
 
 def test_who_leaves_early_is_no_longer_computed_for(

@@ -100,7 +100,17 @@ def test_open_says_in_a_sentence_that_there_is_no_model(
     assert "there is no model 'nowhere'" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("key", ["", "sésame", "a\nb"])
+def test_an_empty_key_in_the_environment_is_not_taken_for_none(
+    home: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from moescope.cli.main import run
+
+    monkeypatch.setenv("MOESCOPE_API_KEY", "")
+    assert run(["serve", str(home), "--port", "0"]) == 2
+    assert "MOESCOPE_API_KEY is set but empty" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("key", ["", "sésame", "a\nb", " sesame", "sesame "])
 def test_a_key_that_no_client_can_send_is_a_sentence(model: Model, key: str) -> None:
     with pytest.raises(UserError, match="use plain ASCII"):
         serving.serve_api(model, "127.0.0.1", 0, print, name="x", api_key=key, max_batch=1)

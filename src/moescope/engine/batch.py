@@ -28,7 +28,7 @@ class Token:
         text: what became certain with it; "" in the middle of a character or of a possible stop.
         logprob: natural logarithm of its probability, before temperature and filters.
         finish_reason: set on a row's last token: "stop" at an end token or stop text, "length"
-            at `max_tokens` or where the model's context ends.
+            at `max_tokens` or where the model's context or the memory for it ends.
         top_logprobs: ids and logprobs of the likeliest tokens, as many as were asked for.
     """
 
@@ -53,7 +53,12 @@ class Row:
     """
 
     def __init__(
-        self, engine: "Engine", number: int, prompt: Sequence[int], params: SamplingParams
+        self,
+        engine: "Engine",
+        number: int,
+        prompt: Sequence[int],
+        params: SamplingParams,
+        slots: int | None = None,  # of the cache, where there are fewer than the context has
     ) -> None:
         self.number = number
         self.ids = list(prompt)
@@ -64,7 +69,8 @@ class Row:
         else:
             self.generator.manual_seed(params.seed)
         context = engine.model.config.max_position_embeddings
-        self.room = min(params.max_tokens, context + 1 - len(prompt))
+        readable = context if slots is None else min(context, slots)
+        self.room = min(params.max_tokens, readable + 1 - len(prompt))
         self.ended = False
         self._end_ids = engine.end_ids | set(params.stop_token_ids)
         self._decoder = StreamDecoder(engine.tokenizer)
@@ -124,9 +130,9 @@ class Batch:
         positions = self._engine.tensor([[len(row.ids) - 1] for row in self.rows])
         yield from self._continue(input_ids, positions, [0] * len(self.rows), recorder)
 
-    def remove(self, row: Row) -> None:
-        """Let a row go before its end; it may join again, once its ids have been read again."""
-        self._retain([at for at, other in enumerate(self.rows) if other is not row])
+    def remove(self, rows: Sequence[Row]) -> None:
+        """Let rows go before their end; each may join again, once its ids have been read again."""
+        self._retain([at for at, row in enumerate(self.rows) if row not in rows])
 
     def _continue(
         self,

@@ -71,24 +71,22 @@ class Cache:
     def keep(self, rows: Tensor, length: int) -> None:
         """Forget all sequences but `rows`, `(kept,)` indices, none longer than `length`."""
         slots = (length // GROWTH + 1) * GROWTH  # what a longer one leaves is given back
-        self._slots = {
-            layer_idx: (keys[:, :slots][rows], values[:, :slots][rows])
-            for layer_idx, (keys, values) in self._slots.items()
-        }
+        for layer_idx, (keys, values) in self._slots.items():  # one layer is held twice at a time
+            self._slots[layer_idx] = keys[:, :slots][rows], values[:, :slots][rows]
         self.length = min(self.length, length)
         self._handle = None
 
     def join(self, other: "Cache") -> None:
         """Add the sequences of another cache, of the same layers, behind these."""
+        self.length = max(self.length, other.length)
+        slots = (self.length // GROWTH + 1) * GROWTH
         for layer_idx, added in other._slots.items():
             held = self._slots.get(layer_idx) or (added[0][:0], added[1][:0])
-            slots = max(held[0].shape[1], added[0].shape[1])
             keys, values = (
-                torch.cat([_widened(mine, slots), _widened(its, slots)])
+                torch.cat([_sized(mine, slots), _sized(its, slots)])
                 for mine, its in zip(held, added, strict=True)
             )
             self._slots[layer_idx] = keys, values
-        self.length = max(self.length, other.length)
         self._handle = None
 
     def copy(self, row: int, length: int) -> "Cache":
@@ -123,8 +121,9 @@ def _grow(slots: Tensor, length: int) -> Tensor:
     held = slots.shape[1]
     if held >= length:
         return slots
-    return _widened(slots, (max(length, held + held // 4) // GROWTH + 1) * GROWTH)
+    return _sized(slots, (max(length, held + held // 4) // GROWTH + 1) * GROWTH)
 
 
-def _widened(slots: Tensor, capacity: int) -> Tensor:
-    return torch.cat([slots, _room(slots, capacity - slots.shape[1])], dim=1)
+def _sized(slots: Tensor, capacity: int) -> Tensor:
+    """Cut, or fill up with zeros, to so many slots."""
+    return torch.cat([slots[:, :capacity], _room(slots, max(0, capacity - slots.shape[1]))], dim=1)

@@ -10,6 +10,8 @@ from moescope.errors import UserError
 from moescope.kernels import cpu
 
 MOST_TOP_LOGPROBS = 20
+COLDEST = 1e-5
+"""Below this temperature logits over it would be beyond what a float32 tells apart."""
 
 
 @dataclass(frozen=True)
@@ -33,7 +35,8 @@ class SamplingParams:
 
     Attributes:
         max_tokens: tokens to make at most.
-        temperature: 0 takes the likeliest token; logits are divided by anything above.
+        temperature: 0, as anything below `COLDEST`, takes the likeliest token; logits are divided
+            by anything above.
         top_k: keep this many likeliest tokens.
         top_p: keep the likeliest tokens whose probabilities first reach this sum.
         min_p: keep tokens at least this fraction as likely as the likeliest.
@@ -76,6 +79,8 @@ class SamplingParams:
         for field, (fine, allowed) in checks.items():
             if not fine:
                 raise UserError(f"{field} is {getattr(self, field)!r}; it must be {allowed}")
+        if self.temperature < COLDEST:
+            object.__setattr__(self, "temperature", 0.0)
 
 
 def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:

@@ -44,28 +44,47 @@ class Request:
         self.reused = 0
         self.cancelled = False
         self.cache: Cache | None = None  # while its prompt is read
+        self._prompt_tokens = len(row.ids)
 
     @property
     def unread(self) -> int:
         """Tokens that must be read before it can join: all but the last, at least one."""
         return max(1, len(self.row.ids) - 1) - (self.cache.length if self.cache else 0)
 
+    @property
+    def is_new(self) -> bool:
+        """Whether it has been given no token yet."""
+        return len(self.row.ids) == self._prompt_tokens
+
 
 class Scheduler:
     """Continues prompts with one engine, in a thread of its own, until it is closed.
 
+    Memory is counted in slots, what one token takes in the cache. Running texts take a rectangle of
+    them, each as many as the longest. Where they need more, what is kept of ended texts goes first,
+    then what has been read of a prompt that waits, then the text that joined last, which waits and
+    is read again; a text alone ends, as at its longest, where all slots are its own.
+
     Args:
         engine: what computes; nobody else may use it meanwhile.
         max_batch: texts that run at a time.
-        cache_bytes: that the running texts' caches may take together; as much again may be kept of
-            ended ones.
+        cache_bytes: that all caches may take together.
+
+    Raises:
+        UserError: not even one token fits into the bytes.
     """
 
     def __init__(self, engine: Engine, max_batch: int, cache_bytes: int) -> None:
         self.engine = engine
-        self._max_batch, self._cache_bytes = max_batch, cache_bytes
+        self._max_batch = max_batch
+        self._slots = cache_bytes // _bytes_per_slot(engine)
+        if not self._slots:
+            raise UserError(
+                f"{cache_bytes:,} bytes of memory are too few for the cache of one token; "
+                "close other programs or take a smaller model"
+            )
         self._batch = Batch(engine)
-        self._waiting: deque[Request] = deque()
+        self._waiting: deque[Request] = deque()  # only the first may have a cache
         self._running: list[Request] = []  # in the order of the batch's rows
         self._kept: deque[tuple[list[int], Cache]] = deque(maxlen=KEPT)
         self._news = Condition()
@@ -83,13 +102,19 @@ class Scheduler:
         It is called in the scheduler's thread and must not block. `number` is the tokens' `row`.
 
         Raises:
-            UserError: the model cannot read the prompt, or no token is asked for.
+            UserError: the model cannot read the prompt, there is no memory for it, or no token is
+                asked for.
             Busy: too many wait.
         """
         self.engine.check(prompt_ids)
         if params.max_tokens < 1:
             raise UserError("max_tokens is 0; ask for one token at least")
-        request = Request(Row(self.engine, number, prompt_ids, params), receive)
+        if len(prompt_ids) > self._slots:
+            raise UserError(
+                f"the prompt has {len(prompt_ids)} tokens but there is memory for {self._slots}; "
+                "shorten it"
+            )
+        request = Request(Row(self.engine, number, prompt_ids, params, self._slots), receive)
         with self._news:
             if self._closing:
                 raise Busy("the server is shutting down")
@@ -122,8 +147,10 @@ class Scheduler:
 
     @property
     def held_bytes(self) -> int:
-        """Bytes of the caches of running texts and of those kept."""
-        return self._batch.cache.nbytes + sum(cache.nbytes for _, cache in list(self._kept))
+        """Bytes of all caches: of running texts, of a prompt that is read, and of texts kept."""
+        caches = [self._batch.cache, *(request.cache for request in list(self._waiting))]
+        caches += [cache for _, cache in list(self._kept)]
+        return sum(cache.nbytes for cache in caches if cache)
 
     # --- the thread -----------------------------------------------------------------------------
 
@@ -162,8 +189,12 @@ class Scheduler:
         budget = PIECE
         while budget and self._waiting and len(self._running) < self._max_batch:
             request = self._waiting[0]
+            room = self._slots - self._rectangle(request)
+            if room < 0:
+                return
             if request.cache is None:
                 request.cache = self._known_beginning(request)
+            self._let_go(room)
             count = min(budget, request.unread)
             if count:
                 start = request.cache.length
@@ -171,12 +202,7 @@ class Scheduler:
                 positions = self.engine.tensor([list(range(start, start + count))])
                 self.engine.transform(input_ids, positions, request.cache)
                 budget -= count
-                if request.cache.nbytes > self._cache_bytes:
-                    self._refuse(self._waiting.popleft())
-                    continue
             if request.unread:
-                return
-            if self._running and not self._fits(len(self._running) + 1, request):
                 return
             self._batch.join(request.row, request.cache)
             self._running.append(request)
@@ -184,62 +210,66 @@ class Scheduler:
             request.cache = None
 
     def _known_beginning(self, request: Request) -> Cache:
-        """Copy what is known of a prompt's beginning from the text that shares most of it."""
+        """What is known of a prompt's beginning, from the text that shares most of it."""
         ids = request.row.ids[: request.unread]
         known = [(kept_ids, cache, 0) for kept_ids, cache in self._kept]
         known += [(row.ids[:-1], self._batch.cache, at) for at, row in enumerate(self._batch.rows)]
         shared = [_shared_beginning(ids, other) for other, _, _ in known]
-        request.reused = max(shared, default=0)
-        if request.reused < SHORTEST_REUSE:
-            request.reused = 0
+        most = max(shared, default=0)
+        if most < SHORTEST_REUSE:
             return Cache()
-        _, cache, row = known[shared.index(request.reused)]
-        return cache.copy(row, request.reused)
+        if request.is_new:
+            request.reused = most
+        at = shared.index(most)
+        ids, cache, row = known[at]
+        if at < len(self._kept) and most == len(ids):  # all of it: then none need be copied
+            del self._kept[at]
+            return cache
+        return cache.copy(row, most)
 
-    def _fits(self, rows: int, joining: Request | None = None) -> bool:
-        """Whether so many rows, each a slot longer than the longest, stay within the bytes."""
-        caches = [self._batch.cache, *([joining.cache] if joining and joining.cache else [])]
-        held, slots = 0, 0
-        for cache, count in zip(caches, (len(self._running), 1), strict=False):
-            held, slots = held + cache.nbytes, slots + count * cache.length
-        longest = max(cache.length for cache in caches) + 1
-        return rows * longest * held <= self._cache_bytes * slots
+    def _rectangle(self, *joining: Request) -> int:
+        """Slots that running texts and those that join them take with their next token."""
+        lengths = [len(request.row.ids) for request in (*self._running, *joining)]
+        return len(lengths) * max(lengths, default=0)
+
+    def _let_go(self, slots: int) -> None:
+        """Let kept texts go, oldest first, until they take so many slots at most."""
+        while sum(cache.length for _, cache in self._kept) > slots:
+            self._kept.popleft()
 
     def _make_room(self) -> None:
-        """Send the last to join back to the queue while the next token's slots do not fit."""
-        while len(self._running) > 1 and not self._fits(len(self._running)):
-            last = self._running.pop()
-            self._batch.remove(last.row)
+        """See that the next token's slots are there."""
+        if self._waiting and self._read_ahead > self._slots - self._rectangle():
+            self._waiting[0].cache = None
+        while (room := self._slots - self._rectangle()) < 0:
+            last = self._running[-1]
+            self._batch.remove([last.row])
             self._waiting.appendleft(last)
-        if self._running and not self._fits(1):
-            only = self._running.pop()
-            self._batch.remove(only.row)
-            self._refuse(only)
+            self._running.pop()  # last: whatever fails before, the request is told
+        self._let_go(room - self._read_ahead)
 
-    def _refuse(self, request: Request) -> None:
-        request.receive(
-            UserError(
-                f"the text fills the {self._cache_bytes / 2**30:.1f} GiB that there are for the "
-                "cache; shorten the prompt or ask for fewer tokens"
-            )
-        )
+    @property
+    def _read_ahead(self) -> int:
+        """Slots of the prompt that is being read."""
+        read = self._waiting[0].cache if self._waiting else None
+        return read.length if read else 0
 
     def _keep(self, row: Row) -> None:
-        """Keep what was read of a text that ends."""
-        at = self._batch.rows.index(row)
-        copied = self._batch.cache.copy(at, len(row.ids) - 1)
-        while self._kept and self._held_by_kept() + copied.nbytes > self._cache_bytes:
-            self._kept.popleft()
-        if copied.nbytes <= self._cache_bytes:
-            self._kept.append((row.ids[:-1], copied))
-
-    def _held_by_kept(self) -> int:
-        return sum(cache.nbytes for _, cache in self._kept)
+        """Keep what was read of a text that ends, in place of what it goes on from."""
+        ids = row.ids[:-1]
+        self._kept = deque(
+            (entry for entry in self._kept if _shared_beginning(entry[0], ids) < len(entry[0])),
+            maxlen=KEPT,
+        )
+        room = self._slots - self._rectangle() - self._read_ahead - len(ids)
+        if room >= 0:
+            self._let_go(room)
+            self._kept.append((ids, self._batch.cache.copy(self._batch.rows.index(row), len(ids))))
 
     def _drop_cancelled(self) -> None:
         gone = [r for r in self._running if r.cancelled]  # read once: others set it meanwhile
-        for request in gone:
-            self._batch.remove(request.row)
+        if gone:
+            self._batch.remove([request.row for request in gone])
         self._running = [r for r in self._running if r not in gone]
         with self._news:
             self._waiting = deque(r for r in self._waiting if not r.cancelled)
@@ -258,3 +288,11 @@ def _shared_beginning(ids: Sequence[int], other: Sequence[int]) -> int:
         (at for at, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b),
         min(len(ids), len(other)),
     )
+
+
+def _bytes_per_slot(engine: Engine) -> int:
+    """Have one token read, and see what it takes in the cache."""
+    cache = Cache()
+    with torch.inference_mode():
+        engine.transform(engine.tensor([[0]]), engine.tensor([[0]]), cache)
+    return cache.nbytes

@@ -193,7 +193,7 @@ def settle() -> None:
 
 
 def unsettled() -> int:
-    """How many weights taken from files `settle` has still to look at."""
+    """Bytes of weights taken from files that `settle` has still to move."""
     return _native.unsettled()
 
 

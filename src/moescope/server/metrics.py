@@ -92,7 +92,7 @@ class _Now(Collector):
         )
         yield GaugeMetricFamily(
             "moescope_cache_bytes",
-            "Bytes of caches, of running texts and of those kept.",
+            "Bytes of caches: of running texts, of a prompt that is read, and of texts kept.",
             scheduler.held_bytes,
         )
         if cpu.available():
@@ -115,10 +115,18 @@ class CountAnswers:
             await self._app(scope, receive, send)
             return
         path = scope["path"] if scope["path"] in self._paths else "other"
+        answered = False
 
         async def noted(message: Message) -> None:
+            nonlocal answered
             if message["type"] == "http.response.start":
+                answered = True
                 self._metrics.counted(path, message["status"])
             await send(message)
 
-        await self._app(scope, receive, noted)
+        try:
+            await self._app(scope, receive, noted)
+        except Exception:
+            if not answered:  # it will be, further out, with 500
+                self._metrics.counted(path, 500)
+            raise

@@ -33,6 +33,8 @@ from moescope.server.requests import Handler, OwnHostOnly, TooMuch, explained, r
 
 MOST_BYTES = 16_000_000
 """Bytes of a request."""
+MOST_TEXTS = 128
+"""That one request may ask for: half of those that may wait."""
 PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics")
 
 Json = dict[str, Any]
@@ -206,6 +208,10 @@ class _Texts:
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
         self.generated_tokens = 0
         self.count = len(prompts) * len(params)
+        if self.count > MOST_TEXTS:
+            raise UserError(
+                f"the request asks for {self.count} texts at once; ask for {MOST_TEXTS} at most"
+            )
         self._choices = len(params)
         loop = asyncio.get_running_loop()
 
@@ -313,7 +319,8 @@ async def _stream(texts: _Texts, form: "_Form", *, tells_usage: bool) -> AsyncIt
 
 
 def _event(told: Json) -> str:
-    return f"data: {json.dumps(told, ensure_ascii=False)}\n\n"
+    # In ASCII: some clients take U+2028 and its kin for the end of a line.
+    return f"data: {json.dumps(told)}\n\n"
 
 
 # --- what answers look like -----------------------------------------------------------------------

@@ -7,11 +7,12 @@ fields are passed over, unless they would change the answer: those are refused.
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moescope.engine.sampling import MOST_TOP_LOGPROBS, SamplingParams
 
 MOST_CHOICES = 16
+MOST_STOPS = 16
 DEFAULT_TOKENS = 16
 """Of a completion; a chat goes on to its end."""
 
@@ -61,6 +62,14 @@ class Request(BaseModel):
                 if value is not None and value not in without_effect:
                     raise ValueError(f"this server does not know {name}; leave it out")
         return fields
+
+    @field_validator("stop")
+    @classmethod
+    def refuse_too_many(cls, stop: str | list[str] | None) -> str | list[str] | None:
+        """Refuse more texts than a token should be held to."""
+        if isinstance(stop, list) and len(stop) > MOST_STOPS:
+            raise ValueError(f"there are {len(stop)} texts; give at most {MOST_STOPS}")
+        return stop
 
     @property
     def choices(self) -> int:

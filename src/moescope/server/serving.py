@@ -17,15 +17,16 @@ from starlette.applications import Starlette
 from moescope.api import Model
 from moescope.engine.scheduler import Scheduler
 from moescope.errors import UserError
+from moescope.kernels import cpu
 from moescope.machine import memory
 from moescope.server.app import create_app
 from moescope.server.openai import create_api
 from moescope.server.studio import Studio
 
 PORTS_TRIED = 100
-CACHE_SHARE = 0.3
-"""Of the memory that is free once the model is loaded, what running texts may take; ended texts may
-be kept in as much again.
+CACHE_SHARE = 0.5
+"""Of the memory that is free once the model is loaded, what the slots of all caches may take; more
+is left for slots ahead of need and for what is held twice while it moves.
 """
 SECONDS_TO_SAY_GOODBYE = 5
 """How long open streams may delay the end."""
@@ -83,10 +84,11 @@ def serve_api(
     """
     if api_key is None and os.environ.get("MOESCOPE_API_KEY") == "":
         raise UserError("MOESCOPE_API_KEY is set but empty; give a key, or unset it to need none")
-    if api_key is not None and not (api_key.isascii() and api_key.isprintable() and api_key):
+    if api_key is not None and not _can_be_sent(api_key):
         raise UserError("the API key is empty or holds what a header cannot carry; use plain ASCII")
     listener = listen(host, port, tries=1)
-    room = int(memory()[1] * CACHE_SHARE)
+    # Mapped weights count as free memory until they have moved to pages of their own.
+    room = int((memory()[1] - cpu.unsettled()) * CACHE_SHARE)
     scheduler = Scheduler(model.engine, max_batch, room)
     found = listener.getsockname()[1]
     say(f"moescope serves {name} at http://{_reachable(host)}:{found}/v1  (Ctrl-C ends)")
@@ -188,6 +190,12 @@ def shown_beside(run: Path, say: Callable[[str], None], *, model: str = "tiny") 
     finally:
         child.terminate()
         child.wait()
+
+
+def _can_be_sent(api_key: str) -> bool:
+    """Whether a header can carry a key as it is; blanks around it would be lost."""
+    plain = api_key.isascii() and api_key.isprintable()
+    return plain and api_key == api_key.strip() and api_key != ""
 
 
 def _reachable(host: str) -> str:
