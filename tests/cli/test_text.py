@@ -74,9 +74,22 @@ def test_chat_json_is_the_answer_and_why_it_ended(
     asked = model.tokenizer.apply_chat_template([{"role": "user", "content": "is it frost?"}])
     expected = model.generate(asked, max_tokens=8)
     assert json.loads(capsys.readouterr().out) == {
+        "reasoning_content": "",
         "answer": expected.text,
         "finish_reason": expected.finish_reason,
     }
+
+
+def test_chat_prints_a_thought_before_the_answer(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    thought = "7+5=12 write 2 carry 1\n1+2+1=4\n17+25=42"
+    assert run(["chat", "17+25=?"]) == 0
+    assert capsys.readouterr().out == f"{thought}\n42\n"
+    assert run(["chat", "17+25=?", "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told == {"reasoning_content": thought, "answer": "42", "finish_reason": "stop"}
 
 
 def test_chat_remembers_what_was_said(

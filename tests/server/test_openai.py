@@ -20,7 +20,9 @@ from moescope.api import Model, sampling_params
 from moescope.engine import scheduler as scheduler_module
 from moescope.engine.batch import Row, Token
 from moescope.engine.native import Packer
+from moescope.engine.sampling import Choice
 from moescope.engine.scheduler import Scheduler
+from moescope.engine.thinking import BEGIN, END
 from moescope.kernels import cpu
 from moescope.model.decoder import CausalLM
 from moescope.server.openai import create_api
@@ -155,6 +157,47 @@ def test_a_chat_reads_its_template(peer: openai.OpenAI, talker: Model) -> None:
     assert deltas[0].role == "assistant"
     assert "".join(delta.content or "" for delta in deltas) == text_of(tokens)
     assert chunks[-1].choices[0].finish_reason == tokens[-1].finish_reason
+
+
+def test_a_thought_is_told_apart_from_the_answer(peer: openai.OpenAI, talker: Model) -> None:
+    begin, end = (talker.tokenizer.token_id(tag) for tag in (BEGIN, END))
+    letters = [talker.tokenizer.encode(letter)[0] for letter in "<tis"]
+    script = [begin, *letters[:3], end, *letters[2:]]
+    asked: dict[str, Any] = {
+        "model": "small",
+        "messages": [{"role": "user", "content": "is"}],
+        "max_tokens": len(script),
+        "stop": ["ti/", "s?"],  # held back at the end of the thought and of the answer
+    }
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(talker.engine, "pick", _scripted(script))
+        whole = peer.chat.completions.create(**asked, n=2)
+        chunks = list(
+            peer.chat.completions.create(
+                **asked, stream=True, stream_options={"include_usage": True}
+            )
+        )
+    for choice in whole.choices:
+        assert choice.message.content == "is"
+        assert choice.message.model_extra == {"reasoning_content": "<ti"}
+    assert whole.usage is not None and whole.usage.completion_tokens_details is not None
+    assert whole.usage.completion_tokens_details.reasoning_tokens == 2 * 5
+    deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
+    assert "".join(delta.content or "" for delta in deltas) == "is"
+    thoughts = [(delta.model_extra or {}).get("reasoning_content", "") for delta in deltas]
+    assert "".join(thoughts) == "<ti"
+    assert chunks[-1].usage is not None and chunks[-1].usage.completion_tokens_details is not None
+    assert chunks[-1].usage.completion_tokens_details.reasoning_tokens == 5
+
+
+def _scripted(ids: list[int]) -> Callable[..., list[Choice]]:
+    """Have each row's next tokens be the ones of a script, counted from its prompt."""
+    started: dict[Row, int] = {}
+
+    def pick(_logits: torch.Tensor, rows: list[Row]) -> list[Choice]:
+        return [Choice(ids[len(r.ids) - started.setdefault(r, len(r.ids))], 0.0) for r in rows]
+
+    return pick
 
 
 def test_a_chat_without_a_limit_goes_on_to_its_end(peer: openai.OpenAI) -> None:

@@ -2,9 +2,11 @@
 
 import json
 import sys
-from typing import Annotated, Any
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
+from rich.console import Console
 
 from moescope.cli.sampling import (
     Backend,
@@ -28,6 +30,10 @@ from moescope.cli.steering import (
     RouterRule,
     steer,
 )
+
+if TYPE_CHECKING:
+    from moescope.engine.batch import Token
+    from moescope.engine.thinking import ThoughtSplitter
 
 
 def chat(
@@ -60,6 +66,7 @@ def chat(
     With a MESSAGE and no terminal on standard input, one answer is given.
     """
     from moescope.api import load
+    from moescope.engine.thinking import ThoughtSplitter
 
     if as_json and message is None:
         raise typer.BadParameter("--json needs a MESSAGE")
@@ -78,22 +85,41 @@ def chat(
     while said:
         messages.append({"role": "user", "content": said})
         prompt = opened.tokenizer.apply_chat_template(messages)
+        splitter = ThoughtSplitter(opened.tokenizer, opened.engine.encode(prompt))
+        tokens = opened.stream(prompt, **sampling)
         if as_json:
-            generation = opened.generate(prompt, **sampling)
-            reason = generation.finish_reason
-            print(
-                json.dumps({"answer": generation.text, "finish_reason": reason}, ensure_ascii=False)
-            )
+            print(json.dumps(_whole(tokens, splitter), ensure_ascii=False))
             return
-        answer = ""
-        for token in opened.stream(prompt, **sampling):
-            print(token.text, end="", flush=True)
-            answer += token.text
-        print()
+        answer = _printed(tokens, splitter)
         messages.append({"role": "assistant", "content": answer})
         if message is not None and not sys.stdin.isatty():
             return
         said = _listen()
+
+
+def _whole(tokens: "Iterable[Token]", splitter: "ThoughtSplitter") -> dict[str, str | None]:
+    """Collect an answer, the thought before it, and why it ended."""
+    thought, answer, reason = "", "", None
+    for token in tokens:
+        more_thought, more_answer = splitter.feed(token)
+        thought, answer, reason = thought + more_thought, answer + more_answer, token.finish_reason
+    return {"reasoning_content": thought, "answer": answer, "finish_reason": reason}
+
+
+def _printed(tokens: "Iterable[Token]", splitter: "ThoughtSplitter") -> str:
+    """Print an answer as it is made, after what was thought, dim and apart; return it."""
+    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
+    thought, answer = "", ""
+    for token in tokens:
+        more_thought, more_answer = splitter.feed(token)
+        thought += more_thought
+        console.print(more_thought, style="dim", end="")
+        if thought and more_answer and not answer:
+            console.print()
+        console.print(more_answer, end="")
+        answer += more_answer
+    console.print()
+    return answer
 
 
 def _listen() -> str:

@@ -72,6 +72,7 @@ class Row:
         readable = context if slots is None else min(context, slots)
         self.room = min(params.max_tokens, readable + 1 - len(prompt))
         self.ended = False
+        self._special_ids = engine.tokenizer.special_ids
         self._end_ids = engine.end_ids | set(params.stop_token_ids)
         self._decoder = StreamDecoder(engine.tokenizer)
         self._stop = StopFinder(params.stop)
@@ -82,6 +83,8 @@ class Row:
         self.room -= 1
         at_end = choice.id in self._end_ids
         text = self._stop.feed("" if at_end else self._decoder.feed(choice.id))
+        if choice.id in self._special_ids:  # no character and no stop text goes on beyond it
+            text += self._stop.feed(self._decoder.flush(), final=True)
         reason: FinishReason | None = None
         if at_end or self._stop.found:
             reason = "stop"

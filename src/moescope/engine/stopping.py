@@ -23,14 +23,15 @@ class StopFinder:
         if starts:
             self.found, self._held = True, ""
             return text[: min(starts)]
-        keep = 0 if final else self._longest_beginning(text)
+        keep = 0 if final else held_back(text, self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
 
-    def _longest_beginning(self, text: str) -> int:
-        """Length of the longest end of `text` with which a stop text begins."""
-        longest = max((len(stop) for stop in self._stop), default=1) - 1
-        for length in range(min(longest, len(text)), 0, -1):
-            if any(stop.startswith(text[-length:]) for stop in self._stop):
-                return length
-        return 0
+
+def held_back(text: str, awaited: Sequence[str]) -> int:
+    """Length of the longest end of `text` with which one of the `awaited` texts begins."""
+    longest = max((len(one) for one in awaited), default=1) - 1
+    for length in range(min(longest, len(text)), 0, -1):
+        if any(one.startswith(text[-length:]) for one in awaited):
+            return length
+    return 0

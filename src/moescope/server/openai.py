@@ -25,6 +25,7 @@ from moescope.engine.batch import Token
 from moescope.engine.sampling import SamplingParams
 from moescope.engine.scheduler import Busy, Scheduler
 from moescope.engine.scheduler import Request as SchedulerRequest
+from moescope.engine.thinking import ThoughtSplitter
 from moescope.errors import UserError
 from moescope.server.metrics import CONTENT_TYPE, CountAnswers, Metrics
 from moescope.server.openai_schema import DEFAULT_TOKENS, ChatRequest, CompletionRequest
@@ -160,7 +161,13 @@ class _Service:
             most or self._model.config.max_position_embeddings, asked.top_logprobs or 0
         )
         texts = self._begin(arrived, prompts, params)
-        form = _ChatForm(self._model, self._name, tells_logprobs=bool(asked.logprobs))
+        form = _ChatForm(
+            self._model,
+            self._name,
+            prompts[0],
+            texts.count,
+            tells_logprobs=bool(asked.logprobs),
+        )
         return await self._answer(request, asked, texts, form)
 
     def _check_name(self, name: str | None) -> None:
@@ -234,16 +241,6 @@ class _Texts:
         """Tokens of prompts that an earlier text had left in the cache."""
         return sum(request.reused for request in self._requests[:: self._choices])
 
-    @property
-    def usage(self) -> Json:
-        """How many tokens were read and made."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.generated_tokens,
-            "total_tokens": self.prompt_tokens + self.generated_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.reused_tokens},
-        }
-
     async def __aiter__(self) -> AsyncIterator[Token]:
         """Yield tokens until every text has ended; leaving early ends them all."""
         metrics, running = self._metrics, self.count
@@ -307,7 +304,7 @@ async def _stream(texts: _Texts, form: "_Form", *, tells_usage: bool) -> AsyncIt
             if (choice := form.piece(token)) is not None:
                 yield _event(form.chunk([choice]) | usage)
         if tells_usage:
-            yield _event(form.chunk([]) | {"usage": texts.usage})
+            yield _event(form.chunk([]) | {"usage": form.usage(texts)})
         yield "data: [DONE]\n\n"
     except UserError as error:
         yield _event(_explanation(400, str(error)))
@@ -351,7 +348,17 @@ class _Form:
             {"index": row, "finish_reason": of[-1].finish_reason} | self.text(of)
             for row, of in enumerate(made)
         ]
-        return self._head | {"object": self.whole_object, "choices": choices, "usage": texts.usage}
+        told = {"object": self.whole_object, "choices": choices, "usage": self.usage(texts)}
+        return self._head | told
+
+    def usage(self, texts: _Texts) -> Json:
+        """How many tokens were read and made."""
+        return {
+            "prompt_tokens": texts.prompt_tokens,
+            "completion_tokens": texts.generated_tokens,
+            "total_tokens": texts.prompt_tokens + texts.generated_tokens,
+            "prompt_tokens_details": {"cached_tokens": texts.reused_tokens},
+        }
 
     def chunk(self, choices: list[Json]) -> Json:
         """Tell a piece of a stream."""
@@ -359,9 +366,9 @@ class _Form:
 
     def piece(self, token: Token) -> Json | None:
         """Tell one token; None if there is nothing to tell yet."""
-        if not token.text and token.finish_reason is None and not self._tells_logprobs:
-            return None
         told = self.text([token], streamed=True)
+        if token.finish_reason is None and not any(told.values()):
+            return None
         return {"index": token.row, "finish_reason": token.finish_reason} | told
 
     def openings(self, count: int) -> list[Json]:
@@ -419,6 +426,17 @@ class _ChatForm(_Form):
     whole_object = "chat.completion"
     chunk_object = "chat.completion.chunk"
 
+    def __init__(
+        self, model: Model, name: str, prompt_ids: list[int], count: int, *, tells_logprobs: bool
+    ) -> None:
+        super().__init__(model, name, tells_logprobs=tells_logprobs)
+        self._splitters = [ThoughtSplitter(model.tokenizer, prompt_ids) for _ in range(count)]
+
+    def usage(self, texts: _Texts) -> Json:
+        """How many tokens were read and made, and how many of these were thought."""
+        thought = sum(splitter.thought_tokens for splitter in self._splitters)
+        return super().usage(texts) | {"completion_tokens_details": {"reasoning_tokens": thought}}
+
     def openings(self, count: int) -> list[Json]:
         """Who speaks."""
         delta = {"role": "assistant", "content": ""}
@@ -428,12 +446,16 @@ class _ChatForm(_Form):
         ]
 
     def text(self, tokens: Sequence[Token], *, streamed: bool = False) -> Json:
-        """The message or a piece of it, and what is known of each token."""
-        content = "".join(token.text for token in tokens)
+        """The message or a piece of it, thought apart, and what is known of each token."""
+        parts = [self._splitters[token.row].feed(token) for token in tokens]
+        thought, content = ("".join(part) for part in zip(*parts, strict=True))
         logprobs = {"content": [self._known(t) for t in tokens]} if self._tells_logprobs else None
+        told = {"reasoning_content": thought} if thought else {}
         if streamed:
-            return {"delta": {"content": content}, "logprobs": logprobs}
-        return {"message": {"role": "assistant", "content": content}, "logprobs": logprobs}
+            told |= {"content": content} if content else {}
+            return {"delta": told, "logprobs": logprobs}
+        message = {"role": "assistant", "content": content} | told
+        return {"message": message, "logprobs": logprobs}
 
     def _known(self, token: Token) -> Json:
         likeliest = [self._one(token_id, logprob) for token_id, logprob in token.top_logprobs]
