@@ -73,7 +73,7 @@ class Row:
         self.room = min(params.max_tokens, readable + 1 - len(prompt))
         self.ended = False
         self._special_ids = engine.tokenizer.special_ids
-        self._end_ids = engine.end_ids | set(params.stop_token_ids)
+        self._end_ids = {*params.stop_token_ids, *(() if params.ignore_eos else engine.end_ids)}
         self._decoder = StreamDecoder(engine.tokenizer)
         self._stop = StopFinder(params.stop)
 

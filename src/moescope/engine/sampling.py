@@ -44,6 +44,7 @@ class SamplingParams:
         seed: of the draws; the same seed makes the same text. None takes another each time.
         stop: texts that end the continuation and are left out of it.
         stop_token_ids: ids that end it, besides the model's own end token.
+        ignore_eos: whether the model's own end token does not.
         top_logprobs: how many of the likeliest tokens are told with each token.
     """
 
@@ -56,6 +57,7 @@ class SamplingParams:
     seed: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
+    ignore_eos: bool = False
     top_logprobs: int = 0
 
     def __post_init__(self) -> None:

@@ -1,7 +1,7 @@
 """Requests of the OpenAI API, as far as this server answers them.
 
-Fields that OpenAI does not have are those of vLLM: `top_k`, `min_p`, `repetition_penalty`. Other
-fields are passed over, unless they would change the answer: those are refused.
+Fields that OpenAI does not have are those of vLLM: `top_k`, `min_p`, `repetition_penalty` and
+`ignore_eos`. Other fields are passed over, unless they would change the answer: those are refused.
 """
 
 from collections.abc import Mapping, Sequence
@@ -48,6 +48,7 @@ class Request(BaseModel):
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
     n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
     stop: str | list[str] | None = None
+    ignore_eos: bool | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
     stream: bool | None = None
     stream_options: "StreamOptions | None" = None
@@ -93,6 +94,7 @@ class Request(BaseModel):
                 repetition_penalty=self.repetition_penalty or 1.0,
                 seed=None if self.seed is None else (self.seed + choice) % 2**63,
                 stop=tuple([self.stop] if isinstance(self.stop, str) else self.stop or ()),
+                ignore_eos=bool(self.ignore_eos),
                 top_logprobs=top_logprobs,
             )
             for choice in range(self.choices)
