@@ -74,19 +74,39 @@ MOESCOPE_INLINE inline void multiply_step(__m512i (&dots)[M][P], const __m512i (
   });
 }
 
-// Where the bytes stand that are read `kPrefetch` after `weights`.
-MOESCOPE_INLINE inline const uint8_t* ahead_of(const Tile& tile, const uint8_t* weights) {
-  const int64_t beyond = weights + kPrefetch - tile.end;
-  return beyond < 0 ? weights + kPrefetch : tile.next + beyond;
+// What is fetched of the weights ahead, while those before them are multiplied.
+enum class Fetch {
+  none,
+  all,        // for rows that pass over the weights once
+  one_half,   // for rows that pass over a block of them again and again, the first two times
+  other_half,
+};
+
+// Where the bytes stand that are read `distance` after `weights`.
+MOESCOPE_INLINE inline const uint8_t* ahead_of(const Tile& tile, const uint8_t* weights,
+                                               int64_t distance) {
+  const int64_t beyond = weights + distance - tile.end;
+  return beyond < 0 ? weights + distance : tile.next + beyond;
 }
 
-// All that is fetched so is read about once a token, and should not push the rest out of the caches.
-// On Intel, what passes them by must pass the first level's few line buffers, at half the speed.
+// For what is read about once a token and should not push the rest out of the caches. On Intel, what
+// passes them by must pass the first level's few line buffers, at half the speed.
 MOESCOPE_INLINE inline void prefetch(const void* from) {
   if (fetches_past_caches)
     _mm_prefetch(static_cast<const char*>(from), _MM_HINT_NTA);
   else
     _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1);
+}
+
+// Fetches line `index` of `count` that stand `ahead`, if it is in the half that is to be fetched.
+template <Fetch F>
+MOESCOPE_INLINE inline void fetch(const uint8_t* ahead, int64_t index, int64_t count) {
+  if constexpr (F == Fetch::all) prefetch(ahead + index * 64);
+  const int64_t half = (count + 1) / 2;
+  if constexpr (F == Fetch::one_half)
+    if (index < half) _mm_prefetch(ahead + index * 64, _MM_HINT_T1);
+  if constexpr (F == Fetch::other_half)
+    if (index >= half) _mm_prefetch(ahead + index * 64, _MM_HINT_T1);
 }
 
 // Sums of M rows x P panels: kept in registers for a single row, else in `out`, for want of them.
@@ -114,11 +134,11 @@ struct Sums {
   }
 };
 
-// Adds M rows x P panels over the columns of groups [first, last) to `out`. Weights that are read
-// but once (`Once`) are fetched ahead.
-template <bool Once, int M, int P>
+// Adds M rows x P panels over the columns of groups [first, last) to `out`, fetching what stands
+// `distance` bytes ahead.
+template <Fetch F, int M, int P>
 MOESCOPE_INLINE inline void add_int8(const Tile& tile, const Activations& a, const int64_t* row,
-                                     int64_t first, int64_t last, float* out) {
+                                     int64_t first, int64_t last, int64_t distance, float* out) {
   Sums<M, P> sums(out);
   for (int64_t g = first; g < last; ++g) {
     __m512i dots[M][P];
@@ -126,13 +146,13 @@ MOESCOPE_INLINE inline void add_int8(const Tile& tile, const Activations& a, con
     const int64_t begin = g * a.group;
     const int64_t columns = a.columns - begin < a.group ? a.columns - begin : a.group;
     const uint8_t* w = tile.weights + begin * (P * kPanel);
-    const uint8_t* ahead = Once ? ahead_of(tile, w) : nullptr;
+    const uint8_t* ahead = F != Fetch::none ? ahead_of(tile, w, distance) : nullptr;
     const int8_t* x[M];
     each<M>([&](auto m) MOESCOPE_INLINE { x[m] = a.values + row[m] * a.columns + begin; });
     for (int64_t k = 0; k < columns; k += 4, w += P * 64) {
       __m512i panel[P];
       each<P>([&](auto p) MOESCOPE_INLINE {
-        if constexpr (Once) prefetch(ahead + k * (P * kPanel) + p * 64);
+        fetch<F>(ahead + k * (P * kPanel), p, P);
         panel[p] = _mm512_loadu_si512(w + p * 64);
       });
       multiply_step(dots, panel, x, k);
@@ -145,9 +165,9 @@ MOESCOPE_INLINE inline void add_int8(const Tile& tile, const Activations& a, con
   sums.finish();
 }
 
-template <bool Once, int M, int P>
+template <Fetch F, int M, int P>
 MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, const int64_t* row,
-                                     int64_t first, int64_t last, float* out) {
+                                     int64_t first, int64_t last, int64_t distance, float* out) {
   constexpr int64_t kChunkBytes = P * kPanel * (kChunk / 2 + 2);
   const __m512i low = _mm512_set1_epi8(15);
   const int8_t* x[M];
@@ -155,16 +175,15 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, con
   Sums<M, P> sums(out);
   for (int64_t g = first; g < last; ++g) {
     const uint8_t* chunk = tile.weights + g * kChunkBytes;
-    const uint8_t* ahead = Once ? ahead_of(tile, chunk) : nullptr;
-    if constexpr (Once)
-      for (int64_t line = P * 256; line < kChunkBytes; line += 64) prefetch(ahead + line);
+    const uint8_t* ahead = F != Fetch::none ? ahead_of(tile, chunk, distance) : nullptr;
+    for (int64_t line = P * 4; line * 64 < kChunkBytes; ++line) fetch<F>(ahead, line, P * 4);
     __m512i dots[M][P];
     start(dots, a, row, g);
     for (int step = 0; step < 4; ++step) {
       const uint8_t* nibbles = chunk + step * P * 64;
       __m512i panel[P];
       each<P>([&](auto p) MOESCOPE_INLINE {
-        if constexpr (Once) prefetch(ahead + (step * P + p) * 64);
+        fetch<F>(ahead + step * P * 64, p, P);
         panel[p] = _mm512_and_si512(_mm512_loadu_si512(nibbles + p * 64), low);
       });
       multiply_step(dots, panel, x, g * kChunk + step * 4);
@@ -188,48 +207,110 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, con
   sums.finish();
 }
 
-template <bool Int4, bool Once, int M, int P>
-__attribute__((noinline)) void add(const Tile& tile, const Activations& a, const int64_t* row,
-                                   int64_t first, int64_t last, float* out) {
-  if constexpr (Int4)
-    add_int4<Once, M, P>(tile, a, row, first, last, out);
-  else
-    add_int8<Once, M, P>(tile, a, row, first, last, out);
+// Adds M rows x P panels over columns [first, last) to `out`.
+template <Fetch F, int M, int P>
+MOESCOPE_INLINE inline void add_bf16(const Tile& tile, const Activations& a, const int64_t* row,
+                                     int64_t first, int64_t last, int64_t distance, float* out) {
+  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
+  __m512 sums[M][P];
+  const float* x[M];
+  each<M>([&](auto m) MOESCOPE_INLINE {
+    x[m] = a.numbers + row[m] * a.columns;
+    each<P>([&](auto p) MOESCOPE_INLINE {
+      sums[m][p] = _mm512_loadu_ps(out + m * kTile + p * kPanel);
+    });
+  });
+  const uint8_t* w = tile.weights + first / 2 * (P * 64);
+  for (int64_t k = first; k < last; k += 2, w += P * 64) {
+    const uint8_t* ahead = F != Fetch::none ? ahead_of(tile, w, distance) : nullptr;
+    const auto add = [&](int64_t column, const __m512i (&panel)[P]) MOESCOPE_INLINE {
+      each<M>([&](auto m) MOESCOPE_INLINE {
+        const __m512 factor = _mm512_set1_ps(x[m][column]);
+        each<P>([&](auto p) MOESCOPE_INLINE {
+          sums[m][p] = _mm512_fmadd_ps(factor, _mm512_castsi512_ps(panel[p]), sums[m][p]);
+        });
+      });
+    };
+    __m512i panel[P];
+    each<P>([&](auto p) MOESCOPE_INLINE {
+      fetch<F>(ahead, p, P);
+      panel[p] = _mm512_slli_epi32(_mm512_loadu_si512(w + p * 64), 16);
+    });
+    add(k, panel);
+    each<P>([&](auto p) MOESCOPE_INLINE {
+      panel[p] = _mm512_and_si512(_mm512_loadu_si512(w + p * 64), upper);
+    });
+    add(k + 1, panel);
+  }
+  each<M>([&](auto m) MOESCOPE_INLINE {
+    each<P>([&](auto p) MOESCOPE_INLINE {
+      _mm512_storeu_ps(out + m * kTile + p * kPanel, sums[m][p]);
+    });
+  });
 }
 
-template <bool Int4, bool Once, int P>
+enum class Kind { int8, int4, bf16 };
+
+template <Kind K, Fetch F, int M, int P>
+__attribute__((noinline)) void add(const Tile& tile, const Activations& a, const int64_t* row,
+                                   int64_t first, int64_t last, int64_t distance, float* out) {
+  if constexpr (K == Kind::int4)
+    add_int4<F, M, P>(tile, a, row, first, last, distance, out);
+  else if constexpr (K == Kind::int8)
+    add_int8<F, M, P>(tile, a, row, first, last, distance, out);
+  else
+    add_bf16<F, M, P>(tile, a, row, first, last, distance, out);
+}
+
+template <Kind K, Fetch F, int P>
 void add_rows(int count, const Tile& tile, const Activations& a, const int64_t* row, int64_t first,
-              int64_t last, float* out) {
+              int64_t last, int64_t distance, float* out) {
   switch (count) {
-    case 1: return add<Int4, Once, 1, P>(tile, a, row, first, last, out);
-    case 2: return add<Int4, Once, 2, P>(tile, a, row, first, last, out);
-    case 3: return add<Int4, Once, 3, P>(tile, a, row, first, last, out);
-    case 4: return add<Int4, Once, 4, P>(tile, a, row, first, last, out);
-    case 5: return add<Int4, Once, 5, P>(tile, a, row, first, last, out);
-    default: return add<Int4, Once, 6, P>(tile, a, row, first, last, out);
+    case 1: return add<K, F, 1, P>(tile, a, row, first, last, distance, out);
+    case 2: return add<K, F, 2, P>(tile, a, row, first, last, distance, out);
+    case 3: return add<K, F, 3, P>(tile, a, row, first, last, distance, out);
+    case 4: return add<K, F, 4, P>(tile, a, row, first, last, distance, out);
+    case 5: return add<K, F, 5, P>(tile, a, row, first, last, distance, out);
+    default: return add<K, F, 6, P>(tile, a, row, first, last, distance, out);
+  }
+}
+
+// Adds all rows over parts [first, last), groups or bf16's columns, of `part_bytes` each.
+template <Kind K, int P>
+void multiply_parts(const Tile& tile, const Activations& a, const int32_t* rows, int count,
+                    int64_t parts, int64_t block, int64_t part_bytes, float* out) {
+  memset(out, 0, count * kTile * sizeof(float));
+  // Few rows pass once over all columns; many go block by block, so that each block of weights is
+  // read from the first-level cache for all rows but the first. The first two times, half of the
+  // next block each is fetched meanwhile.
+  const int turns = (count + kRows - 1) / kRows, most = (count + turns - 1) / turns;
+  const int64_t step = turns == 1 ? parts : block;
+  for (int64_t first = 0; first < parts; first += step) {
+    const int64_t last = first + step < parts ? first + step : parts;
+    for (int turn = 0, start = 0; start < count; ++turn, start += most) {
+      const int m = count - start < most ? count - start : most;
+      int64_t row[kRows];
+      for (int i = 0; i < m; ++i) row[i] = rows ? rows[start + i] : start + i;
+      float* to = out + start * kTile;
+      const int64_t distance = block * part_bytes;
+      if (turns == 1)
+        add_rows<K, Fetch::all, P>(m, tile, a, row, first, last, kPrefetch, to);
+      else if (turn == 0)
+        add_rows<K, Fetch::one_half, P>(m, tile, a, row, first, last, distance, to);
+      else if (turn == 1)
+        add_rows<K, Fetch::other_half, P>(m, tile, a, row, first, last, distance, to);
+      else
+        add_rows<K, Fetch::none, P>(m, tile, a, row, first, last, distance, to);
+    }
   }
 }
 
 template <bool Int4, int P>
 void multiply_panels(const Tile& tile, const Activations& a, const int32_t* rows, int count,
                      float* out) {
-  memset(out, 0, count * kTile * sizeof(float));
-  // Few rows pass once over all columns; many go block by block, so that each block of weights is
-  // read from the first-level cache for all rows but the first.
-  const int64_t step = count <= kRows ? a.groups : kColumnBlock / a.group;
-  for (int64_t first = 0; first < a.groups; first += step) {
-    const int64_t last = first + step < a.groups ? first + step : a.groups;
-    for (int start = 0; start < count; start += kRows) {
-      const int m = count - start < kRows ? count - start : kRows;
-      int64_t row[kRows];
-      for (int i = 0; i < m; ++i) row[i] = rows ? rows[start + i] : start + i;
-      float* to = out + start * kTile;
-      if (count <= kRows)
-        add_rows<Int4, true, P>(m, tile, a, row, first, last, to);
-      else
-        add_rows<Int4, false, P>(m, tile, a, row, first, last, to);
-    }
-  }
+  constexpr Kind kKind = Int4 ? Kind::int4 : Kind::int8;
+  const int64_t group_bytes = Int4 ? P * kPanel * (kChunk / 2 + 2) : a.group * (P * kPanel);
+  multiply_parts<kKind, P>(tile, a, rows, count, a.groups, kColumnBlock / a.group, group_bytes, out);
   if constexpr (!Int4) {
     __m512 scale[P];
     for (int p = 0; p < P; ++p) scale[p] = _mm512_loadu_ps(tile.row_scales + p * kPanel);
@@ -251,88 +332,13 @@ void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int c
   }
 }
 
-// Adds M rows x P panels over columns [first, last) to `out`.
-template <bool Once, int M, int P>
-__attribute__((noinline)) void add_bf16(const Tile& tile, const Activations& a, const int64_t* row,
-                                        int64_t first, int64_t last, float* out) {
-  const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
-  __m512 sums[M][P];
-  const float* x[M];
-  each<M>([&](auto m) MOESCOPE_INLINE {
-    x[m] = a.numbers + row[m] * a.columns;
-    each<P>([&](auto p) MOESCOPE_INLINE {
-      sums[m][p] = _mm512_loadu_ps(out + m * kTile + p * kPanel);
-    });
-  });
-  const uint8_t* w = tile.weights + first / 2 * (P * 64);
-  for (int64_t k = first; k < last; k += 2, w += P * 64) {
-    const uint8_t* ahead = Once ? ahead_of(tile, w) : nullptr;
-    const auto add = [&](int64_t column, const __m512i (&panel)[P]) MOESCOPE_INLINE {
-      each<M>([&](auto m) MOESCOPE_INLINE {
-        const __m512 factor = _mm512_set1_ps(x[m][column]);
-        each<P>([&](auto p) MOESCOPE_INLINE {
-          sums[m][p] = _mm512_fmadd_ps(factor, _mm512_castsi512_ps(panel[p]), sums[m][p]);
-        });
-      });
-    };
-    __m512i panel[P];
-    each<P>([&](auto p) MOESCOPE_INLINE {
-      if constexpr (Once) prefetch(ahead + p * 64);
-      panel[p] = _mm512_slli_epi32(_mm512_loadu_si512(w + p * 64), 16);
-    });
-    add(k, panel);
-    each<P>([&](auto p) MOESCOPE_INLINE {
-      panel[p] = _mm512_and_si512(_mm512_loadu_si512(w + p * 64), upper);
-    });
-    add(k + 1, panel);
-  }
-  each<M>([&](auto m) MOESCOPE_INLINE {
-    each<P>([&](auto p) MOESCOPE_INLINE {
-      _mm512_storeu_ps(out + m * kTile + p * kPanel, sums[m][p]);
-    });
-  });
-}
-
-template <bool Once, int P>
-void add_bf16_rows(int count, const Tile& tile, const Activations& a, const int64_t* row,
-                   int64_t first, int64_t last, float* out) {
-  switch (count) {
-    case 1: return add_bf16<Once, 1, P>(tile, a, row, first, last, out);
-    case 2: return add_bf16<Once, 2, P>(tile, a, row, first, last, out);
-    case 3: return add_bf16<Once, 3, P>(tile, a, row, first, last, out);
-    case 4: return add_bf16<Once, 4, P>(tile, a, row, first, last, out);
-    case 5: return add_bf16<Once, 5, P>(tile, a, row, first, last, out);
-    default: return add_bf16<Once, 6, P>(tile, a, row, first, last, out);
-  }
-}
-
-template <int P>
-void multiply_bf16_panels(const Tile& tile, const Activations& a, const int32_t* rows, int count,
-                          float* out) {
-  memset(out, 0, count * kTile * sizeof(float));
-  const int64_t step = count <= kRows ? a.columns : kColumnBlock;
-  for (int64_t first = 0; first < a.columns; first += step) {
-    const int64_t last = first + step < a.columns ? first + step : a.columns;
-    for (int start = 0; start < count; start += kRows) {
-      const int m = count - start < kRows ? count - start : kRows;
-      int64_t row[kRows];
-      for (int i = 0; i < m; ++i) row[i] = rows ? rows[start + i] : start + i;
-      float* to = out + start * kTile;
-      if (count <= kRows)
-        add_bf16_rows<true, P>(m, tile, a, row, first, last, to);
-      else
-        add_bf16_rows<false, P>(m, tile, a, row, first, last, to);
-    }
-  }
-}
-
 void multiply_bf16(const Tile& tile, const Activations& a, const int32_t* rows, int count,
                    float* out) {
   switch (tile.panels) {
-    case 1: return multiply_bf16_panels<1>(tile, a, rows, count, out);
-    case 2: return multiply_bf16_panels<2>(tile, a, rows, count, out);
-    case 3: return multiply_bf16_panels<3>(tile, a, rows, count, out);
-    default: return multiply_bf16_panels<4>(tile, a, rows, count, out);
+    case 1: return multiply_parts<Kind::bf16, 1>(tile, a, rows, count, a.columns, kColumnBlock, 1 * 32, out);
+    case 2: return multiply_parts<Kind::bf16, 2>(tile, a, rows, count, a.columns, kColumnBlock, 2 * 32, out);
+    case 3: return multiply_parts<Kind::bf16, 3>(tile, a, rows, count, a.columns, kColumnBlock, 3 * 32, out);
+    default: return multiply_parts<Kind::bf16, 4>(tile, a, rows, count, a.columns, kColumnBlock, 4 * 32, out);
   }
 }
 
