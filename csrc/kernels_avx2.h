@@ -33,11 +33,13 @@ inline float sum_of(__m256 v) {
 // zero where the zero point is taken off them first.
 #ifdef __AVXVNNI__
 constexpr bool kInt8AsStored = true;
-inline __m256i dot_int8(__m256i sums, __m256i weights, __m256i x) {
-  return _mm256_dpbusd_avx_epi32(sums, weights, x);
+// As an intrinsic, GCC 12 copies every sum.
+MOESCOPE_INLINE inline __m256i dot_int8(__m256i sums, __m256i weights, __m256i x) {
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(weights), "x"(x));
+  return sums;
 }
-inline __m256i dot_int4(__m256i sums, __m256i weights, __m256i x) {
-  return _mm256_dpbusd_avx_epi32(sums, weights, x);
+MOESCOPE_INLINE inline __m256i dot_int4(__m256i sums, __m256i weights, __m256i x) {
+  return dot_int8(sums, weights, x);
 }
 #else
 constexpr bool kInt8AsStored = false;
@@ -90,12 +92,20 @@ void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, in
   }
 }
 
-// Adds M rows of one panel over the columns of groups [first, last) to `out`, or sets it there.
-template <int M>
-inline __attribute__((always_inline)) void add_int8(const uint8_t* panel, int64_t step,
-                                                    const Activations& a, const int64_t* row,
-                                                    int64_t first, int64_t last, bool fresh,
-                                                    float* out) {
+// Inlined by force: GCC takes a function that only fetches for one without effect.
+MOESCOPE_INLINE inline void prefetch(const void* from) {
+  _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1);
+}
+
+// Adds M rows of panel `p` over the columns of groups [first, last) to `out`, or sets it there.
+// Meanwhile fetches as many bytes that stand `ahead`, one line behind the other, as the processor's
+// own prefetcher wants it.
+template <bool Fetch, int M>
+MOESCOPE_INLINE inline void add_int8(const Tile& tile, int p, const Activations& a,
+                                     const int64_t* row, int64_t first, int64_t last,
+                                     const uint8_t* ahead, bool fresh, float* out) {
+  const int64_t step = tile.panels * 64;
+  const uint8_t* panel = tile.weights + p * 64;
   __m256 sums[M][2];
   for (int m = 0; m < M; ++m)
     for (int p = 0; p < 2; ++p)
@@ -105,9 +115,11 @@ inline __attribute__((always_inline)) void add_int8(const uint8_t* panel, int64_
     for (int m = 0; m < M; ++m)
       dots[m][0] = dots[m][1] =
           _mm256_set1_epi32(kInt8AsStored ? a.offsets[row[m] * a.groups + g] : 0);
-    const int64_t end = (g + 1) * a.group < a.columns ? (g + 1) * a.group : a.columns;
-    for (int64_t k = g * a.group; k < end; k += 4) {
-      const uint8_t* w = panel + k / 4 * step;
+    const int64_t begin = g * a.group;
+    const int64_t end = begin + a.group < a.columns ? begin + a.group : a.columns;
+    const uint8_t* w = panel + begin / 4 * step;
+    for (int64_t k = begin; k < end; k += 4, w += step, ahead += 64) {
+      if (Fetch) prefetch(ahead);
       const __m256i left = load(w), right = load(w + 32);
       for (int m = 0; m < M; ++m) {
         const __m256i x = broadcast(a.values + row[m] * a.columns + k);
@@ -125,42 +137,45 @@ inline __attribute__((always_inline)) void add_int8(const uint8_t* panel, int64_
     for (int p = 0; p < 2; ++p) _mm256_storeu_ps(out + m * kTile + p * 8, sums[m][p]);
 }
 
-template <int M>
-inline __attribute__((always_inline)) void add_int4(const uint8_t* panel, const uint8_t* scales,
-                                                    int64_t step, int64_t chunk,
-                                                    const Activations& a, const int64_t* row,
-                                                    int64_t first, int64_t last, bool fresh,
-                                                    float* out) {
+template <bool Fetch, int M>
+MOESCOPE_INLINE inline void add_int4(const Tile& tile, int p, const Activations& a,
+                                     const int64_t* row, int64_t first, int64_t last,
+                                     const uint8_t* ahead, bool fresh, float* out) {
+  const int64_t step = tile.panels * 64, chunk_bytes = tile.panels * 288;
   const __m256i low = _mm256_set1_epi8(15);
   __m256 sums[M][2];
   for (int m = 0; m < M; ++m)
     for (int p = 0; p < 2; ++p)
       sums[m][p] = fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(out + m * kTile + p * 8);
-  for (int64_t g = first; g < last; ++g) {
+  for (int64_t g = first; g < last; ++g, ahead += 288) {
+    const uint8_t* chunk = tile.weights + g * chunk_bytes;
+    if (Fetch) prefetch(ahead + 256);
     __m256i dots[M][2];
     for (int m = 0; m < M; ++m)
       dots[m][0] = dots[m][1] = _mm256_set1_epi32(a.offsets[row[m] * a.groups + g]);
     for (int s = 0; s < 4; ++s) {
-      for (int p = 0; p < 2; ++p) {
-        const __m256i both = load(panel + g * chunk + s * step + p * 32);
+      if (Fetch) prefetch(ahead + s * 64);
+      for (int half = 0; half < 2; ++half) {
+        const __m256i both = load(chunk + s * step + p * 64 + half * 32);
         const __m256i first_half = _mm256_and_si256(both, low);
         const __m256i second_half = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
         for (int m = 0; m < M; ++m) {
           const int8_t* values = a.values + row[m] * a.columns + g * kChunk + s * 4;
-          dots[m][p] = dot_int4(dots[m][p], first_half, broadcast(values));
-          dots[m][p] = dot_int4(dots[m][p], second_half, broadcast(values + 16));
+          dots[m][half] = dot_int4(dots[m][half], first_half, broadcast(values));
+          dots[m][half] = dot_int4(dots[m][half], second_half, broadcast(values + 16));
         }
       }
     }
-    for (int p = 0; p < 2; ++p) {
+    const uint8_t* scales = chunk + 4 * step + p * 32;
+    for (int half = 0; half < 2; ++half) {
       const __m128i bits =
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + g * chunk + p * 16));
+          _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + half * 16));
       const __m256 weight_scale =
           _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
       for (int m = 0; m < M; ++m) {
         const __m256 scale =
             _mm256_mul_ps(weight_scale, _mm256_set1_ps(a.scales[row[m] * a.groups + g]));
-        sums[m][p] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dots[m][p]), sums[m][p]);
+        sums[m][half] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dots[m][half]), sums[m][half]);
       }
     }
   }
@@ -168,56 +183,22 @@ inline __attribute__((always_inline)) void add_int4(const uint8_t* panel, const 
     for (int p = 0; p < 2; ++p) _mm256_storeu_ps(out + m * kTile + p * 8, sums[m][p]);
 }
 
-template <bool Int4, int M>
-void add(const Tile& tile, int p, const Activations& a, const int64_t* row, int64_t first,
-         int64_t last, bool fresh, float* out) {
+template <bool Fetch, int M>
+MOESCOPE_INLINE inline void add_bf16(const Tile& tile, int p, const Activations& a,
+                                     const int64_t* row, int64_t first, int64_t last,
+                                     const uint8_t* ahead, bool fresh, float* out) {
   const int64_t step = tile.panels * 64;
   const uint8_t* panel = tile.weights + p * 64;
-  if constexpr (Int4)
-    add_int4<M>(panel, tile.weights + 4 * step + p * 32, step, tile.panels * 288, a, row, first,
-                last, fresh, out);
-  else
-    add_int8<M>(panel, step, a, row, first, last, fresh, out);
-}
-
-template <bool Int4>
-void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int count, float* out) {
-  const int64_t step = count <= kRows ? a.groups : kColumnBlock / a.group;
-  for (int64_t first = 0; first < a.groups; first += step) {
-    const int64_t last = first + step < a.groups ? first + step : a.groups;
-    for (int start = 0; start < count; start += kRows) {
-      const int m = count - start < kRows ? count - start : kRows;
-      int64_t row[kRows];
-      for (int i = 0; i < m; ++i) row[i] = rows ? rows[start + i] : start + i;
-      for (int p = 0; p < tile.panels; ++p) {
-        float* to = out + start * kTile + p * kPanel;
-        switch (m) {
-          case 1: add<Int4, 1>(tile, p, a, row, first, last, first == 0, to); break;
-          case 2: add<Int4, 2>(tile, p, a, row, first, last, first == 0, to); break;
-          case 3: add<Int4, 3>(tile, p, a, row, first, last, first == 0, to); break;
-          default: add<Int4, 4>(tile, p, a, row, first, last, first == 0, to);
-        }
-      }
-    }
-  }
-  if constexpr (!Int4)
-    for (int r = 0; r < count; ++r)
-      for (int n = 0; n < tile.panels * kPanel; ++n) out[r * kTile + n] *= tile.row_scales[n];
-}
-
-template <int M>
-inline __attribute__((always_inline)) void add_bf16(const uint8_t* panel, int64_t step,
-                                                    const Activations& a, const int64_t* row,
-                                                    int64_t first, int64_t last, float* out) {
   const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
   __m256 sums[M][2];
   const float* x[M];
   each<M>([&](auto m) MOESCOPE_INLINE {
     x[m] = a.numbers + row[m] * a.columns;
-    sums[m][0] = _mm256_loadu_ps(out + m * kTile);
-    sums[m][1] = _mm256_loadu_ps(out + m * kTile + 8);
+    sums[m][0] = fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(out + m * kTile);
+    sums[m][1] = fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(out + m * kTile + 8);
   });
-  for (int64_t k = first; k < last; k += 2) {
+  for (int64_t k = first; k < last; k += 2, ahead += 64) {
+    if (Fetch) prefetch(ahead);
     const uint8_t* w = panel + k / 2 * step;
     const __m256i left = load(w), right = load(w + 32);
     const auto add = [&](int64_t column, __m256i low, __m256i high) MOESCOPE_INLINE {
@@ -236,28 +217,72 @@ inline __attribute__((always_inline)) void add_bf16(const uint8_t* panel, int64_
   });
 }
 
-void multiply_bf16(const Tile& tile, const Activations& a, const int32_t* rows, int count,
-                   float* out) {
-  memset(out, 0, count * kTile * sizeof(float));
-  const int64_t step = count <= kRows ? a.columns : kColumnBlock;
-  for (int64_t first = 0; first < a.columns; first += step) {
-    const int64_t last = first + step < a.columns ? first + step : a.columns;
+enum class Kind { int8, int4, bf16 };
+
+// Bytes of so many columns of a panel, int4's scales among them.
+constexpr int64_t bytes_of(Kind kind, int64_t columns) {
+  return kind == Kind::int8 ? columns * 16 : kind == Kind::int4 ? columns * 9 : columns * 32;
+}
+
+template <Kind K, bool Fetch, int M>
+void add(const Tile& tile, const Activations& a, const int64_t* row, int64_t first, int64_t last,
+         const uint8_t* ahead, int64_t ahead_bytes, float* out) {
+  for (int p = 0; p < tile.panels; ++p, ahead += ahead_bytes, out += kPanel) {
+    if constexpr (K == Kind::int4)
+      add_int4<Fetch, M>(tile, p, a, row, first, last, ahead, first == 0, out);
+    else if constexpr (K == Kind::int8)
+      add_int8<Fetch, M>(tile, p, a, row, first, last, ahead, first == 0, out);
+    else
+      add_bf16<Fetch, M>(tile, p, a, row, first, last, ahead, first == 0, out);
+  }
+}
+
+template <Kind K, bool Fetch>
+void add_rows(int count, const Tile& tile, const Activations& a, const int64_t* row, int64_t first,
+              int64_t last, const uint8_t* ahead, int64_t ahead_bytes, float* out) {
+  switch (count) {
+    case 1: return add<K, Fetch, 1>(tile, a, row, first, last, ahead, ahead_bytes, out);
+    case 2: return add<K, Fetch, 2>(tile, a, row, first, last, ahead, ahead_bytes, out);
+    case 3: return add<K, Fetch, 3>(tile, a, row, first, last, ahead, ahead_bytes, out);
+    default: return add<K, Fetch, 4>(tile, a, row, first, last, ahead, ahead_bytes, out);
+  }
+}
+
+// Goes block by block, so that each block of weights is read from the first-level cache by all
+// panels and rows but the first rows, which fetch the next block meanwhile. Parts are groups, or
+// bf16's columns.
+template <Kind K>
+void multiply_parts(const Tile& tile, const Activations& a, const int32_t* rows, int count,
+                    int64_t parts, int64_t columns, float* out) {
+  const int64_t step = kColumnBlock / columns, part_bytes = bytes_of(K, columns);
+  for (int64_t first = 0; first < parts; first += step) {
+    const int64_t last = first + step < parts ? first + step : parts;
+    const uint8_t* ahead = tile.weights + (first + step) * part_bytes * tile.panels;
+    if (ahead >= tile.end) ahead = tile.next;
     for (int start = 0; start < count; start += kRows) {
       const int m = count - start < kRows ? count - start : kRows;
       int64_t row[kRows];
       for (int i = 0; i < m; ++i) row[i] = rows ? rows[start + i] : start + i;
-      for (int p = 0; p < tile.panels; ++p) {
-        const uint8_t* panel = tile.weights + p * 64;
-        float* to = out + start * kTile + p * kPanel;
-        switch (m) {
-          case 1: add_bf16<1>(panel, tile.panels * 64, a, row, first, last, to); break;
-          case 2: add_bf16<2>(panel, tile.panels * 64, a, row, first, last, to); break;
-          case 3: add_bf16<3>(panel, tile.panels * 64, a, row, first, last, to); break;
-          default: add_bf16<4>(panel, tile.panels * 64, a, row, first, last, to);
-        }
-      }
+      float* to = out + start * kTile;
+      if (start == 0)
+        add_rows<K, true>(m, tile, a, row, first, last, ahead, step * part_bytes, to);
+      else
+        add_rows<K, false>(m, tile, a, row, first, last, ahead, 0, to);
     }
   }
+}
+
+template <bool Int4>
+void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int count, float* out) {
+  multiply_parts<Int4 ? Kind::int4 : Kind::int8>(tile, a, rows, count, a.groups, a.group, out);
+  if constexpr (!Int4)
+    for (int r = 0; r < count; ++r)
+      for (int n = 0; n < tile.panels * kPanel; ++n) out[r * kTile + n] *= tile.row_scales[n];
+}
+
+void multiply_bf16(const Tile& tile, const Activations& a, const int32_t* rows, int count,
+                   float* out) {
+  multiply_parts<Kind::bf16>(tile, a, rows, count, a.columns, 1, out);
 }
 
 void swiglu(float* gate, const float* up, int64_t n) {
