@@ -185,7 +185,8 @@ class Model:
         Args:
             prompt: text, or several texts of any lengths.
             sampling: fields of `SamplingParams`: `max_tokens`, `temperature`, `top_k`, `top_p`,
-                `min_p`, `repetition_penalty`, `seed`, `stop`, `stop_token_ids`.
+                `min_p`, `repetition_penalty`, `frequency_penalty`, `presence_penalty`, `seed`,
+                `stop`, `stop_token_ids`, `ignore_eos`.
 
         Raises:
             UserError: a prompt is empty or too long, or a field has no meaning.

@@ -252,6 +252,26 @@ def test_a_stop_text_ends_it_and_is_left_out(peer: openai.OpenAI, talker: Model)
     assert made.choices[0].finish_reason == "stop"
 
 
+def test_what_was_made_is_penalised(peer: openai.OpenAI, talker: Model) -> None:
+    asked: dict[str, Any] = {"model": "small", "prompt": PROMPT, "temperature": 0, "max_tokens": 12}
+    made = peer.completions.create(
+        **asked, frequency_penalty=-1.5, presence_penalty=-0.5, logprobs=0
+    ).choices[0]
+    ids = talker.engine.encode(PROMPT)
+    prompt_tokens, logprobs = len(ids), []
+    for _ in range(12):
+        logits = talker.logits(torch.tensor([ids]))[0, -1]
+        counts = torch.bincount(torch.tensor(ids[prompt_tokens:], dtype=torch.int64), minlength=300)
+        ids.append(int((logits + 1.5 * counts + 0.5 * counts.bool()).argmax()))
+        logprobs.append(float(logits.log_softmax(-1)[ids[-1]]))
+        if ids[-1] == talker.tokenizer.eos_id:
+            break
+    assert made.text == talker.tokenizer.decode(ids[prompt_tokens:])
+    assert made.logprobs is not None
+    assert made.logprobs.token_logprobs == pytest.approx(logprobs, abs=1e-4)
+    assert made.text != text_of(expected(talker, PROMPT, max_tokens=12))
+
+
 def test_a_text_goes_on_past_its_end_where_that_is_asked_for(
     client: TestClient, talker: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -329,7 +349,7 @@ def test_a_mistake_is_one_sentence(
 
 
 def test_what_has_no_effect_is_passed_over(client: TestClient) -> None:
-    fields = {"user": "me", "frequency_penalty": 0, "tools": None, "logit_bias": {}, "new": 1}
+    fields = {"user": "me", "best_of": 1, "tools": None, "logit_bias": {}, "new": 1}
     asked = {"prompt": PROMPT, "max_tokens": 2, **fields}
     assert client.post("/v1/completions", json=asked).status_code == 200
 

@@ -46,6 +46,7 @@ class Row:
     Attributes:
         number: what its tokens call it.
         ids: of the prompt and of all that was made of it.
+        prompt_tokens: how many of them were given.
         params: how it is continued.
         generator: its source of chance.
         room: tokens that may still be made.
@@ -62,6 +63,7 @@ class Row:
     ) -> None:
         self.number = number
         self.ids = list(prompt)
+        self.prompt_tokens = len(prompt)
         self.params = params
         self.generator = torch.Generator()
         if params.seed is None:

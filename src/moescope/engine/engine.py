@@ -8,7 +8,7 @@ from torch import Tensor
 
 from moescope.engine.batch import Batch, FinishReason, Row, Token
 from moescope.engine.cache import Cache
-from moescope.engine.sampling import Choice, SamplingParams, Shortlist, choose, draw
+from moescope.engine.sampling import Choice, SamplingParams, Shortlist, choose, draw, penalised
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM
 from moescope.model.recorder import Recorder
@@ -113,9 +113,14 @@ class Engine:
         choices: list[Choice] = []
         for at, row in enumerate(rows):
             drawn = draw(row.generator) if row.params.temperature else 0.0
-            token_id = shortlist.choose(at, row.params, drawn)
+            scores, place, likeliest = logits[at], at, shortlist  # scores (vocab,)
+            if row.params.penalises:
+                made = len(row.ids) - row.prompt_tokens
+                scores = penalised(scores, row.ids, made, row.params)
+                place, likeliest = 0, Shortlist.of(scores[None], [row.params.temperature])
+            token_id = likeliest.choose(place, row.params, drawn)
             if token_id is None:
-                token_id = choose(logits[at].cpu(), torch.tensor(row.ids), row.params, drawn)
+                token_id = choose(scores.cpu(), row.params, drawn)
             logprob = shortlist.logprob(at, float(logits[at, token_id]))
             top_logprobs = shortlist.top_logprobs(at, row.params.top_logprobs)
             choices.append(Choice(token_id, logprob, top_logprobs))

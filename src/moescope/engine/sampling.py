@@ -41,6 +41,8 @@ class SamplingParams:
         top_p: keep the likeliest tokens whose probabilities first reach this sum.
         min_p: keep tokens at least this fraction as likely as the likeliest.
         repetition_penalty: above 1, tokens already seen become less likely.
+        frequency_penalty: above 0, tokens of the continuation do, the more often they were made.
+        presence_penalty: above 0, tokens of the continuation do, however often they were made.
         seed: of the draws; the same seed makes the same text. None takes another each time.
         stop: texts that end the continuation and are left out of it.
         stop_token_ids: ids that end it, besides the model's own end token.
@@ -54,6 +56,8 @@ class SamplingParams:
     top_p: float | None = None
     min_p: float | None = None
     repetition_penalty: float = 1.0
+    frequency_penalty: float = 0.0
+    presence_penalty: float = 0.0
     seed: int | None = None
     stop: Sequence[str] = ()
     stop_token_ids: Sequence[int] = ()
@@ -75,6 +79,8 @@ class SamplingParams:
             "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
             "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
             "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
+            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
+            "presence_penalty": (-2 <= self.presence_penalty <= 2, "from -2 to 2"),
             "stop": ("" not in self.stop, "texts that are not empty"),
             "top_logprobs": (0 <= self.top_logprobs <= MOST_TOP_LOGPROBS, "from 0 to 20"),
         }
@@ -84,17 +90,29 @@ class SamplingParams:
         if self.temperature < COLDEST:
             object.__setattr__(self, "temperature", 0.0)
 
+    @property
+    def penalises(self) -> bool:
+        """Whether what was read or made before changes how likely a token is."""
+        return (self.repetition_penalty, self.frequency_penalty, self.presence_penalty) != (1, 0, 0)
 
-def penalise(logits: Tensor, seen: Tensor, penalty: float) -> Tensor:
-    """Make seen tokens less likely (Keskar et al. 2019, section 4.1).
+
+def penalised(logits: Tensor, ids: Sequence[int], made: int, params: SamplingParams) -> Tensor:
+    """Make tokens of a text less likely, or more.
 
     Args:
         logits: `(vocab,)`.
-        seen: ids `(any,)`; repeats count once.
-        penalty: divides positive logits and multiplies negative ones.
+        ids: of the text.
+        made: how many of them, the last ones, were made and not given.
+        params: with the repetition penalty, which divides the positive logits of all of them and
+            multiplies the negative ones (Keskar et al. 2019, section 4.1), and the frequency and
+            presence penalties, which are taken off the logits of those made: once for each time
+            that a token was made, and once if it was made at all (as the OpenAI API defines them).
     """
-    scores = logits[seen]
-    return logits.index_put((seen,), torch.where(scores > 0, scores / penalty, scores * penalty))
+    seen = torch.tensor(ids, dtype=torch.int64, device=logits.device)
+    scores, penalty = logits[seen], params.repetition_penalty
+    logits = logits.index_put((seen,), torch.where(scores > 0, scores / penalty, scores * penalty))
+    counts = seen[len(ids) - made :].bincount(minlength=len(logits))  # (vocab,)
+    return logits - counts * params.frequency_penalty - (counts > 0) * params.presence_penalty
 
 
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:
@@ -117,14 +135,12 @@ def keep_min_p(logits: Tensor, min_p: float) -> Tensor:
     return logits.masked_fill(probabilities < min_p * probabilities.max(), -torch.inf)
 
 
-def distribution(logits: Tensor, seen: Tensor, params: SamplingParams) -> Tensor:
+def distribution(logits: Tensor, params: SamplingParams) -> Tensor:
     """Return the probabilities `(vocab,)` from which the next token is drawn.
 
-    Temperature 0 leaves everything to the likeliest token. `seen` `(any,)` are the ids of the
-    prompt and of what has been made of it; `logits` are `(vocab,)` float32.
+    Temperature 0 leaves everything to the likeliest token. `logits`, `(vocab,)` float32, have been
+    penalised already.
     """
-    if params.repetition_penalty != 1.0:
-        logits = penalise(logits, seen, params.repetition_penalty)
     if params.temperature == 0:
         return torch.zeros_like(logits).index_fill(0, logits.argmax(), 1.0)
     logits = logits / params.temperature
@@ -142,12 +158,12 @@ def draw(generator: torch.Generator) -> float:
     return float(torch.rand((), dtype=torch.float64, generator=generator))
 
 
-def choose(logits: Tensor, seen: Tensor, params: SamplingParams, drawn: float) -> int:
+def choose(logits: Tensor, params: SamplingParams, drawn: float) -> int:
     """Choose the next token's id from its logits; the other arguments as for `distribution`.
 
     `drawn`, from [0, 1), falls somewhere among the probabilities, likeliest first.
     """
-    probabilities = distribution(logits, seen, params)
+    probabilities = distribution(logits, params)
     if params.temperature == 0:
         return int(probabilities.argmax())
     ordered, ids = probabilities.double().cpu().sort(descending=True, stable=True)
@@ -199,8 +215,6 @@ class Shortlist:
 
     def choose(self, row: int, params: SamplingParams, drawn: float) -> int | None:
         """Choose as `choose` does, or return None where it takes all logits."""
-        if params.repetition_penalty != 1.0:
-            return None
         if params.temperature == 0:
             return int(self.ids[row, 0])
         scaled = self.logits[row].double() / params.temperature

@@ -44,7 +44,6 @@ class Request:
         self.reused = 0
         self.cancelled = False
         self.cache: Cache | None = None  # while its prompt is read
-        self._prompt_tokens = len(row.ids)
 
     @property
     def unread(self) -> int:
@@ -54,7 +53,7 @@ class Request:
     @property
     def is_new(self) -> bool:
         """Whether it has been given no token yet."""
-        return len(self.row.ids) == self._prompt_tokens
+        return len(self.row.ids) == self.row.prompt_tokens
 
 
 class Scheduler:

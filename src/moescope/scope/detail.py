@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from moescope.engine.engine import Engine
 from moescope.engine.native import NativeExperts
-from moescope.engine.sampling import SamplingParams, choose, distribution, draw
+from moescope.engine.sampling import SamplingParams, choose, distribution, draw, penalised
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM
 from moescope.model.layer import DecoderLayer
@@ -328,12 +328,12 @@ class Reading:
         self, logits: Tensor, index: int, params: SamplingParams
     ) -> tuple[list[PickCandidate], int]:
         """The likeliest of `(vocab,)` logits, and which token is picked."""
-        seen = torch.tensor(self.ids[: index + 1])
         logits = logits.cpu()
         probabilities = logits.softmax(dim=-1)
-        filtered = distribution(logits, seen, params)
+        scores = penalised(logits, self.ids[: index + 1], 0, params)
+        filtered = distribution(scores, params)
         drawn = draw(torch.Generator().manual_seed(params.seed or 0))
-        picked = choose(logits, seen, params, drawn)
+        picked = choose(scores, params, drawn)
         best = logits.topk(min(CANDIDATES, logits.shape[-1])).indices.tolist()
         candidates = [
             PickCandidate(

@@ -22,8 +22,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
     "response_format": ({"type": "text"},),
     "logit_bias": ({},),
-    "frequency_penalty": (0,),
-    "presence_penalty": (0,),
     "best_of": (1,),
     "suffix": ("",),
     "echo": (False,),
@@ -46,6 +44,8 @@ class Request(BaseModel):
     top_k: int | None = Field(default=None, ge=-1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float | None = Field(default=None, gt=0, le=100)
+    frequency_penalty: float | None = Field(default=None, ge=-2, le=2)
+    presence_penalty: float | None = Field(default=None, ge=-2, le=2)
     n: int | None = Field(default=None, ge=1, le=MOST_CHOICES)
     stop: str | list[str] | None = None
     ignore_eos: bool | None = None
@@ -92,6 +92,8 @@ class Request(BaseModel):
                 top_p=self.top_p,
                 min_p=self.min_p,
                 repetition_penalty=self.repetition_penalty or 1.0,
+                frequency_penalty=self.frequency_penalty or 0.0,
+                presence_penalty=self.presence_penalty or 0.0,
                 seed=None if self.seed is None else (self.seed + choice) % 2**63,
                 stop=tuple([self.stop] if isinstance(self.stop, str) else self.stop or ()),
                 ignore_eos=bool(self.ignore_eos),
