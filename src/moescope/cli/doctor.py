@@ -64,9 +64,10 @@ def _native(instruction_set: str | None) -> str:
             "prompts and tokens several times slower (install g++ or clang++, then moescope again)"
         )
     costs = {
+        "amx": "",
         "avx512": "",
-        "avxvnni": ", about a third as fast as with AVX-512",
-        "avx2": ", about a quarter as fast as with AVX-512 and VNNI",
+        "avxvnni": ": tokens as fast as with AVX-512, prompts about half as fast",
+        "avx2": ": tokens as fast as with AVX-512, prompts about a quarter as fast",
         "portable": ", plain C++: a twentieth of the speed that vector instructions give prompts",
     }
     return f"native kernels, {instruction_set}{costs[instruction_set]}"
