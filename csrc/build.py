@@ -23,16 +23,14 @@ SOURCES = [
     *("attend", "latent_attention", "grouped_attention"),
     *("linear", "feed_forward", "layer", "sampling"),
 ]
-AVX512 = [
-    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
-    # GCC 12 takes its own header's registers of any content for a mistake.
-    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
-]
 X86_KERNELS = {
     "kernels_avx2": ["-mavx2", "-mfma"],
     "kernels_avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],
-    "kernels_avx512": AVX512,
-    "kernels_amx": [*AVX512, "-mamx-tile", "-mamx-int8"],
+    "kernels_avx512": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
+        # GCC 12 takes its own header's registers of any content for a mistake.
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    ],
 }
 """Kernel files of x86 and what they are compiled with; everything else is for any processor."""
 

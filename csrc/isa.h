@@ -94,8 +94,6 @@ extern const Kernels portable_kernels;
 #ifdef MOESCOPE_X86
 extern const bool fetches_past_caches;  // whether that costs this processor nothing
 extern const Kernels avx2_kernels, avxvnni_kernels, avx512_kernels;
-void multiply_int8_amx(const Tile&, const Activations&, const int32_t* rows, int count, float* out);
-void multiply_int4_amx(const Tile&, const Activations&, const int32_t* rows, int count, float* out);
 #endif
 
 // The sets that this processor runs, the best first.

@@ -1,8 +1,7 @@
 """Builds the kernels with the compiler's checks and runs their tests: `python csrc/sanitize.py`.
 
 Names of checks may follow: `warnings` (all files compile without any), `address` (the extension
-under AddressSanitizer and UndefinedBehaviorSanitizer runs tests/kernels), `amx` (the same tests on
-an extension whose AMX tiles are C++, csrc/tests/amx_emulated.h), `thread`
+under AddressSanitizer and UndefinedBehaviorSanitizer runs tests/kernels), `thread`
 (csrc/tests/exercise.cpp under ThreadSanitizer: Python itself is not clean there) and `arm64` (the
 same program, cross-compiled, under qemu). Without names, all run for which the tools are there.
 Some minutes each; needs g++, for arm64 also g++-aarch64-linux-gnu and qemu-user.
@@ -49,14 +48,6 @@ def address() -> None:
     }
     tests = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
     # `-s`: a report is printed right before the end, where pytest's own capture would lose it.
-    subprocess.run([*tests, "tests/kernels"], cwd=ROOT, env=environment, check=True)
-
-
-def amx() -> None:
-    """Run the kernels' Python tests with AMX on a processor that has AVX-512 alone."""
-    package = _extension("amx", f"-include {CSRC / 'tests' / 'amx_emulated.h'}")
-    environment = {**os.environ, "PYTHONPATH": str(package)}
-    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
     subprocess.run([*tests, "tests/kernels"], cwd=ROOT, env=environment, check=True)
 
 
@@ -116,13 +107,7 @@ def _library(name: str) -> str:
     return found.stdout.strip()
 
 
-CHECKS = {
-    "warnings": warnings,
-    "thread": thread,
-    "arm64": arm64,
-    "amx": amx,
-    "address": address,
-}
+CHECKS = {"warnings": warnings, "thread": thread, "arm64": arm64, "address": address}
 
 
 def main(names: list[str]) -> None:

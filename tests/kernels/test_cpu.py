@@ -350,29 +350,6 @@ def test_callers_from_several_threads_take_turns() -> None:
     assert not wrong
 
 
-@pytest.mark.skipif("amx" not in SETS, reason="`csrc/sanitize.py amx` runs this anywhere")
-@given(
-    rows=st.sampled_from([1, 7, 8, 9, 15, 16, 17, 33, 97]),
-    outputs=st.sampled_from([16, 24, 64, 100, 200]),
-    columns=st.sampled_from([32, 64, 96, 192, 320, 512, 576, 1408]),
-    weight_format=st.sampled_from(["int8", "int4"]),
-    seed=SEEDS,
-)
-def test_tiles_make_the_sums_of_vectors(
-    rows: int, outputs: int, columns: int, weight_format: str, seed: int
-) -> None:
-    generator = chance(seed)
-    packed = cpu.pack(torch.randn(1, outputs, columns, generator=generator), weight_format)
-    x = torch.randn(rows, columns, generator=generator)
-    products: list[Tensor] = []
-    before = cpu.instruction_set()
-    for name in ("avx512", "amx"):
-        cpu.use_instruction_set(name)
-        products.append(cpu.linear(packed, outputs, x))
-    cpu.use_instruction_set(before or "")
-    assert torch.equal(*products)
-
-
 @needs_extension
 @pytest.mark.parametrize("name", SETS)
 def test_the_environment_chooses_the_instruction_set(name: str) -> None:

@@ -64,7 +64,6 @@ def _native(instruction_set: str | None) -> str:
             "prompts and tokens several times slower (install g++ or clang++, then moescope again)"
         )
     costs = {
-        "amx": "",
         "avx512": "",
         "avxvnni": ": tokens as fast as with AVX-512, prompts about half as fast",
         "avx2": ": tokens as fast as with AVX-512, prompts about a quarter as fast",
