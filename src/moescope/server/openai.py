@@ -7,10 +7,8 @@ import asyncio
 import hmac
 import json
 import time
-import uuid
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
 from contextlib import asynccontextmanager, suppress
-from typing import Any
 
 from pydantic import ValidationError
 from starlette.applications import Starlette
@@ -25,9 +23,9 @@ from moescope.engine.batch import Token
 from moescope.engine.sampling import SamplingParams
 from moescope.engine.scheduler import Busy, Scheduler
 from moescope.engine.scheduler import Request as SchedulerRequest
-from moescope.engine.thinking import ThoughtSplitter
 from moescope.errors import UserError
 from moescope.server.metrics import CONTENT_TYPE, CountAnswers, Metrics
+from moescope.server.openai_answers import ChatForm, CompletionForm, Form, Json
 from moescope.server.openai_schema import DEFAULT_TOKENS, ChatRequest, CompletionRequest
 from moescope.server.openai_schema import Request as Asked
 from moescope.server.requests import Handler, OwnHostOnly, TooMuch, explained, read_json
@@ -37,8 +35,6 @@ MOST_BYTES = 16_000_000
 MOST_TEXTS = 128
 """That one request may ask for: half of those that may wait."""
 PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics")
-
-Json = dict[str, Any]
 
 
 def create_api(model: Model, scheduler: Scheduler, *, name: str, api_key: str | None) -> Starlette:
@@ -143,7 +139,7 @@ class _Service:
         prompts = await asyncio.to_thread(self._encoded, asked.prompts)
         params = asked.sampling(asked.max_tokens or DEFAULT_TOKENS, asked.logprobs or 0)
         texts = self._begin(arrived, prompts, params)
-        form = _CompletionForm(self._model, self._name, tells_logprobs=asked.logprobs is not None)
+        form = CompletionForm(self._model, self._name, tells_logprobs=asked.logprobs is not None)
         return await self._answer(request, asked, texts, form)
 
     async def chat(self, request: Request) -> Response:
@@ -161,7 +157,7 @@ class _Service:
             most or self._model.config.max_position_embeddings, asked.top_logprobs or 0
         )
         texts = self._begin(arrived, prompts, params)
-        form = _ChatForm(
+        form = ChatForm(
             self._model,
             self._name,
             prompts[0],
@@ -186,11 +182,11 @@ class _Service:
         return _Texts(self._scheduler, self._metrics, arrived, prompts, params)
 
     async def _answer(
-        self, request: Request, asked: Asked, texts: "_Texts", form: "_Form"
+        self, request: Request, asked: Asked, texts: "_Texts", form: Form
     ) -> Response:
         if not asked.stream:
             tokens = await _unless_gone(request, texts)
-            return JSONResponse(form.whole(tokens, texts))
+            return JSONResponse(form.whole(tokens, texts.count, texts.usage))
         events = _stream(texts, form, tells_usage=asked.tells_usage)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
@@ -240,6 +236,16 @@ class _Texts:
     def reused_tokens(self) -> int:
         """Tokens of prompts that an earlier text had left in the cache."""
         return sum(request.reused for request in self._requests[:: self._choices])
+
+    @property
+    def usage(self) -> Json:
+        """How many tokens were read and made."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.generated_tokens,
+            "total_tokens": self.prompt_tokens + self.generated_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.reused_tokens},
+        }
 
     async def __aiter__(self) -> AsyncIterator[Token]:
         """Yield tokens until every text has ended; leaving early ends them all."""
@@ -294,7 +300,7 @@ async def _unless_gone(request: Request, texts: _Texts) -> list[Token]:
         left.cancel()
 
 
-async def _stream(texts: _Texts, form: "_Form", *, tells_usage: bool) -> AsyncIterator[str]:
+async def _stream(texts: _Texts, form: Form, *, tells_usage: bool) -> AsyncIterator[str]:
     """Hand on tokens as they are made; a mistake in the middle is the last event."""
     usage = {"usage": None} if tells_usage else {}
     try:
@@ -304,7 +310,7 @@ async def _stream(texts: _Texts, form: "_Form", *, tells_usage: bool) -> AsyncIt
             if (choice := form.piece(token)) is not None:
                 yield _event(form.chunk([choice]) | usage)
         if tells_usage:
-            yield _event(form.chunk([]) | {"usage": form.usage(texts)})
+            yield _event(form.chunk([]) | {"usage": form.usage(texts.usage)})
         yield "data: [DONE]\n\n"
     except UserError as error:
         yield _event(_explanation(400, str(error)))
@@ -318,155 +324,6 @@ async def _stream(texts: _Texts, form: "_Form", *, tells_usage: bool) -> AsyncIt
 def _event(told: Json) -> str:
     # In ASCII: some clients take U+2028 and its kin for the end of a line.
     return f"data: {json.dumps(told)}\n\n"
-
-
-# --- what answers look like -----------------------------------------------------------------------
-
-
-class _Form:
-    """How the tokens of some texts are told; one is made for each answer."""
-
-    prefix: str
-    whole_object: str
-    chunk_object: str
-
-    def __init__(self, model: Model, name: str, *, tells_logprobs: bool) -> None:
-        self._tokenizer = model.tokenizer
-        self._tells_logprobs = tells_logprobs
-        self._head: Json = {
-            "id": f"{self.prefix}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": name,
-        }
-
-    def whole(self, tokens: Sequence[Token], texts: _Texts) -> Json:
-        """Tell all texts at once."""
-        made: list[list[Token]] = [[] for _ in range(texts.count)]
-        for token in tokens:
-            made[token.row].append(token)
-        choices = [
-            {"index": row, "finish_reason": of[-1].finish_reason} | self.text(of)
-            for row, of in enumerate(made)
-        ]
-        told = {"object": self.whole_object, "choices": choices, "usage": self.usage(texts)}
-        return self._head | told
-
-    def usage(self, texts: _Texts) -> Json:
-        """How many tokens were read and made."""
-        return {
-            "prompt_tokens": texts.prompt_tokens,
-            "completion_tokens": texts.generated_tokens,
-            "total_tokens": texts.prompt_tokens + texts.generated_tokens,
-            "prompt_tokens_details": {"cached_tokens": texts.reused_tokens},
-        }
-
-    def chunk(self, choices: list[Json]) -> Json:
-        """Tell a piece of a stream."""
-        return self._head | {"object": self.chunk_object, "choices": choices}
-
-    def piece(self, token: Token) -> Json | None:
-        """Tell one token; None if there is nothing to tell yet."""
-        told = self.text([token], streamed=True)
-        if token.finish_reason is None and not any(told.values()):
-            return None
-        return {"index": token.row, "finish_reason": token.finish_reason} | told
-
-    def openings(self, count: int) -> list[Json]:
-        """What is told of `count` texts before their first tokens."""
-        raise NotImplementedError
-
-    def text(self, tokens: Sequence[Token], *, streamed: bool = False) -> Json:
-        """Tell successive tokens of one text."""
-        raise NotImplementedError
-
-    def spelled(self, token_id: int) -> str:
-        """A token on its own; what is no character is spelled in hexadecimal, as OpenAI does."""
-        spelling = self._tokenizer.made_bytes(token_id)
-        try:
-            return spelling.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
-
-
-class _CompletionForm(_Form):
-    prefix = "cmpl"
-    whole_object = chunk_object = "text_completion"
-
-    def __init__(self, model: Model, name: str, *, tells_logprobs: bool) -> None:
-        super().__init__(model, name, tells_logprobs=tells_logprobs)
-        self._offsets: dict[int, int] = {}  # of texts so far, in characters
-
-    def openings(self, count: int) -> list[Json]:
-        """Nothing."""
-        return []
-
-    def text(self, tokens: Sequence[Token], *, streamed: bool = False) -> Json:
-        """The text, and what is known of each token."""
-        text = "".join(token.text for token in tokens)
-        return {"text": text, "logprobs": self._logprobs(tokens) if self._tells_logprobs else None}
-
-    def _logprobs(self, tokens: Sequence[Token]) -> Json:
-        offsets: list[int] = []
-        for token in tokens:
-            offsets.append(self._offsets.get(token.row, 0))
-            self._offsets[token.row] = offsets[-1] + len(token.text)
-        return {
-            "tokens": [self.spelled(token.id) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [
-                {self.spelled(token_id): logprob for token_id, logprob in token.top_logprobs}
-                for token in tokens
-            ],
-            "text_offset": offsets,
-        }
-
-
-class _ChatForm(_Form):
-    prefix = "chatcmpl"
-    whole_object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    def __init__(
-        self, model: Model, name: str, prompt_ids: list[int], count: int, *, tells_logprobs: bool
-    ) -> None:
-        super().__init__(model, name, tells_logprobs=tells_logprobs)
-        self._splitters = [ThoughtSplitter(model.tokenizer, prompt_ids) for _ in range(count)]
-
-    def usage(self, texts: _Texts) -> Json:
-        """How many tokens were read and made, and how many of these were thought."""
-        thought = sum(splitter.thought_tokens for splitter in self._splitters)
-        return super().usage(texts) | {"completion_tokens_details": {"reasoning_tokens": thought}}
-
-    def openings(self, count: int) -> list[Json]:
-        """Who speaks."""
-        delta = {"role": "assistant", "content": ""}
-        return [
-            {"index": row, "finish_reason": None, "logprobs": None, "delta": delta}
-            for row in range(count)
-        ]
-
-    def text(self, tokens: Sequence[Token], *, streamed: bool = False) -> Json:
-        """The message or a piece of it, thought apart, and what is known of each token."""
-        parts = [self._splitters[token.row].feed(token) for token in tokens]
-        thought, content = ("".join(part) for part in zip(*parts, strict=True))
-        logprobs = {"content": [self._known(t) for t in tokens]} if self._tells_logprobs else None
-        told = {"reasoning_content": thought} if thought else {}
-        if streamed:
-            told |= {"content": content} if content else {}
-            return {"delta": told, "logprobs": logprobs}
-        message = {"role": "assistant", "content": content} | told
-        return {"message": message, "logprobs": logprobs}
-
-    def _known(self, token: Token) -> Json:
-        likeliest = [self._one(token_id, logprob) for token_id, logprob in token.top_logprobs]
-        return self._one(token.id, token.logprob) | {"top_logprobs": likeliest}
-
-    def _one(self, token_id: int, logprob: float) -> Json:
-        return {
-            "token": self.spelled(token_id),
-            "logprob": logprob,
-            "bytes": list(self._tokenizer.made_bytes(token_id)),
-        }
 
 
 # --- mistakes -------------------------------------------------------------------------------------
