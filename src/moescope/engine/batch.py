@@ -85,8 +85,8 @@ class Row:
         self.room -= 1
         at_end = choice.id in self._end_ids
         text = self._stop.feed("" if at_end else self._decoder.feed(choice.id))
-        if choice.id in self._special_ids:  # no character and no stop text goes on beyond it
-            text += self._stop.feed(self._decoder.flush(), final=True)
+        if choice.id in self._special_ids:  # no stop text goes on beyond it
+            text += self._stop.feed("", final=True)
         reason: FinishReason | None = None
         if at_end or self._stop.found:
             reason = "stop"
