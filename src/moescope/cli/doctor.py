@@ -65,8 +65,8 @@ def _native(instruction_set: str | None) -> str:
         )
     costs = {
         "avx512": "",
-        "avxvnni": ": tokens as fast as with AVX-512, prompts about half as fast",
-        "avx2": ": tokens as fast as with AVX-512, prompts about a quarter as fast",
+        "avxvnni": ": tokens nearly as fast as with AVX-512, prompts about half",
+        "avx2": ": tokens nearly as fast as with AVX-512, prompts about a quarter",
         "portable": ", plain C++: a twentieth of the speed that vector instructions give prompts",
     }
     return f"native kernels, {instruction_set}{costs[instruction_set]}"
