@@ -98,15 +98,17 @@ MOESCOPE_INLINE inline void prefetch(const void* from) {
     _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1);
 }
 
-// Fetches line `index` of `count` that stand `ahead`, if it is in the half that is to be fetched.
+// Fetches line `index` of `count` that stand `offset` bytes after `ahead`, if it is in the half that
+// is to be fetched.
 template <Fetch F>
-MOESCOPE_INLINE inline void fetch(const uint8_t* ahead, int64_t index, int64_t count) {
-  if constexpr (F == Fetch::all) prefetch(ahead + index * 64);
+MOESCOPE_INLINE inline void fetch(const uint8_t* ahead, int64_t offset, int64_t index,
+                                  int64_t count) {
+  if constexpr (F == Fetch::all) prefetch(ahead + offset + index * 64);
   const int64_t half = (count + 1) / 2;
   if constexpr (F == Fetch::one_half)
-    if (index < half) _mm_prefetch(ahead + index * 64, _MM_HINT_T1);
+    if (index < half) _mm_prefetch(ahead + offset + index * 64, _MM_HINT_T1);
   if constexpr (F == Fetch::other_half)
-    if (index >= half) _mm_prefetch(ahead + index * 64, _MM_HINT_T1);
+    if (index >= half) _mm_prefetch(ahead + offset + index * 64, _MM_HINT_T1);
 }
 
 // Sums of M rows x P panels: kept in registers for a single row, else in `out`, for want of them.
@@ -152,7 +154,7 @@ MOESCOPE_INLINE inline void add_int8(const Tile& tile, const Activations& a, con
     for (int64_t k = 0; k < columns; k += 4, w += P * 64) {
       __m512i panel[P];
       each<P>([&](auto p) MOESCOPE_INLINE {
-        fetch<F>(ahead + k * (P * kPanel), p, P);
+        fetch<F>(ahead, k * (P * kPanel), p, P);
         panel[p] = _mm512_loadu_si512(w + p * 64);
       });
       multiply_step(dots, panel, x, k);
@@ -176,14 +178,14 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, con
   for (int64_t g = first; g < last; ++g) {
     const uint8_t* chunk = tile.weights + g * kChunkBytes;
     const uint8_t* ahead = F != Fetch::none ? ahead_of(tile, chunk, distance) : nullptr;
-    for (int64_t line = P * 4; line * 64 < kChunkBytes; ++line) fetch<F>(ahead, line, P * 4);
+    for (int64_t line = P * 4; line * 64 < kChunkBytes; ++line) fetch<F>(ahead, 0, line, P * 4);
     __m512i dots[M][P];
     start(dots, a, row, g);
     for (int step = 0; step < 4; ++step) {
       const uint8_t* nibbles = chunk + step * P * 64;
       __m512i panel[P];
       each<P>([&](auto p) MOESCOPE_INLINE {
-        fetch<F>(ahead + step * P * 64, p, P);
+        fetch<F>(ahead, step * P * 64, p, P);
         panel[p] = _mm512_and_si512(_mm512_loadu_si512(nibbles + p * 64), low);
       });
       multiply_step(dots, panel, x, g * kChunk + step * 4);
@@ -233,7 +235,7 @@ MOESCOPE_INLINE inline void add_bf16(const Tile& tile, const Activations& a, con
     };
     __m512i panel[P];
     each<P>([&](auto p) MOESCOPE_INLINE {
-      fetch<F>(ahead, p, P);
+      fetch<F>(ahead, 0, p, P);
       panel[p] = _mm512_slli_epi32(_mm512_loadu_si512(w + p * 64), 16);
     });
     add(k, panel);
@@ -279,10 +281,11 @@ void add_rows(int count, const Tile& tile, const Activations& a, const int64_t* 
 template <Kind K, int P>
 void multiply_parts(const Tile& tile, const Activations& a, const int32_t* rows, int count,
                     int64_t parts, int64_t block, int64_t part_bytes, float* out) {
+  if (count == 0) return;
   memset(out, 0, count * kTile * sizeof(float));
   // Few rows pass once over all columns; many go block by block, so that each block of weights is
-  // read from the first-level cache for all rows but the first. The first two times, half of the
-  // next block each is fetched meanwhile.
+  // read from the first-level cache for all rows but the first. The first and the second pass over a
+  // block each fetch half of the next one meanwhile.
   const int turns = (count + kRows - 1) / kRows, most = (count + turns - 1) / turns;
   const int64_t step = turns == 1 ? parts : block;
   for (int64_t first = 0; first < parts; first += step) {

@@ -43,6 +43,10 @@ def test_a_containers_limit_bounds_memory(tmp_path: Path, limit_file, used_file)
         {limit_file: f"{GIBIBYTE}\n", used_file: f"{GIBIBYTE // 4}\n"},
     )
     assert memory(tmp_path) == (GIBIBYTE, GIBIBYTE * 3 // 4)
+    stat = Path(limit_file).parent / "memory.stat"
+    files = f"anon 7\ninactive_file {GIBIBYTE // 16}\nactive_file {GIBIBYTE // 16}\n"
+    write(tmp_path / "sys/fs/cgroup", {str(stat): files})
+    assert memory(tmp_path) == (GIBIBYTE, GIBIBYTE * 7 // 8)
 
 
 def test_a_container_without_limit_changes_nothing(tmp_path: Path) -> None:

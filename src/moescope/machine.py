@@ -199,6 +199,8 @@ class EnergyMeter:
 def memory(root: Path = Path("/")) -> tuple[int, int]:
     """Return total and available bytes, bounded by the container's limit where there is one.
 
+    Files that the system keeps in memory count as available.
+
     Args:
         root: where the kernel's `proc` and `sys` folders are found.
     """
@@ -209,14 +211,23 @@ def memory(root: Path = Path("/")) -> tuple[int, int]:
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) * 1024
     cgroup = root / "sys/fs/cgroup"
-    for limit_file, used_file in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    for limit_file, used_file, stat_file in (
+        ("memory.max", "memory.current", "memory.stat"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
     ):
         limit, used = _integer_in(cgroup / limit_file), _integer_in(cgroup / used_file)
         if limit is not None and used is not None and limit < total:
+            used -= _cached_files(cgroup / stat_file)
             return limit, min(available, max(0, limit - used))
     return total, available
+
+
+def _cached_files(stat: Path) -> int:
+    """Bytes of files that a container has in memory; 0 where nothing tells."""
+    if not stat.exists():
+        return 0
+    fields = dict(line.split(maxsplit=1) for line in stat.read_text().splitlines())
+    return sum(int(fields.get(name, 0)) for name in ("inactive_file", "active_file"))
 
 
 def _integer_in(path: Path) -> int | None:

@@ -8,6 +8,7 @@ import pytest
 
 from moescope.api import Model
 from moescope.cli.main import run
+from moescope.engine.batch import Token
 from moescope.tokenizer import Tokenizer
 
 
@@ -78,6 +79,20 @@ def test_chat_json_is_the_answer_and_why_it_ended(
         "answer": expected.text,
         "finish_reason": expected.finish_reason,
     }
+
+
+def test_chat_prints_tabs_and_line_ends_as_they_are_made(
+    folder: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = ["all:\r\n", "\tcc [bold]x[/] :smile:", "\ty"]
+    tokens = [Token(0, 65, text, 0.0, "stop" if text == pieces[-1] else None) for text in pieces]
+    monkeypatch.setattr("sys.stdin", io.StringIO())
+    monkeypatch.setattr(Model, "stream", lambda *_, **__: iter(tokens))
+    assert run(["chat", "hi", "--model", folder]) == 0
+    assert capsys.readouterr().out == "".join(pieces) + "\n"
+    monkeypatch.setattr(Model, "stream", lambda *_, **__: iter(()))
+    assert run(["chat", "hi", "--model", folder, "--max-tokens", "0", "--json"]) == 0
+    assert json.loads(capsys.readouterr().out)["finish_reason"] == "length"
 
 
 def test_chat_prints_a_thought_before_the_answer(

@@ -162,8 +162,9 @@ def test_a_text_ends_where_the_memory_ends(model: Model) -> None:
         with pytest.raises(UserError, match="has 21 tokens but there is memory for 20; shorten it"):
             Listener(scheduler, [65] * 21)
         assert len(Listener(scheduler, [65] * 20).tokens()) == 1
-    with pytest.raises(UserError, match="too few for the cache of one token"):
-        Scheduler(model.engine, max_batch=2, cache_bytes=_bytes_per_slot(model) - 1)
+    for cache_bytes in (_bytes_per_slot(model) - 1, 0, -(10**9)):
+        with pytest.raises(UserError, match="too few for the cache of one token"):
+            Scheduler(model.engine, max_batch=2, cache_bytes=cache_bytes)
 
 
 def test_a_text_that_has_to_wait_again_still_tells_what_had_been_read_before(
@@ -202,6 +203,36 @@ def test_a_conversation_is_kept_once(
     assert scheduler.held_bytes == _bytes_per_slot(model) * sum(lengths)
 
 
+def test_a_conversation_that_fills_the_memory_is_kept_all_the_same(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SHORTEST_REUSE", 2)
+    with scheduling(model, max_batch=2, cache_bytes=_bytes_per_slot(model) * 45) as scheduler:
+        ids = model.engine.encode(PROMPTS[1])[:10]
+        made = Listener(scheduler, ids, max_tokens=30).tokens()
+        longer = [*ids, *(token.id for token in made)]
+        second = Listener(scheduler, longer, max_tokens=4)
+        tokens = second.tokens()
+    assert second.request.reused == len(longer) - 1
+    assert [token.id for token in tokens] == alone(model, longer, max_tokens=4)
+
+
+def test_what_was_read_of_an_answer_that_is_broken_off_is_kept(
+    model: Model, scheduler: Scheduler, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(module, "SHORTEST_REUSE", 2)
+    ids = model.engine.encode(PROMPTS[1])[:10]
+    broken = Listener(scheduler, ids, max_tokens=50)
+    first = broken._queue.get(timeout=60)
+    scheduler.cancel(broken.request)
+    assert isinstance(first, Token)
+    longer = [*ids, first.id, 66]
+    again = Listener(scheduler, longer, max_tokens=4)
+    tokens = again.tokens()
+    assert again.request.reused >= len(ids)
+    assert [token.id for token in tokens] == alone(model, longer, max_tokens=4)
+
+
 @pytest.mark.parametrize("step", ["join", "remove"])
 def test_whatever_fails_no_request_is_forgotten(
     model: Model, step: str, monkeypatch: pytest.MonkeyPatch
@@ -210,10 +241,16 @@ def test_whatever_fails_no_request_is_forgotten(
         raise MemoryError("no more")
 
     ids = model.engine.encode("the moon")
+    submitted = threading.Event()
+    transform = model.engine.transform
     with scheduling(model, max_batch=4, cache_bytes=_bytes_per_slot(model) * 45) as scheduler:
         with monkeypatch.context() as patch:
             patch.setattr(Batch, step, fail)
+            patch.setattr(
+                model.engine, "transform", lambda *of: submitted.wait(60) and transform(*of)
+            )
             listeners = [Listener(scheduler, ids, max_tokens=30, seed=s) for s in range(4)]
+            submitted.set()
             for listener in listeners:
                 with pytest.raises(MemoryError):
                     listener.tokens()

@@ -46,6 +46,18 @@ def test_marks_that_the_text_leaves_out_count_all_the_same(model: Model) -> None
     assert split(model, "x", tokens) == ("ti<", "is", 3)
 
 
+def test_marks_in_an_answer_stay_left_out(model: Model) -> None:
+    begin, end = (model.tokenizer.token_id(tag) for tag in (BEGIN, END))
+    assert begin is not None and end is not None
+    assert split(model, "x", [(65, "a"), (end, ""), (begin, ""), (65, "b")]) == ("", "ab", 0)
+    assert split(model, "x", [(end, ""), (65, "a")]) == ("", "a", 0)
+
+
+def test_blanks_and_pieces_before_a_thought_count_with_it(model: Model) -> None:
+    pieces = [(65, "\n"), (65, "<thi"), (65, "nk>"), (65, "a"), (65, "</think>b")]
+    assert split(model, "x", pieces) == ("a", "b", 5)
+
+
 def test_a_thought_that_nobody_ends_is_all_there_is(model: Model) -> None:
     assert split(model, f"x{BEGIN}", [(65, "a"), (65, "</thi")]) == ("a</thi", "", 2)
 

@@ -14,7 +14,9 @@ import pytest
 from questions import write_run
 
 from moescope.api import Model
+from moescope.engine.scheduler import Scheduler
 from moescope.errors import UserError
+from moescope.kernels import cpu
 from moescope.server import serving
 from moescope.server.serving import has_display, listen, shown_beside
 
@@ -98,6 +100,15 @@ def test_open_says_in_a_sentence_that_there_is_no_model(
 
     assert run(["open", "nowhere"]) == 2
     assert "there is no model 'nowhere'" in capsys.readouterr().err
+
+
+def test_serve_needs_no_extension(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(cpu, "_native", None)
+    made: list[Scheduler] = []
+    monkeypatch.setattr(serving, "create_api", lambda _model, of, **_: made.append(of))
+    monkeypatch.setattr(serving, "_run", lambda _app, listener: listener.close())
+    serving.serve_api(model, "127.0.0.1", 0, print, name="x", api_key=None, max_batch=1)
+    made[0].close()
 
 
 def test_an_empty_key_in_the_environment_is_not_taken_for_none(

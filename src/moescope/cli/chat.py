@@ -6,7 +6,6 @@ from collections.abc import Iterable
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 
 from moescope.cli.sampling import (
     Backend,
@@ -99,26 +98,26 @@ def chat(
 
 def _whole(tokens: "Iterable[Token]", splitter: "ThoughtSplitter") -> dict[str, str | None]:
     """Collect an answer, the thought before it, and why it ended."""
-    thought, answer, reason = "", "", None
+    thought, answer, reason = "", "", "length"
     for token in tokens:
         more_thought, more_answer = splitter.feed(token)
-        thought, answer, reason = thought + more_thought, answer + more_answer, token.finish_reason
+        thought, answer = thought + more_thought, answer + more_answer
+        reason = token.finish_reason
     return {"reasoning_content": thought, "answer": answer, "finish_reason": reason}
 
 
 def _printed(tokens: "Iterable[Token]", splitter: "ThoughtSplitter") -> str:
     """Print an answer as it is made, after what was thought, dim and apart; return it."""
-    console = Console(highlight=False, markup=False, emoji=False, soft_wrap=True)
     thought, answer = "", ""
     for token in tokens:
         more_thought, more_answer = splitter.feed(token)
         thought += more_thought
-        console.print(more_thought, style="dim", end="")
+        typer.secho(more_thought, dim=True, nl=False)
         if thought and more_answer and not answer:
-            console.print()
-        console.print(more_answer, end="")
+            print()
+        print(more_answer, end="", flush=True)
         answer += more_answer
-    console.print()
+    print()
     return answer
 
 

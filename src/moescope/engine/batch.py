@@ -123,10 +123,11 @@ class Batch:
             yield from self._continue(input_ids, positions, last, recorder)
 
     def join(self, row: Row, read: Cache) -> None:
-        """Add a row of which all but the last id have been read into a cache of one row."""
-        if not self.rows:
-            self.cache = Cache()
-        self.cache.join(read)
+        """Add a row of which all but the last id were read into a cache, which is taken over."""
+        if self.rows:
+            self.cache.join(read)
+        else:
+            self.cache = read
         self.rows.append(row)
 
     def step(self, recorder: Recorder | None = None) -> Iterator[Token]:

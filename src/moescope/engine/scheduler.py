@@ -62,7 +62,7 @@ class Scheduler:
     Memory is counted in slots, what one token takes in the cache. Running texts take a rectangle of
     them, each as many as the longest. Where they need more, what is kept of ended texts goes first,
     then what has been read of a prompt that waits, then the text that joined last, which waits and
-    is read again; a text alone ends, as at its longest, where all slots are its own.
+    is read again; a text that runs alone ends with `length` when it has filled all slots.
 
     Args:
         engine: what computes; nobody else may use it meanwhile.
@@ -77,7 +77,7 @@ class Scheduler:
         self.engine = engine
         self._max_batch = max_batch
         self._slots = cache_bytes // _bytes_per_slot(engine)
-        if not self._slots:
+        if self._slots < 1:
             raise UserError(
                 f"{cache_bytes:,} bytes of memory are too few for the cache of one token; "
                 "close other programs or take a smaller model"
@@ -228,7 +228,8 @@ class Scheduler:
 
     def _rectangle(self, *joining: Request) -> int:
         """Slots that running texts and those that join them take with their next token."""
-        lengths = [len(request.row.ids) for request in (*self._running, *joining)]
+        rows = [request.row for request in (*self._running, *joining)]
+        lengths = [len(row.ids) for row in rows if not row.ended]
         return len(lengths) * max(lengths, default=0)
 
     def _let_go(self, slots: int) -> None:
@@ -254,24 +255,33 @@ class Scheduler:
         return read.length if read else 0
 
     def _keep(self, row: Row) -> None:
-        """Keep what was read of a text that ends, in place of what it goes on from."""
-        ids = row.ids[:-1]
-        self._kept = deque(
-            (entry for entry in self._kept if _shared_beginning(entry[0], ids) < len(entry[0])),
-            maxlen=KEPT,
-        )
+        """Keep what was read of a text that has ended."""
+        ids, at = row.ids[:-1], self._batch.rows.index(row)
+        self._keep_cache(ids, lambda: self._batch.cache.copy(at, len(ids)))
+
+    def _keep_cache(self, ids: list[int], take: Callable[[], Cache]) -> None:
+        """Keep the cache of some ids, if there is room, in place of what they go on from."""
         room = self._slots - self._rectangle() - self._read_ahead - len(ids)
-        if room >= 0:
-            self._let_go(room)
-            self._kept.append((ids, self._batch.cache.copy(self._batch.rows.index(row), len(ids))))
+        if not ids or room < 0:
+            return
+        kept = (one for one in self._kept if _shared_beginning(one[0], ids) < len(one[0]))
+        self._kept = deque(kept, maxlen=KEPT)
+        self._let_go(room)
+        self._kept.append((ids, take()))
 
     def _drop_cancelled(self) -> None:
         gone = [r for r in self._running if r.cancelled]  # read once: others set it meanwhile
+        for request in gone:
+            request.row.ended = True
+            self._keep(request.row)
         if gone:
             self._batch.remove([request.row for request in gone])
         self._running = [r for r in self._running if r not in gone]
         with self._news:
-            self._waiting = deque(r for r in self._waiting if not r.cancelled)
+            unread = [r for r in self._waiting if r.cancelled]
+            self._waiting = deque(r for r in self._waiting if r not in unread)
+        for cache, ids in [(r.cache, r.row.ids) for r in unread if r.cache]:
+            self._keep_cache(ids[: cache.length], lambda cache=cache: cache)
 
     def _end_all(self, why: Exception) -> None:
         ended = [*self._running, *self._waiting]

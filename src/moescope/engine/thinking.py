@@ -13,8 +13,8 @@ BEGIN, END = "<think>", "</think>"
 class ThoughtSplitter:
     """Split a text, as its tokens come, into what stands between BEGIN and END and the rest.
 
-    A thought comes first or not at all; some chat forms have begun it already. BEGIN and END are
-    part of neither.
+    A thought comes first or not at all; some chat forms have begun it already. The BEGIN and END
+    around it are part of neither.
 
     Attributes:
         thought_tokens: tokens that the thought took so far, BEGIN and END included.
@@ -27,20 +27,24 @@ class ThoughtSplitter:
             self._part = "thought"
         tags = {tokenizer.token_id(tag): tag for tag in (BEGIN, END)}
         self._untold = {i: tag for i, tag in tags.items() if i in tokenizer.special_ids}
-        self._held = ""
+        self._held, self._held_tokens = "", 0
         self.thought_tokens = 0
 
     def feed(self, token: Token) -> tuple[str, str]:
         """Take the next token; return what became certain of the thought and of the answer."""
-        text = self._held + token.text + self._untold.get(token.id, "")
+        text = self._held + token.text
+        awaited = {"begin": BEGIN, "thought": END}.get(self._part)
+        if awaited is not None and self._untold.get(token.id) == awaited:
+            text += awaited
         self._held = ""
         final = token.finish_reason is not None
         if self._part == "begin":
             begun = text.lstrip()
             if begun.startswith(BEGIN):
                 self._part, text = "thought", begun.removeprefix(BEGIN)
+                self.thought_tokens = self._held_tokens
             elif not final and BEGIN.startswith(begun):
-                self._held = text
+                self._held, self._held_tokens = text, self._held_tokens + 1
                 return "", ""
             else:
                 self._part = "answer"

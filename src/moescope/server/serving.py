@@ -88,7 +88,8 @@ def serve_api(
         raise UserError("the API key is empty or holds what a header cannot carry; use plain ASCII")
     listener = listen(host, port, tries=1)
     # Mapped weights count as free memory until they have moved to pages of their own.
-    room = int((memory()[1] - cpu.unsettled()) * CACHE_SHARE)
+    mapped = cpu.unsettled() if cpu.available() else 0
+    room = int(max(0, memory()[1] - mapped) * CACHE_SHARE)
     scheduler = Scheduler(model.engine, max_batch, room)
     found = listener.getsockname()[1]
     say(f"moescope serves {name} at http://{_reachable(host)}:{found}/v1  (Ctrl-C ends)")
