@@ -14,11 +14,11 @@ import torch
 from torch import Tensor
 
 from moescope.config import ModelConfig
-from moescope.engine.cache import Cache
-from moescope.engine.native import Packer
 from moescope.kernels import cpu
+from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM
 from moescope.model.rope import RotaryEmbedding
+from moescope.native.network import Packer
 
 SEED_BLOCK = (1 << 22) + 3
 """Random numbers are drawn once for so many weights, then repeated; odd, so that rows differ."""

@@ -23,12 +23,12 @@ from rich.table import Table
 
 from moescope.catalog import catalog
 from moescope.config import ModelConfig
-from moescope.engine.cache import Cache
-from moescope.engine.native import FORMATS
 from moescope.kernels import cpu
 from moescope.lab.speed import PROMPT, predict_format
 from moescope.machine import Machine
+from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM
+from moescope.native.network import FORMATS
 
 MID = COMMON | {
     "vocab_size": 32000,

@@ -48,7 +48,7 @@ def address() -> None:
     }
     tests = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
     # `-s`: a report is printed right before the end, where pytest's own capture would lose it.
-    subprocess.run([*tests, "tests/kernels"], cwd=ROOT, env=environment, check=True)
+    subprocess.run([*tests, "tests/kernels", "tests/native"], cwd=ROOT, env=environment, check=True)
 
 
 def thread() -> None:

@@ -8,7 +8,7 @@ from moescope.api import Model
 from moescope.config import ModelConfig
 from moescope.kernels import fusion
 from moescope.model.decoder import CausalLM, initialise
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 
 # Examples are the same in every run, and a slow machine fails none of them.
 settings.register_profile("ci", derandomize=True, deadline=None)

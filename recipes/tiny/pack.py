@@ -15,7 +15,7 @@ from moescope.scope.history import FILE as HISTORY
 from moescope.scope.history import history_of
 from moescope.scope.specialization import specialize
 from moescope.scope.texts import labelled_documents
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 from moescope.training.config import TrainConfig
 from moescope.training.data import build_shards
 from moescope.training.evaluation import evaluate

@@ -20,7 +20,7 @@ from rich.console import Console
 from rich.table import Table
 
 import moescope
-from moescope.engine.cache import Cache
+from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM
 from moescope.scope.losses import document_losses
 from moescope.scope.resampling import rate_interval

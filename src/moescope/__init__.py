@@ -20,7 +20,7 @@ if TYPE_CHECKING:
     from moescope.errors import UserError
     from moescope.lab.plan import Plan, plan
     from moescope.scope.trace import Trace
-    from moescope.tokenizer import Tokenizer
+    from moescope.text.tokenizer import Tokenizer
 
 __version__ = version("moescope")
 __all__ = [
@@ -42,7 +42,7 @@ _HOMES = {
     "ModelConfig": "moescope.config",
     "Plan": "moescope.lab.plan",
     "Token": "moescope.engine.batch",
-    "Tokenizer": "moescope.tokenizer",
+    "Tokenizer": "moescope.text.tokenizer",
     "Trace": "moescope.scope.trace",
     "UserError": "moescope.errors",
     "load": "moescope.api",

@@ -13,17 +13,17 @@ from moescope.checkpoint import load_model, open_checkpoint, save_weights
 from moescope.config import ModelConfig
 from moescope.engine.batch import Token
 from moescope.engine.engine import Engine, Generation
-from moescope.engine.native import PackedLinear, Packer
-from moescope.engine.pack_cache import load_packed
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
-from moescope.gguf_model import is_gguf
+from moescope.formats.gguf.model import is_gguf
 from moescope.machine import memory
 from moescope.model.decoder import CausalLM
 from moescope.model.steering import Steering, steered
+from moescope.native.network import PackedLinear, Packer
+from moescope.native.pack_cache import load_packed
 from moescope.scope.recording import record
 from moescope.scope.trace import Trace
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BACKENDS = ("torch", "cpu")

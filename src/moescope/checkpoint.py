@@ -18,12 +18,12 @@ from torch import Tensor
 from moescope.config import ModelConfig
 from moescope.errors import UserError
 from moescope.files import atomic_path, write_text
-from moescope.gguf_model import GgufModel, is_gguf
+from moescope.formats.gguf.model import GgufModel, is_gguf
 from moescope.kernels.quantize import dequantize_int8, quantize_int8
 from moescope.model.decoder import CausalLM, without_numbers
 from moescope.model.rope import RotaryEmbedding
 from moescope.model.routing import Hash
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 GATE_UP, DOWN = ".experts.gate_up_proj", ".experts.down_proj"

@@ -7,8 +7,8 @@ import pytest
 
 from moescope.api import Model
 from moescope.cli.main import run
-from moescope.documents import Document
 from moescope.scope.specialization import specialize
+from moescope.text.documents import Document
 
 
 def test_it_says_where_the_page_is(model: Model, tmp_path: Path, capsys) -> None:

@@ -9,7 +9,7 @@ import pytest
 from moescope.api import Model
 from moescope.cli.main import run
 from moescope.engine.batch import Token
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 
 
 def test_generate_prints_the_prompt_and_its_continuation(

@@ -24,8 +24,8 @@ import torch
 import moescope
 from moescope.api import Model
 from moescope.catalog import BOX
-from moescope.engine.cache import Cache
 from moescope.kernels import cpu
+from moescope.model.cache import Cache
 
 GOLDEN = Path(__file__).parent / "golden" / "tiny-int8.json"
 TIE = 0.1

@@ -9,10 +9,10 @@ import torch
 from moescope.api import Model
 from moescope.engine import scheduler as module
 from moescope.engine.batch import Batch, Row, Token
-from moescope.engine.cache import Cache
 from moescope.engine.sampling import SamplingParams
 from moescope.engine.scheduler import Busy, Request, Scheduler
 from moescope.errors import UserError
+from moescope.model.cache import Cache
 
 PROMPTS = ["床前明月光", "the moon before my bed, is it frost?", "is", "the sun"]
 

@@ -7,11 +7,11 @@ import pytest
 from scipy import stats
 
 from moescope.api import Model
-from moescope.documents import Document
 from moescope.errors import UserError
 from moescope.lab import compare as module
 from moescope.lab.compare import Comparison, Entrant, Spread, compare
 from moescope.model.decoder import CausalLM, initialise
+from moescope.text.documents import Document
 
 DOCUMENTS = [
     *(Document(f"the moon before my bed {n}", "english") for n in range(6)),

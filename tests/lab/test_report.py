@@ -10,7 +10,6 @@ import pytest
 from scipy import stats
 
 from moescope.api import Model
-from moescope.documents import Document
 from moescope.errors import UserError
 from moescope.lab.compare import Entrant, compare
 from moescope.lab.plan import Plan, plan
@@ -20,6 +19,7 @@ from moescope.lab.units import plain
 from moescope.lab.words import WORDS
 from moescope.scope.ablation import Ablation, ablate
 from moescope.scope.specialization import Specialization, specialize
+from moescope.text.documents import Document
 
 DOCUMENTS = [
     *(Document(f"the moon before my bed {n} <b>", "english") for n in range(4)),

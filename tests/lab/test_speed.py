@@ -5,10 +5,10 @@ import torch
 
 from moescope.catalog import catalog, count_parameters
 from moescope.config import ModelConfig
-from moescope.engine.cache import Cache
 from moescope.kernels import cpu
 from moescope.lab import speed as module
 from moescope.lab.speed import _Taken, _whole, predict, predict_format, random_model, sample_shape
+from moescope.model.cache import Cache
 from moescope.model.moe import GroupedExperts
 
 CACHE = 2**25

@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from moescope.config import ModelConfig
-from moescope.engine.cache import Cache
+from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM, initialise
 from moescope.model.recorder import Recorder
 from moescope.model.routing import ROUTERS, Routing

@@ -25,7 +25,7 @@ from transformers import (
 
 from moescope.checkpoint import load_model, save_weights
 from moescope.config import ModelConfig
-from moescope.engine.cache import Cache
+from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM, initialise
 
 TOLERANCE = 1e-4

@@ -22,7 +22,7 @@ from moescope.catalog import BOX
 from moescope.checkpoint import save_weights
 from moescope.config import ModelConfig
 from moescope.model.decoder import CausalLM, initialise
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 
 ROOT = Path(__file__).parents[2]
 MODEL = os.environ.get("MOESCOPE_PAGE_MODEL", "tiny")

@@ -8,12 +8,12 @@ import pytest
 import torch
 
 from moescope.api import Model
-from moescope.documents import Document
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM
 from moescope.scope.ablation import Ablation, ablate
 from moescope.scope.losses import document_losses
 from moescope.scope.texts import encode
+from moescope.text.documents import Document
 
 DOCUMENTS = [
     *(Document(f"the moon before my bed {n}", "english") for n in range(5)),

@@ -10,8 +10,8 @@ import moescope
 from moescope.api import Model
 from moescope.checkpoint import save_weights
 from moescope.config import ModelConfig
-from moescope.engine.cache import Cache
 from moescope.kernels import cpu
+from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM, initialise
 from moescope.scope.bytes import WeightBytes
 from moescope.scope.recording import TraceRecorder

@@ -7,10 +7,10 @@ import pytest
 
 from moescope.api import Model
 from moescope.catalog import catalog
-from moescope.documents import Document
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM, initialise
 from moescope.scope.specialization import Specialization, specialize
+from moescope.text.documents import Document
 
 DOCUMENTS = [
     *(Document(f"the moon before my bed {n}", "english") for n in range(7)),

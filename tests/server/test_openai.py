@@ -19,14 +19,14 @@ from starlette.testclient import TestClient
 from moescope.api import Model, sampling_params
 from moescope.engine import scheduler as scheduler_module
 from moescope.engine.batch import Row, Token
-from moescope.engine.native import Packer
 from moescope.engine.sampling import Choice
 from moescope.engine.scheduler import Scheduler
 from moescope.engine.thinking import BEGIN, END
 from moescope.kernels import cpu
 from moescope.model.decoder import CausalLM
+from moescope.native.network import Packer
 from moescope.server.openai import create_api
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 
 PROMPT = "the moon before my bed"
 TEMPLATE = (

@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 from texts import POEMS, PROSE, SUMS, write_jsonl
 
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 from moescope.training.data import ShardIndex, build_shards
 
 

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from texts import POEMS, PROSE, documents, write_jsonl
 
 from moescope.errors import UserError
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 from moescope.training.batches import HeldOutBatches, PackedBatches
 from moescope.training.data import ShardIndex, build_shards
 

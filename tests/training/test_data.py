@@ -12,7 +12,7 @@ from texts import POEMS, PROSE, documents, write_jsonl
 from tokenizers import Tokenizer as BackendTokenizer
 
 from moescope.errors import UserError
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 from moescope.training.data import ShardIndex, build_shards
 
 

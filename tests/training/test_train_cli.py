@@ -11,7 +11,7 @@ from small import rows, start, write_config
 from texts import PROSE, write_jsonl
 
 from moescope.cli import main as cli
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 
 
 @pytest.fixture(autouse=True)

@@ -22,7 +22,7 @@ from moescope.checkpoint import load_model
 from moescope.errors import UserError
 from moescope.model.recorder import Recorder
 from moescope.model.routing import ROUTERS, Routing
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 from moescope.training.batches import PackedBatches
 from moescope.training.config import TrainConfig
 from moescope.training.objective import BalanceRecorder, compute_losses

@@ -36,7 +36,7 @@ def doctor(
 
 def _paths(machine: "Machine") -> dict[str, str]:
     """Say in a few words each which of the possible ways will be taken here."""
-    from moescope.engine.pack_cache import packs_are_kept
+    from moescope.native.pack_cache import packs_are_kept
 
     bf16_products = (
         "on instructions made for them"

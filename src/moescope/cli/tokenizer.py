@@ -29,7 +29,7 @@ def train(
     ] = False,
 ) -> None:
     """Learn a byte-level BPE with DeepSeek's special tokens and chat form."""
-    from moescope.tokenizer import Tokenizer
+    from moescope.text.tokenizer import Tokenizer
 
     learned = Tokenizer.train(data, vocab_size, sample_bytes=sample_bytes, progress=not as_json)
     learned.save(out)

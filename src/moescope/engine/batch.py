@@ -6,11 +6,11 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
-from moescope.engine.cache import Cache
 from moescope.engine.sampling import Choice, SamplingParams
 from moescope.engine.stopping import StopFinder
+from moescope.model.cache import Cache
 from moescope.model.recorder import Recorder
-from moescope.tokenizer import StreamDecoder
+from moescope.text.tokenizer import StreamDecoder
 
 if TYPE_CHECKING:
     from moescope.engine.engine import Engine

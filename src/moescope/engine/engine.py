@@ -7,12 +7,12 @@ import torch
 from torch import Tensor
 
 from moescope.engine.batch import Batch, FinishReason, Row, Token
-from moescope.engine.cache import Cache
 from moescope.engine.sampling import Choice, SamplingParams, Shortlist, choose, draw, penalised
 from moescope.errors import UserError
+from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM
 from moescope.model.recorder import Recorder
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -14,10 +14,10 @@ from threading import Condition, Thread
 import torch
 
 from moescope.engine.batch import Batch, Row, Token
-from moescope.engine.cache import Cache
 from moescope.engine.engine import Engine
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
+from moescope.model.cache import Cache
 
 PIECE = 512
 """Tokens of prompts that are read in one turn: enough for experts to get matrices, not vectors."""

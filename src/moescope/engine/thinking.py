@@ -5,7 +5,7 @@ from typing import Literal
 
 from moescope.engine.batch import Token
 from moescope.engine.stopping import held_back
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 
 BEGIN, END = "<think>", "</think>"
 

@@ -8,9 +8,9 @@ from dataclasses import dataclass
 import torch
 
 from moescope.catalog import count_parameters
-from moescope.engine.cache import Cache
 from moescope.engine.engine import Engine
 from moescope.model.balancing import chosen_experts
+from moescope.model.cache import Cache
 from moescope.scope.recording import TraceRecorder
 from moescope.scope.steps import read
 from moescope.scope.trace import Candidate

@@ -12,7 +12,6 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from moescope.documents import Document
 from moescope.engine.engine import Engine
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
@@ -22,6 +21,7 @@ from moescope.scope.losses import document_losses
 from moescope.scope.resampling import Interval, rate_interval, t_interval
 from moescope.scope.saved import Saved
 from moescope.scope.texts import check_resampling, encode
+from moescope.text.documents import Document
 
 PROMPT_BYTES = 600
 NEW_TOKENS = 32

@@ -13,7 +13,7 @@ from typing import Any, ClassVar
 from moescope.catalog import Parameters, catalog, count_parameters
 from moescope.config import ModelConfig
 from moescope.errors import UserError
-from moescope.gguf_model import GgufModel, is_gguf
+from moescope.formats.gguf.model import GgufModel, is_gguf
 from moescope.lab.speed import PROMPT, Prediction, predict
 from moescope.lab.widths import cached_numbers, cached_width, expanded_width, plain_numbers
 from moescope.machine import Machine

@@ -24,8 +24,6 @@ from torch import Tensor
 
 from moescope.catalog import Parameters, count_parameters
 from moescope.config import ModelConfig
-from moescope.engine.cache import Cache
-from moescope.engine.native import BITS_PER_WEIGHT, Packer
 from moescope.kernels import cpu
 from moescope.lab.widths import cached_numbers, cached_width, expanded_width
 from moescope.machine import (
@@ -35,9 +33,11 @@ from moescope.machine import (
     measure_native_gemm_peak,
     measure_read_bandwidth,
 )
+from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM
 from moescope.model.moe import MoE
 from moescope.model.rope import RotaryEmbedding
+from moescope.native.network import BITS_PER_WEIGHT, Packer
 
 PROMPT = 512
 """Tokens of the prompt that is read, and so of the context in which is generated."""

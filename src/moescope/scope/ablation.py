@@ -7,7 +7,6 @@ from typing import ClassVar
 
 import numpy as np
 
-from moescope.documents import Document
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM
 from moescope.model.steering import Steering, moe_layers, steered
@@ -16,7 +15,8 @@ from moescope.scope.losses import document_losses
 from moescope.scope.resampling import rate_intervals
 from moescope.scope.saved import Saved, rounded
 from moescope.scope.texts import check_resampling, encode
-from moescope.tokenizer import Tokenizer
+from moescope.text.documents import Document
+from moescope.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)

@@ -9,10 +9,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from moescope.engine.native import NativeExperts, NativeLatentAttention, NativeMLP, PackedLinear
 from moescope.model.decoder import CausalLM
 from moescope.model.moe import GroupedExperts, MoE
 from moescope.model.routing import UNUSED, Routing
+from moescope.native.network import NativeExperts, NativeLatentAttention, NativeMLP, PackedLinear
 
 
 @dataclass(frozen=True)

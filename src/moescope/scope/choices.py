@@ -7,13 +7,13 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
-from moescope.documents import Document
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM
 from moescope.model.recorder import Recorder
 from moescope.model.routing import UNUSED, Routing
 from moescope.scope.texts import batches, encode, window_length, windows
-from moescope.tokenizer import Tokenizer
+from moescope.text.documents import Document
+from moescope.text.tokenizer import Tokenizer
 
 Progress = Callable[[int, int], None]  # (done, in all)
 Ints = npt.NDArray[np.int64]

@@ -10,7 +10,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from moescope.engine.engine import Engine
-from moescope.engine.native import NativeExperts
 from moescope.engine.sampling import SamplingParams, choose, distribution, draw, penalised
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM
@@ -18,6 +17,7 @@ from moescope.model.layer import DecoderLayer
 from moescope.model.moe import MoE
 from moescope.model.recorder import Recorder
 from moescope.model.steering import SteeredRouter, Steering, moe_layers
+from moescope.native.network import NativeExperts
 from moescope.scope.recording import TraceRecorder, chosen
 from moescope.scope.steps import TokenStep, describe, spell
 from moescope.scope.trace import Candidate

@@ -12,7 +12,7 @@ from moescope.model.recorder import Recorder
 from moescope.model.routing import UNUSED, Routing
 from moescope.scope.bytes import WeightBytes
 from moescope.scope.trace import Candidate, LayerTrace, RouterTrace, Trace, TracedToken
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 
 GUESSES = 5
 TOKENS_AT_ONCE = 256

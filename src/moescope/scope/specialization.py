@@ -8,12 +8,12 @@ from typing import ClassVar
 import numpy as np
 import numpy.typing as npt
 
-from moescope.documents import Document
 from moescope.model.decoder import CausalLM
 from moescope.scope.choices import Choices, Ints, Progress, observe
 from moescope.scope.information import explained_by_token, jackknife, shares, smoothed_lift
 from moescope.scope.saved import Saved, rounded
-from moescope.tokenizer import Tokenizer
+from moescope.text.documents import Document
+from moescope.text.tokenizer import Tokenizer
 
 TYPICAL = 8
 """Most tokens that are kept for an expert."""

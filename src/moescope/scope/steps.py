@@ -18,7 +18,7 @@ from moescope.scope.recording import (
     shared_share,
 )
 from moescope.scope.trace import Candidate
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 
 CANDIDATES = 10
 ROWS_AT_ONCE = 256

@@ -13,10 +13,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from moescope.documents import Document, hash_of, is_split, read_documents, text_files
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM
-from moescope.tokenizer import Tokenizer
+from moescope.text.documents import Document, hash_of, is_split, read_documents, text_files
+from moescope.text.tokenizer import Tokenizer
 
 BYTES_PER_DOMAIN = 200_000
 BYTES_PER_PASSAGE = 2000

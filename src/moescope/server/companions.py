@@ -6,7 +6,7 @@ from typing import Literal
 
 from moescope.config import ModelConfig
 from moescope.errors import UserError
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 
 Role = Literal["dense", "unbalanced"]
 ROLES: tuple[Role, ...] = ("dense", "unbalanced")

@@ -1,7 +1,7 @@
 """Texts to begin with, one click away."""
 
 from moescope.server.schema import Example
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 
 TEXTS = (
     Example(domain="poetry", language="zh", text="床前明月光，疑是地上"),

@@ -12,7 +12,9 @@ from typing import Any, BinaryIO
 import numpy as np
 import numpy.typing as npt
 
-from moescope.documents import (
+from moescope.errors import UserError
+from moescope.files import atomic_path, write_text
+from moescope.text.documents import (
     HELD_OUT_SHARE,
     Document,
     TextFile,
@@ -21,9 +23,7 @@ from moescope.documents import (
     read_documents,
     text_files,
 )
-from moescope.errors import UserError
-from moescope.files import atomic_path, write_text
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 
 FORMAT_VERSION = 1
 ENCODE_BATCH = 512  # documents
@@ -110,7 +110,7 @@ def build_shards(
     """Encode `source` into token files under `out`, or open those that are there already.
 
     Args:
-        source: a file or folder, as `moescope.documents` describes.
+        source: a file or folder, as `moescope.text.documents` describes.
         out: folder for the token files; `train/` and `held_out/` are made in it.
         tokenizer: needs a bos and an eos token.
         held_out: encode the held-out part instead of the training part. In a source that is not

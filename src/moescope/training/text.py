@@ -7,7 +7,7 @@ from pathlib import Path
 
 from moescope.config import ModelConfig
 from moescope.errors import UserError
-from moescope.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer
 from moescope.training.config import DataConfig
 from moescope.training.data import Progress, ShardIndex, build_shards
 

@@ -20,12 +20,12 @@ from moescope.catalog import count_parameters
 from moescope.checkpoint import save_weights
 from moescope.cli.main import run
 from moescope.config import ModelConfig
-from moescope.engine.cache import Cache
-from moescope.engine.native import NativeMoE, Packer, native_router
 from moescope.errors import UserError
 from moescope.kernels import cpu
+from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM, Decoder, initialise
 from moescope.model.routing import ROUTERS
+from moescope.native.network import NativeMoE, Packer, native_router
 
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from transformers import AutoTokenizer
 
 from moescope.errors import UserError
-from moescope.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
+from moescope.text.tokenizer import SPECIAL_TOKENS, StreamDecoder, Tokenizer
 
 TEXTS = [
     "床前明月光，疑是地上霜。举头望明月，低头思故乡。" * 20,

@@ -20,7 +20,7 @@ from moescope.api import Model
 from moescope.checkpoint import WEIGHTS, save_weights
 from moescope.cli.main import run
 from moescope.errors import UserError
-from moescope.gguf_file import GgufFile
+from moescope.formats.gguf.container import GgufFile
 
 SECONDS = 5
 """That an attempt may take; an intact file takes a hundredth of it."""

@@ -14,9 +14,10 @@ import torch
 from torch import Tensor
 
 from moescope.errors import UserError
-from moescope.gguf_file import GgufFile, damaged
-from moescope.gguf_metadata import IN_LAYER, Fields, knows_vocabulary, model_config, tokenizer
-from moescope.tokenizer import Tokenizer
+from moescope.formats.gguf.container import GgufFile, damaged
+from moescope.formats.gguf.metadata import IN_LAYER, Fields, model_config
+from moescope.formats.gguf.vocabulary import knows_vocabulary, tokenizer
+from moescope.text.tokenizer import Tokenizer
 
 SUFFIX = ".gguf"
 MOST_PARTS = 1000

@@ -18,15 +18,16 @@ from pathlib import Path
 import torch
 
 import moescope
-from moescope import checkpoint, gguf_file, gguf_model
+from moescope import checkpoint
 from moescope.catalog import BOX
 from moescope.checkpoint import WeightSource, load_model
-from moescope.engine import native
-from moescope.engine.native import Packer
-from moescope.engine.pack_file import NewPack, StalePack, StoredPack
 from moescope.errors import UserError
+from moescope.formats.gguf import container, model
 from moescope.kernels import cpu, quantize
 from moescope.model.decoder import CausalLM
+from moescope.native import network
+from moescope.native.network import Packer
+from moescope.native.pack_file import NewPack, StalePack, StoredPack
 
 try:
     import fcntl
@@ -196,7 +197,7 @@ def _fingerprint(file: Path) -> list[str | int]:
 def _code() -> str:
     """Hash the source of all that stands between a checkpoint and its packed weights."""
     digest = hashlib.sha256()
-    for module in (checkpoint, gguf_file, gguf_model, quantize, cpu, native):
+    for module in (checkpoint, container, model, quantize, cpu, network):
         assert module.__file__ is not None
         digest.update(Path(module.__file__).read_bytes())
     return digest.hexdigest()

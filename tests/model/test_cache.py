@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moescope.engine.cache import GROWTH, Cache
+from moescope.model.cache import GROWTH, Cache
 
 
 @given(st.integers(1, 4), st.lists(st.integers(1, 300), min_size=1, max_size=4), st.integers(0, 99))

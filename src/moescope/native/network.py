@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from moescope.catalog import count_parameters
 from moescope.config import ModelConfig
-from moescope.engine.cache import Cache
-from moescope.engine.pack_file import NewPack, PackSource
 from moescope.errors import UserError
 from moescope.kernels import cpu
 from moescope.kernels.quantize import rounded
 from moescope.model.attention import GroupedQueryAttention, KVCache, LatentAttention
+from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM, Decoder
 from moescope.model.layer import DecoderLayer
 from moescope.model.moe import MLP, GroupedExperts, MoE
 from moescope.model.norm import RMSNorm
 from moescope.model.recorder import Recorder
 from moescope.model.routing import Greedy, GroupLimitedGreedy, NoAuxTopK, Router
+from moescope.native.pack_file import NewPack, PackSource
 
 FORMATS = ("int8", "int4", "bf16")
 EMBEDDING = "model.embed_tokens.weight"

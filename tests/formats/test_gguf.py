@@ -25,7 +25,7 @@ from moescope.api import Model
 from moescope.checkpoint import load_model
 from moescope.cli.main import run
 from moescope.config import ModelConfig
-from moescope.gguf_file import GgufFile
+from moescope.formats.gguf.container import GgufFile
 
 try:
     import llama_cpp

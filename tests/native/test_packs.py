@@ -20,9 +20,9 @@ from torch import Tensor
 from moescope.api import Model, load
 from moescope.catalog import BOX
 from moescope.checkpoint import save_weights
-from moescope.engine import pack_cache
-from moescope.engine.pack_file import MAGIC, NewPack, StalePack, StoredPack
 from moescope.kernels import cpu
+from moescope.native import pack_cache
+from moescope.native.pack_file import MAGIC, NewPack, StalePack, StoredPack
 
 pytestmark = pytest.mark.skipif(
     not cpu.available(), reason="tests/kernels/test_cpu.py says why this is fine"
@@ -221,7 +221,7 @@ def test_a_header_of_terabytes_is_not_read(folder: Path) -> None:
 
 def test_many_starts_at_once_leave_one_whole_file(folder: Path) -> None:
     program = (
-        "import sys; from moescope.engine import pack_cache; pack_cache.SMALLEST = 0\n"
+        "import sys; from moescope.native import pack_cache; pack_cache.SMALLEST = 0\n"
         "from moescope import load; import torch\n"
         "print(load(sys.argv[1], quantize='int8').logits(torch.arange(20)[None]).sum().item())"
     )
