@@ -66,6 +66,9 @@ class ModelConfig(BaseModel):
 
     A family without routed experts (`n_routed_experts` null) is dense. A family without
     `kv_lora_rank` uses grouped-query attention instead of multi-head latent attention.
+
+    `trained_length` is moescope's own: tokens of the rows that the weights were trained on, where
+    that is known. A model may accept more (`max_position_embeddings`), but was never shown more.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
@@ -79,6 +82,7 @@ class ModelConfig(BaseModel):
     num_key_value_heads: Count
     head_dim: Size | None = None
     max_position_embeddings: Positions = 4096
+    trained_length: Positions | None = None
     rms_norm_eps: float = Field(default=1e-6, gt=0)
     rope_theta: float = Field(default=10000.0, gt=1)
     rope_scaling: RopeScaling | None = None

@@ -50,6 +50,22 @@ def test_a_document_beyond_the_context_is_read_in_windows(model: Model) -> None:
     assert found == pytest.approx(sum(document_losses(model.network, parts)), rel=1e-5)
 
 
+def test_nothing_is_scored_beyond_the_trained_length_unless_asked(model: Model) -> None:
+    """A model that accepts 64 tokens but was trained on 24 at once is read in windows of 24."""
+    config = model.config.model_copy(update={"trained_length": 24})
+    short = CausalLM(config)
+    short.load_state_dict(model.network.state_dict())
+    ids = encode(model.tokenizer, [Document("the moon, is it frost? 月光 " * 20, "d")])[0]
+    parts = [ids[start : start + 25] for start in range(0, len(ids) - 1, 24)]
+    (found,) = document_losses(short, [ids])
+    assert found == pytest.approx(sum(document_losses(model.network, parts)), rel=1e-5)
+    (whole,) = document_losses(short, [ids], window=64)
+    assert whole == pytest.approx(document_losses(model.network, [ids])[0], rel=1e-6)
+    assert whole != pytest.approx(found, rel=1e-3)
+    with pytest.raises(UserError, match=r"a window of 65 tokens is longer than .* context of 64"):
+        document_losses(short, [ids], window=65)
+
+
 @pytest.mark.parametrize("expert", [0, 5])
 def test_the_cost_is_the_loss_without_the_expert_minus_the_loss_with_it(
     model: Model, found: Ablation, expert: int

@@ -355,6 +355,11 @@ def test_evaluation_is_a_float64_loop_of_transformers(finished: Path, corpus: Pa
     assert router["dead_share"] == float((total == 0).double().mean())
 
 
+def test_the_model_remembers_the_length_of_its_rows(finished: Path) -> None:
+    config = load_model(finished).config
+    assert (config.trained_length, config.max_position_embeddings) == (24, 64)
+
+
 @pytest.mark.parametrize("topk_method", list(ROUTERS))
 def test_every_router_trains(topk_method: str, config, tmp_path: Path) -> None:
     model = {"topk_method": topk_method, **ROUTER_FIELDS.get(topk_method, {})}

@@ -27,6 +27,14 @@ def ablate(
             "--bytes", min=1, help="Most bytes of a domain; they are read once for each expert."
         ),
     ] = 20_000,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens read at once; if left out, as many as the model was trained on at once, "
+            "but at most 512.",
+        ),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Also write the result into this file.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of drawing.")
@@ -54,6 +62,7 @@ def ablate(
             documents,
             layers=layer,
             force=force,
+            window=window,
             progress=progress,
         )
     found = replace(found, command=command_line())

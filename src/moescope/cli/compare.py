@@ -41,6 +41,14 @@ def compare(
         int, typer.Option("--bytes", min=1, help="Most bytes of text that are read of a domain.")
     ] = 50_000,
     rounds: Annotated[int, typer.Option(min=1, help="How often each model is timed.")] = 10,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens read at once; if left out, as many as the model was trained on at once, "
+            "but at most 512.",
+        ),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Also write the result into this file.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of drawing.")
@@ -73,7 +81,7 @@ def compare(
         trained = _train(recipes, overrides, out, seeds, workers)
     entrants = [_entrant(name, trained) for name in models]
     with Console(stderr=True).status("reading") as status:
-        found = measure(entrants, documents, rounds=rounds, progress=status.update)
+        found = measure(entrants, documents, rounds=rounds, window=window, progress=status.update)
     found = replace(found, command=command_line())
     if save is not None:
         found.save(save)

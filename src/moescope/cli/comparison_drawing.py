@@ -49,6 +49,7 @@ def _results(found: Comparison) -> Table:
         "cache a token": [f"{r.cache_bytes_per_token / 1e3:,.2f} KB" for r in found.results],
         "context": [f"{r.context:,}" for r in found.results],
         "memory, context full": [f"{r.memory_bytes / 1e6:,.1f} MB" for r in found.results],
+        "tokens read at once": [f"{r.window:,}" if r.window else "" for r in found.results],
         "bytes of text a token": [f"{r.bytes_per_token:.2f}" for r in found.results],
         "first token after": [_spread(r.time_to_first_token) for r in found.results],
         "each further token": [_spread(r.time_per_token) for r in found.results],

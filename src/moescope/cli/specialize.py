@@ -18,6 +18,14 @@ def specialize(
     bytes_per_domain: Annotated[
         int, typer.Option("--bytes", min=1, help="Most bytes of text that are read of a domain.")
     ] = 100_000,
+    window: Annotated[
+        int | None,
+        typer.Option(
+            min=2,
+            help="Tokens read at once; if left out, as many as the model was trained on at once, "
+            "but at most 512.",
+        ),
+    ] = None,
     save: Annotated[Path | None, typer.Option(help="Also write the result into this file.")] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of drawing.")
@@ -41,7 +49,9 @@ def specialize(
     documents = labelled_documents(texts, bytes_per_domain)
     opened = load(model)
     with progress_bar("reading") as progress:
-        found = measure(opened.name, opened.network, opened.tokenizer, documents, progress)
+        found = measure(
+            opened.name, opened.network, opened.tokenizer, documents, progress, window=window
+        )
     found = replace(found, command=command_line())
     if save is not None:
         found.save(save)

@@ -20,7 +20,7 @@ from moescope.machine import EnergyMeter, Machine
 from moescope.scope.losses import document_losses
 from moescope.scope.resampling import Interval, rate_interval, t_interval
 from moescope.scope.saved import Saved
-from moescope.scope.texts import check_resampling, encode
+from moescope.scope.texts import check_resampling, encode, window_length
 from moescope.text.documents import Document
 
 PROMPT_BYTES = 600
@@ -96,6 +96,7 @@ class Result:
             not tell.
         bits_of_seeds: bits a byte of all text, of each training of the recipe; empty where none
             was trained.
+        window: tokens that were read at once; None in files of before.
     """
 
     name: str
@@ -116,6 +117,7 @@ class Result:
     time_per_token: Spread
     joules_per_token: Spread | None
     bits_of_seeds: list[float]
+    window: int | None = None
 
 
 @dataclass(frozen=True)
@@ -176,6 +178,7 @@ def compare(
     documents: Sequence[Document],
     *,
     rounds: int,
+    window: int | None = None,
     progress: Callable[[str], None],
 ) -> Comparison:
     """Measure every model on the same documents, and time them in turns.
@@ -192,6 +195,8 @@ def compare(
         entrants: two or more.
         documents: as `scope.texts.labelled_documents` returns them.
         rounds: how often to time each model.
+        window: tokens that each model reads at once; `scope.texts.window_length` of each where it
+            is left out.
         progress: told what is being done.
 
     Raises:
@@ -208,13 +213,13 @@ def compare(
     for entrant in entrants:
         progress(f"reading with {entrant.name}")
         encoded = encode(entrant.engine.tokenizer, documents)
-        losses.append(document_losses(entrant.engine.model, encoded))
+        losses.append(document_losses(entrant.engine.model, encoded, window))
         tokens.append(np.array([len(ids) - 1 for ids in encoded]))
     sizes = np.array([len(document.text.encode()) for document in documents])
     chosen = _by_domain(documents)
     seconds = _time_in_turns(entrants, _prompt(entrants, documents), rounds, progress)
     bits = [
-        _bits_of_seeds(entrant, nats, documents, progress)
+        _bits_of_seeds(entrant, nats, documents, window, progress)
         for entrant, nats in zip(entrants, losses, strict=True)
     ]
     machine = Machine.detect()
@@ -226,7 +231,7 @@ def compare(
         documents={domain: int(mine.sum()) for domain, mine in chosen.items()},
         text_bytes={domain: int(sizes[mine].sum()) for domain, mine in chosen.items()},
         results=[
-            _result(*measured, sizes, chosen)
+            _result(*measured, sizes, chosen, window)
             for measured in zip(entrants, losses, tokens, seconds, bits, strict=True)
         ],
         differences=[
@@ -314,6 +319,7 @@ def _bits_of_seeds(
     entrant: Entrant,
     nats: Floats,
     documents: Sequence[Document],
+    window: int | None,
     progress: Callable[[str], None],
 ) -> list[float]:
     """Bits a byte of all text, of an entrant and its siblings; none if it has no siblings."""
@@ -322,7 +328,8 @@ def _bits_of_seeds(
     of_seeds = [nats]
     for number, engine in enumerate(entrant.siblings, start=1):
         progress(f"reading with {entrant.name}, seed {number}")
-        of_seeds.append(document_losses(engine.model, encode(engine.tokenizer, documents)))
+        encoded = encode(engine.tokenizer, documents)
+        of_seeds.append(document_losses(engine.model, encoded, window))
     size = sum(len(document.text.encode()) for document in documents)
     return [float(losses.sum()) / math.log(2) / size for losses in of_seeds]
 
@@ -335,6 +342,7 @@ def _result(
     bits_of_seeds: list[float],
     sizes: npt.NDArray[np.int64],
     chosen: dict[str, npt.NDArray[np.bool_]],
+    window: int | None,
 ) -> Result:
     planned, model = plan(entrant.folder), entrant.engine.model
     dtype = model.lm_head.weight.dtype
@@ -362,6 +370,7 @@ def _result(
         time_per_token=Spread.of(timed.further),
         joules_per_token=Spread.of(timed.joules) if timed.joules else None,
         bits_of_seeds=bits_of_seeds,
+        window=window_length(model, window),
     )
 
 

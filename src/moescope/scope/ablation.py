@@ -65,6 +65,7 @@ def ablate(
     *,
     layers: Sequence[int] | None = None,
     force: bool = False,
+    window: int | None = None,
     progress: Progress | None = None,
 ) -> Ablation:
     """Measure every document's loss once for each expert, that expert being switched off.
@@ -79,6 +80,7 @@ def ablate(
         documents: as `texts.labelled_documents` returns them.
         layers: whose experts are tried; all if left out.
         force: send every token to the expert instead.
+        window: tokens read at once; `texts.window_length` where it is left out.
         progress: called with (experts tried, experts to try).
 
     Raises:
@@ -96,13 +98,14 @@ def ablate(
         raise UserError("the model has no routed experts to switch off; give a mixture of experts")
     experts = model.config.required("n_routed_experts")
     encoded = encode(tokenizer, documents)
-    whole = document_losses(model, encoded)  # (documents,)
+    whole = document_losses(model, encoded, window)  # (documents,)
     rise = np.empty((len(documents), len(tried), experts))  # nats a document
     for position, layer in enumerate(tried):
         for expert in range(experts):
             changed = [(layer, expert)]
             steering = Steering(forced=changed) if force else Steering(disabled=changed)
-            rise[:, position, expert] = document_losses(steered(model, steering), encoded) - whole
+            changed_losses = document_losses(steered(model, steering), encoded, window)
+            rise[:, position, expert] = changed_losses - whole
             if progress is not None:
                 progress(position * experts + expert + 1, len(tried) * experts)
     domains = sorted({document.domain for document in documents})

@@ -48,8 +48,11 @@ def observe(
     tokenizer: Tokenizer,
     documents: Sequence[Document],
     progress: Progress | None = None,
+    window: int | None = None,
 ) -> Choices:
     """Run documents, sorted by domain, through a model and keep what its routers chose.
+
+    `window` is how many tokens are read at once; `texts.window_length` where it is left out.
 
     Raises:
         UserError: the model has no routed experts.
@@ -63,11 +66,11 @@ def observe(
     encoded = encode(tokenizer, documents)
     first = np.cumsum([0, *map(len, encoded)])  # a document's first token among all
     recorder = _ChoiceRecorder()
+    length = window_length(model, window)
     model.eval()
-    for batch, ids in batches(encoded, windows(encoded, window_length(model), overlap=0)):
+    for batch, ids in batches(encoded, windows(encoded, length, overlap=0)):
         recorder.rows = [
-            (int(first[window.document]) + window.start, window.end - window.start)
-            for window in batch
+            (int(first[part.document]) + part.start, part.end - part.start) for part in batch
         ]
         model.model(ids.to(model.lm_head.weight.device), recorder=recorder)
         if progress is not None:

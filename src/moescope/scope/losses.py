@@ -16,18 +16,22 @@ LOGITS_AT_ONCE = 512
 
 
 @torch.inference_mode()
-def document_losses(model: CausalLM, encoded: Sequence[Sequence[int]]) -> npt.NDArray[np.float64]:
+def document_losses(
+    model: CausalLM, encoded: Sequence[Sequence[int]], window: int | None = None
+) -> npt.NDArray[np.float64]:
     """Sum the negative log-likelihood of each document's tokens but the first, `(documents,)` nats.
 
     A document that is longer than a window is read window by window, each from its own start.
+    `window` is in tokens; `texts.window_length` where it is left out.
     """
+    length = window_length(model, window)
     losses = np.zeros(len(encoded))
     device = model.lm_head.weight.device
     model.eval()
-    for batch, ids in batches(encoded, windows(encoded, window_length(model), overlap=1)):
+    for batch, ids in batches(encoded, windows(encoded, length, overlap=1)):
         token_losses = _token_losses(model, ids.to(device)).cpu().double().numpy()
-        for window, row in zip(batch, token_losses, strict=True):
-            losses[window.document] += row[: window.end - window.start - 1].sum()
+        for part, row in zip(batch, token_losses, strict=True):
+            losses[part.document] += row[: part.end - part.start - 1].sum()
     return losses
 
 

@@ -107,6 +107,8 @@ def specialize(
     tokenizer: Tokenizer,
     documents: Sequence[Document],
     progress: Progress | None = None,
+    *,
+    window: int | None = None,
 ) -> Specialization:
     """Run labelled documents, sorted by domain, through a model and see who serves whom.
 
@@ -118,11 +120,12 @@ def specialize(
         tokenizer: the model's.
         documents: as `texts.labelled_documents` returns them.
         progress: called with (tokens read, tokens in all).
+        window: tokens read at once; `texts.window_length` where it is left out.
 
     Raises:
         UserError: the model has no routed experts.
     """
-    choices = observe(model, tokenizer, documents, progress)
+    choices = observe(model, tokenizer, documents, progress, window)
     blocks = [block_counts(choices, domain) for domain in range(len(choices.domains))]
     information, error = jackknife(blocks)
     load = shares(np.stack([counts.sum(axis=0) for counts in blocks]))

@@ -20,8 +20,8 @@ from moescope.text.tokenizer import Tokenizer
 
 BYTES_PER_DOMAIN = 200_000
 BYTES_PER_PASSAGE = 2000
-WINDOW = 512
-"""Most tokens that are read at once; fewer where a model's context is shorter."""
+MAX_WINDOW = 512
+"""Most tokens that are read at once unless asked otherwise."""
 TOKENS_AT_ONCE = 4096
 
 
@@ -123,8 +123,24 @@ def windows(encoded: Sequence[Sequence[int]], length: int, overlap: int) -> list
     ]
 
 
-def window_length(model: CausalLM) -> int:
-    return min(WINDOW, model.config.max_position_embeddings)
+def window_length(model: CausalLM, asked: int | None = None) -> int:
+    """Return how many tokens a model reads at once.
+
+    Not more than it was trained on at once: beyond, a good model may look worse than a bad one.
+    Where the checkpoint does not tell, that is the context which its config claims.
+
+    Raises:
+        UserError: more are asked for than the context holds.
+    """
+    context = model.config.max_position_embeddings
+    if asked is None:
+        return min(MAX_WINDOW, model.config.trained_length or context, context)
+    if asked > context:
+        raise UserError(
+            f"a window of {asked} tokens is longer than the model's context of {context}; choose "
+            "a smaller one"
+        )
+    return asked
 
 
 def batches(

@@ -119,7 +119,8 @@ class Trainer:
         torch.manual_seed(training.seed)
         self.config, self.out, self.text = config, out, text
         self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-        self.model = CausalLM(config.model)
+        length = config.data.sequence_length
+        self.model = CausalLM(config.model.model_copy(update={"trained_length": length}))
         initialise(self.model, training.seed)
         self.model.to(self.device)
         self.optimizer = Optimizer(
