@@ -1,6 +1,6 @@
 """`moescope.load`: a model and its tokenizer, ready to use."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -195,10 +195,22 @@ class Model:
         generations = self.engine.generate(prompts, sampling_params(sampling))
         return generations[0] if isinstance(prompt, str) else generations
 
-    def stream(self, prompt: str, **sampling: Any) -> Iterator[Token]:
-        """Yield the tokens of a continuation as they are made; arguments as for `generate`."""
+    def stream(self, prompt: str | Sequence[int], **sampling: Any) -> Iterator[Token]:
+        """Yield the tokens of a continuation as they are made.
+
+        Args:
+            prompt: text, or ids, which nothing is set around: a chat's are `engine.encode_chat`.
+            sampling: as for `generate`.
+
+        Raises:
+            UserError: as for `generate`.
+        """
         params = sampling_params(sampling)
-        return self.engine.repeat([self.engine.encode(prompt)], params)
+        if isinstance(prompt, str):
+            prompt = self.engine.encode(prompt)
+        else:
+            self.engine.check(prompt)
+        return self.engine.repeat([prompt], params)
 
     def trace(
         self, prompt: str, max_tokens: int = 0, *, attention: bool = False, **sampling: Any

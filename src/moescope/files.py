@@ -1,9 +1,11 @@
-"""Writing files so that a reader sees the old content or the new, never a part."""
+"""Writing files so that a reader sees the old content or the new, never a part; reading JSON."""
 
+import json
 import os
 from collections.abc import Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any, cast
 
 from moescope.errors import UserError
 
@@ -39,6 +41,23 @@ def write_text(path: Path, text: str) -> None:
     """Write `text` as UTF-8, atomically."""
     with atomic_path(path) as partial:
         partial.write_text(text, encoding="utf-8")
+
+
+def read_object(path: Path) -> dict[str, Any]:
+    """Return the object that a JSON file holds.
+
+    Raises:
+        UserError: it is not there, not JSON, or no object.
+    """
+    try:
+        parsed = json.loads(path.read_text(encoding="utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is not valid JSON ({error}); repair or remove it") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path} ({error.strerror}); check the file") from error
+    if not isinstance(parsed, dict):
+        raise UserError(f"{path} holds no JSON object; repair or remove it")
+    return cast("dict[str, Any]", parsed)
 
 
 def _umask() -> int:

@@ -276,7 +276,7 @@ def test_special_tokens_and_the_chat_form_are_the_files(vocabulary_file: Path) -
     tokenizer = model.tokenizer
     assert (tokenizer.bos_id, tokenizer.eos_id, model.config.eos_token_id) == (0, 1, 1)
     assert tokenizer.special_ids == {0, 1, 2, 3}
-    assert not tokenizer.adds_bos
+    assert not tokenizer.begin_ids
     assert tokenizer.encode("<｜User｜>") == [2]
     assert tokenizer.apply_chat_template([{"role": "user", "content": "月"}]) == "月"
 

@@ -148,7 +148,8 @@ def test_a_chat_reads_its_template(peer: openai.OpenAI, talker: Model) -> None:
     ]
     prompt = "s:be\nu:the sun\na:"
     asked: dict[str, Any] = {"model": "small", "messages": messages, "temperature": 0}
-    tokens = expected(talker, prompt, max_tokens=9)
+    params = sampling_params({"max_tokens": 9})  # greedy; a form that writes no begin gets none
+    tokens = list(talker.engine.repeat([talker.tokenizer.encode(prompt)], params))
     whole = peer.chat.completions.create(**asked, max_completion_tokens=9)
     assert whole.choices[0].message.content == text_of(tokens)
     assert whole.choices[0].message.role == "assistant"

@@ -104,7 +104,7 @@ def test_special_tokens_have_the_first_ids(tokenizer: Tokenizer) -> None:
     assert tokenizer.special_ids == set(range(7))
     assert tokenizer.vocab_size == 380
     assert tokenizer.encode("".join(SPECIAL_TOKENS)) == list(range(7))
-    assert tokenizer.encode("a", add_bos=True) == [0, *tokenizer.encode("a")]
+    assert tokenizer.encode("a", add_special_tokens=True) == [0, *tokenizer.encode("a")]
 
 
 def test_digits_stand_alone_and_chinese_apart_from_latin(tokenizer: Tokenizer) -> None:

@@ -83,9 +83,9 @@ def chat(
     said = message if message is not None else _listen()
     while said:
         messages.append({"role": "user", "content": said})
-        prompt = opened.tokenizer.apply_chat_template(messages)
-        splitter = ThoughtSplitter(opened.tokenizer, opened.engine.encode(prompt))
-        tokens = opened.stream(prompt, **sampling)
+        prompt_ids = opened.engine.encode_chat(messages)
+        splitter = ThoughtSplitter(opened.tokenizer, prompt_ids)
+        tokens = opened.stream(prompt_ids, **sampling)
         if as_json:
             print(json.dumps(_whole(tokens, splitter), ensure_ascii=False))
             return

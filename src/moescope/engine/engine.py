@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -12,6 +13,7 @@ from moescope.errors import UserError
 from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM
 from moescope.model.recorder import Recorder
+from moescope.text.chat import Messages
 from moescope.text.tokenizer import Tokenizer
 
 
@@ -58,15 +60,26 @@ class Engine:
     # --- the five steps -----------------------------------------------------------------------
 
     def encode(self, prompt: str) -> list[int]:
-        """Step 1: turn text into token ids, with the begin token if the model was taught one.
+        """Step 1: turn text into token ids, with what the tokenizer sets around a text.
+
+        A prompt that begins so already, as a chat form does, is left as it is.
 
         Raises:
             UserError: the prompt is empty or longer than the model's context.
         """
-        ids = self.tokenizer.encode(prompt)
-        bos_id = self.tokenizer.bos_id
-        if self.tokenizer.adds_bos and bos_id is not None and ids[:1] != [bos_id]:
-            ids = [bos_id, *ids]
+        ids, begin = self.tokenizer.encode(prompt), list(self.tokenizer.begin_ids)
+        if not begin or ids[: len(begin)] != begin:
+            ids = [*begin, *ids, *self.tokenizer.end_ids]
+        self.check(ids)
+        return ids
+
+    def encode_chat(self, messages: Messages, **variables: Any) -> list[int]:
+        """Step 1 for a chat: its form writes all special tokens, and nothing is set around it.
+
+        Raises:
+            UserError: there is no chat form, it refuses the messages, or as for `encode`.
+        """
+        ids = self.tokenizer.encode(self.tokenizer.apply_chat_template(messages, **variables))
         self.check(ids)
         return ids
 

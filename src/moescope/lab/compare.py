@@ -270,7 +270,8 @@ def _prompt(entrants: Sequence[Entrant], documents: Sequence[Document]) -> str:
     prompt = text.encode()[:PROMPT_BYTES].decode(errors="ignore")
     for entrant in entrants:
         context = entrant.engine.model.config.max_position_embeddings
-        while len(entrant.engine.tokenizer.encode(prompt)) + 1 + NEW_TOKENS > context:
+        tokenizer = entrant.engine.tokenizer
+        while len(tokenizer.encode(prompt, add_special_tokens=True)) + NEW_TOKENS > context:
             if not prompt:
                 raise UserError(
                     f"{entrant.name} has a context of {context} tokens, too short to time "

@@ -100,9 +100,9 @@ def check_resampling(documents: Sequence[Document]) -> None:
 
 
 def encode(tokenizer: Tokenizer, documents: Sequence[Document]) -> list[list[int]]:
-    """Return the ids of each document, after the begin token if the model was taught one."""
-    start = [tokenizer.bos_id] if tokenizer.adds_bos and tokenizer.bos_id is not None else []
-    return [[*start, *ids] for ids in tokenizer.encode_batch([d.text for d in documents])]
+    """Return the ids of each document, with what the tokenizer sets around a text."""
+    texts = [document.text for document in documents]
+    return tokenizer.encode_batch(texts, add_special_tokens=True)
 
 
 @dataclass(frozen=True)

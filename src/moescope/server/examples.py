@@ -24,13 +24,13 @@ QUESTIONS = (
 
 def examples(tokenizer: Tokenizer) -> list[Example]:
     """Return the texts, and the questions in the chat form of the model's tokenizer."""
-    if tokenizer.chat_template is None:
+    if "default" not in tokenizer.chat_templates:
         return list(TEXTS)
     return [*TEXTS, *(_asked(question, tokenizer) for question in QUESTIONS)]
 
 
 def _asked(question: Example, tokenizer: Tokenizer) -> Example:
     text = tokenizer.apply_chat_template([{"role": "user", "content": question.text}])
-    if tokenizer.bos_id is not None:  # the engine sets it
-        text = text.removeprefix(tokenizer.decode([tokenizer.bos_id], skip_special_tokens=False))
+    begin = tokenizer.decode(tokenizer.begin_ids, skip_special_tokens=False)
+    text = text.removeprefix(begin)  # the engine sets it
     return question.model_copy(update={"text": text})

@@ -150,8 +150,7 @@ class _Service:
         if asked.top_logprobs and not asked.logprobs:
             raise UserError("top_logprobs are only told with logprobs; set logprobs to true")
         messages = [message.plain() for message in asked.messages]
-        prompt = self._model.tokenizer.apply_chat_template(messages)
-        prompts = await asyncio.to_thread(self._encoded, [prompt])
+        prompts = [await asyncio.to_thread(self._model.engine.encode_chat, messages)]
         most = asked.max_completion_tokens or asked.max_tokens
         params = asked.sampling(
             most or self._model.config.max_position_embeddings, asked.top_logprobs or 0

@@ -8,20 +8,18 @@ import codecs
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
-from datetime import datetime
 from functools import cached_property
 from pathlib import Path
-from typing import Any, NoReturn, cast
+from typing import Any
 
-import jinja2
-from jinja2.ext import loopcontrols
-from jinja2.sandbox import ImmutableSandboxedEnvironment
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, trainers
+from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
 from tokenizers import Tokenizer as BackendTokenizer
 
 from moescope.errors import UserError
 from moescope.files import write_text
+from moescope.text.chat import Messages, named_templates, render
 from moescope.text.documents import balanced_sample
+from moescope.text.tokenizer_files import NAMED_TOKENS, read_tokenizer, spelling
 
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
@@ -58,9 +56,9 @@ class Tokenizer:
     Attributes:
         vocab_size: number of token ids, special tokens included.
         bos_id, eos_id, pad_id: ids of the special tokens, None where the vocabulary has none.
-        adds_bos: whether a text is to begin with bos_id, as the model was taught.
+        begin_ids, end_ids: what is set before and behind a text, as the model was taught.
         special_ids: ids that steer rather than spell: begin, end, roles, thinking.
-        chat_template: Jinja source of the chat form, None where there is none.
+        chat_templates: Jinja sources of the chat form by name, mostly "default" alone.
         is_byte_level: whether tokens spell bytes (GPT-2's way, and DeepSeek's).
     """
 
@@ -71,8 +69,8 @@ class Tokenizer:
         self.bos_id = self._special_id("bos_token")
         self.eos_id = self._special_id("eos_token")
         self.pad_id = self._special_id("pad_token")
-        self.adds_bos = self.bos_id is not None and self._config.get("add_bos_token", True)
-        self.chat_template: str | None = self._config.get("chat_template")
+        self.begin_ids, self.end_ids = _around(backend)
+        self.chat_templates = named_templates(self._config.get("chat_template"))
         self.is_byte_level = isinstance(backend.decoder, decoders.ByteLevel)
         added = backend.get_added_tokens_decoder()
         self.special_ids = frozenset(i for i, token in added.items() if token.special)
@@ -133,6 +131,7 @@ class Tokenizer:
                 f"the text yields only {backend.get_vocab_size()} tokens of the {vocab_size} "
                 "asked for; give more text or choose a smaller vocabulary"
             )
+        set_around(backend, begin=BOS)
         config = {
             "tokenizer_class": "PreTrainedTokenizerFast",
             "bos_token": BOS,
@@ -147,56 +146,42 @@ class Tokenizer:
     def load(cls, path: str | Path) -> "Tokenizer":
         """Open a `tokenizer.json`, or the folder that holds one, with its `tokenizer_config.json`.
 
-        A `chat_template.jinja` beside them wins over the configuration's template.
+        A text gets the ids that `transformers` gives it. Chat templates in files of their own
+        win over the configuration's.
 
         Raises:
             UserError: a file is missing or not what its name says.
         """
-        path = Path(path)
-        file = path / "tokenizer.json" if path.is_dir() else path
-        folder = file.parent
-        try:
-            backend = BackendTokenizer.from_str(file.read_text(encoding="utf-8"))
-        except FileNotFoundError:
-            raise UserError(
-                f"there is no tokenizer at {file}; give a tokenizer.json or a folder that holds one"
-            ) from None
-        except Exception as error:  # the library raises a bare Exception for a malformed file
-            raise UserError(
-                f"{file} is not a tokenizer ({error}); save or download it again"
-            ) from error
-        config_file = folder / "tokenizer_config.json"
-        config: dict[str, Any] = {}
-        if config_file.exists():
-            try:
-                parsed = json.loads(config_file.read_text(encoding="utf-8"))
-            except ValueError as error:
-                raise UserError(
-                    f"{config_file} is not valid JSON ({error}); repair or remove it"
-                ) from error
-            if not isinstance(parsed, dict):
-                raise UserError(f"{config_file} holds no JSON object; repair or remove it")
-            config = cast("dict[str, Any]", parsed)
-        template_file = folder / "chat_template.jinja"
-        if template_file.exists():
-            config["chat_template"] = template_file.read_text(encoding="utf-8")
-        return cls(backend, config)
+        return cls(*read_tokenizer(Path(path)))
 
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers` reads them."""
         folder = Path(folder)
         write_text(folder / "tokenizer.json", self._backend.to_str(pretty=False))
-        text = json.dumps(self._config, ensure_ascii=False, indent=2)
+        templates = [{"name": n, "template": t} for n, t in self.chat_templates.items()]
+        alone = self.chat_templates.get("default") if len(templates) == 1 else None
+        config = self._config | ({"chat_template": alone or templates} if templates else {})
+        text = json.dumps(config, ensure_ascii=False, indent=2)
         write_text(folder / "tokenizer_config.json", text + "\n")
 
     # --- text and ids -------------------------------------------------------------------------
 
-    def encode(self, text: str, *, add_bos: bool = False) -> list[int]:
-        """Return the ids of `text`; special tokens written in it become their single ids."""
-        (ids,) = self.encode_batch([text])
-        return [self._required_bos(), *ids] if add_bos else ids
+    def encode(self, text: str, *, add_special_tokens: bool = False) -> list[int]:
+        """Return the ids of `text`; special tokens written in it become their single ids.
 
-    def encode_batch(self, texts: Sequence[str]) -> list[list[int]]:
+        Args:
+            text: any Unicode.
+            add_special_tokens: whether `begin_ids` and `end_ids` are set around it.
+
+        Raises:
+            UserError: as `encode_batch`.
+        """
+        (ids,) = self.encode_batch([text], add_special_tokens=add_special_tokens)
+        return ids
+
+    def encode_batch(
+        self, texts: Sequence[str], *, add_special_tokens: bool = False
+    ) -> list[list[int]]:
         """Return the ids of each text, as `encode` does, on all cores.
 
         Raises:
@@ -208,7 +193,9 @@ class Tokenizer:
             raise UserError(
                 f"the text cannot be written as UTF-8 ({error}); remove the broken characters"
             ) from error
-        return [encoding.ids for encoding in encodings]
+        if not add_special_tokens:
+            return [encoding.ids for encoding in encodings]
+        return [[*self.begin_ids, *encoding.ids, *self.end_ids] for encoding in encodings]
 
     def decode(self, ids: Sequence[int], *, skip_special_tokens: bool = True) -> str:
         """Return the text of `ids`; bytes that form no character become U+FFFD."""
@@ -246,56 +233,55 @@ class Tokenizer:
     @cached_property
     def hash(self) -> str:
         """Hexadecimal SHA-256 of the vocabulary, merges and splitting rules."""
-        return hashlib.sha256(self._backend.to_str(pretty=False).encode()).hexdigest()
+        rules = json.loads(self._backend.to_str()) | {"post_processor": None}
+        text = json.dumps(rules, ensure_ascii=False, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()
 
     # --- chats --------------------------------------------------------------------------------
 
     def apply_chat_template(
         self,
-        messages: Sequence[Mapping[str, Any]],
+        messages: Messages,
         add_generation_prompt: bool = True,
+        *,
+        tools: Sequence[Mapping[str, Any]] | None = None,
         **variables: Any,
     ) -> str:
         """Return `messages` ({"role": …, "content": …}) in the form that the model was taught.
 
-        The template runs in Jinja's sandbox. `variables` (such as `tools`) are handed to it.
+        All special tokens stand in the text: its ids are those of `encode` alone. The template
+        runs in Jinja's sandbox. `variables` are handed to it.
 
         Raises:
             UserError: there is no template, or it refuses the messages.
         """
-        if not isinstance(self.chat_template, str):
-            raise UserError("this tokenizer has no chat template; give a plain prompt instead")
-        names = {
-            key: _content(self._config[key])
-            for key in ("bos_token", "eos_token", "pad_token", "unk_token")
-            if self._config.get(key) is not None
-        }
-        try:
-            return (
-                _chat_environment()
-                .from_string(self.chat_template)
-                .render(
-                    **{
-                        "messages": messages,
-                        "add_generation_prompt": add_generation_prompt,
-                        **names,
-                        **variables,
-                    }
-                )
-            )
-        except (jinja2.TemplateError, TypeError, KeyError) as error:
-            raise UserError(
-                f"the chat template refuses these messages ({error}); check their roles and content"
-            ) from error
+        names = {key: spelling(self._config[key]) for key in NAMED_TOKENS if self._config.get(key)}
+        told = {"add_generation_prompt": add_generation_prompt, **names, **variables}
+        return render(self.chat_templates, messages, tools=tools, variables=told)
 
     def _special_id(self, name: str) -> int | None:
         token = self._config.get(name)
-        return None if token is None else self._backend.token_to_id(_content(token))
+        return None if token is None else self._backend.token_to_id(spelling(token))
 
-    def _required_bos(self) -> int:
-        if self.bos_id is None:
-            raise UserError("this tokenizer names no bos_token; encode without add_bos")
-        return self.bos_id
+
+def set_around(
+    backend: BackendTokenizer, *, begin: str | None = None, end: str | None = None
+) -> None:
+    """Have every text begin and end with certain tokens, which the vocabulary holds."""
+    single = " ".join([*([begin] if begin else []), "$A", *([end] if end else [])])
+    tokens = {token: backend.token_to_id(token) for token in (begin, end) if token}
+    backend.post_processor = processors.TemplateProcessing(
+        single=single, special_tokens=list(tokens.items())
+    )
+
+
+def _around(backend: BackendTokenizer) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    """Return the ids that a post-processor sets before and behind a text."""
+    encoding = backend.encode("a")
+    added = encoding.special_tokens_mask
+    first = next((at for at, one in enumerate(added) if not one), len(added))
+    last = next((at for at, one in enumerate(reversed(added)) if not one), 0)
+    return tuple(encoding.ids[:first]), tuple(encoding.ids[len(added) - last :])
 
 
 class StreamDecoder:
@@ -348,11 +334,6 @@ class StreamDecoder:
         return self._tokenizer.decode(ids, skip_special_tokens=self._skip_special_tokens)
 
 
-def _content(token: Any) -> str:
-    """Return the spelling of a special token, which a configuration may wrap in an object."""
-    return token["content"] if isinstance(token, dict) else cast("str", token)
-
-
 def _byte_alphabet() -> dict[str, int]:
     """Return the byte of each character in which a byte-level vocabulary is spelled.
 
@@ -367,24 +348,3 @@ def _byte_alphabet() -> dict[str, int]:
 
 
 _BYTE_OF = _byte_alphabet()
-
-
-def _chat_environment() -> ImmutableSandboxedEnvironment:
-    """Return Jinja as chat templates expect it: trimmed blocks and three helpers."""
-
-    def raise_exception(message: str) -> NoReturn:
-        raise jinja2.TemplateError(message)
-
-    def strftime_now(form: str) -> str:
-        return datetime.now().strftime(form)
-
-    def tojson(value: Any, ensure_ascii: bool = False, indent: int | None = None) -> str:
-        return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[loopcontrols]
-    )
-    environment.filters["tojson"] = tojson
-    names = cast("dict[str, Any]", environment.globals)
-    names.update(raise_exception=raise_exception, strftime_now=strftime_now)
-    return environment

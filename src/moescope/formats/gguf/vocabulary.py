@@ -10,7 +10,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from moescope.errors import UserError
 from moescope.formats.gguf.container import damaged
 from moescope.formats.gguf.metadata import Fields
-from moescope.text.tokenizer import Tokenizer
+from moescope.text.tokenizer import Tokenizer, set_around
 
 CONTROL, USER_DEFINED = 3, 4
 """Token types that are matched in text as a whole, not spelled by merges."""
@@ -82,7 +82,10 @@ def tokenizer(path: Path, metadata: Mapping[str, Any]) -> Tokenizer:
     )
     backend.decoder = decoders.ByteLevel()
     backend.add_tokens(added)
-    return Tokenizer(backend, _tokenizer_config(path, fields, tokens))
+    config = _tokenizer_config(path, fields, tokens)
+    if fields.get("tokenizer.ggml.add_bos_token", bool, False):
+        set_around(backend, begin=config.get("bos_token"))
+    return Tokenizer(backend, config)
 
 
 def _merges(path: Path, fields: Fields, ids: Mapping[str, int]) -> list[tuple[str, str]]:
@@ -100,7 +103,6 @@ def _tokenizer_config(path: Path, fields: Fields, tokens: list[str]) -> dict[str
     """Return what `tokenizer_config.json` would say."""
     config: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
-        "add_bos_token": fields.get("tokenizer.ggml.add_bos_token", bool, False),
         "clean_up_tokenization_spaces": False,
     }
     for name, key in {"bos": "bos", "eos": "eos", "pad": "padding", "unk": "unknown"}.items():
