@@ -42,7 +42,8 @@ FeedForward::FeedForward(Experts routed, Experts shared)
 }
 
 void FeedForward::forward(const float* x, int64_t tokens, const int64_t* topk_ids,
-                          const float* topk_weights, int64_t slots, float* out) const {
+                          const float* topk_weights, int64_t slots, float* out,
+                          float factor) const {
   static thread_local Scratch caller_scratch;
   Scratch& scratch = caller_scratch;  // the caller's, seen by all threads
   const int64_t hidden = any().columns(), experts = routed_experts();
@@ -68,11 +69,11 @@ void FeedForward::forward(const float* x, int64_t tokens, const int64_t* topk_id
     if (topk_ids[slot] < 0) continue;
     const int64_t row = edges[topk_ids[slot]]++;
     scratch.token_of_row[row] = static_cast<int32_t>(slot / slots);
-    scratch.weight_of_row[row] = topk_weights[slot];
+    scratch.weight_of_row[row] = topk_weights[slot] * factor;
   }
   for (int64_t token = 0; token < shared_rows; ++token) {
     scratch.token_of_row[routed_rows + token] = static_cast<int32_t>(token);
-    scratch.weight_of_row[routed_rows + token] = 1;
+    scratch.weight_of_row[routed_rows + token] = factor;
   }
 
   // Round the inputs once for all experts.

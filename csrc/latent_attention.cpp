@@ -69,7 +69,7 @@ void ExpandedAttention::forward(const float* queries, int64_t seq, const int64_t
   QuantizedRows& rounded = caller_rounded;  // the caller's, seen by all threads
   const int64_t heads = expand->matrices(), rope = k_rope.width;
   const int64_t slots = *std::max_element(positions, positions + seq) + 1;
-  const Panels panels(heads, slots, nope + rope, expand->outputs() - nope);
+  const Panels panels(heads, 0, slots, nope + rope, expand->outputs() - nope);
   rounded.resize(*expand, slots);
   parallel_rows(slots, [&](int64_t first, int64_t last) {
     for (int64_t slot = first; slot < last; ++slot) rounded.set_row(slot, latents.at(row, slot));
@@ -96,7 +96,7 @@ void ExpandedAttention::forward(const float* queries, int64_t seq, const int64_t
         panels.key(head, slot, nope + r) = k_rope.at(row, slot)[r];
   });
   count_weight_bytes(heads * expand->matrix_bytes());
-  panels.attend(queries, heads, heads, seq, positions, scale, out);
+  panels.attend(queries, heads, heads, seq, positions, {scale}, out);
 }
 
 void LatentAttention::forward(float* x, const Tokens& tokens, const Slots& latents,
@@ -158,7 +158,7 @@ void LatentAttention::forward(float* x, const Tokens& tokens, const Slots& laten
     for (int64_t token = first; token < last; ++token)
       rounded.set_row(token, mixed + token * heads * value);
   });
-  multiply_all({output.to(x, true)}, rounded.view(), count);
+  multiply_all({output.add_to(x, residual_multiplier)}, rounded.view(), count);
 }
 
 }  // namespace moescope

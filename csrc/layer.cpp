@@ -119,7 +119,7 @@ void FeedForwardBlock::forward(float* x, int64_t tokens) const {
       norm.forward(x + token * hidden, normed + token * hidden);
   });
   if (router) router->forward(normed, tokens, topk_ids, topk_weights);
-  layer->forward(normed, tokens, topk_ids, topk_weights, slots, x);
+  layer->forward(normed, tokens, topk_ids, topk_weights, slots, x, residual_multiplier);
 }
 
 void Embedding::read(int64_t row, float* out) const {
@@ -153,7 +153,10 @@ void Decoder::forward(const int64_t* ids, const int64_t* positions, int64_t rows
   const Tokens tokens{rows, seq, positions, cosine, sine};
   parallel_rows(tokens.count(), [&](int64_t first, int64_t last) {
     for (int64_t token = first; token < last; ++token) {
-      embedding.read(ids[token], out + token * embedding.width);
+      float* row = out + token * embedding.width;
+      embedding.read(ids[token], row);
+      if (embedding_multiplier != 1)
+        for (int64_t i = 0; i < embedding.width; ++i) row[i] *= embedding_multiplier;
       rotation.at(positions[token], cosine + token * half, sine + token * half);
     }
   });

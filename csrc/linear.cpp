@@ -57,7 +57,7 @@ void multiply_all(const std::vector<Product>& products, const Activations& activ
       const float* from = result + r * kTile;
       for (int64_t n = 0; n < width; ++n) {
         const float value = product.bias ? from[n] + product.bias[start + n] : from[n];
-        to[n] = product.add ? to[n] + value : value;
+        to[n] = product.add ? to[n] + product.factor * value : product.factor * value;
       }
     }
   });

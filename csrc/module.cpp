@@ -222,12 +222,17 @@ std::shared_ptr<GroupedAttention> make_grouped_attention(
     const std::optional<Floats<1>>& key_bias, const SharedWeights& value,
     const std::optional<Floats<1>>& value_bias, const SharedWeights& output,
     const std::optional<Floats<1>>& output_bias, int64_t heads, int64_t kv_heads, float scale,
-    bool interleave) {
+    const std::optional<Floats<1>>& query_norm, const std::optional<Floats<1>>& key_norm,
+    int64_t rope, bool interleave, std::optional<float> clip, std::optional<int64_t> window,
+    const std::optional<Floats<1>>& sinks, float residual_multiplier) {
   const int64_t hidden = input_norm.shape(0);
   require(heads > 0 && kv_heads > 0 && heads % kv_heads == 0 && query->outputs() % heads == 0,
           "the heads do not fit the query");
   const int64_t width = query->outputs() / heads;
-  require(width % 2 == 0 && query->columns() == hidden && key->columns() == hidden &&
+  const auto normalises = [](const std::optional<Floats<1>>& norm, int64_t heads, int64_t width) {
+    return !norm || has_shape(*norm, {width}) || has_shape(*norm, {heads * width});
+  };
+  require(rope > 0 && rope % 2 == 0 && rope <= width && query->columns() == hidden && key->columns() == hidden &&
               value->columns() == hidden && key->outputs() == kv_heads * width &&
               value->outputs() == kv_heads * width && output->columns() == heads * width &&
               output->outputs() == hidden && query->takes_rows_of(*key) &&
@@ -235,7 +240,9 @@ std::shared_ptr<GroupedAttention> make_grouped_attention(
               (!query_bias || has_shape(*query_bias, {query->outputs()})) &&
               (!key_bias || has_shape(*key_bias, {key->outputs()})) &&
               (!value_bias || has_shape(*value_bias, {value->outputs()})) &&
-              (!output_bias || has_shape(*output_bias, {hidden})),
+              (!output_bias || has_shape(*output_bias, {hidden})) &&
+              normalises(query_norm, heads, width) && normalises(key_norm, kv_heads, width) &&
+              (!window || *window > 0) && (!sinks || has_shape(*sinks, {heads})),
           "the parts of the attention do not fit together");
   const auto made = std::make_shared<GroupedAttention>();
   made->input_norm = norm_of(input_norm, eps);
@@ -247,7 +254,14 @@ std::shared_ptr<GroupedAttention> make_grouped_attention(
   made->kv_heads = kv_heads;
   made->width = width;
   made->scale = scale;
+  made->query_norm = norm_of(query_norm, eps);
+  made->key_norm = norm_of(key_norm, eps);
+  made->rope = rope;
   made->interleave = interleave;
+  if (clip) made->clip = *clip;
+  if (window) made->window = *window;
+  made->sinks = copied(sinks);
+  made->residual_multiplier = residual_multiplier;
   return made;
 }
 
@@ -255,7 +269,7 @@ std::shared_ptr<Decoder> make_decoder(
     const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& embedding,
     const std::vector<std::shared_ptr<Attention>>& attention,
     const std::vector<std::shared_ptr<FeedForwardBlock>>& feed_forward, const Floats<1>& frequencies,
-    float rotation_factor) {
+    float rotation_factor, float embedding_multiplier) {
   require(!attention.empty() && attention.size() == feed_forward.size(),
           "every layer needs attention and a feed-forward part");
   const Attention& first = *attention.front();
@@ -273,6 +287,7 @@ std::shared_ptr<Decoder> make_decoder(
                        static_cast<int64_t>(embedding.shape(1))};
   return std::make_shared<Decoder>(
       Decoder{rows,
+              embedding_multiplier,
               {{frequencies.data(), frequencies.data() + frequencies.size()}, rotation_factor},
               {attention.begin(), attention.end()},
               {feed_forward.begin(), feed_forward.end()}});
@@ -348,13 +363,13 @@ void apply_router(const Router& router, const Floats<2>& x,
 
 std::shared_ptr<FeedForwardBlock> make_feed_forward_block(
     const Floats<1>& norm, float eps, const std::shared_ptr<Router>& router,
-    const std::shared_ptr<FeedForward>& layer) {
+    const std::shared_ptr<FeedForward>& layer, float residual_multiplier) {
   const int64_t hidden = layer->any().columns();
   require(has_shape(norm, {hidden}) && (router != nullptr) == (layer->routed_experts() > 0) &&
               (!router || (router->experts == layer->routed_experts() &&
                            router->hidden() == hidden)),
           "norm, router and experts do not fit together");
-  return std::make_shared<FeedForwardBlock>(FeedForwardBlock{norm_of(norm, eps), router, layer});
+  return std::make_shared<FeedForwardBlock>(FeedForwardBlock{norm_of(norm, eps), residual_multiplier, router, layer});
 }
 
 void apply_likeliest(const Floats<2>& logits, const MutableIds& ids, const Output<2>& values) {
@@ -469,7 +484,9 @@ NB_MODULE(_native, m) {
         "expand"_a, "output"_a, "output_bias"_a.none(), "interleave"_a);
   m.def("grouped_attention", &make_grouped_attention, "input_norm"_a, "eps"_a, "query"_a,
         "query_bias"_a.none(), "key"_a, "key_bias"_a.none(), "value"_a, "value_bias"_a.none(),
-        "output"_a, "output_bias"_a.none(), "heads"_a, "kv_heads"_a, "scale"_a, "interleave"_a);
+        "output"_a, "output_bias"_a.none(), "heads"_a, "kv_heads"_a, "scale"_a,
+        "query_norm"_a.none(), "key_norm"_a.none(), "rope"_a, "interleave"_a, "clip"_a.none(),
+        "window"_a.none(), "sinks"_a.none(), "residual_multiplier"_a);
   nb::class_<Router>(m, "Router")
       .def("__deepcopy__", &same)
       .def("__call__", &apply_router, "x"_a, "topk_ids"_a, "topk_weights"_a);
@@ -477,12 +494,12 @@ NB_MODULE(_native, m) {
         "kept_groups"_a, "best_of_group"_a, "sigmoid"_a, "normalise"_a, "factor"_a);
   nb::class_<FeedForwardBlock>(m, "FeedForwardBlock").def("__deepcopy__", &same);
   m.def("feed_forward_block", &make_feed_forward_block, "norm"_a, "eps"_a, "router"_a.none(),
-        "layer"_a);
+        "layer"_a, "residual_multiplier"_a);
   nb::class_<Decoder>(m, "Decoder")
       .def("__deepcopy__", &same)
       .def("__call__", &apply_decoder, "ids"_a, "positions"_a, "cache"_a, "out"_a);
   m.def("decoder", &make_decoder, "embedding"_a, "attention"_a, "feed_forward"_a, "frequencies"_a,
-        "rotation_factor"_a);
+        "rotation_factor"_a, "embedding_multiplier"_a);
   nb::class_<CacheSlots>(m, "CacheSlots")
       .def("__init__", &make_cache_slots, "keys"_a, "values"_a);
   m.def("likeliest", &apply_likeliest, "logits"_a, "ids"_a, "values"_a);

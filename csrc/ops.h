@@ -1,9 +1,11 @@
 // What the extension offers: whole pieces of the network, on float32 activations.
 #pragma once
 #include <cstdint>
+#include <limits>
 #include <memory>
 #include <vector>
 
+#include "attend.h"
 #include "weights.h"
 
 namespace moescope {
@@ -13,12 +15,13 @@ int64_t weight_bytes_read();
 void count_weight_bytes(int64_t bytes);
 
 // A product with rows of activations: out (rows, matrices * outputs) = them times the transposed
-// matrices, plus `bias` unless null, and added to what `out` holds if `add`.
+// matrices, plus `bias` unless null, all times `factor`, and added to what `out` holds if `add`.
 struct Product {
   const Weights* weights;
   const float* bias;
   float* out;
   bool add = false;
+  float factor = 1;
 };
 
 // Several products of the same rows with matrices of one format, in one parallel round.
@@ -40,10 +43,10 @@ class FeedForward {
   // Either may lack its weights. `shared` are experts that every token visits with weight one.
   FeedForward(Experts routed, Experts shared);
 
-  // out (tokens, hidden) += chosen experts' outputs, weighted, plus the shared experts'.
-  // topk_ids and topk_weights are (tokens, slots); a negative id marks an unused slot.
+  // out (tokens, hidden) += `factor` times the chosen experts' outputs, weighted, plus the shared
+  // experts'. topk_ids and topk_weights are (tokens, slots); a negative id marks an unused slot.
   void forward(const float* x, int64_t tokens, const int64_t* topk_ids, const float* topk_weights,
-               int64_t slots, float* out) const;
+               int64_t slots, float* out, float factor = 1) const;
 
   const Weights& any() const { return routed_.gate ? *routed_.gate : *shared_.gate; }
   int64_t routed_experts() const { return routed_.gate ? routed_.gate->matrices() : 0; }
@@ -99,8 +102,11 @@ struct Norm {
 struct Projection {
   std::shared_ptr<const Weights> weights;
   std::vector<float> bias;  // empty without
-  Product to(float* out, bool add = false) const {
-    return {weights.get(), bias.empty() ? nullptr : bias.data(), out, add};
+  Product to(float* out) const {
+    return {weights.get(), bias.empty() ? nullptr : bias.data(), out};
+  }
+  Product add_to(float* out, float factor) const {
+    return {weights.get(), bias.empty() ? nullptr : bias.data(), out, true, factor};
   }
 };
 
@@ -120,10 +126,12 @@ void rotate(const float* x, const float* cosine, const float* sine, int64_t widt
 void round_normed(const Norm& norm, const Weights& weights, const float* x, int64_t rows,
                   QuantizedRows& rounded);
 
-// x (rows, seq, hidden) += attention of norm(x), which stores keys and values in the cache.
+// x (rows, seq, hidden) += `residual_multiplier` times attention of norm(x), which stores keys and
+// values in the cache.
 struct Attention {
   Norm input_norm;
   Projection output;
+  float residual_multiplier = 1;
 
   virtual ~Attention() = default;
   virtual int64_t key_width() const = 0;    // of a slot, all heads together
@@ -153,13 +161,20 @@ struct LatentAttention : Attention {
 // Grouped-query attention: `heads / kv_heads` queries share a key and a value.
 struct GroupedAttention : Attention {
   Projection query, key, value;
+  Norm query_norm, key_norm;  // of each head, or of all at once; without a weight where there is none
   int64_t heads, kv_heads, width;
+  int64_t rope;  // how many numbers of a head are rotated, from its front
   float scale;
   bool interleave;
+  float clip = std::numeric_limits<float>::infinity();  // magnitude of queries, keys and values
+  int64_t window = kNoWindow;
+  std::vector<float> sinks;  // (heads,), or empty
+
+  Lookback lookback() const { return {scale, window, sinks.empty() ? nullptr : sinks.data()}; }
 
   int64_t key_width() const override { return kv_heads * width; }
   int64_t value_width() const override { return kv_heads * width; }
-  int64_t rotated_width() const override { return width; }
+  int64_t rotated_width() const override { return rope; }
   void forward(float* x, const Tokens& tokens, const Slots& keys,
                const Slots& values) const override;
 
@@ -187,9 +202,10 @@ struct Router {
   void choose(float* scores, int64_t* topk_ids, float* topk_weights) const;
 };
 
-// x (tokens, hidden) += feed-forward part of norm(x).
+// x (tokens, hidden) += `residual_multiplier` times the feed-forward part of norm(x).
 struct FeedForwardBlock {
   Norm norm;
+  float residual_multiplier;
   std::shared_ptr<const Router> router;  // null without routed experts
   std::shared_ptr<const FeedForward> layer;
   void forward(float* x, int64_t tokens) const;
@@ -213,6 +229,7 @@ struct Rotation {
 // Everything below the output head in one call.
 struct Decoder {
   Embedding embedding;
+  float embedding_multiplier;
   Rotation rotation;
   std::vector<std::shared_ptr<const Attention>> attention;
   std::vector<std::shared_ptr<const FeedForwardBlock>> feed_forward;

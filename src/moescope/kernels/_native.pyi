@@ -91,7 +91,14 @@ def grouped_attention(
     heads: int,
     kv_heads: int,
     scale: float,
+    query_norm: Array | None,
+    key_norm: Array | None,
+    rope: int,
     interleave: bool,
+    clip: float | None,
+    window: int | None,
+    sinks: Array | None,
+    residual_multiplier: float,
 ) -> GroupedAttention: ...
 def decoder(
     embedding: Array,
@@ -99,6 +106,7 @@ def decoder(
     feed_forward: list[FeedForwardBlock],
     frequencies: Array,
     rotation_factor: float,
+    embedding_multiplier: float,
 ) -> Decoder: ...
 def likeliest(logits: Array, ids: Array, values: Array) -> None: ...
 def log_sums(logits: Array, scale: float, out: Array) -> None: ...
@@ -114,7 +122,7 @@ def router(
     factor: float,
 ) -> Router: ...
 def feed_forward_block(
-    norm: Array, eps: float, router: Router | None, layer: FeedForward
+    norm: Array, eps: float, router: Router | None, layer: FeedForward, residual_multiplier: float
 ) -> FeedForwardBlock: ...
 def pack(matrices: Array, format: str) -> Weights: ...
 def layout() -> str: ...

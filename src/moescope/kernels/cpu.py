@@ -350,7 +350,14 @@ def grouped_attention(
     heads: int,
     kv_heads: int,
     scale: float,
+    query_norm: Tensor | None = None,
+    key_norm: Tensor | None = None,
+    rope: int,
     interleave: bool,
+    clip: float | None = None,
+    window: int | None = None,
+    sinks: Tensor | None = None,
+    residual_multiplier: float = 1.0,
 ) -> GroupedAttention:
     """Join a norm and the parts of grouped-query attention: half a layer of `decoder`.
 
@@ -363,7 +370,15 @@ def grouped_attention(
         heads: of queries, a multiple of `kv_heads`.
         kv_heads: of keys and values.
         scale: factor of the attention logits.
+        query_norm: weight of the norm before the rotation, of each head `(width,)` or of all at
+            once `(heads * width,)`; its epsilon is the input norm's.
+        key_norm: likewise.
+        rope: how many numbers of a head are rotated, from its front.
         interleave: whether rotated pairs are neighbours.
+        clip: bound on the magnitude of queries, keys and values before the rotation.
+        window: slots that a query sees, its own included; None for all.
+        sinks: `(heads,)` logits that join the softmax and take no value (gpt-oss).
+        residual_multiplier: of what is added to the residual stream.
     """
     return _native.grouped_attention(
         to_dlpack(input_norm[0].detach()),
@@ -379,7 +394,14 @@ def grouped_attention(
         heads,
         kv_heads,
         scale,
+        _optional(query_norm),
+        _optional(key_norm),
+        rope,
         interleave,
+        clip,
+        window,
+        _optional(sinks),
+        residual_multiplier,
     )
 
 
@@ -430,10 +452,14 @@ def route(rule: Router, hidden_states: Tensor, top_k: int) -> tuple[Tensor, Tens
 
 
 def feed_forward_block(
-    norm: tuple[Tensor, float], rule: Router | None, layer: FeedForward
+    norm: tuple[Tensor, float],
+    rule: Router | None,
+    layer: FeedForward,
+    residual_multiplier: float = 1.0,
 ) -> FeedForwardBlock:
     """Join a norm, a router (None for a dense layer) and experts: half a layer of `decoder`."""
-    return _native.feed_forward_block(to_dlpack(norm[0].detach()), norm[1], rule, layer)
+    weight = to_dlpack(norm[0].detach())
+    return _native.feed_forward_block(weight, norm[1], rule, layer, residual_multiplier)
 
 
 def decoder(
@@ -441,6 +467,7 @@ def decoder(
     attention: list[Attention],
     feed_forward: list[FeedForwardBlock],
     rotation: tuple[Tensor, float],
+    embedding_multiplier: float = 1.0,
 ) -> Decoder:
     """Join an embedding and all layers into one call for `run_decoder`.
 
@@ -450,6 +477,7 @@ def decoder(
         feed_forward: of each layer.
         rotation: frequencies `(rotated width / 2,)` of rotary positions, and the factor of
             cosine and sine.
+        embedding_multiplier: of what the embedding hands on.
     """
     frequencies, factor = rotation
     return _native.decoder(
@@ -458,6 +486,7 @@ def decoder(
         feed_forward,
         to_dlpack(frequencies.float().contiguous()),
         factor,
+        embedding_multiplier,
     )
 
 

@@ -327,6 +327,7 @@ class NativeGroupedAttention(GroupedQueryAttention):
             heads=self.heads,
             kv_heads=self.kv_heads,
             scale=self.scale,
+            rope=self.q_proj.out_features // self.heads,
             interleave=self.interleave,
         )
 
