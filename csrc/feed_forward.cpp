@@ -1,4 +1,5 @@
 #include <algorithm>
+#include <cmath>
 #include <stdexcept>
 
 #include "ops.h"
@@ -6,6 +7,8 @@
 
 namespace moescope {
 namespace {
+
+constexpr float kSwigluOai = 1.702f;
 
 // One expert's part of the work: the tokens that visit it, one row each.
 struct Visit {
@@ -32,10 +35,31 @@ void check(const Experts& experts, const Weights& like) {
     throw std::invalid_argument("gate, up and down projections do not fit together");
 }
 
+// Rows of a tile += outputs [start, start + width) of a matrix's bias.
+void add_bias(const std::vector<float>& bias, int64_t first, int64_t width, int count, float* tile) {
+  if (bias.empty()) return;
+  for (int r = 0; r < count; ++r)
+    for (int64_t n = 0; n < width; ++n) tile[r * kTile + n] += bias[first + n];
+}
+
 }  // namespace
 
-FeedForward::FeedForward(Experts routed, Experts shared)
-    : routed_(std::move(routed)), shared_(std::move(shared)) {
+void Activation::apply(float* gate, float* up, int64_t n) const {
+  if (std::isfinite(limit))
+    for (int64_t i = 0; i < n; ++i) {
+      gate[i] = std::min(gate[i], limit);
+      up[i] = std::max(std::min(up[i], limit), -limit);
+    }
+  if (swigluoai)  // as silu(1.702 * gate) * ((up + 1) / 1.702)
+    for (int64_t i = 0; i < n; ++i) {
+      gate[i] *= kSwigluOai;
+      up[i] = (up[i] + 1) / kSwigluOai;
+    }
+  kernels().swiglu(gate, up, n);
+}
+
+FeedForward::FeedForward(Experts routed, Experts shared, Activation activation)
+    : routed_(std::move(routed)), shared_(std::move(shared)), activation_(activation) {
   if (!routed_.gate && !shared_.gate) throw std::invalid_argument("there are no experts");
   if (routed_.gate) check(routed_, any());
   if (shared_.gate) check(shared_, any());
@@ -119,8 +143,11 @@ void FeedForward::forward(const float* x, int64_t tokens, const int64_t* topk_id
       const int32_t* rows = scratch.token_of_row.data() + visit.first_row + first;
       of.gate->multiply(visit.matrix, tile, inputs, rows, count, gate, up_start);
       of.up->multiply(visit.matrix, tile, inputs, rows, count, up, next);
+      const int64_t bias_at = visit.matrix * of.gate->outputs() + start;
+      add_bias(of.gate_bias, bias_at, width, count, gate);
+      add_bias(of.up_bias, bias_at, width, count, up);
       for (int r = 0; r < count; ++r) {
-        kernels().swiglu(gate + r * kTile, up + r * kTile, width);
+        activation_.apply(gate + r * kTile, up + r * kTile, width);
         const int64_t row = (is_shared ? 0 : visit.first_row) + first + r;
         activated.set(row, start, gate + r * kTile, width, padded);
       }
@@ -146,6 +173,7 @@ void FeedForward::forward(const float* x, int64_t tokens, const int64_t* topk_id
           rows[r] = static_cast<int32_t>((is_shared ? first : base) + r);
         visit.experts->down->multiply(visit.matrix, tile, is_shared ? shared : routed, rows, count,
                                       product, next.experts->down->start(next.matrix, next_tile));
+        add_bias(visit.experts->down_bias, visit.matrix * hidden + start, width, count, product);
         for (int r = 0; r < count; ++r)
           kernels().axpy(scratch.weight_of_row[base + r], product + r * kTile,
                          out + scratch.token_of_row[base + r] * hidden + start, width);

@@ -11,6 +11,7 @@ namespace moescope {
 namespace {
 
 constexpr int64_t kBlock = 16;  // tokens, or experts, that a task of the router takes
+constexpr float kNever = -std::numeric_limits<float>::infinity();  // score of who is ruled out
 
 // Marks the `count` largest of `values` in `chosen`; of equal ones the first. `count` is small.
 void mark_largest(const float* values, int64_t n, int64_t count, std::vector<int64_t>& chosen) {
@@ -55,7 +56,8 @@ void Norm::forward(const float* x, float* out) const {
   kernels().rms_norm(x, weight.data(), eps, width(), out);
 }
 
-void Router::forward(const float* x, int64_t tokens, int64_t* topk_ids, float* topk_weights) const {
+void Router::forward(const float* x, const int64_t* ids, int64_t tokens, int64_t* topk_ids,
+                     float* topk_weights) const {
   static thread_local std::vector<float> caller_scores;
   grow(caller_scores, tokens * experts);
   float* scores = caller_scores.data();  // (tokens, experts); the caller's, seen by all threads
@@ -65,47 +67,71 @@ void Router::forward(const float* x, int64_t tokens, int64_t* topk_ids, float* t
     const int64_t first = task % expert_blocks * kBlock, start = task / expert_blocks * kBlock;
     const int64_t count = std::min(kBlock, experts - first);
     for (int64_t token = start; token < std::min(start + kBlock, tokens); ++token)
-      kernels().dot_rows(weight.data() + first * hidden(), count, x + token * hidden(), hidden(),
+      kernels().dot_rows(weight.get() + first * hidden, count, x + token * hidden, hidden,
                          scores + token * experts + first);
   });
   parallel_rows(tokens, [&](int64_t first, int64_t last) {
-    for (int64_t token = first; token < last; ++token)
-      choose(scores + token * experts, topk_ids + token * top_k, topk_weights + token * top_k);
+    for (int64_t token = first; token < last; ++token) {
+      float *token_scores = scores + token * experts, *weights = topk_weights + token * top_k;
+      int64_t* chosen = topk_ids + token * top_k;
+      score(token_scores);
+      if (table.ids.empty())
+        choose(token_scores, chosen);
+      else
+        std::copy_n(table.ids.data() + ids[token] * top_k, top_k, chosen);
+      float sum = 1e-20f;
+      for (int64_t slot = 0; slot < top_k; ++slot) {
+        weights[slot] = chosen[slot] < 0 ? 0 : token_scores[chosen[slot]];
+        sum += weights[slot];
+      }
+      for (int64_t slot = 0; slot < top_k; ++slot)
+        weights[slot] = weights[slot] / (normalise ? sum : 1.0f) * factor;
+    }
   });
 }
 
-void Router::choose(float* scores, int64_t* topk_ids, float* topk_weights) const {
+void Router::score(float* logits) const {
+  for (size_t e = 0; e < logit_bias.size(); ++e) logits[e] += logit_bias[e];
+  for (size_t e = 0; e < disabled.size(); ++e)
+    if (disabled[e]) logits[e] = kNever;
+  if (scoring == Scoring::softmax)
+    kernels().softmax(logits, 1, experts);
+  else if (scoring == Scoring::sigmoid)
+    for (int64_t e = 0; e < experts; ++e) logits[e] = 1 / (1 + std::exp(-logits[e]));
+  else  // softplus as PyTorch takes it: the logit itself where the sum would lose it
+    for (int64_t e = 0; e < experts; ++e)
+      logits[e] = std::sqrt(logits[e] > 20 ? logits[e] : std::log1p(std::exp(logits[e])));
+}
+
+void Router::choose(const float* scores, int64_t* topk_ids) const {
   static thread_local std::vector<float> choice, group_scores;
   static thread_local std::vector<int64_t> chosen;
   const int64_t size = experts / groups;
   grow(choice, experts);
   grow(group_scores, groups);
-  if (sigmoid)
-    for (int64_t e = 0; e < experts; ++e) scores[e] = 1 / (1 + std::exp(-scores[e]));
-  else
-    kernels().softmax(scores, 1, experts);
   for (int64_t e = 0; e < experts; ++e) choice[e] = bias.empty() ? scores[e] : scores[e] + bias[e];
+  for (size_t e = 0; e < disabled.size(); ++e)
+    if (disabled[e]) choice[e] = kNever;
   if (kept_groups < groups) {
     for (int64_t g = 0; g < groups; ++g) {
       mark_largest(choice.data() + g * size, size, std::min(best_of_group, size), chosen);
-      group_scores[g] = 0;
-      for (int64_t e : chosen) group_scores[g] += choice[g * size + e];
+      group_scores[g] = choice[g * size + chosen.front()];
+      for (size_t i = 1; i < chosen.size(); ++i)
+        if (choice[g * size + chosen[i]] > kNever) group_scores[g] += choice[g * size + chosen[i]];
     }
     mark_largest(group_scores.data(), groups, kept_groups, chosen);
     for (int64_t g = 0; g < groups; ++g)
       if (std::find(chosen.begin(), chosen.end(), g) == chosen.end())
-        std::fill_n(choice.begin() + g * size, size, -std::numeric_limits<float>::infinity());
+        std::fill_n(choice.begin() + g * size, size, kNever);
   }
+  for (size_t e = 0; e < forced.size(); ++e)
+    if (forced[e]) choice[e] = -kNever;
   mark_largest(choice.data(), experts, top_k, chosen);
-  float sum = 1e-20f;
-  for (int64_t e : chosen) sum += scores[e];
-  for (int64_t slot = 0; slot < top_k; ++slot) {
-    topk_ids[slot] = chosen[slot];
-    topk_weights[slot] = scores[chosen[slot]] / (normalise ? sum : 1.0f) * factor;
-  }
+  for (int64_t slot = 0; slot < top_k; ++slot)
+    topk_ids[slot] = choice[chosen[slot]] == kNever ? -1 : chosen[slot];
 }
 
-void FeedForwardBlock::forward(float* x, int64_t tokens) const {
+void FeedForwardBlock::forward(float* x, const int64_t* ids, int64_t tokens) const {
   static thread_local std::vector<float> caller_normed, caller_weights;
   static thread_local std::vector<int64_t> caller_ids;
   const int64_t hidden = norm.width(), slots = router ? router->top_k : 0;
@@ -118,7 +144,7 @@ void FeedForwardBlock::forward(float* x, int64_t tokens) const {
     for (int64_t token = first; token < last; ++token)
       norm.forward(x + token * hidden, normed + token * hidden);
   });
-  if (router) router->forward(normed, tokens, topk_ids, topk_weights);
+  if (router) router->forward(normed, ids, tokens, topk_ids, topk_weights);
   layer->forward(normed, tokens, topk_ids, topk_weights, slots, x, residual_multiplier);
 }
 
@@ -162,7 +188,7 @@ void Decoder::forward(const int64_t* ids, const int64_t* positions, int64_t rows
   });
   for (size_t layer = 0; layer < attention.size(); ++layer) {
     attention[layer]->forward(out, tokens, keys[layer], values[layer]);
-    feed_forward[layer]->forward(out, tokens.count());
+    feed_forward[layer]->forward(out, ids, tokens.count());
   }
 }
 

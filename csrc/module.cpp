@@ -120,9 +120,38 @@ void apply_linear(const Weights& weights, const Floats<2>& x,
 // Weights never change, so that a copy of a network shares them.
 nb::object same(nb::object self, nb::handle) { return self; }
 
+template <typename Array>
+std::vector<float> copied(const std::optional<Array>& array) {
+  if (!array) return {};
+  return {array->data(), array->data() + array->size()};
+}
+
 Experts experts_of(const SharedWeights& gate, const SharedWeights& up, const SharedWeights& down) {
   require((gate && up && down) || (!gate && !up && !down), "experts need gate, up and down");
   return {gate, up, down};
+}
+
+void make_feed_forward(FeedForward* self, const SharedWeights& gate, const SharedWeights& up,
+                       const SharedWeights& down, const SharedWeights& shared_gate,
+                       const SharedWeights& shared_up, const SharedWeights& shared_down,
+                       const std::optional<Floats<2>>& gate_bias,
+                       const std::optional<Floats<2>>& up_bias,
+                       const std::optional<Floats<2>>& down_bias, bool swigluoai,
+                       std::optional<float> limit) {
+  Experts routed = experts_of(gate, up, down);
+  const auto fits = [&](const std::optional<Floats<2>>& bias, const SharedWeights& weights) {
+    return !bias || (weights && has_shape(*bias, {weights->matrices(), weights->outputs()}));
+  };
+  require(fits(gate_bias, gate) && fits(up_bias, up) && fits(down_bias, down),
+          "the biases do not fit the experts");
+  routed.gate_bias = copied(gate_bias);
+  routed.up_bias = copied(up_bias);
+  routed.down_bias = copied(down_bias);
+  Activation activation;
+  activation.swigluoai = swigluoai;
+  if (limit) activation.limit = *limit;
+  new (self) FeedForward(std::move(routed), experts_of(shared_gate, shared_up, shared_down),
+                         activation);
 }
 
 void apply_feed_forward(const FeedForward& layer, const Floats<2>& x,
@@ -167,11 +196,6 @@ void apply_attention(const AbsorbedAttention& attention, const Floats<3>& q_nope
 }
 
 // --- half a layer, and all layers, in one call ---
-
-std::vector<float> copied(const std::optional<Floats<1>>& array) {
-  if (!array) return {};
-  return {array->data(), array->data() + array->size()};
-}
 
 Norm norm_of(const std::optional<Floats<1>>& weight, float eps) { return {copied(weight), eps}; }
 
@@ -279,6 +303,10 @@ std::shared_ptr<Decoder> make_decoder(
                 attention[layer]->rotated_width() == first.rotated_width(),
             "the layers do not fit together");
   require(has_shape(frequencies, {first.rotated_width() / 2}), "the rotation does not fit the layers");
+  for (const auto& block : feed_forward)
+    require(!block->router || block->router->table.ids.empty() ||
+                block->router->table.vocab >= static_cast<int64_t>(embedding.shape(0)),
+            "a hash router's table does not have the whole vocabulary");
   const bool bf16 = embedding.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat);
   require((bf16 || embedding.dtype() == nb::dtype<float>()) &&
               static_cast<int64_t>(embedding.shape(1)) == first.input_norm.width(),
@@ -336,29 +364,79 @@ void apply_decoder(const Decoder& decoder, const Ids<2>& ids, const Ids<2>& posi
   decoder.forward(ids.data(), positions.data(), rows, seq, cache.keys, cache.values, out.data());
 }
 
-std::shared_ptr<Router> make_router(const Floats<2>& weight, const std::optional<Floats<1>>& bias,
-                                    int64_t top_k, int64_t groups, int64_t kept_groups,
-                                    int64_t best_of_group, bool sigmoid, bool normalise,
-                                    float factor) {
-  const int64_t experts = weight.shape(0);
-  require(experts > 0 && groups > 0 && experts % groups == 0 && kept_groups > 0 &&
-              kept_groups <= groups && top_k > 0 && top_k <= kept_groups * (experts / groups) &&
-              best_of_group > 0 && (!bias || has_shape(*bias, {experts})),
-          "the parts of the router do not fit together");
-  return std::make_shared<Router>(Router{{weight.data(), weight.data() + weight.size()},
-                                         copied(bias), experts, top_k, groups, kept_groups,
-                                         best_of_group, sigmoid, normalise, factor});
+Scoring scoring_of(const std::string& name) {
+  require(name == "softmax" || name == "sigmoid" || name == "sqrtsoftplus",
+          "scores are softmax, sigmoid or sqrtsoftplus");
+  return name == "softmax"   ? Scoring::softmax
+         : name == "sigmoid" ? Scoring::sigmoid
+                             : Scoring::sqrtsoftplus;
 }
 
-void apply_router(const Router& router, const Floats<2>& x,
-                  const MutableIds& topk_ids,
-                  const Output<2>& topk_weights) {
+// Those that `experts` names, marked; empty where it names none.
+std::vector<uint8_t> marked(const std::vector<int64_t>& experts, int64_t count) {
+  std::vector<uint8_t> marks(experts.empty() ? 0 : count, 0);
+  for (int64_t expert : experts) {
+    require(expert >= 0 && expert < count, "there is no such expert");
+    marks[expert] = 1;
+  }
+  return marks;
+}
+
+HashTable table_of(const std::optional<Ids<2>>& table, int64_t experts, int64_t top_k) {
+  if (!table) return {{}, 0};
+  const int64_t vocab = table->shape(0);
+  require(has_shape(*table, {vocab, top_k}), "the table does not fit the router");
+  for (int64_t i = 0; i < vocab * top_k; ++i)
+    require(table->data()[i] >= 0 && table->data()[i] < experts, "there is no such expert");
+  return {{table->data(), table->data() + vocab * top_k}, vocab};
+}
+
+// The weight stays the caller's array, which is kept alive.
+std::shared_ptr<Router> make_router(const Floats<2>& weight,
+                                    const std::optional<Floats<1>>& logit_bias,
+                                    const std::optional<Floats<1>>& bias, int64_t top_k,
+                                    int64_t groups, int64_t kept_groups, int64_t best_of_group,
+                                    const std::string& scoring, bool normalise, float factor,
+                                    const std::vector<int64_t>& disabled,
+                                    const std::vector<int64_t>& forced,
+                                    const std::optional<Ids<2>>& table) {
+  const int64_t experts = weight.shape(0), hidden = weight.shape(1);
+  require(experts > 0 && groups > 0 && experts % groups == 0 && kept_groups > 0 &&
+              kept_groups <= groups && top_k > 0 && top_k <= experts && best_of_group > 0 &&
+              (!logit_bias || has_shape(*logit_bias, {experts})) &&
+              (!bias || has_shape(*bias, {experts})),
+          "the parts of the router do not fit together");
+  return std::make_shared<Router>(
+      Router{{weight.data(), [weight](const float*) {}},
+             copied(logit_bias),
+             copied(bias),
+             marked(disabled, experts),
+             marked(forced, experts),
+             table_of(table, experts, top_k),
+             experts,
+             hidden,
+             top_k,
+             groups,
+             kept_groups,
+             best_of_group,
+             scoring_of(scoring),
+             normalise,
+             factor});
+}
+
+void apply_router(const Router& router, const Floats<2>& x, const std::optional<Ids<1>>& ids,
+                  const MutableIds& topk_ids, const Output<2>& topk_weights) {
   const int64_t tokens = x.shape(0);
-  require(has_shape(x, {tokens, router.hidden()}) && has_shape(topk_ids, {tokens, router.top_k}) &&
-              has_shape(topk_weights, {tokens, router.top_k}),
-          "x, topk_ids or topk_weights do not fit the router");
+  require(has_shape(x, {tokens, router.hidden}) && has_shape(topk_ids, {tokens, router.top_k}) &&
+              has_shape(topk_weights, {tokens, router.top_k}) &&
+              (!ids || has_shape(*ids, {tokens})) && (ids || router.table.ids.empty()),
+          "x, ids, topk_ids or topk_weights do not fit the router");
+  for (int64_t token = 0; !router.table.ids.empty() && token < tokens; ++token)
+    require(ids->data()[token] >= 0 && ids->data()[token] < router.table.vocab,
+            "an id is not in the table");
   nb::gil_scoped_release unlocked;
-  router.forward(x.data(), tokens, topk_ids.data(), topk_weights.data());
+  router.forward(x.data(), ids ? ids->data() : nullptr, tokens, topk_ids.data(),
+                 topk_weights.data());
 }
 
 std::shared_ptr<FeedForwardBlock> make_feed_forward_block(
@@ -367,7 +445,7 @@ std::shared_ptr<FeedForwardBlock> make_feed_forward_block(
   const int64_t hidden = layer->any().columns();
   require(has_shape(norm, {hidden}) && (router != nullptr) == (layer->routed_experts() > 0) &&
               (!router || (router->experts == layer->routed_experts() &&
-                           router->hidden() == hidden)),
+                           router->hidden == hidden)),
           "norm, router and experts do not fit together");
   return std::make_shared<FeedForwardBlock>(FeedForwardBlock{norm_of(norm, eps), residual_multiplier, router, layer});
 }
@@ -444,15 +522,10 @@ NB_MODULE(_native, m) {
 
   nb::class_<FeedForward>(m, "FeedForward")
       .def("__deepcopy__", &same)
-      .def(
-          "__init__",
-          [](FeedForward* self, SharedWeights gate, SharedWeights up, SharedWeights down,
-             SharedWeights shared_gate, SharedWeights shared_up, SharedWeights shared_down) {
-            new (self) FeedForward(experts_of(gate, up, down),
-                                   experts_of(shared_gate, shared_up, shared_down));
-          },
-          "gate"_a.none(), "up"_a.none(), "down"_a.none(), "shared_gate"_a.none(),
-          "shared_up"_a.none(), "shared_down"_a.none())
+      .def("__init__", &make_feed_forward, "gate"_a.none(), "up"_a.none(), "down"_a.none(),
+           "shared_gate"_a.none(), "shared_up"_a.none(), "shared_down"_a.none(),
+           "gate_bias"_a.none(), "up_bias"_a.none(), "down_bias"_a.none(), "swigluoai"_a,
+           "limit"_a.none())
       .def("__call__", &apply_feed_forward, "x"_a, "topk_ids"_a.none(), "topk_weights"_a.none(),
            "out"_a);
 
@@ -489,9 +562,10 @@ NB_MODULE(_native, m) {
         "window"_a.none(), "sinks"_a.none(), "residual_multiplier"_a);
   nb::class_<Router>(m, "Router")
       .def("__deepcopy__", &same)
-      .def("__call__", &apply_router, "x"_a, "topk_ids"_a, "topk_weights"_a);
-  m.def("router", &make_router, "weight"_a, "bias"_a.none(), "top_k"_a, "groups"_a,
-        "kept_groups"_a, "best_of_group"_a, "sigmoid"_a, "normalise"_a, "factor"_a);
+      .def("__call__", &apply_router, "x"_a, "ids"_a.none(), "topk_ids"_a, "topk_weights"_a);
+  m.def("router", &make_router, "weight"_a, "logit_bias"_a.none(), "bias"_a.none(), "top_k"_a,
+        "groups"_a, "kept_groups"_a, "best_of_group"_a, "scoring"_a, "normalise"_a, "factor"_a,
+        "disabled"_a, "forced"_a, "table"_a.none());
   nb::class_<FeedForwardBlock>(m, "FeedForwardBlock").def("__deepcopy__", &same);
   m.def("feed_forward_block", &make_feed_forward_block, "norm"_a, "eps"_a, "router"_a.none(),
         "layer"_a, "residual_multiplier"_a);

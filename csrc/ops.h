@@ -35,13 +35,22 @@ void linear(const Weights& weights, const float* x, int64_t rows, const float* b
 // gate, up and down projections of experts of one width.
 struct Experts {
   std::shared_ptr<const Weights> gate, up, down;
+  std::vector<float> gate_bias{}, up_bias{}, down_bias{};  // (matrices, outputs), or empty
+};
+
+// What stands between them: silu(gate) * up, or gpt-oss's (up + 1) * gate * sigmoid(1.702 * gate).
+struct Activation {
+  bool swigluoai = false;
+  float limit = std::numeric_limits<float>::infinity();  // of gate from above, of up both ways
+  // gate = activation; up is overwritten.
+  void apply(float* gate, float* up, int64_t n) const;
 };
 
 // The feed-forward part of a layer: routed experts, shared experts, or both.
 class FeedForward {
  public:
   // Either may lack its weights. `shared` are experts that every token visits with weight one.
-  FeedForward(Experts routed, Experts shared);
+  FeedForward(Experts routed, Experts shared, Activation activation = {});
 
   // out (tokens, hidden) += `factor` times the chosen experts' outputs, weighted, plus the shared
   // experts'. topk_ids and topk_weights are (tokens, slots); a negative id marks an unused slot.
@@ -53,6 +62,7 @@ class FeedForward {
 
  private:
   Experts routed_, shared_;
+  Activation activation_;
 };
 
 // Slots of one kind of number that a cache holds for a batch: (rows, slots, width).
@@ -185,21 +195,38 @@ struct GroupedAttention : Attention {
                      const Slots& keys, const Slots& values, float* mixed) const;
 };
 
-// The router's matrix and rule, in float32: scores, then the best experts of the best groups.
+enum class Scoring { softmax, sigmoid, sqrtsoftplus };
+
+// Experts that are fixed for each token's id, (vocab, top_k).
+struct HashTable {
+  std::vector<int64_t> ids;
+  int64_t vocab;
+};
+
+// The router's matrix and rule, in float32: scores, then the best experts of the best groups. Vectors
+// are (experts,), or empty without.
 struct Router {
-  std::vector<float> weight;  // (experts, hidden)
-  std::vector<float> bias;    // (experts,), enters the choice only; empty without
-  int64_t experts, top_k, groups, kept_groups;
+  std::shared_ptr<const float> weight;  // (experts, hidden)
+  std::vector<float> logit_bias;
+  std::vector<float> bias;  // enters the choice only
+  std::vector<uint8_t> disabled;  // experts that are as if they did not exist
+  std::vector<uint8_t> forced;    // experts that every token visits; they take their place in top_k
+  HashTable table;                // what chooses instead of scores; empty without
+  int64_t experts, hidden, top_k, groups, kept_groups;
   int64_t best_of_group;  // how many of its best scores rank a group
-  bool sigmoid, normalise;
+  Scoring scoring;
+  bool normalise;
   float factor;
-  // x (tokens, hidden), topk_ids and topk_weights (tokens, top_k).
-  void forward(const float* x, int64_t tokens, int64_t* topk_ids, float* topk_weights) const;
-  int64_t hidden() const { return static_cast<int64_t>(weight.size()) / experts; }
+  // x (tokens, hidden), ids (tokens,), which the table alone needs, below its vocab; topk_ids and
+  // topk_weights (tokens, top_k), where slots that no expert is left for have id -1 and weight 0.
+  void forward(const float* x, const int64_t* ids, int64_t tokens, int64_t* topk_ids,
+               float* topk_weights) const;
 
  private:
-  // Turns one token's logits into scores and takes the best.
-  void choose(float* scores, int64_t* topk_ids, float* topk_weights) const;
+  // Turns one token's logits into scores.
+  void score(float* logits) const;
+  // Takes the best `top_k` by score and bias.
+  void choose(const float* scores, int64_t* topk_ids) const;
 };
 
 // x (tokens, hidden) += `residual_multiplier` times the feed-forward part of norm(x).
@@ -208,7 +235,8 @@ struct FeedForwardBlock {
   float residual_multiplier;
   std::shared_ptr<const Router> router;  // null without routed experts
   std::shared_ptr<const FeedForward> layer;
-  void forward(float* x, int64_t tokens) const;
+  // ids (tokens,), which a hash router needs.
+  void forward(float* x, const int64_t* ids, int64_t tokens) const;
 };
 
 // Rows of float32 or bf16 numbers.

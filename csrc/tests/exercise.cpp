@@ -45,6 +45,11 @@ std::shared_ptr<Weights> packed(Format format, int64_t matrices, int64_t outputs
   return std::make_shared<Weights>(format, matrices, outputs, columns, source);
 }
 
+std::shared_ptr<const float> weight_of_router() {
+  const auto numbers = std::make_shared<std::vector<float>>(chance(kExperts * kHidden, 7));
+  return {numbers, numbers->data()};
+}
+
 struct Model {
   std::shared_ptr<Weights> gate, up, down;
   FeedForward mixture;
@@ -58,7 +63,8 @@ struct Model {
         up(packed(format, kExperts, kWidth, kHidden, 2)),
         down(packed(format, kExperts, kHidden, kWidth, 3)),
         mixture({gate, up, down}, {}),
-        router{chance(kExperts * kHidden, 7), {}, kExperts, kSlots, 1, 1, 1, false, false, 1.0f} {
+        router{weight_of_router(), {},     {}, {}, {}, {}, kExperts,         kHidden,
+               kSlots,             1,      1,  1,  Scoring::softmax, false, 1.0f} {
     for (int64_t slot = 0; slot < kTokens * kSlots; ++slot)
       topk_ids.push_back(slot % 7 == 6 ? -1 : slot % kExperts);
   }
@@ -140,7 +146,7 @@ struct Answers {
         topk_weights(kTokens * kSlots),
         ids(kTokens * kLikeliest),
         topk_ids(kTokens * kSlots) {
-    model.router.forward(model.x.data(), kTokens, topk_ids.data(), topk_weights.data());
+    model.router.forward(model.x.data(), nullptr, kTokens, topk_ids.data(), topk_weights.data());
     moescope::likeliest(model.logits.data(), kTokens, kVocab, kLikeliest, ids.data(),
                         likeliest.data());
     const Buffer& stored = model.gate->stored();

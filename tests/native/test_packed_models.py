@@ -24,8 +24,8 @@ from moescope.errors import UserError
 from moescope.kernels import cpu
 from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM, Decoder, initialise
-from moescope.model.routing import ROUTERS
-from moescope.native.network import NativeMoE, Packer, native_router
+from moescope.model.steering import Steering, steered
+from moescope.native.network import NativeDecoder, NativeMoE, Packer
 
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {
@@ -227,41 +227,38 @@ def test_an_id_outside_the_vocabulary_is_refused() -> None:
         packed(network("v3"), "int8")(torch.tensor([[300]]))
 
 
-@pytest.mark.parametrize("topk_method", ["greedy", "group_limited_greedy", "noaux_tc"])
-@pytest.mark.parametrize("scoring_func", ["softmax", "sigmoid"])
-@pytest.mark.parametrize("normalised", [True, False])
-def test_native_routers_decide_as_the_network_does(
-    topk_method: str, scoring_func: str, normalised: bool
-) -> None:
+@pytest.mark.parametrize("family", ["v3", "moe"])
+@pytest.mark.parametrize(
+    "steering",
+    [
+        Steering(num_experts_per_tok=5, forced=[(1, 2), (2, 0)]),
+        Steering(disabled=[(1, 0), (1, 1), (2, 7)], bias={(2, 3): 0.5}),
+        Steering(rule="random"),
+    ],
+)
+def test_steered_networks_stay_in_one_call(family: str, steering: Steering) -> None:
     if not cpu.available():
         return
-    rule = {
-        "n_routed_experts": 16,
-        "n_group": 4,
-        "topk_group": 2,
-        "topk_method": topk_method,
-        "scoring_func": scoring_func,
-        "norm_topk_prob": normalised,
-        "routed_scaling_factor": 2.5,
-    }
-    fields = {**SMALL, **FAMILIES["v3"], **rule}
-    router = ROUTERS[topk_method](ModelConfig.from_dict(fields)).requires_grad_(False)
-    generator = torch.Generator().manual_seed(0)
-    router.weight.normal_(std=0.1, generator=generator)
-    for bias in router.buffers():
-        bias.normal_(std=0.1, generator=generator)
-    x = torch.randn(60, 96, generator=generator)
-    expected = router(x, torch.zeros(60, dtype=torch.int64))
-    native = native_router(router)
-    assert native is not None
-    topk_ids, topk_weights = cpu.route(native, x, 3)
+    native = packed(network(family), "int8")
+    other = steered(native, steering)
+    apart = steered(packed(network(family), "int8"), steering)
+    apart.model.__class__ = Decoder  # the same modules, with the routers of PyTorch
+    ids = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(2))
+    plain = token_by_token(native, ids, 9)
+    assert difference(token_by_token(other, ids, 9), token_by_token(apart, ids, 9)) < 1e-5
+    assert difference(token_by_token(other, ids, 9), plain) > 1e-3
+    assert isinstance(other.model, NativeDecoder) and other.model.all_layers is not None
+    assert torch.equal(token_by_token(native, ids, 9), plain), "the original is as it was"
 
-    def spread(ids: Tensor, weights: Tensor) -> Tensor:
-        return torch.zeros(60, 16).scatter(1, ids, weights)
 
-    torch.testing.assert_close(
-        spread(topk_ids, topk_weights), spread(expected.topk_ids, expected.topk_weights)
-    )
+def test_a_rule_of_pytorch_alone_is_computed_layer_by_layer() -> None:
+    if not cpu.available():
+        return
+    native = packed(network("v3"), "int8")
+    noisy = steered(native, Steering(noise=0.01))
+    ids = torch.randint(300, (2, 20), generator=torch.Generator().manual_seed(2))
+    assert difference(prefill(noisy, ids), prefill(native, ids)) < 0.2
+    assert isinstance(noisy.model, NativeDecoder) and noisy.model.all_layers is None
 
 
 def test_a_packed_model_does_all_that_a_model_does(model: Model, tmp_path: Path) -> None:

@@ -27,6 +27,11 @@ class FeedForward:
         shared_gate: Weights | None,
         shared_up: Weights | None,
         shared_down: Weights | None,
+        gate_bias: Array | None,
+        up_bias: Array | None,
+        down_bias: Array | None,
+        swigluoai: bool,
+        limit: float | None,
     ) -> None: ...
     def __call__(
         self, x: Array, topk_ids: Array | None, topk_weights: Array | None, out: Array
@@ -50,7 +55,9 @@ class LatentAttention(Attention): ...
 class GroupedAttention(Attention): ...
 
 class Router:
-    def __call__(self, x: Array, topk_ids: Array, topk_weights: Array) -> None: ...
+    def __call__(
+        self, x: Array, ids: Array | None, topk_ids: Array, topk_weights: Array
+    ) -> None: ...
 
 class FeedForwardBlock: ...
 
@@ -112,14 +119,18 @@ def likeliest(logits: Array, ids: Array, values: Array) -> None: ...
 def log_sums(logits: Array, scale: float, out: Array) -> None: ...
 def router(
     weight: Array,
+    logit_bias: Array | None,
     bias: Array | None,
     top_k: int,
     groups: int,
     kept_groups: int,
     best_of_group: int,
-    sigmoid: bool,
+    scoring: str,
     normalise: bool,
     factor: float,
+    disabled: list[int],
+    forced: list[int],
+    table: Array | None,
 ) -> Router: ...
 def feed_forward_block(
     norm: Array, eps: float, router: Router | None, layer: FeedForward, residual_multiplier: float

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache
 from typing import TYPE_CHECKING
 
@@ -224,10 +224,33 @@ def expert_weights(
 def feed_forward_layer(
     routed: tuple[Weights, Weights, Weights] | None,
     shared: tuple[Weights, Weights, Weights] | None,
+    *,
+    biases: tuple[Tensor, Tensor, Tensor] | None = None,
+    act: str = "silu",
+    limit: float | None = None,
 ) -> FeedForward:
-    """Join routed experts and shared ones, or either alone, into one call."""
+    """Join routed experts and shared ones, or either alone, into one call.
+
+    Args:
+        routed: packed gate, up and down matrices of the experts that tokens choose.
+        shared: those of the expert that every token visits.
+        biases: of the routed experts' gate, up `(experts, intermediate)` and down
+            `(experts, hidden)`.
+        act: `silu` for `silu(gate) * up`, `swigluoai` for gpt-oss's
+            `(up + 1) * gate * sigmoid(1.702 * gate)`.
+        limit: bounds gate from above and up from both sides before they meet.
+    """
     nothing = (None, None, None)
-    return _native.FeedForward(*(routed or nothing), *(shared or nothing))
+    gate_bias, up_bias, down_bias = biases or nothing
+    return _native.FeedForward(
+        *(routed or nothing),
+        *(shared or nothing),
+        _optional(gate_bias),
+        _optional(up_bias),
+        _optional(down_bias),
+        act == "swigluoai",
+        limit,
+    )
 
 
 def feed_forward(
@@ -407,47 +430,66 @@ def grouped_attention(
 
 def router(
     weight: Tensor,
-    bias: Tensor | None,
     *,
     top_k: int,
+    logit_bias: Tensor | None = None,
+    bias: Tensor | None = None,
     groups: int = 1,
     kept_groups: int = 1,
     best_of_group: int = 1,
-    sigmoid: bool,
+    scoring: str,
     normalise: bool,
     factor: float,
+    disabled: Iterable[int] = (),
+    forced: Iterable[int] = (),
+    table: Tensor | None = None,
 ) -> Router:
-    """Copy a router: scores, then the `top_k` best of the `kept_groups` best groups.
+    """Make a router: scores, then the `top_k` best of the `kept_groups` best groups.
 
     Args:
-        weight: `(experts, hidden)` float32.
-        bias: `(experts,)`, which enters the choice only.
+        weight: `(experts, hidden)` float32, contiguous; it is not copied.
         top_k: experts of a token.
+        logit_bias: `(experts,)`, of the linear map.
+        bias: `(experts,)`, added to the scores for the choice only.
         groups: equal groups of neighbouring experts.
         kept_groups: groups that a token may use.
         best_of_group: how many of its best scores, summed, rank a group.
-        sigmoid: scores are sigmoids of the logits instead of a softmax.
+        scoring: `softmax`, `sigmoid` or `sqrtsoftplus` of the logits.
         normalise: whether a token's weights are made to sum to one.
         factor: of the weights.
+        disabled: experts that are as if they did not exist.
+        forced: experts that every token visits, of whatever group.
+        table: `(vocab, top_k)` int64, the experts of each token id, in place of the best.
     """
     return _native.router(
         to_dlpack(weight.detach()),
+        _optional(logit_bias),
         _optional(bias),
         top_k,
         groups,
         kept_groups,
         best_of_group,
-        sigmoid,
+        scoring,
         normalise,
         factor,
+        list(disabled),
+        list(forced),
+        _optional(table),
     )
 
 
-def route(rule: Router, hidden_states: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-    """Return `topk_ids` and `topk_weights`, `(tokens, top_k)`, for `(tokens, hidden)`."""
+def route(
+    rule: Router, hidden_states: Tensor, top_k: int, input_ids: Tensor | None = None
+) -> tuple[Tensor, Tensor]:
+    """Return `topk_ids` and `topk_weights`, `(tokens, top_k)`, for `(tokens, hidden)`.
+
+    A slot for which no expert is left has id -1 and weight 0. `input_ids` `(tokens,)` matter to a
+    router with a table only.
+    """
     topk_ids = torch.empty(len(hidden_states), top_k, dtype=torch.int64)
     topk_weights = torch.empty(len(hidden_states), top_k)
-    rule(to_dlpack(_rows(hidden_states)), to_dlpack(topk_ids), to_dlpack(topk_weights))
+    ids = _optional(input_ids)
+    rule(to_dlpack(_rows(hidden_states)), ids, to_dlpack(topk_ids), to_dlpack(topk_weights))
     return topk_ids, topk_weights
 
 
@@ -566,4 +608,4 @@ def _rows(x: Tensor) -> Tensor:
 
 
 def _optional(tensor: Tensor | None) -> object:
-    return None if tensor is None else to_dlpack(tensor.detach())
+    return None if tensor is None else to_dlpack(tensor.detach().contiguous())

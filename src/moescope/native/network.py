@@ -26,7 +26,8 @@ from moescope.model.layer import DecoderLayer
 from moescope.model.moe import MLP, GroupedExperts, MoE
 from moescope.model.norm import RMSNorm
 from moescope.model.recorder import Recorder
-from moescope.model.routing import Greedy, GroupLimitedGreedy, NoAuxTopK, Router
+from moescope.model.routing import Greedy, GroupLimitedGreedy, NoAuxTopK, RandomFrozen, Router
+from moescope.model.steering import SteeredRouter
 from moescope.native.pack_file import NewPack, PackSource
 
 FORMATS = ("int8", "int4", "bf16")
@@ -121,8 +122,7 @@ class Packer:
             if isinstance(module, RMSNorm):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, NativeRMSNorm(module))
-        if blocks := _blocks(model.model):
-            model.model = NativeDecoder(model.model, *blocks)
+        model.model = NativeDecoder(model.model)
 
     def _pack_linears(self, parent: nn.Module, at: str, read: Read, pack: "cpu.Pack") -> None:
         for name, child in list(parent.named_children()):
@@ -340,21 +340,18 @@ NativeAttention = NativeLatentAttention | NativeGroupedAttention
 
 
 class NativeDecoder(Decoder):
-    """All layers in one call, unless somebody looks on or has put other routers in."""
+    """All layers in one call, unless somebody looks on or a router's rule is PyTorch's alone."""
 
-    def __init__(
-        self,
-        decoder: Decoder,
-        attention: "list[cpu.Attention]",
-        feed_forward: "list[cpu.FeedForwardBlock]",
-    ) -> None:
+    def __init__(self, decoder: Decoder) -> None:
         nn.Module.__init__(self)
         for name, child in decoder.named_children():
             setattr(self, name, child)
-        angles = self.rotary_emb
-        rotation = angles.inv_freq, angles.attention_factor
-        self.all_layers = cpu.decoder(self.embed_tokens.weight, attention, feed_forward, rotation)
-        self.slot_shapes = cast(NativeAttention, self.layers[0].self_attn).slot_shapes
+        layers = self._layers()
+        self.slot_shapes = cast(NativeAttention, layers[0].self_attn).slot_shapes
+        self.attention = [
+            cast(NativeAttention, layer.self_attn).block(layer.input_layernorm) for layer in layers
+        ]
+        self._join(self._gates())
 
     def forward(
         self,
@@ -365,8 +362,10 @@ class NativeDecoder(Decoder):
     ) -> Tensor:
         """Run all layers over `(batch, seq)` ids; return `(batch, seq, hidden)` before the norm."""
         slots = Cache() if cache is None else cache
-        looks_on = recorder is not None
-        if looks_on or not isinstance(slots, Cache) or not self._keeps_its_routers():
+        gates = self._gates()
+        if gates != self.joined_gates:  # a copy was given others, as steering does
+            self._join(gates)
+        if recorder is not None or not isinstance(slots, Cache) or self.all_layers is None:
             return super().forward(input_ids, positions, cache, recorder)
         if positions is None:
             positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
@@ -377,51 +376,61 @@ class NativeDecoder(Decoder):
         width = self.embed_tokens.embedding_dim
         return cpu.run_decoder(self.all_layers, input_ids, width, positions, held)
 
-    def _keeps_its_routers(self) -> bool:
-        """Whether no layer's copy was given another router, as steering does."""
-        return all(
-            not isinstance(layer.mlp, MoE) or type(layer.mlp.gate) in NATIVE_ROUTERS
-            for layer in cast("list[DecoderLayer]", self.layers)
-        )
+    def _layers(self) -> "list[DecoderLayer]":
+        return cast("list[DecoderLayer]", list(self.layers))
+
+    def _gates(self) -> list[Router | None]:
+        """The routers by layer, None where one is dense."""
+        return [layer.mlp.gate if isinstance(layer.mlp, MoE) else None for layer in self._layers()]
+
+    def _join(self, gates: list[Router | None]) -> None:
+        """Put all layers into one call; there is none where a router is not the kernels'."""
+        self.joined_gates = gates
+        rules = [None if gate is None else native_router(gate) for gate in gates]
+        self.all_layers: cpu.Decoder | None = None
+        if any(gate is not None and rule is None for gate, rule in zip(gates, rules, strict=True)):
+            return
+        blocks: list[cpu.FeedForwardBlock] = []
+        for layer, rule in zip(self._layers(), rules, strict=True):
+            norm = layer.post_attention_layernorm
+            mlp = cast("NativeMLP | NativeMoE", layer.mlp)
+            blocks.append(cpu.feed_forward_block((norm.weight, norm.eps), rule, mlp.layer))
+        rotation = self.rotary_emb.inv_freq, self.rotary_emb.attention_factor
+        self.all_layers = cpu.decoder(self.embed_tokens.weight, self.attention, blocks, rotation)
 
 
-def _blocks(
-    decoder: Decoder,
-) -> "tuple[list[cpu.Attention], list[cpu.FeedForwardBlock]] | None":
-    """Both halves of every layer, or None if one is of a kind that only PyTorch computes."""
-    attention: list[cpu.Attention] = []
-    feed_forward: list[cpu.FeedForwardBlock] = []
-    for layer in cast("list[DecoderLayer]", decoder.layers):
-        mlp, norm = layer.mlp, layer.post_attention_layernorm
-        rule = native_router(mlp.gate) if isinstance(mlp, NativeMoE) else None
-        if not isinstance(layer.self_attn, NativeAttention):
-            return None
-        if not isinstance(mlp, NativeMLP) and (not isinstance(mlp, NativeMoE) or rule is None):
-            return None
-        attention.append(layer.self_attn.block(layer.input_layernorm))
-        feed_forward.append(cpu.feed_forward_block((norm.weight, norm.eps), rule, mlp.layer))
-    return attention, feed_forward
-
-
-NATIVE_ROUTERS = (Greedy, GroupLimitedGreedy, NoAuxTopK)
+NATIVE_RULES = (Greedy, RandomFrozen, GroupLimitedGreedy, NoAuxTopK)
 
 
 def native_router(gate: Router) -> "cpu.Router | None":
-    """Copy a router whose rule the kernels know."""
-    if type(gate) not in NATIVE_ROUTERS:
+    """The same choice by the kernels; None if they do not know the gate's rule.
+
+    The gate's weight is not copied.
+    """
+    steered = gate if isinstance(gate, SteeredRouter) else None
+    rule = gate if steered is None else steered.rule
+    if type(rule) not in NATIVE_RULES or (steered is not None and steered.noise):
         return None
-    grouped = isinstance(gate, GroupLimitedGreedy)
-    without_bias = not isinstance(gate, NoAuxTopK)
+    bias = rule.e_score_correction_bias if isinstance(rule, NoAuxTopK) else None
+    disabled: list[int] = []
+    forced: list[int] = []
+    if steered is not None:
+        bias = steered.bias
+        disabled = steered.disabled.nonzero().flatten().tolist()
+        forced = steered.forced.nonzero().flatten().tolist()
+    grouped = isinstance(rule, GroupLimitedGreedy)
     return cpu.router(
         gate.weight,
-        None if without_bias else gate.e_score_correction_bias,
-        top_k=gate.top_k,
-        groups=gate.n_group if grouped else 1,
-        kept_groups=gate.topk_group if grouped else 1,
-        best_of_group=1 if without_bias else 2,
-        sigmoid=gate.scoring_func == "sigmoid",
-        normalise=gate.norm_topk_prob,
-        factor=gate.routed_scaling_factor,
+        top_k=max(gate.top_k, len(forced)),
+        bias=bias,
+        groups=rule.n_group if grouped else 1,
+        kept_groups=rule.topk_group if grouped else 1,
+        best_of_group=2 if isinstance(rule, NoAuxTopK) else 1,
+        scoring=rule.scoring_func,
+        normalise=rule.norm_topk_prob,
+        factor=rule.routed_scaling_factor,
+        disabled=disabled,
+        forced=forced,
     )
 
 
