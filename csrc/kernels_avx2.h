@@ -285,8 +285,31 @@ void multiply_bf16(const Tile& tile, const Activations& a, const int32_t* rows, 
   multiply_parts<Kind::bf16>(tile, a, rows, count, a.columns, 1, out);
 }
 
+// exp to about 2 units in the last place: exp(x) = 2^n * p(x - n ln 2), p the Taylor polynomial.
+// What is no number stays none: of two operands, the bounds return the second.
+inline __m256 exponential(__m256 x) {
+  x = _mm256_max_ps(_mm256_set1_ps(-87.0f), _mm256_min_ps(_mm256_set1_ps(88.0f), x));
+  const __m256 n = _mm256_round_ps(_mm256_mul_ps(x, _mm256_set1_ps(1.44269504f)),
+                                   _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+  __m256 r = _mm256_fnmadd_ps(n, _mm256_set1_ps(0.693359375f), x);
+  r = _mm256_fnmadd_ps(n, _mm256_set1_ps(-2.12194440e-4f), r);
+  __m256 p = _mm256_set1_ps(1.0f / 720);
+  const float coefficients[] = {1.0f / 120, 1.0f / 24, 1.0f / 6, 0.5f, 1.0f, 1.0f};
+  for (float c : coefficients) p = _mm256_fmadd_ps(p, r, _mm256_set1_ps(c));
+  const __m256i exponent = _mm256_add_epi32(_mm256_cvtps_epi32(n), _mm256_set1_epi32(127));
+  return _mm256_mul_ps(p, _mm256_castsi256_ps(_mm256_slli_epi32(exponent, 23)));
+}
+
 void swiglu(float* gate, const float* up, int64_t n) {
-  for (int64_t i = 0; i < n; ++i) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
+  const __m256 one = _mm256_set1_ps(1);
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256 g = _mm256_loadu_ps(gate + i);
+    const __m256 e = exponential(_mm256_sub_ps(_mm256_setzero_ps(), g));
+    const __m256 silu = _mm256_div_ps(g, _mm256_add_ps(one, e));
+    _mm256_storeu_ps(gate + i, _mm256_mul_ps(silu, _mm256_loadu_ps(up + i)));
+  }
+  for (; i < n; ++i) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
 }
 
 void axpy(float a, const float* x, float* y, int64_t n) {
@@ -387,23 +410,47 @@ void multiply_floats(const float* x, int64_t stride, int count, const float* mat
 }
 
 float exponentials(float* x, float scale, float largest, int64_t n) {
-  float sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += x[i] = expf(scale * (x[i] - largest));
+  const __m256 most = _mm256_set1_ps(largest), factor = _mm256_set1_ps(scale);
+  __m256 sums = _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256 below = _mm256_sub_ps(_mm256_loadu_ps(x + i), most);
+    const __m256 e = exponential(_mm256_mul_ps(below, factor));
+    sums = _mm256_add_ps(sums, e);
+    _mm256_storeu_ps(x + i, e);
+  }
+  float sum = sum_of(sums);
+  for (; i < n; ++i) sum += x[i] = expf(scale * (x[i] - largest));
   return sum;
 }
 
+float greatest(const float* x, int64_t n) {
+  __m256 lanes = _mm256_set1_ps(-INFINITY);
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) lanes = _mm256_max_ps(lanes, _mm256_loadu_ps(x + i));
+  float each[8], most = -INFINITY;
+  _mm256_storeu_ps(each, lanes);
+  for (float lane : each) most = lane > most ? lane : most;
+  for (; i < n; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
 void softmax(float* x, float scale, int64_t n) {
-  float largest = x[0];
-  for (int64_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
-  const float sum = exponentials(x, scale, largest, n);
-  for (int64_t i = 0; i < n; ++i) x[i] /= sum;
+  const float inverse = 1 / exponentials(x, scale, greatest(x, n), n);
+  for (int64_t i = 0; i < n; ++i) x[i] *= inverse;
 }
 
 float log_sum_exp(const float* x, float scale, int64_t n) {
-  float largest = x[0];
-  for (int64_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
-  float sum = 0;
-  for (int64_t i = 0; i < n; ++i) sum += expf(scale * (x[i] - largest));
+  const float largest = greatest(x, n);
+  const __m256 most = _mm256_set1_ps(largest), factor = _mm256_set1_ps(scale);
+  __m256 sums = _mm256_setzero_ps();
+  int64_t i = 0;
+  for (; i + 8 <= n; i += 8) {
+    const __m256 below = _mm256_sub_ps(_mm256_loadu_ps(x + i), most);
+    sums = _mm256_add_ps(sums, exponential(_mm256_mul_ps(below, factor)));
+  }
+  float sum = sum_of(sums);
+  for (; i < n; ++i) sum += expf(scale * (x[i] - largest));
   return scale * largest + logf(sum);
 }
 

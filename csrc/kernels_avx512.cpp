@@ -346,8 +346,9 @@ void multiply_bf16(const Tile& tile, const Activations& a, const int32_t* rows, 
 }
 
 // exp to about 2 units in the last place: exp(x) = 2^n * p(x - n ln 2), p the Taylor polynomial.
+// What is no number stays none: of two operands, the bounds return the second.
 inline __m512 exponential(__m512 x) {
-  x = _mm512_max_ps(_mm512_min_ps(x, _mm512_set1_ps(88.0f)), _mm512_set1_ps(-87.0f));
+  x = _mm512_max_ps(_mm512_set1_ps(-87.0f), _mm512_min_ps(_mm512_set1_ps(88.0f), x));
   const __m512 n = _mm512_roundscale_ps(_mm512_mul_ps(x, _mm512_set1_ps(1.44269504f)), 0);
   __m512 r = _mm512_fnmadd_ps(n, _mm512_set1_ps(0.693359375f), x);
   r = _mm512_fnmadd_ps(n, _mm512_set1_ps(-2.12194440e-4f), r);

@@ -281,6 +281,20 @@ def test_rms_norm_equals_the_reference(isa: str, rows: int, width: int, seed: in
 
 
 @needs_extension
+@pytest.mark.parametrize("width", [5, 8, 40])
+def test_what_is_no_number_stays_none(isa: str, width: int) -> None:
+    """Exponentials bound their argument, which must not hide that it is no number."""
+    x = torch.randn(2, width, generator=chance(0))
+    x[1, width // 2] = torch.nan
+    assert cpu.log_sums(x).isnan().tolist() == [False, True]
+    one = cpu.pack(torch.eye(width), "bf16")
+    layer = cpu.feed_forward_layer(None, (one, one, one))
+    assert cpu.feed_forward(layer, x).isnan().any(dim=1).tolist() == [False, True]
+    rule = cpu.router(torch.eye(width), top_k=1, scoring="softmax", normalise=False, factor=1.0)
+    assert cpu.route(rule, x, 1)[1].isnan().flatten().tolist() == [False, True]
+
+
+@needs_extension
 def test_zeros_and_infinities_are_no_trouble(isa: str) -> None:
     for weight_format in ("int8", "int4"):
         nothing = cpu.pack(torch.zeros(20, 40), weight_format)
