@@ -7,6 +7,7 @@ comes back unchanged. Special tokens and the chat form are spelled as DeepSeek s
 import codecs
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
@@ -24,6 +25,8 @@ from moescope.text.tokenizer_files import NAMED_TOKENS, read_tokenizer, spelling
 BOS = "<｜begin▁of▁sentence｜>"
 EOS = "<｜end▁of▁sentence｜>"
 PAD = "<｜▁pad▁｜>"
+WORD_MARK = "▁"
+"""SentencePiece's blank."""
 SPECIAL_TOKENS = (BOS, EOS, PAD, "<｜User｜>", "<｜Assistant｜>", "<think>", "</think>")
 SMALLEST_VOCABULARY = 256 + len(SPECIAL_TOKENS)
 LARGEST_VOCABULARY = 102_400
@@ -216,7 +219,10 @@ class Tokenizer:
         if token_id in self._added_ids:
             return token.encode()
         if not self.is_byte_level:
-            return self.decode([token_id]).encode()
+            byte = re.fullmatch("<0x([0-9A-F]{2})>", token)
+            return bytes([int(byte[1], 16)]) if byte else token.replace(WORD_MARK, " ").encode()
+        if not _BYTE_OF.keys() >= set(token):
+            return token.encode()
         return bytes(_BYTE_OF[character] for character in token)
 
     def made_bytes(self, token_id: int) -> bytes:
@@ -268,7 +274,7 @@ def set_around(
     backend: BackendTokenizer, *, begin: str | None = None, end: str | None = None
 ) -> None:
     """Have every text begin and end with certain tokens, which the vocabulary holds."""
-    single = " ".join([*([begin] if begin else []), "$A", *([end] if end else [])])
+    single = [*([begin] if begin else []), "$A", *([end] if end else [])]
     tokens = {token: backend.token_to_id(token) for token in (begin, end) if token}
     backend.post_processor = processors.TemplateProcessing(
         single=single, special_tokens=list(tokens.items())

@@ -59,6 +59,10 @@ class Fields:
             raise damaged(self._path, f"it lacks the list {key} of {kind.__name__}")
         return value
 
+    def find_items(self, key: str, kind: type[Kind]) -> list[Kind]:
+        """Return an array, an empty one where the key is not there."""
+        return self.items(key, kind) if key in self._metadata else []
+
 
 def _shown(value: Any) -> str:
     return f"a list of {len(value)}" if isinstance(value, list) else repr(value)[:80]
