@@ -31,6 +31,7 @@ from rich.table import Table
 from torch import Tensor
 
 from moescope.config import ModelConfig
+from moescope.families import read_config
 from moescope.kernels import cpu
 from moescope.machine import measure_gemm_peak
 
@@ -161,7 +162,7 @@ def run(
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure all engines in turn, `rounds` times, after a first round that does not count."""
-    config = ModelConfig.from_dict(SHAPES[shape])
+    config = read_config(SHAPES[shape])
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(config.vocab_size, (1, prompt_tokens), generator=generator)
     prompts = torch.randint(config.vocab_size, (BATCH, BATCH_PROMPT), generator=generator)

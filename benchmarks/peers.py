@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moescope.config import ModelConfig
+from moescope.families import config_fields
 from moescope.kernels import cpu
 from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM
@@ -132,7 +133,7 @@ class Transformers:
     def __init__(self, config: ModelConfig, one_layer: bool) -> None:
         from transformers import AutoConfig, AutoModelForCausalLM
 
-        fields = config.to_dict()
+        fields = config_fields(config)
         shape = AutoConfig.for_model(fields.pop("model_type"), **fields)
         with torch.device("meta"):
             model: Any = AutoModelForCausalLM.from_config(shape, dtype=torch.bfloat16)

@@ -22,7 +22,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moescope.catalog import catalog
-from moescope.config import ModelConfig
+from moescope.families import config_fields, read_config
 from moescope.kernels import cpu
 from moescope.lab.speed import PROMPT, predict_format
 from moescope.machine import Machine
@@ -43,7 +43,7 @@ MID = COMMON | {
     "v_head_dim": 64,
 }
 CONFIGS: dict[str, dict[str, Any]] = {
-    "tiny": catalog()["tiny"].config.to_dict(),
+    "tiny": config_fields(catalog()["tiny"].config),
     "S": SHAPES["S"],
     "mid": MID,
     "L3": LITE | {"num_hidden_layers": 3},
@@ -67,7 +67,7 @@ def measure(model: CausalLM, ids: torch.Tensor) -> dict[str, float]:
 @torch.inference_mode()
 def run(shape: str, weight_format: str, rounds: int) -> dict[str, Any]:
     """Predict and measure one shape in one format, in turns, after a measurement to warm up."""
-    config = ModelConfig.from_dict(CONFIGS[shape])
+    config = read_config(CONFIGS[shape])
     generator = torch.Generator().manual_seed(1)
     ids = torch.randint(config.vocab_size, (1, PROMPT + NEW_TOKENS), generator=generator)
     is_packed = weight_format in FORMATS

@@ -40,6 +40,7 @@ from rich.console import Console
 from rich.table import Table
 
 from moescope.config import ModelConfig
+from moescope.families import read_config
 from moescope.kernels import cpu
 
 CLIENTS, TURNS = 8, 4
@@ -240,7 +241,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for all numbers")
     parser.add_argument("--folder", type=Path, help="where the model is kept from run to run")
     given = parser.parse_args()
-    config = ModelConfig.from_dict(SHAPES[given.shape])
+    config = read_config(SHAPES[given.shape])
     console = Console(width=140)
     with ExitStack() as stack:
         folder = given.folder or Path(stack.enter_context(tempfile.TemporaryDirectory()))

@@ -22,6 +22,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from moescope import kernels
+from moescope.families import config_fields
 from moescope.machine import measure_gemm_peak
 from moescope.model.decoder import CausalLM, initialise
 from moescope.training.allocator import keep_freed_memory
@@ -55,7 +56,7 @@ def ours(config: TrainConfig, optimizer_kind: str, ids: Tensor) -> Callable[[], 
 
 def theirs(config: TrainConfig, ids: Tensor) -> Callable[[], None]:
     """The same step with `transformers`: float32 weights, bf16 autocast, fused AdamW."""
-    fields = config.model.to_dict()
+    fields = config_fields(config.model)
     fields.pop("architectures")
     model = AutoModelForCausalLM.from_config(DeepseekV3Config(**fields))
     model.set_experts_implementation("grouped_mm")

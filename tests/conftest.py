@@ -5,7 +5,7 @@ import torch
 from hypothesis import settings
 
 from moescope.api import Model
-from moescope.config import ModelConfig
+from moescope.families import read_config
 from moescope.kernels import fusion
 from moescope.model.decoder import CausalLM, initialise
 from moescope.text.tokenizer import Tokenizer
@@ -29,7 +29,7 @@ def model() -> Model:
     """A DeepSeek-V3 of a few thousand random weights, with its own vocabulary."""
     texts = [f"床前明月光 {n} the moon before my bed, is it frost? 😀\n" * 3 for n in range(200)]
     tokenizer = Tokenizer.train_on_texts(texts, 300, progress=False)
-    config = ModelConfig.from_dict(
+    config = read_config(
         {
             "model_type": "deepseek_v3",
             "vocab_size": 300,

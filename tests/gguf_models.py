@@ -6,7 +6,7 @@ from typing import Any
 
 import torch
 
-from moescope.config import ModelConfig
+from moescope.families import read_config
 from moescope.model.decoder import CausalLM, initialise
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
@@ -53,7 +53,7 @@ VARIANTS: dict[str, dict[str, Any]] = {
 
 def network(fields: dict[str, Any]) -> CausalLM:
     """Return a network of random weights and, where it has them, random router biases."""
-    made = CausalLM(ModelConfig.from_dict(fields))
+    made = CausalLM(read_config(fields))
     initialise(made, seed=0)
     generator = torch.Generator().manual_seed(1)
     for name, buffer in made.named_buffers():

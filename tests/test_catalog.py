@@ -13,7 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from moescope import catalog as catalog_module
 from moescope.catalog import BOX, Parameters, catalog, count_parameters
-from moescope.config import ModelConfig
+from moescope.families import config_fields, read_config
 from moescope.model.decoder import CausalLM
 
 PUBLISHED = {name: entry for name, entry in catalog().items() if "/" in entry.source}
@@ -92,7 +92,7 @@ def test_with_prediction_and_its_own_copies_v3_has_the_hubs_685_billion() -> Non
 
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "deepseek-moe-16b"])
 def test_transformers_makes_as_many_of_the_same_config(name: str) -> None:
-    fields = PUBLISHED[name].config.to_dict()
+    fields = config_fields(PUBLISHED[name].config)
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))
     assert count(name).total == sum(parameter.numel() for parameter in theirs.parameters())
@@ -124,7 +124,7 @@ SHAPES = st.fixed_dictionaries(
 @given(SHAPES)
 @settings(max_examples=30)
 def test_every_part_follows_the_papers_equations(shape: dict) -> None:
-    found = count_parameters(ModelConfig.from_dict({"model_type": "deepseek_v3", **shape}))
+    found = count_parameters(read_config({"model_type": "deepseek_v3", **shape}))
     hidden, heads, layers = (
         shape[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers")
     )
@@ -157,7 +157,7 @@ def test_every_part_follows_the_papers_equations(shape: dict) -> None:
 @given(SHAPES)
 @settings(max_examples=10)
 def test_the_parts_add_up_to_the_weights_of_a_real_model(shape: dict) -> None:
-    config = ModelConfig.from_dict({"model_type": "deepseek_v3", **shape})
+    config = read_config({"model_type": "deepseek_v3", **shape})
     counted = dataclasses.asdict(count_parameters(config))
     total, mtp = counted.pop("total"), counted["mtp"]
     for other in ("active", "active_without_embedding"):
@@ -169,7 +169,7 @@ def test_the_parts_add_up_to_the_weights_of_a_real_model(shape: dict) -> None:
 def test_a_folder_of_the_box_is_in_the_catalog(tmp_path: Path, monkeypatch) -> None:
     (tmp_path / "mini").mkdir()
     config = PUBLISHED["deepseek-r1-distill-qwen-1.5b"].config
-    (tmp_path / "mini/config.json").write_text(json.dumps(config.to_dict()))
+    (tmp_path / "mini/config.json").write_text(json.dumps(config_fields(config)))
     monkeypatch.setattr(catalog_module, "BOX", tmp_path)
     assert next(iter(catalog())) == "mini"
     assert catalog()["mini"].config == config
@@ -178,5 +178,5 @@ def test_a_folder_of_the_box_is_in_the_catalog(tmp_path: Path, monkeypatch) -> N
 @pytest.mark.skipif(not (BOX / "tiny").exists(), reason="the model in the box is not built yet")
 def test_the_model_in_the_box_has_its_recipes_shape() -> None:
     recipe = Path(__file__).parents[1] / "recipes/tiny/moe.toml"
-    wanted = ModelConfig.from_dict(tomllib.loads(recipe.read_text())["model"])
+    wanted = read_config(tomllib.loads(recipe.read_text())["model"])
     assert catalog()["tiny"].config == wanted

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from moescope.config import ModelConfig
+from moescope.families import open_config, read_config
 from moescope.model.decoder import without_numbers
 
 BOX = Path(__file__).parent / "box"
@@ -170,12 +171,12 @@ class Entry:
 def catalog() -> dict[str, Entry]:
     """Return every shape by its short name, the model in the box first."""
     entries = {
-        path.parent.name: Entry("in the box", ModelConfig.from_file(path))
+        path.parent.name: Entry("in the box", open_config(path))
         for path in sorted(BOX.glob("*/config.json"))
     }
     for source, fields in _PUBLISHED.items():
         name = source.split("/")[1].lower().removesuffix("-base")
-        entries[name] = Entry(source, ModelConfig.from_dict(fields, source))
+        entries[name] = Entry(source, read_config(fields, source))
     return entries
 
 

@@ -1,20 +1,15 @@
-"""The shape of a model: the fields of the `config.json` that DeepSeek publishes, checked on load.
+"""The shape of a model: what the network can be switched to, by DeepSeek's names.
 
-One class serves every family. `model_type` and the fields switch what the network does; nothing
-else does. Fields that other software writes into `config.json` and that the network does not
-need are ignored on load.
+One class serves every family, and its fields alone switch what the network does. How each family
+spells them in its `config.json` is in `families/`.
 """
 
-import json
-from pathlib import Path
 from typing import Annotated, Any, Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from moescope.errors import UserError
-from moescope.files import write_text
 
-ModelType = Literal["deepseek", "deepseek_v2", "deepseek_v3", "llama", "qwen2"]
 TopkMethod = Literal[
     "greedy",
     "group_limited_greedy",
@@ -26,6 +21,8 @@ TopkMethod = Literal[
     "random",
 ]
 
+LayerType = Literal["full_attention", "sliding_attention"]
+
 Layers = Annotated[int, Field(gt=0, le=1024)]
 Count = Annotated[int, Field(gt=0, le=2**14)]
 Size = Annotated[int, Field(gt=0, le=2**20)]
@@ -34,14 +31,6 @@ Factor = Annotated[float, Field(gt=0, le=1e9)]
 Weight = Annotated[float, Field(ge=0, le=1e9)]
 Ids = Annotated[int, Field(gt=0, le=2**24)]
 """Bounds far above any model: nothing that a damaged config asks for takes forever or overflows."""
-
-ARCHITECTURES: dict[str, str] = {
-    "deepseek": "DeepseekForCausalLM",
-    "deepseek_v2": "DeepseekV2ForCausalLM",
-    "deepseek_v3": "DeepseekV3ForCausalLM",
-    "llama": "LlamaForCausalLM",
-    "qwen2": "Qwen2ForCausalLM",
-}
 
 
 class RopeScaling(BaseModel):
@@ -56,6 +45,7 @@ class RopeScaling(BaseModel):
     beta_slow: Factor = 1.0
     mscale: Weight | None = None
     mscale_all_dim: Weight | None = None
+    truncate: bool = True
     attention_factor: Weight | None = None
     low_freq_factor: Weight | None = None
     high_freq_factor: Weight | None = None
@@ -64,16 +54,39 @@ class RopeScaling(BaseModel):
 class ModelConfig(BaseModel):
     """Every size and switch of the network, by DeepSeek's names.
 
-    A family without routed experts (`n_routed_experts` null) is dense. A family without
-    `kv_lora_rank` uses grouped-query attention instead of multi-head latent attention.
+    A model without routed experts (`n_routed_experts` null) is dense. One without `kv_lora_rank`
+    uses grouped-query attention instead of multi-head latent attention.
 
-    `trained_length` is moescope's own: tokens of the rows that the weights were trained on, where
-    that is known. A model may accept more (`max_position_embeddings`), but was never shown more.
+    Attributes:
+        trained_length: tokens of the rows that the weights were trained on, where that is known
+            (moescope's own field). A model may accept more (`max_position_embeddings`), but was
+            never shown more.
+        partial_rotary_factor: share of a grouped-query head that is rotated, from its front.
+        attention_bias: biases of the projections into attention.
+        attention_out_bias: a bias of `o_proj`; None means as `attention_bias`.
+        attention_sinks: a learned logit a head that joins the softmax and takes no value.
+        qk_norm: RMSNorm of queries and keys before the rotation: of each `head`, or of the `full`
+            width at once.
+        clip_qkv: bound on the magnitude of queries, keys and values.
+        sliding_window: slots that a query sees, its own included, in the layers that
+            `layer_types` calls `sliding_attention`; in all of them where that is null.
+        attention_multiplier: of the attention logits, instead of `qk_head_dim ** -0.5`.
+        embedding_multiplier: of what the embedding hands on.
+        residual_multiplier: of what attention and feed-forward part add.
+        logits_scaling: by which logits are divided.
+        mlp_layer_types: `dense` or `sparse` for each layer; overrides `first_k_dense_replace` and
+            `moe_layer_freq`.
+        expert_act: `silu` is `silu(gate) * up`; `swigluoai` is gpt-oss's
+            `gate * sigmoid(1.702 * gate) * (up + 1)`.
+        expert_bias: biases of the routed experts' three matrices.
+        swiglu_limit: bounds `gate` from above and `up` from both sides before they meet.
+        router_bias: a bias of the map that scores experts.
+        softmax_after_topk: weights are a softmax over the chosen logits alone.
     """
 
     model_config = ConfigDict(frozen=True, extra="ignore", allow_inf_nan=False)
 
-    model_type: ModelType
+    model_type: str
     vocab_size: Ids
     hidden_size: Size
     intermediate_size: Size
@@ -87,7 +100,18 @@ class ModelConfig(BaseModel):
     rope_theta: float = Field(default=10000.0, gt=1)
     rope_scaling: RopeScaling | None = None
     rope_interleave: bool = True
+    partial_rotary_factor: float = Field(default=1.0, gt=0, le=1)
     attention_bias: bool = False
+    attention_out_bias: bool | None = None
+    attention_sinks: bool = False
+    qk_norm: Literal["none", "head", "full"] = "none"
+    clip_qkv: Factor | None = None
+    sliding_window: Positions | None = None
+    layer_types: tuple[LayerType, ...] | None = None
+    attention_multiplier: Factor | None = None
+    embedding_multiplier: Factor = 1.0
+    residual_multiplier: Factor = 1.0
+    logits_scaling: Factor = 1.0
     tie_word_embeddings: bool = False
     hidden_act: Literal["silu"] = "silu"
     initializer_range: float = Field(default=0.02, gt=0)
@@ -107,7 +131,13 @@ class ModelConfig(BaseModel):
     moe_intermediate_size: Size | None = None
     moe_layer_freq: int = Field(default=1, gt=0)
     first_k_dense_replace: int = Field(default=0, ge=0)
-    scoring_func: Literal["softmax", "sigmoid"] = "softmax"
+    mlp_layer_types: tuple[Literal["dense", "sparse"], ...] | None = None
+    expert_act: Literal["silu", "swigluoai"] = "silu"
+    expert_bias: bool = False
+    swiglu_limit: Factor | None = None
+    router_bias: bool = False
+    scoring_func: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"
+    softmax_after_topk: bool = False
     topk_method: TopkMethod = "greedy"
     n_group: Count | None = None
     topk_group: Count | None = None
@@ -127,8 +157,23 @@ class ModelConfig(BaseModel):
             return self.required("qk_nope_head_dim") + self.required("qk_rope_head_dim")
         return self.head_dim or self.hidden_size // self.num_attention_heads
 
+    @property
+    def rotary_dim(self) -> int:
+        """How many numbers of a query or key head are rotated."""
+        if self.uses_mla:
+            return self.required("qk_rope_head_dim")
+        return int(self.qk_head_dim * self.partial_rotary_factor)
+
+    def window_of(self, layer_idx: int) -> int | None:
+        """How many slots a query of a layer sees, its own included; None for all."""
+        if self.layer_types is not None and self.layer_types[layer_idx] == "full_attention":
+            return None
+        return self.sliding_window
+
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether the feed-forward part of layer `layer_idx` is a mixture of experts."""
+        if self.mlp_layer_types is not None and layer_idx < len(self.mlp_layer_types):
+            return self.mlp_layer_types[layer_idx] == "sparse"
         return (
             self.n_routed_experts is not None
             and layer_idx >= self.first_k_dense_replace
@@ -146,38 +191,6 @@ class ModelConfig(BaseModel):
             raise UserError(f"the model's config lacks `{field}`; add it to config.json")
         return value
 
-    @model_validator(mode="before")
-    @classmethod
-    def _read_dialects(cls, data: Any) -> Any:
-        """Bring what publishers and `transformers` write under DeepSeek's names."""
-        if not isinstance(data, dict):
-            return data
-        fields: dict[str, Any] = {**data}  # pyright: ignore[reportUnknownVariableType]
-        for field in ("rope_parameters", "rope_scaling"):
-            if not isinstance(fields.get(field) or {}, dict):
-                raise ValueError(f"`{field}` is {fields[field]!r}: input should be an object")
-        rope: dict[str, Any] = fields.get("rope_parameters") or {}
-        if "rope_theta" in rope:
-            fields.setdefault("rope_theta", rope["rope_theta"])
-        scaling: dict[str, Any] = {**(fields.get("rope_scaling") or rope)}
-        kind = scaling.get("type") or scaling.get("rope_type")
-        fields["rope_scaling"] = None if kind in (None, "default") else {**scaling, "type": kind}
-        if fields.get("model_type") == "deepseek_v3":
-            fields.setdefault("scoring_func", "sigmoid")
-            fields.setdefault("topk_method", "noaux_tc")
-            fields.setdefault("norm_topk_prob", True)
-            fields.setdefault("routed_scaling_factor", 2.5)
-        if fields.get("model_type") in ("llama", "qwen2", "deepseek"):
-            fields["rope_interleave"] = False
-        if fields.get("model_type") == "qwen2":
-            fields["attention_bias"] = True
-        if fields.get("model_type") in ("llama", "qwen2"):
-            fields["n_routed_experts"] = None
-        if fields.get("n_group") is None and fields.get("topk_method") == "noaux_tc":
-            fields["n_group"] = fields["topk_group"] = 1
-        fields.setdefault("num_key_value_heads", fields.get("num_attention_heads"))
-        return {name: value for name, value in fields.items() if value is not None}
-
     @model_validator(mode="after")
     def _check(self) -> Self:
         if self.uses_mla:
@@ -188,9 +201,17 @@ class ModelConfig(BaseModel):
                 f"num_attention_heads {self.num_attention_heads} is no multiple of "
                 f"num_key_value_heads {self.num_key_value_heads}"
             )
-        rotated = self.qk_rope_head_dim if self.uses_mla else self.qk_head_dim
-        if rotated is not None and rotated % 2:
-            raise ValueError(f"rotary positions need an even width, not {rotated}")
+        if self.rotary_dim % 2:
+            raise ValueError(f"rotary positions need an even width, not {self.rotary_dim}")
+        for field in ("layer_types", "mlp_layer_types"):
+            types = getattr(self, field)
+            if types is not None and len(types) != self.num_hidden_layers:
+                raise ValueError(
+                    f"{field} names {len(types)} layers, but num_hidden_layers is "
+                    f"{self.num_hidden_layers}"
+                )
+        if self.layer_types and "sliding_attention" in self.layer_types:
+            self.required("sliding_window")
         if self.n_routed_experts is not None:
             self._check_experts(self.n_routed_experts)
         return self
@@ -215,50 +236,25 @@ class ModelConfig(BaseModel):
                     f"num_experts_per_tok {top_k} exceeds the experts of topk_group {topk_group}"
                 )
 
-    @classmethod
-    def from_dict(cls, fields: dict[str, Any], source: str = "config.json") -> "ModelConfig":
-        """Check `fields`, as read from a `config.json`.
 
-        Raises:
-            UserError: a field is missing or wrong; the sentence names it and its value.
-        """
-        try:
-            return cls.model_validate(fields)
-        except ValidationError as error:
-            raise UserError(f"{source}: {one_sentence(error)}") from error
-        except UserError as error:
-            raise UserError(f"{source}: {error}") from error
+def checked(fields: dict[str, Any], source: str) -> ModelConfig:
+    """Check fields by the names of `ModelConfig`.
 
-    @classmethod
-    def from_file(cls, path: Path) -> "ModelConfig":
-        """Read and check a `config.json`.
+    Args:
+        fields: what a family's dialect was read into.
+        source: where they stand, for the message.
 
-        Raises:
-            UserError: there is no such file, it is no JSON object, or a field is wrong.
-        """
-        try:
-            fields = json.loads(Path(path).read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise UserError(f"there is no {path}; name a folder that holds config.json") from error
-        except (OSError, ValueError) as error:
-            raise UserError(f"cannot read {path} as JSON: {error}") from error
-        if not isinstance(fields, dict):
-            raise UserError(f"{path} holds no JSON object; a model's config is one")
-        return cls.from_dict(fields, str(path))  # pyright: ignore[reportUnknownArgumentType]
-
-    def to_dict(self) -> dict[str, Any]:
-        """Return the fields as DeepSeek's `config.json` (and `transformers`) spell them."""
-        fields = self.model_dump(exclude_none=True)
-        fields["architectures"] = [ARCHITECTURES[self.model_type]]
-        # `transformers` gives a null field its default, so absent and null must be told apart.
-        fields |= {"bos_token_id": self.bos_token_id, "eos_token_id": self.eos_token_id}
-        if self.uses_mla:
-            fields["q_lora_rank"] = self.q_lora_rank
-        return fields
-
-    def save(self, path: Path) -> None:
-        """Write `config.json`, atomically."""
-        write_text(path, json.dumps(self.to_dict(), indent=2, ensure_ascii=False) + "\n")
+    Raises:
+        UserError: a field is missing or wrong; the sentence names it and its value.
+    """
+    try:
+        return ModelConfig.model_validate(
+            {name: value for name, value in fields.items() if value is not None}
+        )
+    except ValidationError as error:
+        raise UserError(f"{source}: {one_sentence(error)}") from error
+    except UserError as error:
+        raise UserError(f"{source}: {error}") from error
 
 
 def one_sentence(error: ValidationError) -> str:

@@ -8,6 +8,7 @@ from rich.cells import cell_len
 
 from moescope.catalog import catalog
 from moescope.cli.main import run
+from moescope.families import save_config
 from moescope.lab.plan import Plan
 
 
@@ -55,7 +56,7 @@ def test_machines_read_one_object_or_a_list(capsys) -> None:
 def test_brackets_in_a_name_are_no_markup(tmp_path, capsys) -> None:
     folder = tmp_path / "[bold]"
     folder.mkdir()
-    catalog()["deepseek-v2-lite"].config.save(folder / "config.json")
+    save_config(catalog()["deepseek-v2-lite"].config, folder / "config.json")
     assert run(["plan", str(folder)]) == 0
     assert "[bold]" in capsys.readouterr().out.replace("\n", "")
 

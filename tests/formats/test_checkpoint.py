@@ -8,17 +8,18 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from moescope.api import Model
-from moescope.checkpoint import INDEX, WEIGHTS, load_model, save_weights
-from moescope.config import ModelConfig
+from moescope.checkpoint import load_model, save_weights
 from moescope.errors import UserError
+from moescope.families import config_fields, read_config
+from moescope.formats.safetensors import INDEX, WEIGHTS
 from moescope.model.decoder import CausalLM, initialise
 
 
 @pytest.fixture
 def network(model: Model) -> CausalLM:
     """The small model, with a prediction depth and biases that are not zero."""
-    fields = {**model.config.to_dict(), "num_nextn_predict_layers": 1}
-    made = CausalLM(ModelConfig.from_dict(fields))
+    fields = {**config_fields(model.config), "num_nextn_predict_layers": 1}
+    made = CausalLM(read_config(fields))
     initialise(made, seed=3)
     generator = torch.Generator().manual_seed(4)
     for name, tensor in made.state_dict().items():
@@ -137,8 +138,8 @@ def test_int8_rows_come_back_within_half_a_step(network: CausalLM, tmp_path: Pat
 
 
 def test_tied_weights_are_written_once_and_shared_again(model: Model, tmp_path: Path) -> None:
-    fields = {**model.config.to_dict(), "tie_word_embeddings": True}
-    tied = CausalLM(ModelConfig.from_dict(fields))
+    fields = {**config_fields(model.config), "tie_word_embeddings": True}
+    tied = CausalLM(read_config(fields))
     initialise(tied, seed=0)
     save_weights(tied, tmp_path)
     assert "lm_head.weight" not in load_file(tmp_path / WEIGHTS)
@@ -252,7 +253,7 @@ def test_a_full_disk_keeps_the_old_weights(
     def full(*_: Any, **__: Any) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("moescope.checkpoint.save_file", full)
+    monkeypatch.setattr("moescope.formats.safetensors.save_file", full)
     with pytest.raises(UserError, match="No space left on device; free some space"):
         save_weights(network, folder)
     assert (folder / WEIGHTS).read_bytes() == before

@@ -17,10 +17,11 @@ from safetensors.torch import load_file, save_file
 
 import moescope
 from moescope.api import Model
-from moescope.checkpoint import WEIGHTS, save_weights
+from moescope.checkpoint import save_weights
 from moescope.cli.main import run
 from moescope.errors import UserError
 from moescope.formats.gguf.container import GgufFile
+from moescope.formats.safetensors import WEIGHTS
 
 SECONDS = 5
 """That an attempt may take; an intact file takes a hundredth of it."""

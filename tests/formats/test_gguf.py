@@ -25,6 +25,7 @@ from moescope.api import Model
 from moescope.checkpoint import load_model
 from moescope.cli.main import run
 from moescope.config import ModelConfig
+from moescope.families import config_fields
 from moescope.formats.gguf.container import GgufFile
 
 try:
@@ -125,7 +126,7 @@ def test_published_shapes_come_back(tmp_path: Path) -> None:
     narrow = {"num_hidden_layers": 4, "hidden_size": 32, "intermediate_size": 32, "vocab_size": 300}
     narrow |= {"moe_intermediate_size": 32, "num_attention_heads": 2, "num_key_value_heads": 2}
     for name in ("deepseek-v2-lite", "deepseek-v3"):
-        fields = moescope.plan(name).config.to_dict() | narrow
+        fields = config_fields(moescope.plan(name).config) | narrow
         made = network(fields | {"num_nextn_predict_layers": 0})
         config = moescope.plan(write(made, tmp_path / "model.gguf", "F16")).config
         assert told(config) == told(made.config)

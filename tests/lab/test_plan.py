@@ -11,7 +11,7 @@ from torch.utils.flop_counter import FlopCounterMode
 import moescope
 from moescope import UserError
 from moescope.catalog import catalog
-from moescope.config import ModelConfig
+from moescope.families import config_fields, read_config
 from moescope.lab import plan as plan_module
 from moescope.lab.plan import CONTEXT, Plan, plan
 from moescope.machine import Machine
@@ -89,7 +89,7 @@ def test_v2s_cache_at_six_bits_is_the_published_share_smaller_than_67bs() -> Non
 
 @pytest.mark.parametrize("fields", [LATENT, GROUPED], ids=["latent", "grouped"])
 def test_the_cache_of_a_real_run_is_as_large(fields: dict, tmp_path: Path) -> None:
-    config = ModelConfig.from_dict(fields)
+    config = read_config(fields)
     model = CausalLM(config)
     initialise(model, seed=0)
     kept: list[torch.Tensor] = []
@@ -126,7 +126,7 @@ class FullCache:
 
 def counted_flops(fields: dict, tokens: int, cache: FullCache | None = None) -> int:
     """Let PyTorch count the products of a pass over `tokens` tokens."""
-    model = CausalLM(ModelConfig.from_dict(fields))
+    model = CausalLM(read_config(fields))
     initialise(model, seed=0)
     positions = torch.arange(tokens)[None] + (cache.slots - 1 if cache else 0)
     # The fused kernel's products are not counted; those of plain attention are.
@@ -196,7 +196,7 @@ def test_a_gpu_is_a_second_place(machine) -> None:
 
 def test_a_folder_its_file_and_a_name_lead_to_the_same_config(tmp_path: Path) -> None:
     config = catalog()["deepseek-v3"].config
-    folder = write(tmp_path / "v3", config.to_dict())
+    folder = write(tmp_path / "v3", config_fields(config))
     asked = [
         folder,
         folder / "config.json",

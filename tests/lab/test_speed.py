@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from moescope.catalog import catalog, count_parameters
-from moescope.config import ModelConfig
+from moescope.families import read_config
 from moescope.kernels import cpu
 from moescope.lab import speed as module
 from moescope.lab.speed import _Taken, _whole, predict, predict_format, random_model, sample_shape
@@ -12,7 +12,7 @@ from moescope.model.cache import Cache
 from moescope.model.moe import GroupedExperts
 
 CACHE = 2**25
-SMALL = ModelConfig.from_dict(
+SMALL = read_config(
     {
         "model_type": "deepseek_v2",
         "vocab_size": 256,

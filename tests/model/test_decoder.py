@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from moescope.config import ModelConfig
+from moescope.families import read_config
 from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM, initialise
 from moescope.model.recorder import Recorder
@@ -44,7 +44,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def network(model_type: str, **more: Any) -> CausalLM:
-    config = ModelConfig.from_dict({**FAMILIES[model_type], "model_type": model_type, **more})
+    config = read_config({**FAMILIES[model_type], "model_type": model_type, **more})
     made = CausalLM(config)
     initialise(made, seed=0)
     return made.double().eval()

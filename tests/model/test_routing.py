@@ -8,7 +8,7 @@ from hypothesis import assume, given
 from hypothesis import strategies as st
 from torch import Tensor
 
-from moescope.config import ModelConfig
+from moescope.families import read_config
 from moescope.model.routing import ROUTERS, UNUSED, Router, Routing
 
 HIDDEN, VOCAB = 8, 50
@@ -31,7 +31,7 @@ def router_of(topk_method: str, n_group: int, group_size: int, top_k: int, **mor
         "topk_method": topk_method,
         **more,
     }
-    router = ROUTERS[topk_method](ModelConfig.from_dict(fields))
+    router = ROUTERS[topk_method](read_config(fields))
     with torch.no_grad():
         router.weight.copy_(torch.randn(router.weight.shape, generator=chance(11)))
     return router

@@ -11,6 +11,7 @@ from torch import Tensor
 from moescope.api import Model
 from moescope.config import ModelConfig
 from moescope.errors import UserError
+from moescope.families import read_config
 from moescope.model.decoder import CausalLM, initialise
 from moescope.model.moe import MoE
 from moescope.model.routing import ROUTERS, UNUSED, Router, Routing
@@ -38,7 +39,7 @@ def config_of(topk_method: str, **more: Any) -> ModelConfig:
         "routed_scaling_factor": 1.5,
         **more,
     }
-    return ModelConfig.from_dict(fields)
+    return read_config(fields)
 
 
 def router_of(config: ModelConfig) -> Router:

@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from moescope.config import ModelConfig
+from moescope.families import read_config
 from moescope.kernels import cpu
 from moescope.model.routing import ROUTERS, UNUSED, Router
 from moescope.model.steering import SteeredRouter, Steering
@@ -38,7 +39,7 @@ def config_of(topk_method: str, **more: Any) -> ModelConfig:
         "routed_scaling_factor": 1.5,
         **more,
     }
-    return ModelConfig.from_dict(fields)
+    return read_config(fields)
 
 
 def router_of(config: ModelConfig, seed: int) -> Router:

@@ -19,8 +19,8 @@ from moescope.api import Model, load
 from moescope.catalog import count_parameters
 from moescope.checkpoint import save_weights
 from moescope.cli.main import run
-from moescope.config import ModelConfig
 from moescope.errors import UserError
+from moescope.families import read_config
 from moescope.kernels import cpu
 from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM, Decoder, initialise
@@ -72,7 +72,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
 
 
 def network(family: str, seed: int = 0) -> CausalLM:
-    made = CausalLM(ModelConfig.from_dict({**SMALL, **FAMILIES[family]}))
+    made = CausalLM(read_config({**SMALL, **FAMILIES[family]}))
     initialise(made, seed)
     return made.eval().requires_grad_(False)
 

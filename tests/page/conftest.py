@@ -20,7 +20,7 @@ import moescope
 from moescope.api import Model
 from moescope.catalog import BOX
 from moescope.checkpoint import save_weights
-from moescope.config import ModelConfig
+from moescope.families import config_fields, open_config, read_config
 from moescope.model.decoder import CausalLM, initialise
 from moescope.text.tokenizer import Tokenizer
 
@@ -107,8 +107,8 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
         **{"num_attention_heads": 8, "num_key_value_heads": 8, "kv_lora_rank": 16},
         **{"qk_nope_head_dim": 8, "qk_rope_head_dim": 8, "v_head_dim": 8},
     }
-    tiny = ModelConfig.from_file(BOX / "tiny" / "config.json").to_dict()
-    network = CausalLM(ModelConfig.from_dict(tiny | shape))
+    tiny = config_fields(open_config(BOX / "tiny" / "config.json"))
+    network = CausalLM(read_config(tiny | shape))
     initialise(network, seed=0)
     folder = tmp_path_factory.mktemp("models") / "large"
     save_weights(network, folder, dtype=torch.bfloat16)

@@ -9,7 +9,7 @@ import torch
 import moescope
 from moescope.api import Model
 from moescope.checkpoint import save_weights
-from moescope.config import ModelConfig
+from moescope.families import config_fields, read_config
 from moescope.kernels import cpu
 from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM, initialise
@@ -51,8 +51,8 @@ VARIANTS: dict[str, dict[str, Any]] = {
 def test_the_kernels_count_what_the_routing_says(
     variant: str, weight_format: str, model: Model, tmp_path: Path
 ) -> None:
-    fields = model.config.to_dict() | {"num_experts_per_tok": 2} | VARIANTS[variant]
-    network = CausalLM(ModelConfig.from_dict(fields))
+    fields = config_fields(model.config) | {"num_experts_per_tok": 2} | VARIANTS[variant]
+    network = CausalLM(read_config(fields))
     initialise(network, seed=1)
     save_weights(network, tmp_path)
     model.tokenizer.save(tmp_path)

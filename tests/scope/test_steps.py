@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from moescope.api import Model, sampling_params
-from moescope.config import ModelConfig
+from moescope.families import config_fields, read_config
 from moescope.model.decoder import CausalLM, initialise
 from moescope.scope.recording import record
 from moescope.scope.steps import End, TokenStep, read, stream
@@ -129,7 +129,7 @@ def test_bytes_spell_a_character_in_pieces(model: Model) -> None:
 
 
 def test_a_dense_model_has_no_layer_steps(model: Model) -> None:
-    config = ModelConfig.from_dict(model.config.to_dict() | {"n_routed_experts": None})
+    config = read_config(config_fields(model.config) | {"n_routed_experts": None})
     network = CausalLM(config)
     initialise(network, 0)
     dense = Model("dense", network, model.tokenizer)

@@ -8,8 +8,8 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from moescope.api import Model
-from moescope.config import ModelConfig
 from moescope.errors import UserError
+from moescope.families import config_fields, read_config
 from moescope.model.decoder import CausalLM, initialise
 from moescope.model.recorder import Recorder
 from moescope.scope.trace import Trace
@@ -165,8 +165,8 @@ def test_tracing_costs_no_operation_when_off_and_changes_no_bit_when_on(
 def test_routers_with_uneven_choices_are_counted_token_by_token(
     model: Model, topk_method: str
 ) -> None:
-    fields = {**model.config.to_dict(), "topk_method": topk_method}
-    network = CausalLM(ModelConfig.from_dict(fields))
+    fields = {**config_fields(model.config), "topk_method": topk_method}
+    network = CausalLM(read_config(fields))
     initialise(network, seed=1)
     traced = Model("other", network, model.tokenizer).trace(TEXT)
     total = sum(parameter.numel() for parameter in network.parameters())
@@ -186,7 +186,7 @@ def test_a_dense_model_has_no_routers_and_uses_everything(model: Model) -> None:
         "num_attention_heads": 4,
         "num_key_value_heads": 2,
     }
-    network = CausalLM(ModelConfig.from_dict(fields))
+    network = CausalLM(read_config(fields))
     initialise(network, seed=0)
     traced = Model("dense", network, model.tokenizer).trace(TEXT)
     assert all(layer.router is None for layer in traced.layers)

@@ -6,7 +6,7 @@ from questions import write_run
 from starlette.testclient import TestClient
 
 from moescope.api import Model
-from moescope.config import ModelConfig
+from moescope.families import config_fields, read_config
 from moescope.model.decoder import CausalLM, initialise
 from moescope.scope.specialization import Specialization, TypicalToken
 from moescope.server.app import create_app
@@ -19,7 +19,7 @@ def home(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Path:
     shelf = tmp_path_factory.mktemp("shelf")
     home = shelf / "small"
     model.save(home)
-    config = ModelConfig.from_dict(model.config.to_dict() | {"n_routed_experts": None})
+    config = read_config(config_fields(model.config) | {"n_routed_experts": None})
     twin = CausalLM(config)
     initialise(twin, seed=1)
     Model("twin", twin, model.tokenizer).save(shelf / "small-dense")

@@ -13,6 +13,7 @@ from typing import Any, ClassVar
 from moescope.catalog import Parameters, catalog, count_parameters
 from moescope.config import ModelConfig
 from moescope.errors import UserError
+from moescope.families import config_fields, open_config
 from moescope.formats.gguf.model import GgufModel, is_gguf
 from moescope.lab.speed import PROMPT, Prediction, predict
 from moescope.lab.widths import cached_numbers, cached_width, expanded_width, plain_numbers
@@ -150,7 +151,7 @@ class Plan(Saved):
 
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
-        return {**dataclasses.asdict(self), "config": self.config.to_dict()}
+        return {**dataclasses.asdict(self), "config": config_fields(self.config)}
 
 
 def plan(name_or_path: str | Path, *, speed: bool = False, prompt: int = PROMPT) -> Plan:
@@ -191,7 +192,7 @@ def _find(name: str) -> tuple[str, ModelConfig]:
         return str(path), GgufModel(path).config
     for file in (path / "config.json", path):
         if file.is_file():
-            return str(file), ModelConfig.from_file(file)
+            return str(file), open_config(file)
     entries = catalog()
     by_name = entries | {entry.source.lower(): entry for entry in entries.values()}
     if entry := by_name.get(name.lower()):

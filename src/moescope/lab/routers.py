@@ -7,6 +7,7 @@ from typing import Any
 
 from moescope.config import ModelConfig
 from moescope.errors import UserError
+from moescope.families import read_config
 from moescope.training.config import TrainConfig
 
 Fields = dict[str, Any]
@@ -44,7 +45,7 @@ class Case:
         training = base.training.model_copy(update={"seed": seed})
         changed = base.model_copy(
             update={
-                "model": ModelConfig.from_dict(model, f"case {self.name!r}"),
+                "model": read_config(model, f"case {self.name!r}"),
                 "training": training,
                 "balance": base.balance.model_copy(update=self.balance),
             }

@@ -124,7 +124,11 @@ class LatentAttention(nn.Module):
 
 
 class GroupedQueryAttention(nn.Module):
-    """Several query heads share a key and a value head (Ainslie et al. 2023)."""
+    """Several query heads share a key and a value head (Ainslie et al. 2023).
+
+    By the config, queries and keys are normed and bounded before they are rotated, a query sees
+    the last slots of a window alone, and a learned sink takes a share of its attention.
+    """
 
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__()
@@ -132,12 +136,24 @@ class GroupedQueryAttention(nn.Module):
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.interleave = config.rope_interleave
         self.scale = softmax_scale(config)
+        self.window, self.clip = config.window_of(layer_idx), config.clip_qkv
         hidden, width, bias = config.hidden_size, config.qk_head_dim, config.attention_bias
         self.q_proj = nn.Linear(hidden, self.heads * width, bias=bias)
         self.k_proj = nn.Linear(hidden, self.kv_heads * width, bias=bias)
         self.v_proj = nn.Linear(hidden, self.kv_heads * width, bias=bias)
-        o_bias = bias and config.model_type != "qwen2"
+        o_bias = bias if config.attention_out_bias is None else config.attention_out_bias
         self.o_proj = nn.Linear(self.heads * width, hidden, bias=o_bias)
+        self.q_norm: RMSNorm | None = None
+        self.k_norm: RMSNorm | None = None
+        if config.qk_norm != "none":
+            at_once = (1, 1) if config.qk_norm == "head" else (self.heads, self.kv_heads)
+            self.q_norm, self.k_norm = (
+                RMSNorm(heads * width, config.rms_norm_eps) for heads in at_once
+            )
+        self.norms_heads = config.qk_norm == "head"
+        self.sinks: nn.Parameter | None = None
+        if config.attention_sinks:
+            self.sinks = nn.Parameter(torch.zeros(self.heads))
 
     def forward(
         self,
@@ -148,22 +164,41 @@ class GroupedQueryAttention(nn.Module):
         recorder: Recorder | None = None,
     ) -> Tensor:
         """Map `(batch, seq, hidden)` to the same shape."""
-        query = self.q_proj(hidden_states).unflatten(-1, (self.heads, -1))
-        key = self.k_proj(hidden_states).unflatten(-1, (self.kv_heads, -1))
-        value = self.v_proj(hidden_states).unflatten(-1, (self.kv_heads, -1))
+        query = self.normed(self.q_proj(hidden_states), self.heads, self.q_norm)
+        key = self.normed(self.k_proj(hidden_states), self.kv_heads, self.k_norm)
+        value = self.normed(self.v_proj(hidden_states), self.kv_heads, None)
         query = rotate(query, *rotation, interleave=self.interleave)
         key = rotate(key, *rotation, interleave=self.interleave)
         mask = None
         if cache is not None:
             key, value = cache.update(self.layer_idx, key, value, positions)
-            mask = visible(positions, key.shape[1])
-        output = attend(query, key, value, self.scale, mask, self.layer_idx, recorder)
+            mask = visible(positions, key.shape[1], self.window)
+        elif self.window is not None and self.window < key.shape[1]:
+            mask = visible(positions, key.shape[1], self.window)
+        output = attend(query, key, value, self.scale, mask, self.layer_idx, recorder, self.sinks)
         return self.o_proj(output.flatten(2))
 
+    def normed(self, states: Tensor, heads: int, norm: RMSNorm | None) -> Tensor:
+        """Cut `(batch, seq, heads * width)` into heads, normed and bounded as the config says."""
+        if norm is not None and not self.norms_heads:
+            states = norm(states)
+        states = states.unflatten(-1, (heads, -1))  # (batch, seq, heads, width)
+        if norm is not None and self.norms_heads:
+            states = norm(states)
+        return states if self.clip is None else states.clamp(-self.clip, self.clip)
 
-def visible(positions: Tensor, slots: int) -> Tensor:
-    """Which cache slots each query may see: `(batch, 1, seq, slots)` bool."""
-    return torch.arange(slots, device=positions.device) <= positions[:, None, :, None]
+
+def visible(positions: Tensor, slots: int, window: int | None = None) -> Tensor:
+    """Which cache slots each query may see: `(batch, 1, seq, slots)` bool.
+
+    Args:
+        positions: `(batch, seq)` of the queries.
+        slots: in the cache.
+        window: how many slots a query sees, its own included; None for all.
+    """
+    slot, position = torch.arange(slots, device=positions.device), positions[:, None, :, None]
+    seen = slot <= position
+    return seen if window is None else seen & (slot > position - window)
 
 
 def attend(
@@ -174,14 +209,22 @@ def attend(
     mask: Tensor | None,
     layer_idx: int,
     recorder: Recorder | None,
+    sinks: Tensor | None = None,
 ) -> Tensor:
     """Scaled dot-product attention over `(batch, seq, heads, width)`; causal where `mask` is None.
 
-    Key and value may have fewer heads than the query. Returns `(batch, seq, heads, v width)`.
+    Key and value may have fewer heads than the query. `sinks` `(heads,)` join the softmax and
+    take no value (Xiao et al. 2023; learned in gpt-oss). Returns `(batch, seq, heads, v width)`.
     """
     query, key, value = query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)
-    if recorder is not None and recorder.wants_attention:
-        recorder.attention(layer_idx, _probabilities(query, key, scale, mask))
+    shown = recorder is not None and recorder.wants_attention
+    if shown or sinks is not None:
+        probabilities = _probabilities(query, key, scale, mask, sinks)
+        if recorder is not None and shown:
+            recorder.attention(layer_idx, probabilities)
+        if sinks is not None:
+            output = probabilities.to(value.dtype) @ _repeat_heads(value, query)
+            return output.transpose(1, 2)
     if mask is None and query.requires_grad:
         key, value = _repeat_heads(key, query), _repeat_heads(value, query)
         return kernels.causal_attention(query, key, value, scale).transpose(1, 2)
@@ -192,12 +235,19 @@ def attend(
     return output.transpose(1, 2)
 
 
-def _probabilities(query: Tensor, key: Tensor, scale: float, mask: Tensor | None) -> Tensor:
+def _probabilities(
+    query: Tensor, key: Tensor, scale: float, mask: Tensor | None, sinks: Tensor | None
+) -> Tensor:
+    """Shares of attention, `(batch, heads, seq, slots)`; a sink has what they lack of one."""
     seq, slots = query.shape[2], key.shape[2]
     logits = (query @ _repeat_heads(key, query).mT).float() * scale  # (batch, heads, seq, slots)
     if mask is None:
         mask = torch.ones(seq, slots, dtype=torch.bool, device=query.device).tril()
-    return logits.masked_fill(~mask, -torch.inf).softmax(dim=-1)
+    logits = logits.masked_fill(~mask, -torch.inf)
+    if sinks is None:
+        return logits.softmax(dim=-1)
+    sink = sinks.float()[:, None, None].expand(*logits.shape[:-1], 1)
+    return torch.cat([logits, sink], dim=-1).softmax(dim=-1)[..., :-1]
 
 
 def _repeat_heads(states: Tensor, query: Tensor) -> Tensor:

@@ -21,6 +21,7 @@ class Decoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.embedding_multiplier = config.embedding_multiplier
         self.rotary_emb = RotaryEmbedding(config)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
@@ -39,6 +40,8 @@ class Decoder(nn.Module):
             positions = torch.arange(input_ids.shape[1], device=input_ids.device)
             positions = positions.expand(input_ids.shape[0], -1)  # (batch, seq)
         hidden_states = self.embed_tokens(input_ids)
+        if self.embedding_multiplier != 1:
+            hidden_states = hidden_states * self.embedding_multiplier
         if recorder is not None:
             recorder.embedding(hidden_states)
         rotation = self.rotary_emb(positions, hidden_states.dtype)
@@ -75,7 +78,9 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Map normed `(..., hidden)` to next-token logits `(..., vocab)`, float32."""
-        return self.lm_head(hidden_states).float()
+        logits = self.lm_head(hidden_states).float()
+        scaling = self.config.logits_scaling
+        return logits if scaling == 1 else logits / scaling
 
 
 def without_numbers(config: ModelConfig) -> CausalLM:

@@ -15,6 +15,7 @@ class DecoderLayer(nn.Module):
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
+        self.residual_multiplier = config.residual_multiplier
         attention = LatentAttention if config.uses_mla else GroupedQueryAttention
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.self_attn = attention(config, layer_idx)
@@ -36,12 +37,18 @@ class DecoderLayer(nn.Module):
     ) -> Tensor:
         """Map `(batch, seq, hidden)` to the same shape."""
         normed = self.input_layernorm(hidden_states)
-        hidden_states = hidden_states + self.self_attn(normed, rotation, positions, cache, recorder)
+        added = self.self_attn(normed, rotation, positions, cache, recorder)
+        hidden_states = hidden_states + self.scaled(added)
         normed = self.post_attention_layernorm(hidden_states)
         if isinstance(self.mlp, MoE):
-            hidden_states = hidden_states + self.mlp(normed, input_ids, recorder)
+            added = self.mlp(normed, input_ids, recorder)
         else:
-            hidden_states = hidden_states + self.mlp(normed)
+            added = self.mlp(normed)
+        hidden_states = hidden_states + self.scaled(added)
         if recorder is not None:
             recorder.layer(self.layer_idx, hidden_states)
         return hidden_states
+
+    def scaled(self, added: Tensor) -> Tensor:
+        """What a half of the layer adds to the residual stream, times the config's multiplier."""
+        return added if self.residual_multiplier == 1 else added * self.residual_multiplier

@@ -10,10 +10,19 @@ from moescope.model.routing import ROUTERS
 
 
 class MLP(nn.Module):
-    """A SwiGLU feed-forward block: `down(silu(gate(x)) * up(x))` (Shazeer 2020, eq. 6)."""
+    """A SwiGLU feed-forward block: `down(silu(gate(x)) * up(x))` (Shazeer 2020, eq. 6).
 
-    def __init__(self, hidden_size: int, intermediate_size: int) -> None:
+    Args:
+        hidden_size: of what comes and goes.
+        intermediate_size: of what meets the activation.
+        swiglu_limit: bounds `gate(x)` from above and `up(x)` from both sides.
+    """
+
+    def __init__(
+        self, hidden_size: int, intermediate_size: int, swiglu_limit: float | None = None
+    ) -> None:
         super().__init__()
+        self.activation = kernels.Activation("silu", swiglu_limit)
         self.gate_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.up_proj = nn.Linear(hidden_size, intermediate_size, bias=False)
         self.down_proj = nn.Linear(intermediate_size, hidden_size, bias=False)
@@ -21,7 +30,7 @@ class MLP(nn.Module):
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(..., hidden)` to `(..., hidden)`."""
         return self.down_proj(
-            kernels.swiglu(self.gate_proj(hidden_states), self.up_proj(hidden_states))
+            self.activation(self.gate_proj(hidden_states), self.up_proj(hidden_states))
         )
 
 
@@ -35,11 +44,28 @@ class GroupedExperts(nn.Module):
         hidden = config.hidden_size
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, intermediate))
+        self.activation = kernels.Activation(config.expert_act, config.swiglu_limit)
+        self.gate_up_proj_bias: nn.Parameter | None = None
+        self.down_proj_bias: nn.Parameter | None = None
+        if config.expert_bias:
+            self.gate_up_proj_bias = nn.Parameter(torch.zeros(experts, 2 * intermediate))
+            self.down_proj_bias = nn.Parameter(torch.zeros(experts, hidden))
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Dispatch `(tokens, hidden)` to the chosen experts and sum what they return, weighted."""
-        return kernels.routed_experts(
-            hidden_states, self.gate_up_proj, self.down_proj, topk_ids, topk_weights
+        if self.gate_up_proj_bias is None and self.activation.is_plain:
+            return kernels.routed_experts(
+                hidden_states, self.gate_up_proj, self.down_proj, topk_ids, topk_weights
+            )
+        return kernels.visited_experts(
+            hidden_states,
+            self.gate_up_proj,
+            self.down_proj,
+            topk_ids,
+            topk_weights,
+            activation=self.activation,
+            gate_up_proj_bias=self.gate_up_proj_bias,
+            down_proj_bias=self.down_proj_bias,
         )
 
 

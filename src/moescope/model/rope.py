@@ -19,10 +19,12 @@ class RotaryEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        width = config.required("qk_rope_head_dim") if config.uses_mla else config.qk_head_dim
         with torch.device("cpu"):  # numbers, even where the network is made without
             inv_freq, self.attention_factor = _frequencies(
-                width, config.rope_theta, config.rope_scaling, config.max_position_embeddings
+                config.rotary_dim,
+                config.rope_theta,
+                config.rope_scaling,
+                config.max_position_embeddings,
             )
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 
@@ -37,14 +39,18 @@ class RotaryEmbedding(nn.Module):
 def rotate(states: Tensor, cos: Tensor, sin: Tensor, *, interleave: bool) -> Tensor:
     """Rotate `(batch, seq, heads, width)` by the angles of `RotaryEmbedding`.
 
+    Where there are fewer angles than half the width, the numbers behind them stay as they are.
+
     Pairs are neighbours when `interleave` (DeepSeek's latent attention), else halves (Llama).
     The rotated pairs come out as halves either way; queries and keys agree on it.
     """
+    rotated = 2 * cos.shape[-1]
+    states, rest = states[..., :rotated], states[..., rotated:]
     if interleave:
         first, second = states[..., 0::2], states[..., 1::2]
     else:
         first, second = states.chunk(2, dim=-1)
-    return torch.cat([first * cos - second * sin, second * cos + first * sin], dim=-1)
+    return torch.cat([first * cos - second * sin, second * cos + first * sin, rest], dim=-1)
 
 
 def yarn_mscale(factor: float, mscale: float) -> float:
@@ -55,9 +61,10 @@ def yarn_mscale(factor: float, mscale: float) -> float:
 def softmax_scale(config: ModelConfig) -> float:
     """Scale of the attention logits: `qk_head_dim ** -0.5`, times YaRN's `mscale_all_dim` squared.
 
-    DeepSeek-V2 (section 3.1.4) folds the temperature into the latent attention's scale.
+    A config's `attention_multiplier` takes the place of the root. DeepSeek-V2 (section 3.1.4)
+    folds the temperature into the latent attention's scale.
     """
-    scale = config.qk_head_dim**-0.5
+    scale = config.attention_multiplier or config.qk_head_dim**-0.5
     scaling = config.rope_scaling
     if config.uses_mla and scaling is not None and scaling.mscale_all_dim:
         scale *= yarn_mscale(scaling.factor, scaling.mscale_all_dim) ** 2
@@ -84,8 +91,10 @@ def _yarn(inv_freq: Tensor, scaling: RopeScaling, trained: int, width: int, thet
     def dimension_of(rotations: float) -> float:
         return width * math.log(trained / (rotations * 2 * math.pi)) / (2 * math.log(theta))
 
-    low = max(math.floor(dimension_of(scaling.beta_fast)), 0)
-    high = min(math.ceil(dimension_of(scaling.beta_slow)), width - 1)
+    low, high = dimension_of(scaling.beta_fast), dimension_of(scaling.beta_slow)
+    if scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, width - 1)
     ramp = (torch.arange(width // 2, dtype=torch.float32) - low) / max(high - low, 1e-3)
     interpolated = ramp.clamp(0, 1)
     return inv_freq / scaling.factor * interpolated + inv_freq * (1 - interpolated)

@@ -41,21 +41,32 @@ class Router(nn.Module):
         self.n_routed_experts = config.required("n_routed_experts")
         self.top_k = config.required("num_experts_per_tok")
         self.scoring_func = config.scoring_func
+        self.softmax_after_topk = config.softmax_after_topk
         self.norm_topk_prob = config.norm_topk_prob
         self.routed_scaling_factor = config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(self.n_routed_experts, config.hidden_size))
+        self.bias: nn.Parameter | None = None
+        if config.router_bias:
+            self.bias = nn.Parameter(torch.zeros(self.n_routed_experts))
 
     def forward(self, hidden_states: Tensor, input_ids: Tensor) -> Routing:
         """Route `(tokens, hidden)`; `input_ids` `(tokens,)` matter to the hash router only."""
-        router_logits = F.linear(hidden_states.float(), self.weight.float())
+        router_logits = self.logits(hidden_states)
         scores = self.score(router_logits)  # (tokens, experts)
         topk_ids, topk_weights = self.choose(scores, router_logits, input_ids)
         return Routing(router_logits, scores, topk_ids, topk_weights)
 
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        """Map `(tokens, hidden)` to one logit an expert, float32."""
+        bias = None if self.bias is None else self.bias.float()
+        return F.linear(hidden_states.float(), self.weight.float(), bias)
+
     def score(self, router_logits: Tensor) -> Tensor:
-        """Turn logits into scores: `softmax` over the experts or `sigmoid` of each."""
+        """Turn logits into scores: `softmax` over the experts, or a function of each alone."""
         if self.scoring_func == "sigmoid":
             return router_logits.sigmoid()
+        if self.scoring_func == "sqrtsoftplus":  # DeepSeek-V4
+            return F.softplus(router_logits).sqrt()
         return router_logits.softmax(dim=-1)
 
     def choose(
@@ -78,6 +89,9 @@ class Greedy(Router):
     def choose(
         self, scores: Tensor, router_logits: Tensor, input_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
+        if self.softmax_after_topk:
+            topk_logits, topk_ids = router_logits.topk(self.top_k, dim=-1)
+            return topk_ids, topk_logits.softmax(dim=-1) * self.routed_scaling_factor
         topk_ids = scores.topk(self.top_k, dim=-1).indices
         return topk_ids, self.weigh(scores, topk_ids)
 

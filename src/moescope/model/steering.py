@@ -186,22 +186,22 @@ class SteeredRouter(Router):
         self.noise, self.noise_seed = steering.noise, steering.noise_seed
         self.limit = steering.num_experts_per_tok
         self.top_k = self.limit or self.top_k
-        self.weight = gate.weight
+        self.weight, self.bias = gate.weight, gate.bias
         if steering.rule == "random":
             self.weight = _random_map(gate.weight, layer_idx)
         self.rule = _make_rule(config, self.top_k, steering.rule)
         self.rule.weight = self.weight
-        self.bias = torch.zeros(experts, device=device)  # (experts,)
+        self.choice_bias = torch.zeros(experts, device=device)  # (experts,)
         if isinstance(gate, NoAuxTopK) and steering.rule is None and not steering.without_bias:
-            self.bias = self.bias + gate.e_score_correction_bias
+            self.choice_bias = self.choice_bias + gate.e_score_correction_bias
         for (layer, expert), bias in steering.bias.items():
             if layer == layer_idx:
-                self.bias[expert] += bias
+                self.choice_bias[expert] += bias
         self.disabled = _mask(steering.disabled, layer_idx, experts, device)  # (experts,)
         self.forced = _mask(steering.forced, layer_idx, experts, device)  # (experts,)
 
     def forward(self, hidden_states: Tensor, input_ids: Tensor) -> Routing:
-        router_logits = F.linear(hidden_states.float(), self.weight.float())
+        router_logits = self.logits(hidden_states)
         if self.noise:
             router_logits = router_logits + self.noise * self._draw(input_ids)
         scores = self.score(router_logits)  # (tokens, experts)
@@ -237,16 +237,16 @@ class SteeredRouter(Router):
     def choice_scores(self, scores: Tensor, router_logits: Tensor, input_ids: Tensor) -> Tensor:
         """What the choice goes by, `(tokens, experts)`; -inf for experts that are ruled out."""
         if isinstance(self.rule, ReLU):
-            preference = router_logits + self.bias
+            preference = router_logits + self.choice_bias
             preference = preference.masked_fill(preference <= 0, -torch.inf)
         elif isinstance(self.rule, ExpertChoice):
             return self._chosen_by_experts(scores)
         elif isinstance(self.rule, Hash):
             order = self.rule.table[input_ids]  # (tokens, experts), the first choice first
             falling = torch.linspace(1, 0, order.shape[1], device=order.device).expand(order.shape)
-            preference = torch.empty_like(scores).scatter_(1, order, falling) + self.bias
+            preference = torch.empty_like(scores).scatter_(1, order, falling) + self.choice_bias
         else:
-            preference = scores + self.bias
+            preference = scores + self.choice_bias
         preference = preference.masked_fill(self.disabled, -torch.inf)
         if isinstance(self.rule, GroupLimitedGreedy) and self.rule.topk_group < self.rule.n_group:
             preference = self._within_groups(self.rule, preference)

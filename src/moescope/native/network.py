@@ -415,13 +415,14 @@ def native_router(gate: Router) -> "cpu.Router | None":
     disabled: list[int] = []
     forced: list[int] = []
     if steered is not None:
-        bias = steered.bias
+        bias = steered.choice_bias
         disabled = steered.disabled.nonzero().flatten().tolist()
         forced = steered.forced.nonzero().flatten().tolist()
     grouped = isinstance(rule, GroupLimitedGreedy)
     return cpu.router(
         gate.weight,
         top_k=max(gate.top_k, len(forced)),
+        logit_bias=gate.bias,
         bias=bias,
         groups=rule.n_group if grouped else 1,
         kept_groups=rule.topk_group if grouped else 1,

@@ -18,11 +18,13 @@ from pathlib import Path
 import torch
 
 import moescope
-from moescope import checkpoint
+from moescope import checkpoint, families
 from moescope.catalog import BOX
-from moescope.checkpoint import WeightSource, load_model
+from moescope.checkpoint import load_model
 from moescope.errors import UserError
+from moescope.formats import safetensors
 from moescope.formats.gguf import container, model
+from moescope.formats.source import WeightSource
 from moescope.kernels import cpu, quantize
 from moescope.model.decoder import CausalLM
 from moescope.native import network
@@ -197,9 +199,11 @@ def _fingerprint(file: Path) -> list[str | int]:
 def _code() -> str:
     """Hash the source of all that stands between a checkpoint and its packed weights."""
     digest = hashlib.sha256()
-    for module in (checkpoint, container, model, quantize, cpu, network):
+    for module in (checkpoint, safetensors, container, model, quantize, cpu, network):
         assert module.__file__ is not None
         digest.update(Path(module.__file__).read_bytes())
+    for file in sorted(Path(families.__path__[0]).glob("*.py")):
+        digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

@@ -284,7 +284,7 @@ class Reading:
         return RouterDetail(
             logits=routing.router_logits[index].tolist(),
             scores=routing.scores[index].tolist(),
-            bias=gate.bias.tolist(),
+            bias=gate.choice_bias.tolist(),
             choice_scores=[s if s > -torch.inf else None for s in choice_scores.tolist()],
             threshold=float(taken.min()) if taken.numel() else 0.0,
             topk_ids=topk_ids,

@@ -6,6 +6,7 @@ from typing import Literal
 
 from moescope.config import ModelConfig
 from moescope.errors import UserError
+from moescope.families import open_config
 from moescope.text.tokenizer import Tokenizer
 
 Role = Literal["dense", "unbalanced"]
@@ -55,7 +56,7 @@ def _companion(
 ) -> Companion | None:
     named: Role | None = next((role for role in ROLES if path.name == f"{name}-{role}"), None)
     try:
-        its_config = ModelConfig.from_file(path / "config.json")
+        its_config = open_config(path / "config.json")
         its_tokenizer = Tokenizer.load(path)
     except UserError as error:
         return Companion(path.name, path, named, str(error)) if named else None

@@ -12,6 +12,7 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moescope.config import ModelConfig, one_sentence
 from moescope.errors import UserError
+from moescope.families import read_config
 
 
 class Table(BaseModel):
@@ -141,7 +142,7 @@ class TrainConfig(Table):
         if "model" not in tables:
             raise UserError(f"{path} lacks the table [model], which gives the network's sizes")
         try:
-            model = ModelConfig.from_dict(tables["model"], f"{path}, [model]")
+            model = read_config(tables["model"], f"{path}, [model]")
             config = cls.model_validate({**tables, "model": model})
         except ValidationError as error:
             raise UserError(f"{path}: {one_sentence(error)}") from error

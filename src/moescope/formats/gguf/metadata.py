@@ -10,6 +10,7 @@ from typing import Any, TypeVar
 
 from moescope.config import ModelConfig
 from moescope.errors import UserError
+from moescope.families import read_config
 from moescope.formats.gguf.container import TensorInfo, damaged
 
 ARCHITECTURE = "deepseek2"
@@ -125,7 +126,7 @@ def model_config(
         "pad_token_id": every.find("tokenizer.ggml.padding_token_id", int),
         **_experts(path, own, layers, tensors),
     }
-    config = ModelConfig.from_dict(fields, str(path))
+    config = read_config(fields, str(path))
     held = {int(found[1]) for name in tensors if (found := IN_LAYER.match(name))}
     if not held.issuperset(range(layers)) or max(held) >= blocks:
         raise damaged(path, f"it announces {blocks} layers and holds {len(held)}")

@@ -1,0 +1,133 @@
+"""The families: how each spells its config and its tensors. Nothing here computes.
+
+To add one: a file with its `Family`, its line in `FAMILIES`, its line in `tests/families`.
+"""
+
+import json
+from pathlib import Path
+from typing import Any, cast
+
+from moescope.config import ModelConfig, checked
+from moescope.errors import UserError
+from moescope.families import (
+    deepseek,
+    ernie,
+    glm,
+    gpt_oss,
+    granite,
+    llama,
+    minimax,
+    mixtral,
+    olmoe,
+    qwen,
+)
+from moescope.families.dialect import common
+from moescope.families.family import Family, Fields
+from moescope.files import write_text
+
+FAMILIES: dict[str, Family] = {
+    family.model_type: family
+    for family in (
+        deepseek.DEEPSEEK,
+        deepseek.DEEPSEEK_V2,
+        deepseek.DEEPSEEK_V3,
+        deepseek.GLM4_MOE_LITE,
+        deepseek.KIMI_K2,
+        deepseek.JOYAI_LLM_FLASH,
+        llama.LLAMA,
+        qwen.QWEN2,
+        qwen.QWEN3,
+        qwen.QWEN3_MOE,
+        olmoe.OLMOE,
+        mixtral.MIXTRAL,
+        granite.GRANITEMOE,
+        glm.GLM4_MOE,
+        ernie.ERNIE4_5_MOE,
+        gpt_oss.GPT_OSS,
+        minimax.MINIMAX_M2,
+    )
+}
+
+LACKING = {
+    "qwen3_next": "Gated DeltaNet",
+    "qwen3_5_moe": "Gated DeltaNet",
+    "qwen3_5_moe_text": "Gated DeltaNet",
+    "qwen3_5": "Gated DeltaNet",
+    "qwen3_5_text": "Gated DeltaNet",
+    "kimi_linear": "Kimi Delta Attention",
+    "granitemoehybrid": "Mamba-2",
+}
+"""Families with layers of a kind that the network does not have, and its name."""
+
+
+def read_config(fields: Fields, source: str = "config.json") -> ModelConfig:
+    """Read a family's dialect: the fields of a `config.json`, as publishers or transformers write.
+
+    Args:
+        fields: the model's own, or those of a larger model with a `text_config`.
+        source: where they stand, for messages.
+
+    Raises:
+        UserError: the family is unknown or has parts that the network lacks, or a field is
+            missing or wrong; the sentence names it and its value.
+    """
+    inner = fields.get("text_config")
+    if isinstance(inner, dict) and fields.get("model_type") not in FAMILIES:
+        fields = cast(Fields, inner)
+    model_type = fields.get("model_type")
+    if model_type in LACKING:
+        raise UserError(f"{source}: {_lacking(str(model_type), fields)}")
+    if not isinstance(model_type, str) or model_type not in FAMILIES:
+        said = "is missing" if model_type is None else f"is {str(model_type)[:40]!r}"
+        raise UserError(f"{source}: `model_type` {said}; moescope opens {', '.join(FAMILIES)}")
+    try:
+        read = FAMILIES[model_type].read(fields)
+    except (ValueError, TypeError, AttributeError) as error:
+        raise UserError(f"{source}: {error}") from error
+    return checked(read, source)
+
+
+def _lacking(model_type: str, fields: Fields) -> str:
+    """Say which layers are of a kind that the network does not have."""
+    types: list[Any] = fields.get("layer_types") or []
+    if not types and isinstance(fields.get("full_attention_interval"), int):
+        step: int = fields["full_attention_interval"] or 1
+        types = [
+            "full_attention" if (layer + 1) % step == 0 else "linear_attention"
+            for layer in range(fields.get("num_hidden_layers") or 0)
+        ]
+    found = [str(layer) for layer, kind in enumerate(types) if "full" not in str(kind)]
+    layers = f"layers {', '.join(found[:8])}{', ...' if found[8:] else ''}" if found else "layers"
+    return (
+        f"{layers} of this {model_type} model are {LACKING[model_type]}, which moescope does not "
+        "compute; choose a model of another family"
+    )
+
+
+def open_config(path: Path) -> ModelConfig:
+    """Read and check a `config.json`.
+
+    Raises:
+        UserError: there is no such file, it is no JSON object, or as `read_config`.
+    """
+    try:
+        fields = json.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"there is no {path}; name a folder that holds config.json") from error
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path} as JSON: {error}") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{path} holds no JSON object; a model's config is one")
+    return read_config(cast(Fields, fields), str(path))
+
+
+def config_fields(config: ModelConfig) -> Fields:
+    """Return a config as its family's `config.json` spells it, for `transformers` and others."""
+    family = FAMILIES[config.model_type]
+    named = {"model_type": family.model_type, "architectures": [family.architecture]}
+    return common(config) | family.write(config) | named
+
+
+def save_config(config: ModelConfig, path: Path) -> None:
+    """Write `config.json`, atomically."""
+    write_text(path, json.dumps(config_fields(config), indent=2, ensure_ascii=False) + "\n")

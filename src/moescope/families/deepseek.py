@@ -1,0 +1,89 @@
+"""DeepSeek's line, V1 to V3 and R1, and V3's network under other names.
+
+`config.json`: https://huggingface.co/deepseek-ai/DeepSeek-V3, `configuration_deepseek.py`.
+"""
+
+from moescope.config import ModelConfig
+from moescope.families.dialect import halves, layer_types, plain
+from moescope.families.family import Family, Fields, Tensors
+
+FIELDS = (
+    "rope_interleave",
+    "attention_bias",
+    "q_lora_rank",
+    "kv_lora_rank",
+    "qk_nope_head_dim",
+    "qk_rope_head_dim",
+    "v_head_dim",
+    "n_routed_experts",
+    "n_shared_experts",
+    "num_experts_per_tok",
+    "moe_intermediate_size",
+    "moe_layer_freq",
+    "first_k_dense_replace",
+    "scoring_func",
+    "topk_method",
+    "n_group",
+    "topk_group",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "num_nextn_predict_layers",
+)
+"""What DeepSeek's dialect and the network spell alike."""
+
+V3_DEFAULTS: Fields = {
+    "scoring_func": "sigmoid",
+    "topk_method": "noaux_tc",
+    "norm_topk_prob": True,
+    "routed_scaling_factor": 2.5,
+}
+
+
+def _groups(fields: Fields) -> Fields:
+    if fields.get("topk_method") == "noaux_tc" and fields.get("n_group") is None:
+        return fields | {"n_group": 1, "topk_group": 1}
+    return fields
+
+
+def _read_v1(fields: Fields) -> Fields:
+    return _groups(halves(fields))
+
+
+def _read_v2(fields: Fields) -> Fields:
+    return _groups(plain(fields))
+
+
+def _read_v3(fields: Fields) -> Fields:
+    return _groups(V3_DEFAULTS | plain(fields))
+
+
+def _read_glm(fields: Fields) -> Fields:
+    """GLM-4.7-Flash lists its layers, and has another scale."""
+    read = _read_v3({"routed_scaling_factor": 1.8, **fields})
+    types = read.pop("mlp_layer_types", None)
+    dense = [True] + [False] * (read.get("num_hidden_layers", 1) - 1)
+    told = dense if types is None else [kind == "dense" for kind in types]
+    return read if "first_k_dense_replace" in read and types is None else read | layer_types(told)
+
+
+def write(config: ModelConfig) -> Fields:
+    """Return the fields by DeepSeek's names."""
+    fields = config.model_dump(mode="json", include=set(FIELDS), exclude_none=True)
+    if config.uses_mla:  # a null that `transformers` must be told
+        fields["q_lora_rank"] = config.q_lora_rank
+    return fields
+
+
+def _write_glm(config: ModelConfig) -> Fields:
+    kinds = [config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)]
+    return write(config) | {"mlp_layer_types": ["sparse" if kind else "dense" for kind in kinds]}
+
+
+DEEPSEEK = Family("deepseek", "DeepseekForCausalLM", _read_v1, write)
+DEEPSEEK_V2 = Family("deepseek_v2", "DeepseekV2ForCausalLM", _read_v2, write)
+DEEPSEEK_V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", _read_v3, write)
+KIMI_K2 = Family(
+    "kimi_k2", "DeepseekV3ForCausalLM", _read_v3, write, Tensors(prefix="language_model.")
+)
+JOYAI_LLM_FLASH = Family("joyai_llm_flash", "DeepseekV3ForCausalLM", _read_v3, write)
+GLM4_MOE_LITE = Family("glm4_moe_lite", "Glm4MoeLiteForCausalLM", _read_glm, _write_glm)

@@ -1,0 +1,70 @@
+"""What a family is: how its `config.json` and its tensors are spelled, in and out."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+from moescope.config import ModelConfig
+
+Fields = dict[str, Any]
+"""Of a `config.json`, or of `ModelConfig`."""
+
+
+@dataclass(frozen=True)
+class ExpertTensors:
+    """Where a layer's routed experts stand: a matrix an expert, or all of them in one tensor.
+
+    Attributes:
+        gate: name behind `model.layers.N.` of `(moe_intermediate_size, hidden)`, where
+            `{expert}` stands for the number.
+        up: likewise.
+        down: likewise, `(hidden, moe_intermediate_size)`.
+        gate_up: of `(experts, 2 * moe_intermediate_size, hidden)`, gate rows before up rows, where
+            all experts stand in one tensor; `down` is `(experts, hidden, moe_intermediate_size)`
+            then.
+        transposed: whether the last two dimensions of stacked tensors stand the other way round,
+            with the outputs of gate and up taking turns.
+    """
+
+    gate: str = "mlp.experts.{expert}.gate_proj.weight"
+    up: str = "mlp.experts.{expert}.up_proj.weight"
+    down: str = "mlp.experts.{expert}.down_proj.weight"
+    gate_up: str | None = None
+    transposed: bool = False
+
+
+@dataclass(frozen=True)
+class Tensors:
+    """How a family's safetensors name what the network calls otherwise.
+
+    Attributes:
+        in_layer: the network's name behind `model.layers.N.` -> the published one.
+        experts: the layout of the routed experts.
+        prefix: what may stand before every name, where the model is a part of a larger one.
+        leading: published names of tensors with a further dimension of one in front.
+    """
+
+    in_layer: Mapping[str, str] = field(default_factory=dict[str, str])
+    experts: ExpertTensors = field(default_factory=ExpertTensors)
+    prefix: str = ""
+    leading: frozenset[str] = frozenset()
+
+
+@dataclass(frozen=True)
+class Family:
+    """One `model_type`.
+
+    Attributes:
+        model_type: as `config.json` has it.
+        architecture: the class that `transformers` or the publisher gives it.
+        read: the fields of its `config.json` -> those of `ModelConfig`.
+        write: the way back; `model_type`, `architectures` and what `families.dialect.common` knows
+            are added.
+        tensors: names in safetensors.
+    """
+
+    model_type: str
+    architecture: str
+    read: Callable[[Fields], Fields]
+    write: Callable[[ModelConfig], Fields]
+    tensors: Tensors = field(default_factory=Tensors)

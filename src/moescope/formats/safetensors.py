@@ -1,0 +1,364 @@
+"""Safetensors as publishers write and `transformers` reads them, in and out.
+
+The network's names become a family's own (`families`); multi-token-prediction depths stand as
+layers behind the last.
+"""
+
+import json
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from moescope.config import ModelConfig
+from moescope.errors import UserError
+from moescope.families import FAMILIES, open_config
+from moescope.families.family import ExpertTensors
+from moescope.files import atomic_path, write_text
+from moescope.formats.source import DOWN, GATE_UP
+from moescope.kernels.quantize import dequantize_int8, quantize_int8
+from moescope.text.tokenizer import Tokenizer
+
+WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
+CORRECTION_BIAS = "e_score_correction_bias"
+INT8_SCALE, FP8_SCALE = "_scale", "_scale_inv"
+FP8_BLOCK = 128
+
+
+def save_tensors(
+    config: ModelConfig,
+    tensors: Iterator[tuple[str, Tensor]],
+    folder: Path,
+    *,
+    dtype: torch.dtype | None = None,
+    max_shard_bytes: int = 5 * 10**9,
+) -> None:
+    """Write weights into `folder` by their family's names, each file atomically.
+
+    Args:
+        config: of the network.
+        tensors: by the network's names.
+        folder: made if it is not there.
+        dtype: type of the weights; None keeps each tensor's own. `torch.int8` stores matrices as
+            integers with a float32 scale a row (`<name>_scale`), which moescope alone reads.
+        max_shard_bytes: larger models are split into several files with an index.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full.
+    """
+    shards: list[dict[str, Tensor]] = [{}]
+    held = 0  # bytes in the last of them
+    for name, tensor in _published_tensors(config, tensors):
+        encoded = _encode(name, tensor.detach(), dtype)
+        size = sum(t.nbytes for t in encoded.values())
+        if held and held + size > max_shard_bytes:
+            shards.append({})
+            held = 0
+        shards[-1] |= encoded
+        held += size
+    weight_map: dict[str, str] = {}
+    for number, shard in enumerate(shards, start=1):
+        file = f"model-{number:05d}-of-{len(shards):05d}.safetensors" if shards[1:] else WEIGHTS
+        with atomic_path(folder / file) as partial:
+            save_file(shard, partial, metadata={"format": "pt"})
+        weight_map |= dict.fromkeys(shard, file)
+    if shards[1:]:
+        total = sum(tensor.nbytes for shard in shards for tensor in shard.values())
+        index = {"metadata": {"total_size": total}, "weight_map": weight_map}
+        write_text(folder / INDEX, json.dumps(index, indent=1) + "\n")
+    (folder / (WEIGHTS if shards[1:] else INDEX)).unlink(missing_ok=True)
+
+
+# --- names ---------------------------------------------------------------------------------------
+
+
+def _published_tensors(
+    config: ModelConfig, tensors: Iterator[tuple[str, Tensor]]
+) -> Iterator[tuple[str, Tensor]]:
+    layout = FAMILIES[config.model_type].tensors
+    for name, tensor in tensors:
+        if name.endswith((GATE_UP, DOWN)):
+            layer = _layer_of(published_name(name, config))
+            yield from _published_experts(layer, name.endswith(DOWN), tensor, layout.experts)
+            continue
+        published = published_name(name, config)
+        part = published.removeprefix(_layer_of(published))
+        yield published, tensor[None] if part in layout.leading else tensor
+
+
+def _published_experts(
+    layer: str, is_down: bool, tensor: Tensor, layout: ExpertTensors
+) -> Iterator[tuple[str, Tensor]]:
+    if layout.gate_up is not None:
+        name = layer + (layout.down if is_down else layout.gate_up)
+        yield name, _transposed(tensor, is_down) if layout.transposed else tensor
+        return
+    for expert, matrix in enumerate(tensor):
+        if is_down:
+            yield layer + layout.down.format(expert=expert), matrix
+        else:
+            gate, up = matrix.chunk(2)
+            yield layer + layout.gate.format(expert=expert), gate
+            yield layer + layout.up.format(expert=expert), up
+
+
+def _transposed(stacked: Tensor, is_down: bool) -> Tensor:
+    """Turn `(experts, outputs, columns)` round, gate and up rows taking turns."""
+    if not is_down:
+        gate, up = stacked.chunk(2, dim=1)
+        stacked = torch.stack([gate, up], dim=2).flatten(1, 2)
+    return stacked.mT.contiguous()
+
+
+def _turned_back(stacked: Tensor, is_down: bool) -> Tensor:
+    """Undo `_transposed`."""
+    stacked = stacked.mT
+    if is_down:
+        return stacked
+    return torch.cat([stacked[:, 0::2], stacked[:, 1::2]], dim=1)
+
+
+def published_name(name: str, config: ModelConfig) -> str:
+    """Where a tensor of the network stands in a checkpoint; stacked experts keep their name."""
+    if name.startswith("mtp.depths."):
+        depth, part = name.removeprefix("mtp.depths.").split(".", 1)
+        layer = f"model.layers.{config.num_hidden_layers + int(depth)}."
+        part = f"shared_head.{part}" if part.startswith("norm.") else part.removeprefix("layer.")
+    else:
+        layer = _layer_of(name)
+        part = name.removeprefix(layer)
+    return layer + FAMILIES[config.model_type].tensors.in_layer.get(part, part)
+
+
+def _layer_of(name: str) -> str:
+    """Return `model.layers.N.`, or nothing where a tensor stands outside of the layers."""
+    parts = name.split(".", 3)
+    return ".".join(parts[:3]) + "." if parts[:2] == ["model", "layers"] else ""
+
+
+# --- number formats ------------------------------------------------------------------------------
+
+
+def _encode(name: str, tensor: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
+    if dtype is None or name.endswith(CORRECTION_BIAS):
+        return {name: tensor.contiguous()}
+    if dtype != torch.int8:
+        return {name: tensor.to(dtype).contiguous()}
+    if tensor.ndim == 1:
+        return {name: tensor.to(torch.bfloat16)}
+    integers, scale = quantize_int8(tensor)
+    return {name: integers, name + INT8_SCALE: scale}
+
+
+def _dequantize_fp8(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply out blocks of 128 x 128 with one scale each (DeepSeek-V3, section 3.3.2)."""
+    rows, columns = weight.shape
+    scale = scale.repeat_interleave(FP8_BLOCK, dim=0)[:rows]
+    scale = scale.repeat_interleave(FP8_BLOCK, dim=1)[:, :columns]
+    return (weight.float() * scale).to(dtype)
+
+
+# --- files ---------------------------------------------------------------------------------------
+
+
+class SafetensorsModel:
+    """A folder's config and weights; files are memory-mapped, a tensor is read when asked for.
+
+    Attributes:
+        config: the shape, without multi-token prediction where the files lack it.
+        dtype: that of the final norm.
+        files: config, index and weights.
+
+    Raises:
+        UserError: there is no config or no safetensors, or a file is damaged.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        config = open_config(folder / "config.json")
+        self._layout = FAMILIES[config.model_type].tensors
+        self._files = _WeightFiles(folder, self._layout.prefix)
+        if f"model.layers.{config.num_hidden_layers}.eh_proj.weight" not in self._files:
+            config = config.model_copy(update={"num_nextn_predict_layers": 0})
+        self.config = config
+        self.dtype = self._files.dtype("model.norm.weight")
+        self.files = [folder / "config.json", *self._files.paths]
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the vocabulary of the folder."""
+        return Tokenizer.load(self._folder)
+
+    def read(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
+        """Return the tensor of the network called `name`, stacking experts where it holds several.
+
+        Args:
+            name: in the network's state dict.
+            shape: that it must have.
+            dtype: of the answer; None takes the narrower of bf16 and float32 that is exact.
+
+        Raises:
+            UserError: the files lack it, it has another shape, or it cannot be read.
+        """
+        published = published_name(name, self.config)
+        if published in self._files or not name.endswith((GATE_UP, DOWN)):
+            return self._read(published, shape, dtype, name.endswith((GATE_UP, DOWN)))
+        layer, layout = _layer_of(published), self._layout.experts
+        if layout.gate_up is not None:
+            published = layer + (layout.down if name.endswith(DOWN) else layout.gate_up)
+            return self._read(published, shape, dtype, True)
+        parts = (layout.down,) if name.endswith(DOWN) else (layout.gate, layout.up)
+        dtype = dtype or self._files.exact(layer + parts[0].format(expert=0))
+        stacked = torch.empty(shape, dtype=dtype)
+        for expert, matrix in enumerate(stacked):
+            for place, part in zip(matrix.chunk(len(parts)), parts, strict=True):
+                file_name = layer + part.format(expert=expert)
+                place.copy_(self._files.read(file_name, place.shape, dtype))
+        return stacked
+
+    def _read(
+        self, published: str, shape: torch.Size, dtype: torch.dtype | None, experts: bool
+    ) -> Tensor:
+        """Read one tensor of the files, in the network's arrangement."""
+        part = published.removeprefix(_layer_of(published))
+        if part in self._layout.leading and published in self._files:
+            return self._files.read(published, torch.Size((1, *shape)), dtype)[0]
+        if not experts or not self._layout.experts.transposed:
+            return self._files.read(published, shape, dtype)
+        turned = self._files.read(published, torch.Size((shape[0], shape[2], shape[1])), dtype)
+        return _turned_back(turned, published.endswith(DOWN))
+
+    def refuse_unread(self) -> None:
+        """Refuse tensors that nothing in the network takes.
+
+        Rotary frequencies, a tied head's copy and unused multi-token prediction are no surprise.
+        """
+        self._files.refuse_unread(self.config)
+
+
+class _WeightFiles:
+    """All tensors of a folder by name, memory-mapped, and which of them were read."""
+
+    def __init__(self, folder: Path, prefix: str) -> None:
+        self._folder = folder
+        self._handles: dict[str, Any] = {}
+        self.paths = self._paths()
+        for path in self.paths:
+            try:
+                handle: Any = safe_open(path, framework="pt")
+                names: list[str] = list(handle.keys())
+            except FileNotFoundError:
+                raise UserError(
+                    f"{path} is missing, though {INDEX} names it; fetch the model again"
+                ) from None
+            except (SafetensorError, OSError) as error:
+                raise UserError(
+                    f"{path} is no intact safetensors file ({error}); fetch the model again"
+                ) from error
+            self._handles |= dict.fromkeys(names, handle)
+        if prefix and any(name.startswith(prefix) for name in self._handles):
+            # One part of a larger model: the rest, such as what sees pictures, is not opened.
+            self._handles = {
+                name.removeprefix(prefix): handle
+                for name, handle in self._handles.items()
+                if name.startswith(prefix)
+            }
+        self._prefix = prefix if prefix else ""
+        self._unread = set(self._handles)
+
+    def __contains__(self, name: str) -> bool:
+        return name in self._handles
+
+    def _paths(self) -> list[Path]:
+        index = self._folder / INDEX
+        if index.exists():
+            try:
+                weight_map: dict[str, str] = json.loads(index.read_text("utf-8"))["weight_map"]
+                return [self._folder / Path(file).name for file in sorted(set(weight_map.values()))]
+            except (ValueError, KeyError, TypeError, AttributeError) as error:
+                raise UserError(f"{index} is damaged ({error}); fetch the model again") from error
+        found = sorted(self._folder.glob("*.safetensors"))
+        if not found:
+            pickles = [*self._folder.glob("*.bin"), *self._folder.glob("*.pt")]
+            held = "only pickle files, which can run code when opened" if pickles else "no weights"
+            raise UserError(
+                f"{self._folder} holds {held}; moescope opens safetensors, so convert the model "
+                "or fetch its safetensors"
+            )
+        return found
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Return the type that a tensor is stored in."""
+        return self._get(name).dtype
+
+    def exact(self, name: str) -> torch.dtype:
+        """Return the narrower of bf16 and float32 that loses nothing of a tensor."""
+        is_bf16 = self._get(name).dtype == torch.bfloat16
+        return torch.bfloat16 if is_bf16 else torch.float32
+
+    def read(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
+        """Return a tensor in `dtype`, or the exact one, multiplied out if it is quantised."""
+        tensor = self._get(name)
+        dtype = dtype or self.exact(name)
+        if tensor.shape != shape:
+            raise UserError(
+                f"{self._folder}: the tensor {name} has the shape {tuple(tensor.shape)}, but "
+                f"config.json makes it {tuple(shape)}; the two belong to different models"
+            )
+        if tensor.dtype == torch.int8 and tensor.ndim == 2:
+            return dequantize_int8(tensor, self._scale(name + INT8_SCALE, (len(tensor), 1)), dtype)
+        if tensor.dtype == torch.float8_e4m3fn and tensor.ndim == 2:
+            blocks = tuple(-(-size // FP8_BLOCK) for size in tensor.shape)
+            return _dequantize_fp8(tensor, self._scale(name + FP8_SCALE, blocks), dtype)
+        if not tensor.is_floating_point():
+            raise UserError(
+                f"{self._folder}: the tensor {name} holds {tensor.dtype}, which is no weight "
+                "that moescope reads"
+            )
+        return tensor.to(dtype)
+
+    def _scale(self, name: str, shape: tuple[int, ...]) -> Tensor:
+        scale = self._get(name)
+        if scale.shape != shape or not scale.is_floating_point():
+            raise UserError(
+                f"{self._folder}: the tensor {name} is {scale.dtype} of the shape "
+                f"{tuple(scale.shape)}, but the weight that it scales makes it {shape}"
+            )
+        return scale
+
+    def refuse_unread(self, config: ModelConfig) -> None:
+        """Refuse tensors that nothing in the network takes.
+
+        Rotary frequencies, a tied head's copy and unused multi-token prediction are no surprise.
+        """
+        behind = [f"model.layers.{config.num_hidden_layers + depth}." for depth in range(8)]
+        surprising = sorted(
+            name
+            for name in self._unread
+            if not name.endswith("rotary_emb.inv_freq")
+            and not name.startswith(tuple(behind))
+            and not (name == "lm_head.weight" and config.tie_word_embeddings)
+        )
+        if surprising:
+            raise UserError(
+                f"{self._folder} holds {len(surprising)} tensors that a {config.model_type} model "
+                f"of this config.json does not have, such as {surprising[0]}; check that config "
+                "and weights belong together"
+            )
+
+    def _get(self, name: str) -> Tensor:
+        if name not in self._handles:
+            raise UserError(
+                f"{self._folder} lacks the tensor {name}, which its config.json calls for; the "
+                "files are incomplete or belong to another model"
+            )
+        self._unread.discard(name)
+        try:
+            return self._handles[name].get_tensor(name)
+        except (SafetensorError, OSError) as error:
+            raise UserError(
+                f"{self._folder}: the tensor {name} cannot be read ({error}); fetch the model again"
+            ) from error

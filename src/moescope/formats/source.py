@@ -1,0 +1,39 @@
+"""What every kind of checkpoint offers to whoever fills a network with its weights."""
+
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from moescope.config import ModelConfig
+from moescope.text.tokenizer import Tokenizer
+
+GATE_UP, DOWN = ".experts.gate_up_proj", ".experts.down_proj"
+"""How the network's names of all routed experts' matrices end."""
+
+
+class WeightSource(Protocol):
+    """A checkpoint, open; tensors go by the network's names.
+
+    Attributes:
+        config: the model's shape.
+        dtype: to compute in unless asked otherwise.
+        files: all that config and weights are read from.
+    """
+
+    config: ModelConfig
+    dtype: torch.dtype
+    files: list[Path]
+
+    def read(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
+        """Return a tensor in `dtype`; None takes the narrower of bf16 and float32 that is exact."""
+        ...
+
+    def refuse_unread(self) -> None:
+        """Refuse tensors that nothing in the network takes."""
+        ...
+
+    def tokenizer(self) -> Tokenizer:
+        """Return the vocabulary."""
+        ...
