@@ -1,6 +1,7 @@
 """`moescope.load`: a model and its tokenizer, ready to use."""
 
-from collections.abc import Iterator, Sequence
+import sys
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, overload
@@ -16,6 +17,8 @@ from moescope.engine.engine import Engine, Generation
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
 from moescope.formats.gguf.model import is_gguf
+from moescope.formats.headers import Headers
+from moescope.formats.repository import is_hub_name
 from moescope.machine import memory
 from moescope.model.decoder import CausalLM
 from moescope.model.steering import Steering, steered
@@ -24,6 +27,7 @@ from moescope.native.pack_cache import load_packed
 from moescope.scope.recording import record
 from moescope.scope.trace import Trace
 from moescope.text.tokenizer import Tokenizer
+from moescope.transfer import transfer_bar
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BACKENDS = ("torch", "cpu")
@@ -33,8 +37,6 @@ FLOAT32_PARAMETERS = 500_000_000
 In bfloat16, a text read at once and the same text read token by token differ so much that routers
 choose other experts for some tokens.
 """
-PATTERNS = ["*.json", "*.safetensors", "*.jinja"]
-"""What is fetched of a model on the Hub: nothing that could be executed."""
 
 
 def load(
@@ -48,8 +50,9 @@ def load(
 
     Args:
         name_or_path: `tiny` (the model in the box), a folder with `config.json`, safetensors and
-            `tokenizer.json`, a `.gguf` file of arch `deepseek2`, or a Hub name such as
-            `deepseek-ai/DeepSeek-V2-Lite`.
+            `tokenizer.json`, a `.gguf` file, or a Hub name such as `deepseek-ai/DeepSeek-V2-Lite`
+            or, of a repository of GGUF files, `org/repo:Q4_K_M`. What is on the Hub is downloaded,
+            unless it does not fit into memory or onto the disk.
         dtype: `float32` or `bfloat16`; None takes float32 for models of up to 500M parameters,
             and above it the type of a folder's norms, bfloat16 for GGUF.
         backend: `torch` computes with PyTorch, `cpu` with the native kernels, whose weights are
@@ -64,21 +67,29 @@ def load(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
     packer = packer_for(backend, quantize)
-    checkpoint = open_checkpoint(locate(name_or_path))
-    wanted = DTYPES[dtype] if dtype else checkpoint.dtype
-    if packer is not None:
-        packer.refuse_if_too_large(checkpoint.config, memory()[1])
-    else:
-        parameters = count_parameters(checkpoint.config)
+
+    def fitting_dtype(config: ModelConfig, stored: torch.dtype) -> torch.dtype:
+        """Return what is computed in; refuse a model that memory has no room for."""
+        wanted = DTYPES[dtype] if dtype else stored
+        if packer is not None:
+            packer.refuse_if_too_large(config, memory()[1])
+            return wanted
+        parameters = count_parameters(config)
         if dtype is None and parameters.total <= FLOAT32_PARAMETERS:
             wanted = torch.float32
         _refuse_if_too_large(parameters.total + parameters.mtp, wanted, memory()[1])
+        return wanted
+
+    path = locate(name_or_path, lambda headers: fitting_dtype(headers.config, headers.dtype))
+    checkpoint = open_checkpoint(path)
+    wanted = fitting_dtype(checkpoint.config, checkpoint.dtype)
     tokenizer = checkpoint.tokenizer()
     if packer is None:
-        return Model(str(name_or_path), load_model(checkpoint, dtype=wanted), tokenizer)
-    network, pack = load_packed(checkpoint, wanted, packer.weight_format)
+        network, pack = load_model(checkpoint, dtype=wanted), None
+    else:
+        network, pack = load_packed(checkpoint, wanted, packer.weight_format)
     model = Model(str(name_or_path), network, tokenizer)
-    model.pack = pack
+    model.pack, model.path = pack, path
     return model
 
 
@@ -107,8 +118,13 @@ def packer_for(backend: str | None, quantize: str | None) -> Packer | None:
     return Packer(quantize or "int8")
 
 
-def locate(name_or_path: str | Path) -> Path:
+def locate(name_or_path: str | Path, refuse: Callable[[Headers], object] | None = None) -> Path:
     """Return a model's folder or GGUF file; a Hub name is downloaded, or found in its cache.
+
+    Args:
+        name_or_path: as for `load`.
+        refuse: called with the headers of a model on the Hub before it is downloaded; raises a
+            `UserError` where that would be in vain.
 
     Raises:
         UserError: there is no such model, or it cannot be fetched.
@@ -124,12 +140,32 @@ def locate(name_or_path: str | Path) -> Path:
             f"{name} is a file; name a .gguf file or the folder that holds config.json and "
             "safetensors"
         )
-    if name.count("/") != 1 or name.startswith((".", "/", "~")) or name.endswith("/"):
+    if not is_hub_name(name):
         raise UserError(
             f'there is no model {name!r}; give "tiny", a folder, a .gguf file, or a Hub name like '
-            '"org/model"'
+            '"org/model" or "org/model:Q4_K_M"'
         )
-    return _download(name)
+    return _fetch(name, refuse)
+
+
+def _fetch(name: str, refuse: Callable[[Headers], object] | None) -> Path:
+    """Download what is missing of a model on the Hub, once it is known to fit."""
+    from moescope.formats import hub
+
+    try:
+        found = hub.HubModel(name)
+    except hub.Unavailable:
+        if (path := hub.cached(name)) is not None:
+            return path
+        raise
+    if found.choice.note:
+        print(found.choice.note, file=sys.stderr)
+    if found.missing_bytes:
+        found.refuse_if_disk_is_full()
+        if refuse is not None:
+            refuse(found.headers())
+    with transfer_bar(name) as tell:
+        return found.download(tell)
 
 
 class Model:
@@ -143,6 +179,7 @@ class Model:
         engine: the five steps from text to text.
         steering: what `steer` changed about the routers.
         pack: the file that its weights were read from ready packed; None if there was none.
+        path: its folder or GGUF file; None if it was made here.
     """
 
     def __init__(self, name: str, network: CausalLM, tokenizer: Tokenizer) -> None:
@@ -153,6 +190,7 @@ class Model:
         self.engine = Engine(network, tokenizer)
         self.steering = Steering()
         self.pack: Path | None = None
+        self.path: Path | None = None
         self._unsteered = network
 
     @torch.inference_mode()
@@ -253,7 +291,8 @@ class Model:
             )
         steering = replace(self.steering, **changes)
         model = Model(self.name, steered(self._unsteered, steering), self.tokenizer)
-        model.steering, model._unsteered, model.pack = steering, self._unsteered, self.pack
+        model.steering, model._unsteered = steering, self._unsteered
+        model.pack, model.path = self.pack, self.path
         return model
 
     def save(self, folder: str | Path) -> None:
@@ -288,21 +327,3 @@ def sampling_params(fields: dict[str, Any]) -> SamplingParams:
             f"there is no sampling field {unknown[0]!r}; choose from {', '.join(known)}"
         )
     return SamplingParams(**fields)
-
-
-def _download(name: str) -> Path:
-    from huggingface_hub import snapshot_download
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    try:
-        return Path(snapshot_download(name, allow_patterns=PATTERNS))
-    except LocalEntryNotFoundError as error:
-        raise UserError(
-            f"there is no folder {name}, and the Hub cannot be reached to look for it there; "
-            "check the name or the connection"
-        ) from error
-    except (HfHubHTTPError, HFValidationError, OSError) as error:
-        raise UserError(
-            f"cannot fetch {name} from the Hub ({str(error).splitlines()[0]}); check the name, or "
-            "download it and give its folder"
-        ) from error

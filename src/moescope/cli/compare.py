@@ -117,12 +117,13 @@ def _train(
 
 
 def _entrant(name: str, trained: dict[str, list[Path]]) -> "Entrant":
-    from moescope.api import load, locate
+    from moescope.api import load
     from moescope.lab.compare import Entrant
     from moescope.lab.twins import is_recipe
 
     if not is_recipe(name):
-        return Entrant(name, locate(name), load(name).engine)
+        model = load(name)
+        return Entrant(name, model.path or Path(name), model.engine)
     folder, *others = trained[Path(name).stem]
     siblings = [load(other).engine for other in others]
     return Entrant(Path(name).stem, folder, load(folder).engine, siblings)

@@ -6,7 +6,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
-from moescope.api import Model, load, locate
+from moescope.api import Model, load
 from moescope.catalog import catalog, count_parameters
 from moescope.config import ModelConfig
 from moescope.engine.sampling import SamplingParams
@@ -78,8 +78,8 @@ class Studio:
         Raises:
             UserError: as for `moescope.load`.
         """
-        folder = locate(name_or_path).resolve()
         model = load(name_or_path, backend=backend, quantize=quantize)
+        folder = (model.path or Path(name_or_path)).resolve()
         companions = find_companions(folder, model.config, model.tokenizer)
         return cls(model, companions=companions, folder=folder, watching=watching)
 

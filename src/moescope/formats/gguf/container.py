@@ -95,6 +95,10 @@ def damaged(path: Path, why: str) -> UserError:
     return UserError(f"{path} is no intact GGUF file ({why}); fetch the model again")
 
 
+class UnfinishedHeader(Exception):
+    """The bytes at hand end before the header does."""
+
+
 class GgufFile:
     """One file, open.
 
@@ -116,7 +120,7 @@ class GgufFile:
             raise UserError(f"there is no {path}; check the name") from None
         except (OSError, ValueError) as error:  # an empty file cannot be mapped
             raise UserError(f"{path} cannot be read ({error}); fetch the model again") from error
-        header = _Header(path, self._bytes)
+        header = GgufHeader(path, self._bytes, len(self._bytes))
         self.metadata = header.metadata
         self.tensors = header.tensors
 
@@ -171,11 +175,27 @@ def _library_type(kind: str) -> Any:
     return GGMLQuantizationType[kind]
 
 
-class _Header:
-    """Reads from the front; no step goes beyond the end of the file."""
+class GgufHeader:
+    """What stands in front of the tensors; no step goes beyond the end of the file.
 
-    def __init__(self, path: Path, data: mmap.mmap) -> None:
-        self._path, self._data = path, data
+    Attributes:
+        metadata: values by key; arrays are lists.
+        tensors: by name.
+
+    Raises:
+        UserError: the file is no intact GGUF file of a kind that is known.
+        UnfinishedHeader: the header is longer than `data`.
+    """
+
+    def __init__(self, path: Path, data: bytes | mmap.mmap, size: int) -> None:
+        """Read a header.
+
+        Args:
+            path: of the file, for messages.
+            data: the file's first bytes.
+            size: of the whole file.
+        """
+        self._path, self._data, self._size = path, data, size
         self._at, self._items = 0, 0
         if self._take(4, "the magic number") != MAGIC:
             raise self._refuse("it does not begin with GGUF")
@@ -202,8 +222,10 @@ class _Header:
 
     def _take(self, size: int, what: str) -> bytes:
         end = self._at + size
-        if end > len(self._data):
+        if end > self._size:
             raise self._refuse(f"it ends within {what}")
+        if end > len(self._data):
+            raise UnfinishedHeader
         taken = self._data[self._at : end]
         self._at = end
         return taken
@@ -214,7 +236,7 @@ class _Header:
     def _count(self, what: str, most: int, at_least: int) -> int:
         """Read how many follow, each of which takes `at_least` so many bytes."""
         count = self._number("<Q", f"the number of {what}")
-        if count > min(most, (len(self._data) - self._at) // at_least):
+        if count > min(most, (self._size - self._at) // at_least):
             raise self._refuse(f"it announces {count} {what}, more than it holds or may hold")
         return count
 
@@ -284,7 +306,7 @@ class _Header:
             if min(shape) == 0 or shape[-1] % block:
                 raise self._refuse(f"{name} of type {kind} has the shape {shape}")
             start, size = data_start + offset, prod(shape) // block * block_bytes
-            if offset % alignment or start + size > len(self._data):
-                raise self._refuse(f"{name} takes {size} bytes from {start}, of {len(self._data)}")
+            if offset % alignment or start + size > self._size:
+                raise self._refuse(f"{name} takes {size} bytes from {start}, of {self._size}")
             tensors[name] = TensorInfo(shape, kind, start, size)
         return tensors
