@@ -76,7 +76,7 @@ def test_where_there_is_no_terminal_progress_is_lines_with_the_time_left(
     monkeypatch: pytest.MonkeyPatch, capsys
 ) -> None:
     clock = iter([0.0, 10.0, 40.0, 41.0, 80.0])
-    monkeypatch.setattr("moescope.cli.progress.time.monotonic", lambda: next(clock))
+    monkeypatch.setattr("moescope.transfer.time.monotonic", lambda: next(clock))
     with progress_bar("steps") as progress:
         for done in (100, 200, 210, 300):  # a resumed run has done 100 before it begins
             progress(done, 500)

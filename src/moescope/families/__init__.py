@@ -75,8 +75,8 @@ def read_config(fields: Fields, source: str = "config.json") -> ModelConfig:
     if isinstance(inner, dict) and fields.get("model_type") not in FAMILIES:
         fields = cast(Fields, inner)
     model_type = fields.get("model_type")
-    if model_type in LACKING:
-        raise UserError(f"{source}: {_lacking(str(model_type), fields)}")
+    if isinstance(model_type, str) and model_type in LACKING:
+        raise UserError(f"{source}: {_lacking(model_type, fields)}")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         said = "is missing" if model_type is None else f"is {str(model_type)[:40]!r}"
         raise UserError(f"{source}: `model_type` {said}; moescope opens {', '.join(FAMILIES)}")

@@ -34,8 +34,8 @@ from huggingface_hub.utils import (
     http_stream_backoff,
 )
 
-from moescope.config import ModelConfig
 from moescope.errors import UserError
+from moescope.families import read_config
 from moescope.formats.headers import (
     Headers,
     LocalFiles,
@@ -109,7 +109,7 @@ class HubModel:
         with sentences(self.repo):
             if self.choice.main != CONFIG:
                 return gguf_headers(self, self.choice.weights)
-            config = ModelConfig.from_dict(read_object(self, CONFIG), str(self.shown(CONFIG)))
+            config = read_config(read_object(self, CONFIG), str(self.shown(CONFIG)))
             return safetensors_headers(self, config, self.choice.weights)
 
     def _index(self) -> set[str]:
