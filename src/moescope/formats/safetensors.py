@@ -19,7 +19,7 @@ from moescope.errors import UserError
 from moescope.families import FAMILIES, open_config
 from moescope.families.family import ExpertTensors
 from moescope.files import atomic_path, write_text
-from moescope.formats.source import DOWN, GATE_UP
+from moescope.formats.source import DOWN, GATE_UP, GATE_UP_BIAS
 from moescope.kernels.quantize import dequantize_int8, quantize_int8
 from moescope.text.tokenizer import Tokenizer
 
@@ -87,6 +87,8 @@ def _published_tensors(
             continue
         published = published_name(name, config)
         part = published.removeprefix(_layer_of(published))
+        if name.endswith(GATE_UP_BIAS) and layout.experts.transposed:
+            tensor = _taking_turns(tensor)
         yield published, tensor[None] if part in layout.leading else tensor
 
 
@@ -108,17 +110,22 @@ def _published_experts(
 
 def _transposed(stacked: Tensor, is_down: bool) -> Tensor:
     """Turn `(experts, outputs, columns)` round, gate and up rows taking turns."""
-    if not is_down:
-        gate, up = stacked.chunk(2, dim=1)
-        stacked = torch.stack([gate, up], dim=2).flatten(1, 2)
-    return stacked.mT.contiguous()
+    return (stacked if is_down else _taking_turns(stacked)).mT.contiguous()
 
 
 def _turned_back(stacked: Tensor, is_down: bool) -> Tensor:
     """Undo `_transposed`."""
-    stacked = stacked.mT
-    if is_down:
-        return stacked
+    return stacked.mT.contiguous() if is_down else _one_after_another(stacked.mT)
+
+
+def _taking_turns(stacked: Tensor) -> Tensor:
+    """Let the outputs of gate and up `(experts, outputs, ...)` take turns."""
+    gate, up = stacked.chunk(2, dim=1)
+    return torch.stack([gate, up], dim=2).flatten(1, 2)
+
+
+def _one_after_another(stacked: Tensor) -> Tensor:
+    """Undo `_taking_turns`."""
     return torch.cat([stacked[:, 0::2], stacked[:, 1::2]], dim=1)
 
 
@@ -227,7 +234,9 @@ class SafetensorsModel:
         if part in self._layout.leading and published in self._files:
             return self._files.read(published, torch.Size((1, *shape)), dtype)[0]
         if not experts or not self._layout.experts.transposed:
-            return self._files.read(published, shape, dtype)
+            tensor = self._files.read(published, shape, dtype)
+            turns = self._layout.experts.transposed and published.endswith(GATE_UP_BIAS)
+            return _one_after_another(tensor) if turns else tensor
         turned = self._files.read(published, torch.Size((shape[0], shape[2], shape[1])), dtype)
         return _turned_back(turned, published.endswith(DOWN))
 

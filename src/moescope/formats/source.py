@@ -12,6 +12,8 @@ from moescope.text.tokenizer import Tokenizer
 GATE_UP, DOWN = ".experts.gate_up_proj", ".experts.down_proj"
 """How the network's names of all routed experts' matrices end."""
 
+GATE_UP_BIAS = GATE_UP + "_bias"
+
 
 class WeightSource(Protocol):
     """A checkpoint, open; tensors go by the network's names.
