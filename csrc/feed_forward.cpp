@@ -58,8 +58,8 @@ void Activation::apply(float* gate, float* up, int64_t n) const {
   kernels().swiglu(gate, up, n);
 }
 
-FeedForward::FeedForward(Experts routed, Experts shared, Activation activation)
-    : routed_(std::move(routed)), shared_(std::move(shared)), activation_(activation) {
+FeedForward::FeedForward(Experts routed, Experts shared)
+    : routed_(std::move(routed)), shared_(std::move(shared)) {
   if (!routed_.gate && !shared_.gate) throw std::invalid_argument("there are no experts");
   if (routed_.gate) check(routed_, any());
   if (shared_.gate) check(shared_, any());
@@ -147,7 +147,7 @@ void FeedForward::forward(const float* x, int64_t tokens, const int64_t* topk_id
       add_bias(of.gate_bias, bias_at, width, count, gate);
       add_bias(of.up_bias, bias_at, width, count, up);
       for (int r = 0; r < count; ++r) {
-        activation_.apply(gate + r * kTile, up + r * kTile, width);
+        of.activation.apply(gate + r * kTile, up + r * kTile, width);
         const int64_t row = (is_shared ? 0 : visit.first_row) + first + r;
         activated.set(row, start, gate + r * kTile, width, padded);
       }

@@ -137,8 +137,9 @@ void make_feed_forward(FeedForward* self, const SharedWeights& gate, const Share
                        const std::optional<Floats<2>>& gate_bias,
                        const std::optional<Floats<2>>& up_bias,
                        const std::optional<Floats<2>>& down_bias, bool swigluoai,
-                       std::optional<float> limit) {
+                       std::optional<float> limit, std::optional<float> shared_limit) {
   Experts routed = experts_of(gate, up, down);
+  Experts shared = experts_of(shared_gate, shared_up, shared_down);
   const auto fits = [&](const std::optional<Floats<2>>& bias, const SharedWeights& weights) {
     return !bias || (weights && has_shape(*bias, {weights->matrices(), weights->outputs()}));
   };
@@ -147,11 +148,10 @@ void make_feed_forward(FeedForward* self, const SharedWeights& gate, const Share
   routed.gate_bias = copied(gate_bias);
   routed.up_bias = copied(up_bias);
   routed.down_bias = copied(down_bias);
-  Activation activation;
-  activation.swigluoai = swigluoai;
-  if (limit) activation.limit = *limit;
-  new (self) FeedForward(std::move(routed), experts_of(shared_gate, shared_up, shared_down),
-                         activation);
+  routed.activation.swigluoai = swigluoai;
+  if (limit) routed.activation.limit = *limit;
+  if (shared_limit) shared.activation.limit = *shared_limit;
+  new (self) FeedForward(std::move(routed), std::move(shared));
 }
 
 void apply_feed_forward(const FeedForward& layer, const Floats<2>& x,
@@ -205,7 +205,8 @@ std::shared_ptr<LatentAttention> make_latent_attention(
     const SharedWeights& query, const SharedWeights& latent,
     const std::optional<Floats<1>>& latent_bias, const Floats<1>& latent_norm, float latent_eps,
     const std::shared_ptr<AbsorbedAttention>& absorbed, const SharedWeights& expand,
-    const SharedWeights& output, const std::optional<Floats<1>>& output_bias, bool interleave) {
+    const SharedWeights& output, const std::optional<Floats<1>>& output_bias, bool interleave,
+    float residual_multiplier) {
   const int64_t hidden = input_norm.shape(0), rank = absorbed->up_key->outputs();
   const int64_t heads = absorbed->up_key->matrices(), nope = absorbed->up_key->columns();
   const int64_t rope = latent->outputs() - rank, value = absorbed->up_value->outputs();
@@ -237,6 +238,7 @@ std::shared_ptr<LatentAttention> make_latent_attention(
       ExpandedAttention{expand, nope, absorbed->scale});
   made->rope = rope;
   made->interleave = interleave;
+  made->residual_multiplier = residual_multiplier;
   return made;
 }
 
@@ -525,7 +527,7 @@ NB_MODULE(_native, m) {
       .def("__init__", &make_feed_forward, "gate"_a.none(), "up"_a.none(), "down"_a.none(),
            "shared_gate"_a.none(), "shared_up"_a.none(), "shared_down"_a.none(),
            "gate_bias"_a.none(), "up_bias"_a.none(), "down_bias"_a.none(), "swigluoai"_a,
-           "limit"_a.none())
+           "limit"_a.none(), "shared_limit"_a.none())
       .def("__call__", &apply_feed_forward, "x"_a, "topk_ids"_a.none(), "topk_weights"_a.none(),
            "out"_a);
 
@@ -554,7 +556,7 @@ NB_MODULE(_native, m) {
   m.def("latent_attention", &make_latent_attention, "input_norm"_a, "eps"_a,
         "query_down"_a.none(), "query_down_bias"_a.none(), "query_norm"_a.none(), "query"_a,
         "latent"_a, "latent_bias"_a.none(), "latent_norm"_a, "latent_eps"_a, "absorbed"_a,
-        "expand"_a, "output"_a, "output_bias"_a.none(), "interleave"_a);
+        "expand"_a, "output"_a, "output_bias"_a.none(), "interleave"_a, "residual_multiplier"_a);
   m.def("grouped_attention", &make_grouped_attention, "input_norm"_a, "eps"_a, "query"_a,
         "query_bias"_a.none(), "key"_a, "key_bias"_a.none(), "value"_a, "value_bias"_a.none(),
         "output"_a, "output_bias"_a.none(), "heads"_a, "kv_heads"_a, "scale"_a,

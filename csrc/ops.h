@@ -32,13 +32,7 @@ void multiply_all(const std::vector<Product>& products, const Activations& activ
 // unless null.
 void linear(const Weights& weights, const float* x, int64_t rows, const float* bias, float* out);
 
-// gate, up and down projections of experts of one width.
-struct Experts {
-  std::shared_ptr<const Weights> gate, up, down;
-  std::vector<float> gate_bias{}, up_bias{}, down_bias{};  // (matrices, outputs), or empty
-};
-
-// What stands between them: silu(gate) * up, or gpt-oss's (up + 1) * gate * sigmoid(1.702 * gate).
+// What stands between an expert's matrices: silu(gate) * up, or gpt-oss's (up + 1) * gate * sigmoid(1.702 * gate).
 struct Activation {
   bool swigluoai = false;
   float limit = std::numeric_limits<float>::infinity();  // of gate from above, of up both ways
@@ -46,11 +40,18 @@ struct Activation {
   void apply(float* gate, float* up, int64_t n) const;
 };
 
+// gate, up and down projections of experts of one width.
+struct Experts {
+  std::shared_ptr<const Weights> gate, up, down;
+  std::vector<float> gate_bias{}, up_bias{}, down_bias{};  // (matrices, outputs), or empty
+  Activation activation{};
+};
+
 // The feed-forward part of a layer: routed experts, shared experts, or both.
 class FeedForward {
  public:
   // Either may lack its weights. `shared` are experts that every token visits with weight one.
-  FeedForward(Experts routed, Experts shared, Activation activation = {});
+  FeedForward(Experts routed, Experts shared);
 
   // out (tokens, hidden) += `factor` times the chosen experts' outputs, weighted, plus the shared
   // experts'. topk_ids and topk_weights are (tokens, slots); a negative id marks an unused slot.
@@ -62,7 +63,6 @@ class FeedForward {
 
  private:
   Experts routed_, shared_;
-  Activation activation_;
 };
 
 // Slots of one kind of number that a cache holds for a batch: (rows, slots, width).

@@ -93,6 +93,7 @@ def test_switched_mixtures_equal_plain_loops(
         biases=biases,
         act=act,
         limit=limit,
+        shared_limit=1.0,
     )
     x = torch.randn(tokens, hidden, generator=generator)
     topk_ids = torch.randint(experts, (tokens, slots), generator=generator)
@@ -113,7 +114,7 @@ def test_switched_mixtures_equal_plain_loops(
             exact[token] += weight * (down @ middle + added[2])
         if beside is not None:
             gate, up, down = (matrix[0].double() for matrix in beside)
-            exact[token] += down @ activated(gate @ row, up @ row, act, limit)
+            exact[token] += down @ activated(gate @ row, up @ row, "silu", 1.0)
     torch.testing.assert_close(
         found.double(), exact, rtol=1e-4, atol=2e-5 * float(exact.abs().max()) + 1e-7
     )

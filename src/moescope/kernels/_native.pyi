@@ -32,6 +32,7 @@ class FeedForward:
         down_bias: Array | None,
         swigluoai: bool,
         limit: float | None,
+        shared_limit: float | None,
     ) -> None: ...
     def __call__(
         self, x: Array, topk_ids: Array | None, topk_weights: Array | None, out: Array
@@ -83,6 +84,7 @@ def latent_attention(
     output: Weights,
     output_bias: Array | None,
     interleave: bool,
+    residual_multiplier: float,
 ) -> LatentAttention: ...
 def grouped_attention(
     input_norm: Array,

@@ -228,6 +228,7 @@ def feed_forward_layer(
     biases: tuple[Tensor, Tensor, Tensor] | None = None,
     act: str = "silu",
     limit: float | None = None,
+    shared_limit: float | None = None,
 ) -> FeedForward:
     """Join routed experts and shared ones, or either alone, into one call.
 
@@ -236,9 +237,10 @@ def feed_forward_layer(
         shared: those of the expert that every token visits.
         biases: of the routed experts' gate, up `(experts, intermediate)` and down
             `(experts, hidden)`.
-        act: `silu` for `silu(gate) * up`, `swigluoai` for gpt-oss's
+        act: of the routed experts: `silu` for `silu(gate) * up`, `swigluoai` for gpt-oss's
             `(up + 1) * gate * sigmoid(1.702 * gate)`.
-        limit: bounds gate from above and up from both sides before they meet.
+        limit: bounds the routed experts' gate from above and up from both sides before they meet.
+        shared_limit: likewise of the shared expert.
     """
     nothing = (None, None, None)
     gate_bias, up_bias, down_bias = biases or nothing
@@ -250,6 +252,7 @@ def feed_forward_layer(
         _optional(down_bias),
         act == "swigluoai",
         limit,
+        shared_limit,
     )
 
 
@@ -329,6 +332,7 @@ def latent_attention(
     expand: Weights,
     output: tuple[Weights, Tensor | None],
     interleave: bool,
+    residual_multiplier: float = 1.0,
 ) -> LatentAttention:
     """Join a norm and the parts of latent attention: half a layer of `decoder`.
 
@@ -342,6 +346,7 @@ def latent_attention(
         expand: `kv_b_proj`, one matrix a head, for prompts.
         output: `o_proj` and its bias.
         interleave: whether rotated pairs are neighbours.
+        residual_multiplier: of what is added to the residual stream.
     """
     down, down_bias, down_norm = query_down or (None, None, None)
     return _native.latent_attention(
@@ -360,6 +365,7 @@ def latent_attention(
         output[0],
         _optional(output[1]),
         interleave,
+        residual_multiplier,
     )
 
 

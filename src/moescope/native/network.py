@@ -81,7 +81,8 @@ class Packer:
         """Return the names of the weights that `pack` reads itself, or that no one needs."""
         wanted = {name for name in model.state_dict() if name.startswith("mtp.")}
         for prefix, module in _packable(model):
-            names = module.state_dict() if isinstance(module, GroupedExperts) else ("weight",)
+            experts = isinstance(module, GroupedExperts)
+            names = ("gate_up_proj", "down_proj") if experts else ("weight",)
             wanted |= {f"{prefix}.{name}" for name in names}
         return wanted | {EMBEDDING} if cpu.available() else wanted
 
@@ -192,7 +193,9 @@ class NativeMLP(MLP):
 
     def __init__(self, mlp: MLP, at: str, read: Read, pack: "cpu.Pack") -> None:
         with torch.device("meta"):
-            super().__init__(mlp.gate_proj.in_features, mlp.gate_proj.out_features)
+            super().__init__(
+                mlp.gate_proj.in_features, mlp.gate_proj.out_features, mlp.activation.limit
+            )
         _unpacked_shapes(self)
         self.packed = cpu.expert_weights(
             read(f"{at}.gate_proj.weight"),
@@ -200,7 +203,7 @@ class NativeMLP(MLP):
             read(f"{at}.down_proj.weight"),
             pack,
         )
-        self.layer = cpu.feed_forward_layer(None, self.packed)
+        self.layer = cpu.feed_forward_layer(None, self.packed, shared_limit=mlp.activation.limit)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
         """Map `(..., hidden)` to `(..., hidden)`."""
@@ -210,13 +213,37 @@ class NativeMLP(MLP):
 class NativeExperts(GroupedExperts):
     """The routed experts in one call."""
 
-    def __init__(self, config: ModelConfig, at: str, read: Read, pack: "cpu.Pack") -> None:
+    def __init__(
+        self,
+        config: ModelConfig,
+        experts: GroupedExperts,
+        at: str,
+        read: Read,
+        pack: "cpu.Pack",
+    ) -> None:
         with torch.device("meta"):
             super().__init__(config)
         _unpacked_shapes(self)
         gate_proj, up_proj = read(f"{at}.gate_up_proj").chunk(2, dim=1)
         self.packed = cpu.expert_weights(gate_proj, up_proj, read(f"{at}.down_proj"), pack)
-        self.layer = cpu.feed_forward_layer(self.packed, None)
+        self.gate_up_proj_bias = _wide(experts.gate_up_proj_bias)
+        self.down_proj_bias = _wide(experts.down_proj_bias)
+        self.layer = self.joined(None)
+
+    def joined(self, shared: NativeMLP | None) -> "cpu.FeedForward":
+        """Join these experts and a shared one, if any, into one call."""
+        biases = None
+        if self.gate_up_proj_bias is not None and self.down_proj_bias is not None:
+            gate_bias, up_bias = self.gate_up_proj_bias.chunk(2, dim=1)
+            biases = gate_bias, up_bias, self.down_proj_bias
+        return cpu.feed_forward_layer(
+            self.packed,
+            None if shared is None else shared.packed,
+            biases=biases,
+            act=self.activation.kind,
+            limit=self.activation.limit,
+            shared_limit=None if shared is None else shared.activation.limit,
+        )
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Dispatch `(tokens, hidden)` to the chosen experts and sum what they return, weighted."""
@@ -232,12 +259,12 @@ class NativeMoE(MoE):
         nn.Module.__init__(self)
         self.layer_idx = moe.layer_idx
         self.gate = moe.gate.float()
-        self.experts = NativeExperts(config, f"{at}.experts", read, pack)
-        self.shared_experts = None
+        self.experts = NativeExperts(config, moe.experts, f"{at}.experts", read, pack)
+        shared = None
         if moe.shared_experts is not None:
-            self.shared_experts = NativeMLP(moe.shared_experts, f"{at}.shared_experts", read, pack)
-        shared = None if self.shared_experts is None else self.shared_experts.packed
-        self.layer = cpu.feed_forward_layer(self.experts.packed, shared)
+            shared = NativeMLP(moe.shared_experts, f"{at}.shared_experts", read, pack)
+        self.shared_experts = shared
+        self.layer = self.experts.joined(shared)
 
     def forward(
         self, hidden_states: Tensor, input_ids: Tensor, recorder: Recorder | None = None
@@ -273,7 +300,7 @@ class NativeLatentAttention(LatentAttention):
         """What the cache keeps of a token: its latent and its rotated key."""
         return (self.kv_lora_rank,), (self.rope,)
 
-    def block(self, input_norm: RMSNorm) -> "cpu.Attention":
+    def block(self, input_norm: RMSNorm, residual_multiplier: float) -> "cpu.Attention":
         """Join the norm before it and all its parts into half a layer of a native decoder."""
         query_down, query = None, "q_proj"
         if not hasattr(self, "q_proj"):
@@ -288,6 +315,7 @@ class NativeLatentAttention(LatentAttention):
             _parts(self.kv_b_proj)[0],
             _parts(self.o_proj),
             self.interleave,
+            residual_multiplier,
         )
 
     def attend_absorbed(
@@ -309,6 +337,8 @@ class NativeGroupedAttention(GroupedQueryAttention):
             super().__init__(config, attention.layer_idx)
         for name, child in attention.named_children():
             setattr(self, name, child)
+        self.sinks = _wide(attention.sinks)
+        self.rope = config.rotary_dim
 
     @property
     def slot_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -316,7 +346,7 @@ class NativeGroupedAttention(GroupedQueryAttention):
         shape = (self.kv_heads, self.q_proj.out_features // self.heads)
         return shape, shape
 
-    def block(self, input_norm: RMSNorm) -> "cpu.Attention":
+    def block(self, input_norm: RMSNorm, residual_multiplier: float) -> "cpu.Attention":
         """Join the norm before it and all its parts into half a layer of a native decoder."""
         return cpu.grouped_attention(
             (input_norm.weight, input_norm.eps),
@@ -327,13 +357,26 @@ class NativeGroupedAttention(GroupedQueryAttention):
             heads=self.heads,
             kv_heads=self.kv_heads,
             scale=self.scale,
-            rope=self.q_proj.out_features // self.heads,
+            query_norm=None if self.q_norm is None else self.q_norm.weight,
+            key_norm=None if self.k_norm is None else self.k_norm.weight,
+            rope=self.rope,
             interleave=self.interleave,
+            clip=self.clip,
+            window=self.window,
+            sinks=self.sinks,
+            residual_multiplier=residual_multiplier,
         )
 
 
 def _parts(linear: nn.Linear) -> "tuple[cpu.Weights, Tensor | None]":
     return cast(PackedLinear, linear).packed, linear.bias
+
+
+def _wide(parameter: nn.Parameter | None) -> nn.Parameter | None:
+    """The parameter in float32."""
+    if parameter is None:
+        return None
+    return nn.Parameter(parameter.detach().float(), requires_grad=False)
 
 
 NativeAttention = NativeLatentAttention | NativeGroupedAttention
@@ -346,10 +389,14 @@ class NativeDecoder(Decoder):
         nn.Module.__init__(self)
         for name, child in decoder.named_children():
             setattr(self, name, child)
+        self.embedding_multiplier = decoder.embedding_multiplier
         layers = self._layers()
         self.slot_shapes = cast(NativeAttention, layers[0].self_attn).slot_shapes
         self.attention = [
-            cast(NativeAttention, layer.self_attn).block(layer.input_layernorm) for layer in layers
+            cast(NativeAttention, layer.self_attn).block(
+                layer.input_layernorm, layer.residual_multiplier
+            )
+            for layer in layers
         ]
         self._join(self._gates())
 
@@ -393,10 +440,19 @@ class NativeDecoder(Decoder):
         blocks: list[cpu.FeedForwardBlock] = []
         for layer, rule in zip(self._layers(), rules, strict=True):
             norm = layer.post_attention_layernorm
-            mlp = cast("NativeMLP | NativeMoE", layer.mlp)
-            blocks.append(cpu.feed_forward_block((norm.weight, norm.eps), rule, mlp.layer))
-        rotation = self.rotary_emb.inv_freq, self.rotary_emb.attention_factor
-        self.all_layers = cpu.decoder(self.embed_tokens.weight, self.attention, blocks, rotation)
+            experts = cast("NativeMLP | NativeMoE", layer.mlp).layer
+            blocks.append(
+                cpu.feed_forward_block(
+                    (norm.weight, norm.eps), rule, experts, layer.residual_multiplier
+                )
+            )
+        self.all_layers = cpu.decoder(
+            self.embed_tokens.weight,
+            self.attention,
+            blocks,
+            (self.rotary_emb.inv_freq, self.rotary_emb.attention_factor),
+            self.embedding_multiplier,
+        )
 
 
 NATIVE_RULES = (Greedy, RandomFrozen, GroupLimitedGreedy, NoAuxTopK)
