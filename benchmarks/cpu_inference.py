@@ -24,7 +24,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from gguf_writer import write_gguf
 from peers import LlamaCpp, Moescope, Runner, Transformers, WithoutOneDNN, random_weights
 from rich.console import Console
 from rich.table import Table
@@ -32,6 +31,7 @@ from torch import Tensor
 
 from moescope.config import ModelConfig
 from moescope.families import read_config
+from moescope.formats.gguf.writer import write_gguf
 from moescope.kernels import cpu
 from moescope.machine import measure_gemm_peak
 
@@ -97,7 +97,9 @@ def build(engine: str, config: ModelConfig, shape: str, folder: Path) -> Runner:
         if not path.exists():
             unfinished = path.with_suffix(".part")
             shapes = _weight_shapes(config)
-            write_gguf(config, lambda n: random_weights(shapes[n]), unfinished, LLAMA[engine])
+            write_gguf(
+                config, shapes, lambda n: random_weights(shapes[n]), unfinished, LLAMA[engine]
+            )
             unfinished.rename(path)
         return LlamaCpp(path, cpu.threads(), BATCH, 640)
     if engine == "transformers":

@@ -34,13 +34,13 @@ import httpx2 as httpx
 import torch
 from cpu_inference import SHAPES, _weight_shapes
 from gguf import TokenType
-from gguf_writer import Vocabulary, write_gguf
 from peers import random_weights
 from rich.console import Console
 from rich.table import Table
 
 from moescope.config import ModelConfig
 from moescope.families import read_config
+from moescope.formats.gguf.writer import Vocabulary, write_gguf
 from moescope.kernels import cpu
 
 CLIENTS, TURNS = 8, 4
@@ -251,6 +251,7 @@ def main() -> None:
             shapes = _weight_shapes(config)
             write_gguf(
                 config,
+                shapes,
                 lambda name: random_weights(shapes[name]),
                 model,
                 FORMATS[given.format],

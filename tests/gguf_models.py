@@ -1,17 +1,13 @@
 """Small random DeepSeek-V2 and V3 networks, and the GGUF files that hold them."""
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from moescope.families import read_config
+from moescope.formats.gguf.writer import Vocabulary, write_gguf
 from moescope.model.decoder import CausalLM, initialise
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
-
-from gguf_writer import Vocabulary, write_gguf
 
 SMALL: dict[str, Any] = {
     "vocab_size": 320,
@@ -73,6 +69,7 @@ def write(
     """Write a network's weights to `path`."""
     write_gguf(
         made.config,
+        {name: tensor.shape for name, tensor in made.state_dict().items()},
         made.state_dict().__getitem__,
         path,
         file_type,

@@ -22,7 +22,7 @@ from moescope.families import (
     qwen,
 )
 from moescope.families.dialect import common
-from moescope.families.family import Family, Fields
+from moescope.families.family import Family, Fields, Gguf
 from moescope.files import write_text
 
 FAMILIES: dict[str, Family] = {
@@ -47,6 +47,11 @@ FAMILIES: dict[str, Family] = {
         minimax.MINIMAX_M2,
     )
 }
+
+ARCHITECTURES: dict[str, Gguf] = {
+    family.gguf.architecture: family.gguf for family in FAMILIES.values() if family.gguf is not None
+}
+"""By llama.cpp's name."""
 
 LACKING = {
     "qwen3_next": "Gated DeltaNet",

@@ -5,7 +5,7 @@
 
 from moescope.config import ModelConfig
 from moescope.families.dialect import halves, layer_types, plain
-from moescope.families.family import Family, Fields, Tensors
+from moescope.families.family import Family, Fields, Gguf, Metadata, Tensors
 
 FIELDS = (
     "rope_interleave",
@@ -79,11 +79,68 @@ def _write_glm(config: ModelConfig) -> Fields:
     return write(config) | {"mlp_layer_types": ["sparse" if kind else "dense" for kind in kinds]}
 
 
-DEEPSEEK = Family("deepseek", "DeepseekForCausalLM", _read_v1, write)
-DEEPSEEK_V2 = Family("deepseek_v2", "DeepseekV2ForCausalLM", _read_v2, write)
-DEEPSEEK_V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", _read_v3, write)
-KIMI_K2 = Family(
-    "kimi_k2", "DeepseekV3ForCausalLM", _read_v3, write, Tensors(prefix="language_model.")
+# --- GGUF ----------------------------------------------------------------------------------------
+
+
+def _read_gguf_v1(metadata: Metadata) -> Fields:
+    return {"model_type": "deepseek", "rope_interleave": False}
+
+
+def _read_gguf(metadata: Metadata) -> Fields:
+    """V2, or V3 and all that share its network: a bias in the choice sets V3 apart.
+
+    Files before April 2025 give the widths of a head where newer ones give those of a latent.
+    Groups of experts are ranked as DeepSeek's code ranks them: without a bias (V2) by their best
+    score, where llama.cpp takes the sum of the two best.
+    """
+    rope = metadata.get("rope.dimension_count", int)
+    key = metadata.find("attention.key_length_mla", int)
+    value = metadata.find("attention.value_length_mla", int)
+    has_bias = metadata.holds("exp_probs_b.bias")
+    limited = (metadata.find("expert_group_count", int) or 1) > 1
+    return {
+        "model_type": "deepseek_v3" if has_bias else "deepseek_v2",
+        "num_key_value_heads": metadata.get("attention.head_count", int),
+        "head_dim": None,
+        "q_lora_rank": metadata.get("attention.q_lora_rank", int, 0) or None,
+        "kv_lora_rank": metadata.get("attention.kv_lora_rank", int),
+        "qk_nope_head_dim": (key or metadata.get("attention.key_length", int)) - rope,
+        "qk_rope_head_dim": rope,
+        "v_head_dim": value or metadata.get("attention.value_length", int),
+        "scoring_func": "sigmoid" if has_bias else "softmax",
+        "topk_method": "noaux_tc"
+        if has_bias
+        else ("group_limited_greedy" if limited else "greedy"),
+    }
+
+
+def _write_gguf(config: ModelConfig) -> Fields:
+    rank, rope = config.required("kv_lora_rank"), config.required("qk_rope_head_dim")
+    return {
+        "attention.head_count_kv": 1,
+        "attention.q_lora_rank": config.q_lora_rank or 0,
+        "attention.kv_lora_rank": rank,
+        "attention.key_length": rank + rope,
+        "attention.value_length": rank,
+        "attention.key_length_mla": config.qk_head_dim,
+        "attention.value_length_mla": config.required("v_head_dim"),
+        "leading_dense_block_count": config.first_k_dense_replace,
+    }
+
+
+GGUF_V1 = Gguf(
+    "deepseek",
+    _read_gguf_v1,
+    lambda config: {"leading_dense_block_count": config.first_k_dense_replace},
+    permuted=True,
 )
-JOYAI_LLM_FLASH = Family("joyai_llm_flash", "DeepseekV3ForCausalLM", _read_v3, write)
-GLM4_MOE_LITE = Family("glm4_moe_lite", "Glm4MoeLiteForCausalLM", _read_glm, _write_glm)
+GGUF = Gguf("deepseek2", _read_gguf, _write_gguf)
+
+DEEPSEEK = Family("deepseek", "DeepseekForCausalLM", _read_v1, write, GGUF_V1)
+DEEPSEEK_V2 = Family("deepseek_v2", "DeepseekV2ForCausalLM", _read_v2, write, GGUF)
+DEEPSEEK_V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", _read_v3, write, GGUF)
+KIMI_K2 = Family(
+    "kimi_k2", "DeepseekV3ForCausalLM", _read_v3, write, GGUF, Tensors(prefix="language_model.")
+)
+JOYAI_LLM_FLASH = Family("joyai_llm_flash", "DeepseekV3ForCausalLM", _read_v3, write, GGUF)
+GLM4_MOE_LITE = Family("glm4_moe_lite", "Glm4MoeLiteForCausalLM", _read_glm, _write_glm, GGUF)

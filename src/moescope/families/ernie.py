@@ -2,7 +2,7 @@
 
 from moescope.config import ModelConfig
 from moescope.families.dialect import layer_types, plain, renamed
-from moescope.families.family import Family, Fields, Tensors
+from moescope.families.family import Family, Fields, Gguf, Metadata, Tensors
 
 BIAS = "mlp.moe_statics.e_score_correction_bias"
 NAMES = {
@@ -47,10 +47,35 @@ def _write(config: ModelConfig) -> Fields:
     }
 
 
+def _read_gguf(metadata: Metadata) -> Fields:
+    return {
+        "model_type": "ernie4_5_moe",
+        "rope_interleave": True,
+        "attention_bias": metadata.holds("attn_q.bias"),
+        "topk_method": "noaux_tc",
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+    }
+
+
+def _write_gguf(config: ModelConfig) -> Fields:
+    kinds = [config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)]
+    first = kinds.index(True) if True in kinds else len(kinds)
+    after = kinds.index(True, first + 1) if True in kinds[first + 1 :] else first + 1
+    return {
+        "leading_dense_block_count": first,
+        "interleave_moe_layer_step": after - first,
+        "expert_shared_feed_forward_length": config.n_shared_experts
+        * config.required("moe_intermediate_size"),
+    }
+
+
 ERNIE4_5_MOE = Family(
     "ernie4_5_moe",
     "Ernie4_5_MoeForCausalLM",
     _read,
     _write,
+    Gguf("ernie4_5-moe", _read_gguf, _write_gguf),
     Tensors({"mlp.gate.e_score_correction_bias": BIAS}, leading=frozenset({BIAS})),
 )

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, Protocol, TypeVar
 
 from moescope.config import ModelConfig
 
@@ -50,6 +50,53 @@ class Tensors:
     leading: frozenset[str] = frozenset()
 
 
+Kind = TypeVar("Kind", int, float, str, bool)
+
+
+class Metadata(Protocol):
+    """The metadata of a GGUF file, by keys without the architecture's name in front."""
+
+    def get(self, key: str, kind: type[Kind], default: Kind | None = None) -> Kind:
+        """Return a value; without a default, a file that lacks it is refused."""
+        ...
+
+    def find(self, key: str, kind: type[Kind]) -> Kind | None:
+        """Return a value, or None."""
+        ...
+
+    def holds(self, ending: str) -> bool:
+        """Whether the file has a tensor whose name ends so."""
+        ...
+
+
+def _nothing(config: ModelConfig) -> Fields:
+    return {}
+
+
+@dataclass(frozen=True)
+class Gguf:
+    """How llama.cpp keeps a family; an architecture can hold several.
+
+    Attributes:
+        architecture: llama.cpp's name.
+        read: what the metadata say beyond sizes and experts (`formats.gguf.metadata`) ->
+            fields of `ModelConfig`, `model_type` among them.
+        write: keys without the architecture's name, beyond those.
+        permuted: whether rows of queries and keys stand so that rotated pairs, halves of a head
+            in safetensors, are neighbours.
+        in_layer: the network's name behind `model.layers.N.`, without `weight` or `bias` ->
+            llama.cpp's behind `blk.N.`, where it is another than in most architectures.
+        rope_scaling: what a file does not say of its stretched positions.
+    """
+
+    architecture: str
+    read: Callable[[Metadata], Fields]
+    write: Callable[[ModelConfig], Fields] = _nothing
+    permuted: bool = False
+    in_layer: Mapping[str, str] = field(default_factory=dict[str, str])
+    rope_scaling: Mapping[str, Any] = field(default_factory=dict[str, Any])
+
+
 @dataclass(frozen=True)
 class Family:
     """One `model_type`.
@@ -60,6 +107,7 @@ class Family:
         read: the fields of its `config.json` -> those of `ModelConfig`.
         write: the way back; `model_type`, `architectures` and what `families.dialect.common` knows
             are added.
+        gguf: how llama.cpp keeps it; None if it does not.
         tensors: names in safetensors.
     """
 
@@ -67,4 +115,5 @@ class Family:
     architecture: str
     read: Callable[[Fields], Fields]
     write: Callable[[ModelConfig], Fields]
+    gguf: Gguf | None = None
     tensors: Tensors = field(default_factory=Tensors)

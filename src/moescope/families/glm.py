@@ -3,7 +3,7 @@
 from moescope.config import ModelConfig
 from moescope.families import deepseek
 from moescope.families.dialect import halves
-from moescope.families.family import Family, Fields
+from moescope.families.family import Family, Fields, Gguf, Metadata
 
 
 def _read(fields: Fields) -> Fields:
@@ -24,4 +24,23 @@ def _write(config: ModelConfig) -> Fields:
     }
 
 
-GLM4_MOE = Family("glm4_moe", "Glm4MoeForCausalLM", _read, _write)
+def _read_gguf(metadata: Metadata) -> Fields:
+    return {
+        "model_type": "glm4_moe",
+        "rope_interleave": False,
+        "qk_norm": "head" if metadata.holds("attn_q_norm.weight") else "none",
+        "attention_bias": metadata.holds("attn_q.bias"),
+        "attention_out_bias": False,
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "norm_topk_prob": metadata.get("expert_weights_norm", bool, True),
+    }
+
+
+GGUF = Gguf(
+    "glm4moe",
+    _read_gguf,
+    lambda config: {"leading_dense_block_count": config.first_k_dense_replace},
+    in_layer={"post_attention_layernorm": "post_attention_norm"},
+)
+GLM4_MOE = Family("glm4_moe", "Glm4MoeForCausalLM", _read, _write, GGUF)

@@ -4,7 +4,7 @@ from typing import Any
 
 from moescope.config import ModelConfig
 from moescope.families.dialect import halves, renamed
-from moescope.families.family import ExpertTensors, Family, Fields, Tensors
+from moescope.families.family import ExpertTensors, Family, Fields, Gguf, Metadata, Tensors
 
 YARN: dict[str, Any] = {
     "rope_type": "yarn",
@@ -49,11 +49,40 @@ def _write(config: ModelConfig) -> Fields:
     }
 
 
+def _read_gguf(metadata: Metadata) -> Fields:
+    layers = range(metadata.get("block_count", int))
+    return {
+        "model_type": "gpt_oss",
+        "rope_interleave": False,
+        "attention_bias": True,
+        "attention_sinks": True,
+        "sliding_window": metadata.get("attention.sliding_window", int),
+        "layer_types": ["full_attention" if n % 2 else "sliding_attention" for n in layers],
+        "expert_act": "swigluoai",
+        "expert_bias": True,
+        "swiglu_limit": 7.0,
+        "router_bias": True,
+        "softmax_after_topk": True,
+        "norm_topk_prob": True,
+    }
+
+
+def _write_gguf(config: ModelConfig) -> Fields:
+    return {"attention.sliding_window": config.required("sliding_window")}
+
+
 GPT_OSS = Family(
     "gpt_oss",
     "GptOssForCausalLM",
     _read,
     _write,
+    Gguf(
+        "gpt-oss",
+        _read_gguf,
+        _write_gguf,
+        in_layer={"post_attention_layernorm": "post_attention_norm"},
+        rope_scaling={"truncate": False},
+    ),
     Tensors(
         {
             "mlp.gate.weight": "mlp.router.weight",

@@ -2,14 +2,15 @@
 
 from moescope.config import ModelConfig
 from moescope.families.dialect import halves, renamed
-from moescope.families.family import ExpertTensors, Family, Fields, Tensors
+from moescope.families.family import ExpertTensors, Family, Fields, Gguf, Metadata, Tensors
 
-MULTIPLIERS = (
-    "embedding_multiplier",
-    "residual_multiplier",
-    "attention_multiplier",
-    "logits_scaling",
-)
+MULTIPLIERS = {
+    "embedding_multiplier": "embedding_scale",
+    "residual_multiplier": "residual_scale",
+    "attention_multiplier": "attention.scale",
+    "logits_scaling": "logit_scale",
+}
+"""With their keys in GGUF."""
 
 
 def _read(fields: Fields) -> Fields:
@@ -28,11 +29,28 @@ def _write(config: ModelConfig) -> Fields:
     }
 
 
+def _read_gguf(metadata: Metadata) -> Fields:
+    found = {ours: metadata.find(theirs, float) for ours, theirs in MULTIPLIERS.items()}
+    return found | {
+        "model_type": "granitemoe",
+        "rope_interleave": False,
+        "moe_intermediate_size": metadata.get("feed_forward_length", int),
+        "softmax_after_topk": True,
+        "norm_topk_prob": True,
+    }
+
+
+def _write_gguf(config: ModelConfig) -> Fields:
+    found = {theirs: getattr(config, ours) for ours, theirs in MULTIPLIERS.items()}
+    return {key: float(value) for key, value in found.items() if value is not None}
+
+
 GRANITEMOE = Family(
     "granitemoe",
     "GraniteMoeForCausalLM",
     _read,
     _write,
+    Gguf("granitemoe", _read_gguf, _write_gguf, permuted=True),
     Tensors(
         {"mlp.gate.weight": "block_sparse_moe.router.layer.weight"},
         ExpertTensors(

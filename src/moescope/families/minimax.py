@@ -2,7 +2,7 @@
 
 from moescope.config import ModelConfig
 from moescope.families.dialect import halves, renamed
-from moescope.families.family import Family, Fields, Tensors
+from moescope.families.family import Family, Fields, Gguf, Metadata, Tensors
 from moescope.families.mixtral import EXPERTS
 
 
@@ -37,11 +37,25 @@ def _write(config: ModelConfig) -> Fields:
     }
 
 
+def _read_gguf(metadata: Metadata) -> Fields:
+    return {
+        "model_type": "minimax_m2",
+        "rope_interleave": False,
+        "qk_norm": "full",
+        "scoring_func": "sigmoid",
+        "topk_method": "noaux_tc",
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+    }
+
+
 MINIMAX_M2 = Family(
     "minimax_m2",
     "MiniMaxM2ForCausalLM",
     _read,
     _write,
+    Gguf("minimax-m2", _read_gguf),
     Tensors(
         {
             "mlp.gate.weight": "block_sparse_moe.gate.weight",

@@ -1,6 +1,7 @@
 """Mixtral (Jiang et al. 2024): few large experts, softmax over the two chosen."""
 
 from moescope.config import ModelConfig
+from moescope.families import llama
 from moescope.families.dialect import halves, renamed
 from moescope.families.family import ExpertTensors, Family, Fields, Tensors
 
@@ -31,5 +32,6 @@ MIXTRAL = Family(
     "MixtralForCausalLM",
     _read,
     _write,
+    llama.GGUF,
     Tensors({"mlp.gate.weight": "block_sparse_moe.gate.weight"}, EXPERTS),
 )

@@ -2,7 +2,7 @@
 
 from moescope.config import ModelConfig
 from moescope.families.dialect import halves, renamed
-from moescope.families.family import Family, Fields
+from moescope.families.family import Family, Fields, Gguf, Metadata
 
 
 def _read(fields: Fields) -> Fields:
@@ -22,4 +22,19 @@ def _write(config: ModelConfig) -> Fields:
     }
 
 
-OLMOE = Family("olmoe", "OlmoeForCausalLM", _read, _write)
+def _read_gguf(metadata: Metadata) -> Fields:
+    return {
+        "model_type": "olmoe",
+        "rope_interleave": False,
+        "qk_norm": "full",
+        "moe_intermediate_size": metadata.get("feed_forward_length", int),
+        "clip_qkv": metadata.find("attention.clamp_kqv", float),
+        "norm_topk_prob": metadata.get("expert_weights_norm", bool, False),
+    }
+
+
+def _write_gguf(config: ModelConfig) -> Fields:
+    return {} if config.clip_qkv is None else {"attention.clamp_kqv": config.clip_qkv}
+
+
+OLMOE = Family("olmoe", "OlmoeForCausalLM", _read, _write, Gguf("olmoe", _read_gguf, _write_gguf))

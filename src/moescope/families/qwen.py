@@ -2,7 +2,7 @@
 
 from moescope.config import ModelConfig
 from moescope.families.dialect import dense, halves, layer_types, renamed, windows
-from moescope.families.family import Family, Fields
+from moescope.families.family import Family, Fields, Gguf, Metadata
 
 
 def _read_qwen2(fields: Fields) -> Fields:
@@ -55,6 +55,33 @@ def _write_qwen3_moe(config: ModelConfig) -> Fields:
     }
 
 
-QWEN2 = Family("qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_window)
-QWEN3 = Family("qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3)
-QWEN3_MOE = Family("qwen3_moe", "Qwen3MoeForCausalLM", _read_qwen3_moe, _write_qwen3_moe)
+# --- GGUF ----------------------------------------------------------------------------------------
+
+
+def _read_gguf_qwen2(metadata: Metadata) -> Fields:
+    biases = {"attention_bias": True, "attention_out_bias": False}
+    return {"model_type": "qwen2", "rope_interleave": False} | biases
+
+
+def _read_gguf_qwen3(metadata: Metadata) -> Fields:
+    return {"model_type": "qwen3", "rope_interleave": False, "qk_norm": "head"}
+
+
+def _read_gguf_qwen3_moe(metadata: Metadata) -> Fields:
+    weights = {"norm_topk_prob": metadata.get("expert_weights_norm", bool, True)}
+    return _read_gguf_qwen3(metadata) | weights | {"model_type": "qwen3_moe"}
+
+
+QWEN2 = Family(
+    "qwen2", "Qwen2ForCausalLM", _read_qwen2, _write_window, Gguf("qwen2", _read_gguf_qwen2)
+)
+QWEN3 = Family(
+    "qwen3", "Qwen3ForCausalLM", _read_qwen3, _write_qwen3, Gguf("qwen3", _read_gguf_qwen3)
+)
+QWEN3_MOE = Family(
+    "qwen3_moe",
+    "Qwen3MoeForCausalLM",
+    _read_qwen3_moe,
+    _write_qwen3_moe,
+    Gguf("qwen3moe", _read_gguf_qwen3_moe),
+)

@@ -1,10 +1,10 @@
-"""A DeepSeek-V2 or V3 model in GGUF (arch `deepseek2`), as a source of weights.
+"""A model in GGUF, as a source of weights.
 
 Metadata become a `ModelConfig`, and the network's names are looked up as llama.cpp spells them.
-Three things are stored otherwise than in DeepSeek's checkpoints: `kv_b_proj` is split into a
-transposed key half and a value half (files before April 2025 keep it whole), experts are stacked
-already, and latent attention is declared as multi-query attention with one key-value head.
-Rotated pairs are neighbours, as in the original checkpoint.
+Some things are stored otherwise than in safetensors: `kv_b_proj` is split into a transposed key
+half and a value half (files before April 2025 keep it whole), experts are stacked already, latent
+attention is declared as multi-query attention with one key-value head, and Llama's queries and keys
+have their rows in another order.
 """
 
 from collections.abc import Iterator
@@ -15,45 +15,13 @@ from torch import Tensor
 
 from moescope.errors import UserError
 from moescope.formats.gguf.container import GgufFile, damaged
-from moescope.formats.gguf.metadata import IN_LAYER, Fields, model_config
+from moescope.formats.gguf.metadata import IN_LAYER, Fields, architecture_of, model_config
+from moescope.formats.gguf.names import PERMUTED, ROPE_FACTORS, SPLIT, stored_name
 from moescope.formats.gguf.vocabulary import knows_vocabulary, tokenizer
 from moescope.text.tokenizer import Tokenizer
 
 SUFFIX = ".gguf"
 MOST_PARTS = 1000
-
-_TOP = {
-    "model.embed_tokens.weight": "token_embd.weight",
-    "model.norm.weight": "output_norm.weight",
-    "lm_head.weight": "output.weight",
-}
-_IN_LAYER = {
-    "input_layernorm.weight": "attn_norm.weight",
-    "post_attention_layernorm.weight": "ffn_norm.weight",
-    "self_attn.q_proj.weight": "attn_q.weight",
-    "self_attn.q_a_proj.weight": "attn_q_a.weight",
-    "self_attn.q_a_layernorm.weight": "attn_q_a_norm.weight",
-    "self_attn.q_b_proj.weight": "attn_q_b.weight",
-    "self_attn.kv_a_proj_with_mqa.weight": "attn_kv_a_mqa.weight",
-    "self_attn.kv_a_layernorm.weight": "attn_kv_a_norm.weight",
-    "self_attn.kv_b_proj.weight": "attn_kv_b.weight",
-    "self_attn.o_proj.weight": "attn_output.weight",
-    "mlp.gate_proj.weight": "ffn_gate.weight",
-    "mlp.up_proj.weight": "ffn_up.weight",
-    "mlp.down_proj.weight": "ffn_down.weight",
-    "mlp.gate.weight": "ffn_gate_inp.weight",
-    "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
-    "mlp.experts.gate_up_proj": "ffn_gate_up_exps.weight",
-    "mlp.experts.down_proj": "ffn_down_exps.weight",
-    "mlp.shared_experts.gate_proj.weight": "ffn_gate_shexp.weight",
-    "mlp.shared_experts.up_proj.weight": "ffn_up_shexp.weight",
-    "mlp.shared_experts.down_proj.weight": "ffn_down_shexp.weight",
-}
-_SPLIT = {
-    "attn_kv_b.weight": ("attn_k_b.weight", "attn_v_b.weight"),
-    "ffn_gate_up_exps.weight": ("ffn_gate_exps.weight", "ffn_up_exps.weight"),
-}
-"""What most files hold in two parts."""
 
 
 def is_gguf(path: Path) -> bool:
@@ -87,7 +55,14 @@ class GgufModel:
                 self._holders[name] = file
         self._unread = set(self._holders)
         tensors = {name: file.tensors[name] for name, file in self._holders.items()}
-        self.config = model_config(path, first.metadata, tensors)
+        factors = self._holders.get(ROPE_FACTORS)
+        self.config = model_config(
+            path,
+            first.metadata,
+            tensors,
+            None if factors is None else factors.read(ROPE_FACTORS, torch.float32).tolist(),
+        )
+        self._gguf = architecture_of(self.config)
         self.dtype = torch.bfloat16
 
     def tokenizer(self) -> Tokenizer:
@@ -112,13 +87,25 @@ class GgufModel:
         Raises:
             UserError: the file lacks it, or it has another shape.
         """
-        prefix, stored = _stored_name(name)
-        if prefix + stored in self._holders or stored not in _SPLIT:
-            return self._take(prefix + stored, shape, dtype)
-        first, second = (prefix + half for half in _SPLIT[stored])
+        prefix, stored = stored_name(name, self._gguf)
+        if prefix + stored in self._holders or stored not in SPLIT:
+            tensor = self._take(prefix + stored, shape, dtype)
+            return self._in_order(name, tensor) if self._permutes(name) else tensor
+        first, second = (prefix + half for half in SPLIT[stored])
         if stored == "attn_kv_b.weight":
             return self._joined_kv_b(first, second, shape, dtype)
         return self._joined_experts(first, second, shape, dtype)
+
+    def _permutes(self, name: str) -> bool:
+        """Whether a tensor's rows stand so that rotated pairs are neighbours."""
+        return self._gguf.permuted and name.rpartition(".")[0].endswith(PERMUTED)
+
+    def _in_order(self, name: str, rows: Tensor) -> Tensor:
+        """Move rows of rotated pairs, which are neighbours in the file, into halves of a head."""
+        config = self.config
+        heads = config.num_key_value_heads if ".k_proj" in name else config.num_attention_heads
+        pairs = rows.unflatten(0, (heads, -1, 2))  # (heads, width / 2, 2, ...)
+        return pairs.transpose(1, 2).flatten(0, 2).contiguous()
 
     def _joined_kv_b(
         self, key: str, value: str, shape: torch.Size, dtype: torch.dtype | None
@@ -133,8 +120,7 @@ class GgufModel:
         self, gate: str, up: str, shape: torch.Size, dtype: torch.dtype | None
     ) -> Tensor:
         """Read expert by expert, so that nothing stands in memory twice."""
-        experts, both, hidden = shape
-        half = torch.Size((experts, both // 2, hidden))
+        half = torch.Size((shape[0], shape[1] // 2, *shape[2:]))
         files = [self._holder(part, half) for part in (gate, up)]
         dtype = dtype or torch.promote_types(files[0].exact(gate), files[1].exact(up))
         stacked = torch.empty(shape, dtype=dtype)
@@ -172,7 +158,7 @@ class GgufModel:
         surprising = sorted(
             name
             for name in self._unread
-            if _layer_of(name) < self.config.num_hidden_layers and name != "rope_freqs.weight"
+            if _layer_of(name) < self.config.num_hidden_layers and name != ROPE_FACTORS
         )
         if surprising:
             raise UserError(
@@ -198,14 +184,6 @@ def _further_parts(first: GgufFile) -> Iterator[GgufFile]:
     for number in range(2, parts + 1):
         part = f"{name.removesuffix(ending)}-{number:05d}-of-{parts:05d}{SUFFIX}"
         yield GgufFile(first.path.with_name(part))
-
-
-def _stored_name(name: str) -> tuple[str, str]:
-    """Return a tensor's layer, as a prefix, and its name in a file."""
-    if name in _TOP:
-        return "", _TOP[name]
-    layer, _, part = name.removeprefix("model.layers.").partition(".")
-    return f"blk.{layer}.", _IN_LAYER[part]
 
 
 def _layer_of(stored: str) -> int:
