@@ -77,7 +77,7 @@ def read_config(fields: Fields, source: str = "config.json") -> ModelConfig:
             missing or wrong; the sentence names it and its value.
     """
     inner = fields.get("text_config")
-    if isinstance(inner, dict) and fields.get("model_type") not in FAMILIES:
+    if isinstance(inner, dict) and str(fields.get("model_type")) not in FAMILIES:
         fields = cast(Fields, inner)
     model_type = fields.get("model_type")
     if isinstance(model_type, str) and model_type in LACKING:
