@@ -14,7 +14,8 @@ from moescope.checkpoint import load_model, save_weights
 from moescope.scope.history import FILE as HISTORY
 from moescope.scope.history import history_of
 from moescope.scope.specialization import specialize
-from moescope.scope.texts import labelled_documents
+from moescope.scope.texts import labelled_text
+from moescope.text.split import TrainedText
 from moescope.text.tokenizer import Tokenizer
 from moescope.training.config import TrainConfig
 from moescope.training.data import build_shards
@@ -34,6 +35,9 @@ def main() -> None:
     whole = load_model(arguments.moe_out, dtype=torch.float32)
     save_weights(whole, arguments.box, dtype=torch.int8)
     tokenizer.save(arguments.box)
+    remembered = TrainedText.load(arguments.moe_out)
+    if remembered is not None:
+        remembered.save(arguments.box)
     packed = load_model(arguments.box, dtype=torch.float32)
     before, after = (
         evaluate(
@@ -48,8 +52,8 @@ def main() -> None:
     for domain, loss in before.loss.items():
         print(f"{domain:12} {loss:.4f} -> {after.loss[domain]:.4f} nats a token")
     if packed.config.n_routed_experts is not None:
-        documents = labelled_documents(arguments.corpus)
-        found = specialize(arguments.box.name, packed, tokenizer, documents)
+        text = labelled_text(arguments.corpus, trained=[remembered])
+        found = specialize(arguments.box.name, packed, tokenizer, text.documents)
         found.save(arguments.box / "specialization.json")
     history_of(arguments.moe_out).save(arguments.box / HISTORY)
     size = sum(file.stat().st_size for file in arguments.box.iterdir())

@@ -24,7 +24,8 @@ from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM
 from moescope.scope.losses import document_losses
 from moescope.scope.resampling import rate_interval
-from moescope.scope.texts import BYTES_PER_DOMAIN, encode, labelled_documents
+from moescope.scope.texts import BYTES_PER_DOMAIN, encode, labelled_text
+from moescope.text.split import TrainedText
 
 MODELS = {
     "bf16": {"dtype": "bfloat16", "backend": "torch"},
@@ -47,7 +48,8 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="file for all figures")
     arguments = parser.parse_args()
 
-    documents = labelled_documents(arguments.corpus, arguments.bytes)
+    remembered = [TrainedText.load(arguments.run)]
+    documents = labelled_text(arguments.corpus, arguments.bytes, remembered).documents
     domains = np.array([document.domain for document in documents])
     within = {str(domain): domains == domain for domain in np.unique(domains)}
     first = np.concatenate(

@@ -206,8 +206,8 @@ def test_relu_uses_every_expert_with_a_positive_logit(
 def test_expert_choice_gives_every_expert_its_best_tokens(
     shape: dict[str, int], tokens: int, seed: int
 ) -> None:
-    """Zhou et al. 2022, eq. 1: the same number of tokens for every expert."""
-    router = router_of("expert_choice", **shape, routed_scaling_factor=1.5)
+    """Zhou et al. 2022, eq. 1: the same number of tokens for every expert, in training."""
+    router = router_of("expert_choice", **shape, routed_scaling_factor=1.5).train()
     _, _, routing = route(router, tokens, seed)
     experts = router.n_routed_experts
     capacity = min(tokens, -(-tokens * shape["top_k"] // experts))
@@ -219,6 +219,29 @@ def test_expert_choice_gives_every_expert_its_best_tokens(
     used = routing.topk_ids != UNUSED
     expected = routing.scores.gather(1, routing.topk_ids.clamp(min=0)) * 1.5 * used
     torch.testing.assert_close(routing.topk_weights, expected)
+
+
+@given(shape=shapes(), tokens=TOKENS, seed=SEEDS, learned=st.booleans())
+def test_expert_choice_outside_training_depends_on_the_token_alone(
+    shape: dict[str, int], tokens: int, seed: int, learned: bool
+) -> None:
+    """Thresholds decide, or a token's k best where none were learned; nobody takes everything."""
+    router = router_of("expert_choice", **shape, routed_scaling_factor=1.5).eval()
+    experts, threshold = router.n_routed_experts, router.get_buffer("score_threshold")
+    if learned:
+        threshold.copy_(torch.rand(experts, generator=chance(seed)) / experts + 1e-4)
+    hidden_states, input_ids, routing = route(router, tokens, seed)
+    for at in range(tokens):
+        scores = routing.scores[at].tolist()
+        ranked = sorted(range(experts), key=lambda expert: -scores[expert])
+        expected = set(ranked[: shape["top_k"]])
+        if learned:
+            limits = threshold.tolist()
+            expected = {e for e in range(experts) if scores[e] >= limits[e]}
+        together = routing.topk_ids[at]
+        alone = router(hidden_states[at : at + 1], input_ids[at : at + 1]).topk_ids[0]
+        assert set(together[together != UNUSED].tolist()) == expected
+        assert set(alone[alone != UNUSED].tolist()) == expected
 
 
 @given(shape=shapes(), tokens=TOKENS, seed=SEEDS)

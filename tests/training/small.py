@@ -55,7 +55,7 @@ def start(*arguments: str | Path, main: str = MAIN, **options: Any) -> subproces
     """Start `moescope train` on one thread, in a process of its own."""
     return subprocess.Popen(
         [sys.executable, "-c", main, "train", *map(str, arguments)],
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env=options.pop("env", {**os.environ, "OMP_NUM_THREADS": "1"}),
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,

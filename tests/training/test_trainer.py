@@ -8,27 +8,38 @@ import shutil
 import signal
 import subprocess
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from rich.console import Console
+from safetensors import SafetensorError
 from small import MAIN, rows, start, write_config
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from moescope.checkpoint import load_model
+from moescope.cli import main as cli
 from moescope.errors import UserError
 from moescope.model.recorder import Recorder
 from moescope.model.routing import ROUTERS, Routing
+from moescope.scope.history import history_of
+from moescope.scope.texts import labelled_text
+from moescope.text.split import TrainedText
 from moescope.text.tokenizer import Tokenizer
+from moescope.training import objective, rescue, state
+from moescope.training import trainer as trainer_module
 from moescope.training.batches import PackedBatches
 from moescope.training.config import TrainConfig
+from moescope.training.data import ShardIndex
+from moescope.training.metrics import MetricsLog
 from moescope.training.objective import BalanceRecorder, compute_losses
 from moescope.training.state import saved_steps
 from moescope.training.text import prepare_text, with_special_ids
 from moescope.training.trainer import Trainer, train
+from moescope.training.watch import Watch
 
 SMOKE = Path(__file__).parents[2] / "recipes" / "smoke.toml"
 ROUTER_FIELDS = {
@@ -239,7 +250,7 @@ def test_old_checkpoints_go_and_the_one_before_the_decay_stays(config, tmp_path:
 @pytest.mark.parametrize(
     ("table", "field", "value"),
     [
-        ("training", "clip", 0.5),
+        ("training", "weight_decay", 0.5),
         ("balance", "z_loss", 0.1),
         ("model", "n_routed_experts", 8),
         ("data", "sequence_length", 16),
@@ -271,10 +282,219 @@ def test_a_loss_that_is_no_number_ends_the_training(config, tmp_path: Path) -> N
         training={"dtype": "float32", "muon_learning_rate": 1e30, "adamw_learning_rate": 1e30},
         checkpoints={"every": 1},
     )
-    with pytest.raises(UserError, match=r"step 2 went wrong: .*lower the learning rates"):
+    told = r"steps 2 to 6 went wrong: .* lower muon_learning_rate \(1e\+30\) .* \(there are 1\)"
+    with pytest.raises(UserError, match=told):
         run(made, tmp_path)
     assert saved_steps(tmp_path / "checkpoints") == [1]
     assert not (tmp_path / "model.safetensors").exists()
+
+
+def test_the_way_that_is_offered_out_of_a_failure_works(config, tmp_path: Path) -> None:
+    """Back to a checkpoint from before, with lower rates."""
+
+    def rates(muon: float, adamw: float) -> TrainConfig:
+        training = {
+            "dtype": "float32",
+            "muon_learning_rate": muon,
+            "adamw_learning_rate": adamw,
+            "warmup_fraction": 0.2,
+        }
+        return config(training=training, checkpoints={"every": 1, "keep": 4})
+
+    run(rates(3e-3, 3e-3), tmp_path)
+    for step in (11, 12):
+        shutil.rmtree(tmp_path / "checkpoints" / f"step-{step:06d}")
+    (tmp_path / "model.safetensors").unlink()
+    stream = io.StringIO()
+    train(rates(1e-3, 1e-3), tmp_path, from_step=9, stream=stream)
+    said = stream.getvalue()
+    assert "step-000009" in said
+    assert "training.muon_learning_rate was 0.003 and is 0.001 from here on" in said
+    assert [row["step"] for row in rows(tmp_path)] == list(range(1, 13))
+    with pytest.raises(UserError, match=r"no checkpoint of step 3 in .*; it has .*12"):
+        train(rates(1e-3, 1e-3), tmp_path, from_step=3, stream=stream)
+
+
+def test_a_batch_without_a_finite_gradient_is_skipped(
+    trainer, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made = trainer(training={"dtype": "float32", "steps": 3})
+    made.train_step()
+    before = {name: master.clone() for name, master in made.optimizer.masters.items()}
+    losses = objective.compute_losses
+
+    def broken(*arguments: Any) -> Any:
+        found = losses(*arguments)
+        return replace(found, total=found.total * math.nan)
+
+    monkeypatch.setattr(trainer_module, "compute_losses", broken)
+    row = made.train_step()
+    assert row["loss"] is None and "nan" in row["problem"]
+    assert all(torch.equal(before[n], m) for n, m in made.optimizer.masters.items())
+    monkeypatch.setattr(trainer_module, "compute_losses", losses)
+    assert made.train_step()["loss"] > 0
+    assert made.step == 3
+    assert all(bool(master.isfinite().all()) for master in made.optimizer.masters.values())
+    assert not any(torch.equal(before[n], m) for n, m in made.optimizer.masters.items())
+
+
+def test_a_training_that_ends_worse_than_chance_says_so(config, tmp_path: Path) -> None:
+    rates = {"muon_learning_rate": 1.0, "adamw_learning_rate": 1.0}
+    said = run(config(training={"dtype": "float32", "steps": 20, **rates}), tmp_path)
+    assert "this training failed: the loss over the last 20 steps is" in said
+    assert "no better than guessing (ln of the vocabulary, 5.70)" in said
+    assert "lower muon_learning_rate (1) and adamw_learning_rate (1)" in said
+    assert (
+        "no better than guessing" in json.loads((tmp_path / "training.json").read_text())["failed"]
+    )
+
+
+def test_a_failing_training_is_told_once_and_again_after_a_recovery() -> None:
+    watch = Watch(vocab_size=100, warmup_steps=10)
+    told = []
+    losses = [4.0] * 10 + [5.0] * 250 + [1.0] * 150 + [6.0] * 150
+    for step, loss in enumerate(losses, start=1):
+        watch.add(step, loss)
+        told += [step] if watch.news() else []
+    assert told[0] == 110
+    assert len(told) == 2 and 410 < told[1] < 560
+    assert watch.is_failing
+
+
+def test_a_type_that_this_processor_is_slow_at_is_told(
+    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    peaks = {torch.bfloat16: 1e9, torch.float32: 40e9}
+    monkeypatch.setattr(trainer_module, "measure_gemm_peak", peaks.__getitem__)
+    said = run(config(training={"steps": 1}), tmp_path / "slow")
+    assert "multiplies float32 40 times as fast as bfloat16" in said
+    peaks[torch.bfloat16] = 80e9
+    assert "as fast as" not in run(config(training={"steps": 1}), tmp_path / "fast")
+
+
+# --- a full disk ---------------------------------------------------------------------------------
+
+
+def full(*_: object, **__: object) -> None:
+    raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+
+def test_a_finished_model_lies_elsewhere_when_the_disk_is_full(
+    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out, spare = tmp_path / "out", tmp_path / "spare"
+    save = trainer_module.save_weights
+
+    def save_elsewhere(model: Any, folder: Path) -> None:
+        full() if folder == out else save(model, folder)
+
+    monkeypatch.setattr(trainer_module, "save_weights", save_elsewhere)
+    monkeypatch.setattr(rescue.tempfile, "gettempdir", lambda: str(spare))
+    with pytest.raises(UserError, match=r"cannot write the finished model .*; it lies in .*spare"):
+        run(config(training={"steps": 2}), out)
+    [folder] = spare.iterdir()
+    assert load_model(folder).config.trained_length == 24
+    assert (folder / "training.json").exists() and (folder / "tokenizer.json").exists()
+
+
+def test_a_finished_model_waits_for_room_where_there_is_none() -> None:
+    tries: list[Path] = []
+    said: list[str] = []
+
+    def save(folder: Path) -> None:
+        tries.append(folder)
+        if len(tries) < 7:
+            full()
+
+    rescue.save_somewhere(save, Path("out"), said.append, wait=lambda _: None)
+    assert tries[0] == tries[-1] == Path("out")
+    assert "tried again every 30 s" in said[0]
+    with pytest.raises(UserError, match="free some space, then finish it with --resume"):
+        rescue.save_somewhere(full, Path("out"), said.append, wait=lambda _: None)
+
+
+def test_a_checkpoint_without_room_does_not_end_the_training(
+    config, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    saved = state.save_file
+    monkeypatch.setattr(state, "save_file", full)
+    said = run(config(training={"steps": 4}, checkpoints={"every": 2}), tmp_path)
+    assert "step 2: cannot write the checkpoint" in said
+    assert load_model(tmp_path).config.trained_length == 24
+    monkeypatch.setattr(state, "save_file", saved)
+
+
+def test_metrics_wait_for_room(tmp_path: Path) -> None:
+    """Half a line that a full disk took is cut off again; nothing is lost, nothing twice."""
+    log = MetricsLog(tmp_path, 0)
+    log.write({"step": 1})
+    file = log._file
+
+    class Full:
+        def write(self, data: bytes) -> int:
+            file.write(data[:5])
+            raise OSError(28, "No space left on device")
+
+        def __getattr__(self, name: str) -> Any:
+            return getattr(file, name)
+
+    log._file = Full()
+    assert "No space left on device" in str(log.write({"step": 2}))
+    assert log.write({"step": 3}) is None
+    assert rows(tmp_path) == [{"step": 1}]
+    log._file = file
+    log.close()
+    assert rows(tmp_path) == [{"step": 1}, {"step": 2}, {"step": 3}]
+
+
+# --- what is logged ------------------------------------------------------------------------------
+
+
+def test_loads_and_repetitions_are_logged_and_kept_in_the_history(config, tmp_path: Path) -> None:
+    said = run(config(training={"steps": 20}), tmp_path)
+    logged = rows(tmp_path)
+    assert [row["step"] for row in logged if "load" in row] == [10, 20]
+    for layer in ("1", "2"):
+        assert sum(logged[9]["load"][layer]) == pytest.approx(1, abs=1e-5)
+        assert logged[9]["experts_per_token"][layer] == pytest.approx(2)
+        busiest = max(logged[9]["load"][layer]) * 4 - 1
+        assert logged[9]["max_violation"][layer] == pytest.approx(busiest, abs=1e-4)
+    history = history_of(tmp_path)
+    assert [row.step for row in history.rows if row.load] == [10, 20]
+    assert history.rows[3].experts_per_token == {"1": 2.0, "2": 2.0}
+    summary = json.loads((tmp_path / "training.json").read_text())
+    read = 20 * 4 * 24
+    index = json.loads((tmp_path / "shards" / "train" / "index.json").read_text())
+    tokens = {shard["domain"]: shard["tokens"] for shard in index["shards"]}
+    assert sum(summary["epochs"][d] * n for d, n in tokens.items()) == pytest.approx(read)
+    assert f"read: poetry {summary['epochs']['poetry']:.2g} times" in said
+    assert "20 steps read poetry" in said
+
+
+@pytest.mark.parametrize("topk_method", ["expert_choice", "sinkhorn"])
+def test_where_tokens_compete_within_a_micro_batch_it_is_said(
+    topk_method: str, config, tmp_path: Path
+) -> None:
+    model = {"topk_method": topk_method, "scoring_func": "softmax"}
+    said = run(config(model=model, training={"steps": 1}), tmp_path)
+    assert f"{topk_method}: the 48 tokens of a micro batch compete for experts" in said
+    assert "micro_batch_size 2 is part of this recipe" in said
+
+
+def test_expert_choice_learns_thresholds_that_keep_its_number_of_experts(
+    config, tmp_path: Path
+) -> None:
+    model = {"topk_method": "expert_choice", "scoring_func": "softmax", "n_routed_experts": 8}
+    training = {"steps": 40, "batch_size": 16, "micro_batch_size": 16, "dtype": "float32"}
+    run(config(model=model, training=training, balance={"sequence_aux": 0.0}), tmp_path)
+    network = load_model(tmp_path)
+    ids = torch.tensor([Tokenizer.load(tmp_path).encode("There were 7 books upon the shelf.")])
+    kept = Kept()
+    with torch.no_grad():
+        whole = network.logits(network(ids, recorder=kept))
+        alone = network.logits(network(ids[:, :5]))
+    torch.testing.assert_close(whole[:, :5], alone, atol=1e-5, rtol=1e-4)
+    assert 1 < float((kept.routings[1].topk_ids >= 0).sum()) / ids.shape[1] < 4
 
 
 # --- what comes out ------------------------------------------------------------------------------
@@ -355,6 +575,39 @@ def test_evaluation_is_a_float64_loop_of_transformers(finished: Path, corpus: Pa
     assert router["dead_share"] == float((total == 0).double().mean())
 
 
+def test_the_model_is_judged_on_what_its_trainer_held_out(
+    config, corpus: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """In a folder without `train/` and `held_out/` only hashes tell them apart."""
+    made = config(training={"steps": 1})
+    data = made.data.model_copy(update={"source": corpus / "train"})
+    made = made.model_copy(update={"data": data})
+    run(made, tmp_path / "out")
+    index = ShardIndex(
+        tmp_path / "out" / "shards" / "train",
+        json.loads((tmp_path / "out" / "shards" / "train" / "index.json").read_text()),
+    )
+    tokenizer = Tokenizer.load(tmp_path / "out")
+    seen = {
+        tokenizer.decode(index.document(domain_id, number).tolist())
+        for domain_id, shard in enumerate(index.shards)
+        for number in range(shard.documents)
+    }
+    assert len(seen) > 100
+    text = labelled_text(corpus / "train", trained=[TrainedText.load(tmp_path / "out")])
+    assert text.held_out == {"poetry": True, "prose": True, "sums": True}
+    assert {document.text for document in text.documents}.isdisjoint(seen)
+    line = ["specialize", str(tmp_path / "out"), "--json"]
+    assert cli.run([*line, str(corpus / "train")]) == 0
+    captured = capsys.readouterr()
+    assert json.loads(captured.out)["held_out"] == text.held_out
+    assert "nothing tells" not in captured.err
+    assert cli.run([*line, str(corpus / "held_out")]) == 0
+    captured = capsys.readouterr()
+    assert not any(json.loads(captured.out)["held_out"].values())
+    assert "nothing tells whether the models were trained on this text of poetry" in captured.err
+
+
 def test_the_model_remembers_the_length_of_its_rows(finished: Path) -> None:
     config = load_model(finished).config
     assert (config.trained_length, config.max_position_embeddings) == (24, 64)
@@ -375,16 +628,31 @@ def test_every_router_trains(topk_method: str, config, tmp_path: Path) -> None:
 # --- one step ------------------------------------------------------------------------------------
 
 
+@pytest.mark.parametrize("topk_method", ["noaux_tc", "greedy", "relu"])
 @pytest.mark.parametrize("optimizer", ["muon", "adamw"])
-def test_gradients_of_micro_batches_sum_to_those_of_the_batch(optimizer: str, trainer) -> None:
-    """After one step momenta and first moments are the clipped gradient times a constant."""
+def test_gradients_of_micro_batches_sum_to_those_of_the_batch(
+    optimizer: str, topk_method: str, trainer
+) -> None:
+    """After one step momenta and first moments are the clipped gradient times a constant.
+
+    Losses that weigh a whole batch's load are among them.
+    """
+    balance = {"z_loss": 0.1, "expert_aux": 1.0, "device_aux": 1.0, "device_groups": 2}
+    if topk_method == "relu":
+        balance = {"l1_start": 1.0, "sequence_aux": 0.0}
     ends: list[tuple[dict[str, Any], dict[str, Tensor]]] = []
-    for rows_at_a_time in (1, 4):
+    for rows_at_a_time in (1, 2, 4):
         training = {"dtype": "float32", "optimizer": optimizer, "micro_batch_size": rows_at_a_time}
-        made = trainer(training=training, balance={"z_loss": 0.1})
+        model = {"topk_method": topk_method, **ROUTER_FIELDS.get(topk_method, {})}
+        made = trainer(training=training, balance=balance, model=model)
         row = made.train_step()
         ends.append((row, made.optimizer.state_tensors()))
-    (row, state), (other_row, other_state) = ends
+    for other_row, other_state in ends[:2]:
+        assert_same_step(ends[2], (other_row, other_state))
+
+
+def assert_same_step(one: tuple[dict[str, Any], dict[str, Tensor]], other: Any) -> None:
+    (row, state), (other_row, other_state) = one, other
     for name in ("loss", "further_tokens_loss", "balance_loss", "gradient_norm"):
         assert row[name] == pytest.approx(other_row[name], rel=1e-5) and row[name] > 0
     assert row["max_violation"] == other_row["max_violation"]
@@ -424,6 +692,7 @@ def test_the_bias_moves_against_the_load_of_the_step(trainer) -> None:
     expected = [0.01 * ((mean > count) - (mean < count)) for count in chosen]
     bias = made.model.model.layers[1].mlp.gate.e_score_correction_bias
     assert bias.tolist() == pytest.approx(expected) and any(expected)
+    assert row["experts_per_token"]["1"] == pytest.approx(sum(chosen) / (4 * 24))
     assert row["max_violation"]["1"] == pytest.approx(max(chosen) / mean - 1)
 
 

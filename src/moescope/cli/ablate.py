@@ -1,5 +1,6 @@
 """`moescope ablate`: what each domain loses without each expert."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -50,22 +51,25 @@ def ablate(
     from moescope.cli.command import command_line
     from moescope.cli.progress import progress_bar
     from moescope.scope.ablation import ablate as measure
-    from moescope.scope.texts import labelled_documents
+    from moescope.scope.texts import labelled_text
+    from moescope.text.split import TrainedText
 
-    documents = labelled_documents(texts, bytes_per_domain)
     opened = load(model)
+    text = labelled_text(texts, bytes_per_domain, [TrainedText.load(opened.path)])
     with progress_bar("experts") as progress:
         found = measure(
             opened.name,
             opened.network,
             opened.tokenizer,
-            documents,
+            text.documents,
             layers=layer,
             force=force,
             window=window,
             progress=progress,
         )
-    found = replace(found, command=command_line())
+    found = replace(found, command=command_line(), held_out=text.held_out)
+    for note in text.notes():
+        print(note, file=sys.stderr)
     if save is not None:
         found.save(save)
     if as_json:

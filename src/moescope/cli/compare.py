@@ -1,5 +1,6 @@
 """`moescope compare`: models side by side."""
 
+import sys
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -64,7 +65,8 @@ def compare(
     from moescope.errors import UserError
     from moescope.lab.compare import compare as measure
     from moescope.lab.twins import is_recipe
-    from moescope.scope.texts import labelled_documents
+    from moescope.scope.texts import labelled_text
+    from moescope.text.split import TrainedText
 
     if len(models) < 2:
         raise typer.BadParameter("give two models or more")
@@ -74,15 +76,20 @@ def compare(
     source = text or data
     if source is None:
         raise typer.BadParameter("missing option '--text'")
-    documents = labelled_documents(source, bytes_per_domain)
     trained: dict[str, list[Path]] = {}
     if data is not None and out is not None:
         overrides = {"data": {"source": data, "tokenizer": tokenizer}, "training": {"steps": steps}}
         trained = _train(recipes, overrides, out, seeds, workers)
     entrants = [_entrant(name, trained) for name in models]
+    remembered = [TrainedText.load(entrant.folder) for entrant in entrants]
+    texts = labelled_text(source, bytes_per_domain, remembered)
     with Console(stderr=True).status("reading") as status:
-        found = measure(entrants, documents, rounds=rounds, window=window, progress=status.update)
-    found = replace(found, command=command_line())
+        found = measure(
+            entrants, texts.documents, rounds=rounds, window=window, progress=status.update
+        )
+    found = replace(found, command=command_line(), held_out=texts.held_out)
+    for note in texts.notes():
+        print(note, file=sys.stderr)
     if save is not None:
         found.save(save)
     if as_json:

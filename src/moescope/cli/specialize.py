@@ -1,5 +1,6 @@
 """`moescope specialize`: which experts serve which domain."""
 
+import sys
 from pathlib import Path
 from typing import Annotated
 
@@ -44,15 +45,23 @@ def specialize(
     from moescope.cli.progress import progress_bar
     from moescope.cli.specialization_drawing import draw
     from moescope.scope.specialization import specialize as measure
-    from moescope.scope.texts import labelled_documents
+    from moescope.scope.texts import labelled_text
+    from moescope.text.split import TrainedText
 
-    documents = labelled_documents(texts, bytes_per_domain)
     opened = load(model)
+    text = labelled_text(texts, bytes_per_domain, [TrainedText.load(opened.path)])
     with progress_bar("reading") as progress:
         found = measure(
-            opened.name, opened.network, opened.tokenizer, documents, progress, window=window
+            opened.name,
+            opened.network,
+            opened.tokenizer,
+            text.documents,
+            progress,
+            window=window,
         )
-    found = replace(found, command=command_line())
+    found = replace(found, command=command_line(), held_out=text.held_out)
+    for note in text.notes():
+        print(note, file=sys.stderr)
     if save is not None:
         found.save(save)
     if as_json:

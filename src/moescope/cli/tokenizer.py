@@ -1,6 +1,7 @@
 """`moescope tokenizer`: learn a vocabulary from text."""
 
 import json
+import signal
 from pathlib import Path
 from typing import Annotated
 
@@ -31,6 +32,7 @@ def train(
     """Learn a byte-level BPE with DeepSeek's special tokens and chat form."""
     from moescope.text.tokenizer import Tokenizer
 
+    signal.signal(signal.SIGINT, signal.SIG_DFL)  # native code would make Ctrl-C wait for its end
     learned = Tokenizer.train(data, vocab_size, sample_bytes=sample_bytes, progress=not as_json)
     learned.save(out)
     if as_json:

@@ -28,6 +28,10 @@ def train(
     resume: Annotated[
         bool, typer.Option("--resume", help="Continue from the last checkpoint in OUT.")
     ] = False,
+    from_step: Annotated[
+        int | None,
+        typer.Option(help="Go back to this step's checkpoint in OUT and continue from there."),
+    ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show the training on a page while it runs.")
     ] = False,
@@ -49,7 +53,7 @@ def train(
     )
     stream = sys.stderr if as_json else sys.stdout
     with _page(out, stream) if watch else nullcontext():
-        summary = run_training(settings, out, resume=resume, stream=stream)
+        summary = run_training(settings, out, resume=resume, from_step=from_step, stream=stream)
     if summary is None:
         raise typer.Exit(130)
     if as_json:

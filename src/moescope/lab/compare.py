@@ -4,7 +4,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import ClassVar
@@ -158,6 +158,8 @@ class Comparison(Saved):
         results: one for each model, in the order given.
         differences: of each but the first from the first.
         command: that measured it, if one did.
+        held_out: domain -> whether no model was trained on its text, as far as models remember;
+            empty where nobody asked.
     """
 
     noun: ClassVar[str] = "a comparison"
@@ -171,6 +173,7 @@ class Comparison(Saved):
     results: list[Result]
     differences: list[Difference]
     command: str = ""
+    held_out: dict[str, bool] = field(default_factory=dict[str, bool])
 
 
 def compare(
@@ -193,7 +196,7 @@ def compare(
 
     Args:
         entrants: two or more.
-        documents: as `scope.texts.labelled_documents` returns them.
+        documents: as `scope.texts.labelled_text` returns them.
         rounds: how often to time each model.
         window: tokens that each model reads at once; `scope.texts.window_length` of each where it
             is left out.

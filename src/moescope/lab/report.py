@@ -169,6 +169,14 @@ def _section(path: Path, found: Finding, words: Words) -> Section:
     return _study(path.name, found, words)
 
 
+def _seen(held_out: dict[str, bool], domains: Sequence[str], words: Words) -> str:
+    """Whether the models were trained on what they read, as far as it is known."""
+    unknown = [domain for domain in domains if not held_out.get(domain)]
+    if not unknown:
+        return words.held_out
+    return words.maybe_seen.format(domains=", ".join(unknown))
+
+
 def _commands(*made_by: str) -> list[str]:
     """Each command once; data that no command made has none."""
     return list(dict.fromkeys(filter(None, made_by)))
@@ -260,7 +268,7 @@ def _specialization(file: str, found: Specialization, words: Words) -> Section:
     token = (words.token_share, words.token_share_axis, found.token_share, None)
     return Section(
         title=words.specialization.format(model=found.model),
-        paragraphs=[text],
+        paragraphs=[text, _seen(found.held_out, found.domains, words)],
         file=file,
         version=found.version,
         commands=_commands(found.command),
@@ -324,7 +332,7 @@ def _ablation(file: str, found: Ablation, words: Words) -> Section:
             )
     return Section(
         title=words.ablation.format(model=found.model),
-        paragraphs=[text],
+        paragraphs=[text, _seen(found.held_out, found.domains, words)],
         file=file,
         version=found.version,
         commands=_commands(found.command),
@@ -437,7 +445,7 @@ def _comparison(file: str, found: Comparison, words: Words) -> Section:
     ]
     return Section(
         title=words.comparison.format(models=", ".join(names)),
-        paragraphs=[text, *over_seeds],
+        paragraphs=[text, _seen(found.held_out, domains, words), *over_seeds],
         file=file,
         version=found.version,
         commands=_commands(found.command),

@@ -71,7 +71,7 @@ def routers(model: ModelConfig) -> list[Case]:
             "expert choice",
             {"topk_method": "expert_choice", "scoring_func": "softmax"},
             NOTHING,
-            "an expert's choice depends on later tokens, so its loss is not that of generation",
+            "trained with choices that see later tokens, judged with thresholds that do not",
         ),
         Case("Sinkhorn", {"topk_method": "sinkhorn", "scoring_func": "softmax"}, NOTHING),
         Case("hash of the token", {"topk_method": "hash"}, NOTHING, "control: nothing is learned"),

@@ -22,7 +22,7 @@ from moescope.scope.information import explained_by_token, jackknife
 from moescope.scope.resampling import Interval, t_interval
 from moescope.scope.saved import Saved
 from moescope.scope.specialization import block_counts
-from moescope.scope.texts import labelled_documents
+from moescope.scope.texts import labelled_text
 from moescope.training.config import TrainConfig
 from moescope.training.text import prepare_text, with_special_ids
 
@@ -247,8 +247,8 @@ def run_task(task: Task) -> bool:
     trainer, summary = trained
     config = task.config
     assert config.data.source is not None
-    documents = labelled_documents(config.data.source, OBSERVED_BYTES)
-    choices = observe(trainer.model, trainer.text.tokenizer, documents)
+    text = labelled_text(config.data.source, OBSERVED_BYTES, [trainer.text.remembered])
+    choices = observe(trainer.model, trainer.text.tokenizer, text.documents)
     information, _ = jackknife([block_counts(choices, d) for d in range(len(choices.domains))])
     shares = [
         explained_by_token(choices.token_ids, choices.document, topk_ids)

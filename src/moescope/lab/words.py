@@ -25,6 +25,9 @@ class Words:
     share: str
     bits: str
     nats: str
+    # of what was read
+    held_out: str
+    maybe_seen: str
     # who serves whom
     specialization: str
     specialization_text: str
@@ -101,6 +104,9 @@ WORDS: dict[Language, Words] = {
         share="share",
         bits="bits",
         nats="nats per token",
+        held_out="None of the text was trained on.",
+        maybe_seen="Nothing tells whether the text of {domains} was trained on, so it may be no "
+        "held-out text.",
         specialization="Which experts serve which domain: {model}",
         specialization_text="{tokens:,} tokens in {documents:,} documents of {domains} domains. "
         "Knowing one of a token's experts tells most about its domain in layer {best}: "
@@ -135,7 +141,7 @@ WORDS: dict[Language, Words] = {
         comparison_text="The same {documents:,} documents ({text_bytes:,} bytes) for all; "
         "{rounds} rounds of timing in turns, on {threads} threads of {machine}. Intervals are "
         "95 % over documents, and tell nothing about training again.",
-        quality="Bits that a byte of held-out text costs (lower is better)",
+        quality="Bits that a byte of text costs (lower is better)",
         quality_axis="bits per byte",
         difference="Difference from {first} on the same documents (left of zero is better)",
         difference_axis="bits per byte, difference",
@@ -230,6 +236,8 @@ WORDS: dict[Language, Words] = {
         share="占比",
         bits="比特",
         nats="奈特/词元",
+        held_out="这些文本均未用于训练。",
+        maybe_seen="无从得知 {domains} 的文本是否曾用于训练，因此未必是保留文本。",
         specialization="哪些专家服务哪些领域：{model}",
         specialization_text="{domains} 个领域的 {documents:,} 篇文本，共 {tokens:,} 个词元。"
         "在层 {best}，知道一个词元的专家最能说明其领域：{bits:.3f} 比特（最多 {most:.2f}）。"
@@ -262,7 +270,7 @@ WORDS: dict[Language, Words] = {
         comparison_text="所有模型使用同样的 {documents:,} 篇文本（{text_bytes:,} 字节）；"
         "轮流计时 {rounds} 轮，{machine}，{threads} 线程。区间为对文本重抽样的 95 % 区间，"
         "不反映重新训练带来的差异。",
-        quality="每字节保留文本需要的比特数（越低越好）",
+        quality="每字节文本需要的比特数（越低越好）",
         quality_axis="比特/字节",
         difference="同样文本上与 {first} 之差（零的左侧更好）",
         difference_axis="比特/字节之差",

@@ -21,21 +21,28 @@ def chosen_experts(topk_ids: Tensor, experts: int) -> Tensor:
     return spread.scatter_(1, topk_ids + 1, 1.0)[:, 1:]
 
 
-def expert_level_loss(scores: Tensor, topk_ids: Tensor) -> Tensor:
+def expert_level_loss(scores: Tensor, topk_ids: Tensor, counts: Tensor | None = None) -> Tensor:
     """`sum_i f_i P_i` over all tokens (DeepSeekMoE, eq. 12-14); one when the load is even.
 
     `f_i` is expert i's share of the choices times the number of experts; it carries no gradient.
-    `P_i` is its mean share of a token's scores.
+    `P_i` is its mean share of a token's scores. As `P_i` enters linearly, the mean over parts of a
+    batch is the loss of the whole if each part is given the load of the whole.
+
+    `counts` is `(experts,)`, the tokens that each expert received in the whole batch; the tokens at
+    hand are the whole where it is left out.
     """
-    return (_relative_load(scores, topk_ids) * _shares(scores).mean(dim=0)).sum()
+    return (_relative_load(scores, topk_ids, counts) * _shares(scores).mean(dim=0)).sum()
 
 
-def device_level_loss(scores: Tensor, topk_ids: Tensor, groups: int) -> Tensor:
+def device_level_loss(
+    scores: Tensor, topk_ids: Tensor, groups: int, counts: Tensor | None = None
+) -> Tensor:
     """`sum_d f'_d P'_d` over equal groups of neighbouring experts (DeepSeekMoE, eq. 15-17).
 
-    `f'_d` is the mean of the group's `f_i`, `P'_d` the sum of its `P_i`.
+    `f'_d` is the mean of the group's `f_i`, `P'_d` the sum of its `P_i`; `counts` as in
+    `expert_level_loss`.
     """
-    load = _relative_load(scores, topk_ids).unflatten(0, (groups, -1)).mean(dim=1)
+    load = _relative_load(scores, topk_ids, counts).unflatten(0, (groups, -1)).mean(dim=1)
     share = _shares(scores).mean(dim=0).unflatten(0, (groups, -1)).sum(dim=1)
     return (load * share).sum()
 
@@ -57,14 +64,18 @@ def router_z_loss(router_logits: Tensor) -> Tensor:
     return router_logits.logsumexp(dim=-1).square().mean()
 
 
-def load_balanced_l1(scores: Tensor, topk_ids: Tensor, top_k: int) -> Tensor:
+def load_balanced_l1(
+    scores: Tensor, topk_ids: Tensor, top_k: int, counts: Tensor | None = None
+) -> Tensor:
     """Mean over tokens of `sum_e f_e R_e` (ReMoE, Wang et al. 2024, load-balancing section).
 
     `R_e` are the ReLU router's outputs; `f_e = experts / (k * tokens) * choices of e` weighs
-    busy experts' outputs more. It carries no gradient.
+    busy experts' outputs more. It carries no gradient. `counts` as in `expert_level_loss`, scaled
+    to as many tokens as are at hand.
     """
     tokens, experts = scores.shape
-    counts = chosen_experts(topk_ids, experts).sum(dim=0)
+    if counts is None:
+        counts = chosen_experts(topk_ids, experts).sum(dim=0)
     return (scores * (counts * experts / (top_k * tokens))).sum(dim=1).mean()
 
 
@@ -101,6 +112,28 @@ def update_bias(bias: Tensor, counts: Tensor, speed: float) -> None:
     bias.add_(torch.sign(load.mean() - load), alpha=speed)
 
 
+@torch.no_grad()
+def lowest_taken(scores: Tensor, topk_ids: Tensor) -> Tensor:
+    """The lowest score at which each expert took a token, `(experts,)`; infinite if none."""
+    taken = chosen_experts(topk_ids, scores.shape[1]) > 0
+    return scores.masked_fill(~taken, torch.inf).amin(dim=0)
+
+
+@torch.no_grad()
+def update_threshold(threshold: Tensor, lowest: Tensor, rate: float) -> None:
+    """Move expert choice's thresholds towards where a step cut off, in place.
+
+    Args:
+        threshold: `(experts,)` float32; all zero before the first step, which sets them.
+        lowest: `(experts,)` lowest scores that were taken in the step.
+        rate: share of the way; a moving average over about `1 / rate` steps.
+    """
+    if threshold.any():
+        threshold.lerp_(lowest, rate)
+    else:
+        threshold.copy_(lowest)
+
+
 def relative_load(counts: Tensor) -> Tensor:
     """Each expert's tokens over the mean, `(..., experts)`; one when the load is even."""
     load = counts.float()
@@ -128,5 +161,7 @@ def _shares(scores: Tensor) -> Tensor:
     return scores / (scores.sum(dim=1, keepdim=True) + 1e-20)
 
 
-def _relative_load(scores: Tensor, topk_ids: Tensor) -> Tensor:
-    return relative_load(chosen_experts(topk_ids, scores.shape[1]).sum(dim=0))
+def _relative_load(scores: Tensor, topk_ids: Tensor, counts: Tensor | None) -> Tensor:
+    if counts is None:
+        counts = chosen_experts(topk_ids, scores.shape[1]).sum(dim=0)
+    return relative_load(counts)

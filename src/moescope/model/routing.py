@@ -169,30 +169,53 @@ class ReLU(Router):
 
 
 class ExpertChoice(Router):
-    """Each expert takes its `tokens * k / n_routed_experts` best tokens (Zhou et al. 2022, eq. 1).
+    """Each expert chooses tokens, not each token experts (Zhou et al. 2022, eq. 1).
 
-    Perfectly balanced, but a token's experts depend on the tokens beside and after it, so a
-    model trained this way sees other choices when it generates one token at a time.
+    In training an expert takes the best `tokens * k / n_routed_experts` of the micro batch, which
+    is perfectly balanced and looks at later tokens and other rows. No text can be written so: a
+    single token would be every expert's best. Outside training an expert takes each token whose
+    score reaches `score_threshold`, where training cut off of late (Expert Race, Yuan et al. 2025,
+    learns such a threshold for images), so that a choice depends on the token alone. Without
+    learned thresholds a token takes its k best experts.
     """
+
+    score_threshold: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        threshold = torch.zeros(self.n_routed_experts, dtype=torch.float32)
+        self.register_buffer("score_threshold", threshold)
 
     def choose(
         self, scores: Tensor, router_logits: Tensor, input_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        tokens = scores.shape[0]
-        capacity = min(tokens, -(-tokens * self.top_k // self.n_routed_experts))
-        chosen = scores.topk(capacity, dim=0).indices  # (capacity, experts)
-        taken = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, chosen, True)
-        slots = int(taken.sum(dim=-1).max())
+        taken = self.best_tokens(scores) if self.training else self.reached(scores)
+        slots = int(taken.sum(dim=-1).max().clamp(min=1))
         topk_weights, topk_ids = scores.masked_fill(~taken, 0.0).topk(slots, dim=-1)
         topk_ids = topk_ids.masked_fill(~taken.gather(1, topk_ids), UNUSED)
         return topk_ids, topk_weights * self.routed_scaling_factor
+
+    def best_tokens(self, scores: Tensor) -> Tensor:
+        """Which tokens an expert takes when it sees all of them, `(tokens, experts)`."""
+        tokens = scores.shape[0]
+        capacity = min(tokens, -(-tokens * self.top_k // self.n_routed_experts))
+        chosen = scores.topk(capacity, dim=0).indices  # (capacity, experts)
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(0, chosen, True)
+
+    def reached(self, scores: Tensor) -> Tensor:
+        """Which experts take a token by its scores alone, `(tokens, experts)`."""
+        if self.score_threshold.any():
+            return scores >= self.score_threshold
+        best = scores.topk(self.top_k, dim=-1).indices
+        return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
 
 
 class Sinkhorn(Router):
     """A balanced assignment by Sinkhorn's iteration in training (Clark et al. 2022, S-BASE).
 
     The plan decides who goes where and carries no gradient; weights are the scores. Outside
-    training the choice is greedy, as no batch is at hand to balance.
+    training the choice is greedy, as no batch is at hand to balance. In training the tokens that
+    are balanced are those of a micro batch.
     """
 
     iterations = 8

@@ -191,6 +191,12 @@ class SteeredRouter(Router):
             self.weight = _random_map(gate.weight, layer_idx)
         self.rule = _make_rule(config, self.top_k, steering.rule)
         self.rule.weight = self.weight
+        if (
+            isinstance(self.rule, ExpertChoice)
+            and isinstance(gate, ExpertChoice)
+            and self.top_k == gate.top_k  # thresholds belong to a number of experts
+        ):
+            self.rule.score_threshold = gate.score_threshold
         self.choice_bias = torch.zeros(experts, device=device)  # (experts,)
         if isinstance(gate, NoAuxTopK) and steering.rule is None and not steering.without_bias:
             self.choice_bias = self.choice_bias + gate.e_score_correction_bias
@@ -240,7 +246,8 @@ class SteeredRouter(Router):
             preference = router_logits + self.choice_bias
             preference = preference.masked_fill(preference <= 0, -torch.inf)
         elif isinstance(self.rule, ExpertChoice):
-            return self._chosen_by_experts(scores)
+            preference = (scores + self.choice_bias).masked_fill(self.disabled, -torch.inf)
+            preference = preference.masked_fill(~self.rule.reached(preference), -torch.inf)
         elif isinstance(self.rule, Hash):
             order = self.rule.table[input_ids]  # (tokens, experts), the first choice first
             falling = torch.linspace(1, 0, order.shape[1], device=order.device).expand(order.shape)
@@ -261,13 +268,6 @@ class SteeredRouter(Router):
         else:
             group_scores = grouped.amax(dim=-1)
         return preference.masked_fill(~rule.allow_groups(group_scores), -torch.inf)
-
-    def _chosen_by_experts(self, scores: Tensor) -> Tensor:
-        tokens = scores.shape[0]
-        capacity = min(tokens, -(-tokens * self.top_k // self.n_routed_experts))
-        chosen = scores.topk(capacity, dim=0).indices  # (capacity, experts)
-        taken = torch.zeros_like(scores, dtype=torch.bool).scatter_(0, chosen, True)
-        return scores.masked_fill(~taken | self.disabled, -torch.inf)
 
     def _draw(self, input_ids: Tensor) -> Tensor:
         """Normal numbers `(tokens, experts)` that follow from seed, layer and token id alone."""

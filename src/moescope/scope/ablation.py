@@ -1,7 +1,7 @@
 """What each domain loses when an expert is taken away: specialisation by cause."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import ClassVar
 
@@ -39,6 +39,8 @@ class Ablation(Saved):
         low, high: the ends of its 95 % interval over documents, same shape. Of a hundred experts
             without effect, five have an interval that leaves zero out.
         command: that measured it, if one did.
+        held_out: domain -> whether no model was trained on its text, as far as models remember;
+            empty where nobody asked.
     """
 
     noun: ClassVar[str] = "an ablation"
@@ -55,6 +57,7 @@ class Ablation(Saved):
     low: list[list[list[float]]]
     high: list[list[list[float]]]
     command: str = ""
+    held_out: dict[str, bool] = field(default_factory=dict[str, bool])
 
 
 def ablate(
@@ -77,7 +80,7 @@ def ablate(
         name: what the model was loaded as.
         model: has routed experts.
         tokenizer: the model's.
-        documents: as `texts.labelled_documents` returns them.
+        documents: as `texts.labelled_text` returns them.
         layers: whose experts are tried; all if left out.
         force: send every token to the expert instead.
         window: tokens read at once; `texts.window_length` where it is left out.

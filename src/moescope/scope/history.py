@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -16,6 +16,8 @@ METRICS, LOADS, SUMMARY = "metrics.jsonl", "expert_load.jsonl", "training.json"
 """What a training writes into its own folder."""
 MOST_ROWS = 600
 """Rows beyond this many are thinned out, but none that was evaluated."""
+MAX_LOADS = 60
+"""Rows whose load per expert is kept."""
 
 
 @dataclass(frozen=True)
@@ -28,12 +30,17 @@ class TrainingRow:
         held_out: nats per token of each domain, where the step was evaluated.
         max_violation: of each mixture-of-experts layer, by its index (the busiest expert's
             surplus over an even share).
+        experts_per_token: of each such layer, the mean over the step's tokens.
+        load: of each such layer, every expert's share of the step's routed slots; logged every
+            few steps, empty in between.
     """
 
     step: int
     loss: float
     held_out: dict[str, float]
     max_violation: dict[str, float]
+    experts_per_token: dict[str, float] = field(default_factory=dict[str, float])
+    load: dict[str, list[float]] = field(default_factory=dict[str, list[float]])
 
 
 @dataclass(frozen=True)
@@ -74,7 +81,7 @@ def history_of(run: Path) -> History:
     Raises:
         UserError: there is no training in it.
     """
-    rows = [to_row(fields) for fields in _json_lines(run / METRICS)]
+    rows = [to_row(fields) for fields in _json_lines(run / METRICS) if _has_loss(fields)]
     if not rows:
         raise UserError(f"there is no training in {run}: it lacks {METRICS} with a step in it")
     loads = list(_json_lines(run / LOADS))
@@ -95,7 +102,14 @@ def to_row(fields: Mapping[str, Any]) -> TrainingRow:
         loss=rounded(fields["loss"]),
         held_out={d: rounded(loss) for d, loss in fields.get("held_out_loss", {}).items()},
         max_violation={i: rounded(x) for i, x in fields.get("max_violation", {}).items()},
+        experts_per_token={i: rounded(x) for i, x in fields.get("experts_per_token", {}).items()},
+        load={i: [rounded(x) for x in load] for i, load in fields.get("load", {}).items()},
     )
+
+
+def _has_loss(fields: Mapping[str, Any]) -> bool:
+    """Whether a step had a loss; one that was skipped has none."""
+    return fields.get("loss") is not None
 
 
 def planned_steps(run: Path) -> int:
@@ -128,7 +142,8 @@ class Follower:
             return []  # the training has not begun to write
         whole = text.rpartition(b"\n")[0]
         self._place = number, start + (len(whole) + 1 if whole else 0)
-        return [to_row(json.loads(line)) for line in whole.splitlines()]
+        lines = [json.loads(line) for line in whole.splitlines()]
+        return [to_row(fields) for fields in lines if _has_loss(fields)]
 
 
 def _json_lines(file: Path) -> Iterator[dict[str, Any]]:
@@ -159,4 +174,10 @@ def _snapshot(fields: Mapping[str, Any], domains: list[str]) -> ExpertsSnapshot:
 def _thinned(rows: list[TrainingRow]) -> list[TrainingRow]:
     every = -(-len(rows) // MOST_ROWS)
     last = len(rows) - 1
-    return [r for i, r in enumerate(rows) if i % every == 0 or i == last or r.held_out]
+    loaded = [row.step for row in rows if row.load]
+    kept = set(loaded[:: -(-len(loaded) // MAX_LOADS) or 1])
+    return [
+        row if row.step in kept else replace(row, load={})
+        for i, row in enumerate(rows)
+        if i % every == 0 or i == last or row.held_out or row.step in kept
+    ]

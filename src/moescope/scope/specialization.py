@@ -1,7 +1,7 @@
 """Which experts serve which domain, which tokens they work on, and which work together."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from importlib.metadata import version
 from typing import ClassVar
 
@@ -82,6 +82,8 @@ class Specialization(Saved):
             imagined occurrences at the rate of chance, so that rare tokens do not win by luck.
         together: `[layer position]`: up to sixteen pairs of experts, ranked the same way.
         command: that measured it, if one did.
+        held_out: domain -> whether no model was trained on its text, as far as models remember;
+            empty where nobody asked.
     """
 
     noun: ClassVar[str] = "a specialization"
@@ -99,6 +101,7 @@ class Specialization(Saved):
     typical: list[list[list[TypicalToken]]]
     together: list[list[Pair]]
     command: str = ""
+    held_out: dict[str, bool] = field(default_factory=dict[str, bool])
 
 
 def specialize(
@@ -118,7 +121,7 @@ def specialize(
         name: what the model was loaded as.
         model: has routed experts.
         tokenizer: the model's.
-        documents: as `texts.labelled_documents` returns them.
+        documents: as `texts.labelled_text` returns them.
         progress: called with (tokens read, tokens in all).
         window: tokens read at once; `texts.window_length` where it is left out.
 

@@ -6,7 +6,7 @@ resamples. A model takes them in windows of so many tokens.
 """
 
 import heapq
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -16,6 +16,7 @@ from torch import Tensor
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM
 from moescope.text.documents import Document, hash_of, is_split, read_documents, text_files
+from moescope.text.split import Fingerprint, TrainedText, hash_number
 from moescope.text.tokenizer import Tokenizer
 
 BYTES_PER_DOMAIN = 200_000
@@ -25,26 +26,104 @@ MAX_WINDOW = 512
 TOKENS_AT_ONCE = 4096
 
 
-def labelled_documents(source: Path, max_bytes: int = BYTES_PER_DOMAIN) -> list[Document]:
+@dataclass(frozen=True)
+class LabelledText:
+    """Text to measure on, and whether models have seen it in training.
+
+    Attributes:
+        documents: passages, sorted by domain.
+        held_out: domain -> whether no model was trained on it, as far as models remember; False
+            where one does not remember this text.
+        left_out: domains of which a model was trained on every document.
+    """
+
+    documents: list[Document]
+    held_out: dict[str, bool]
+    left_out: list[str]
+
+    def notes(self) -> list[str]:
+        """Say what a reader of the numbers must know of the text."""
+        told: list[str] = []
+        if unknown := [domain for domain, known in self.held_out.items() if not known]:
+            told.append(
+                f"nothing tells whether the models were trained on this text of "
+                f"{', '.join(unknown)}, so it may be no held-out text"
+            )
+        if self.left_out:
+            told.append(f"left out, as all of it was trained on: {', '.join(self.left_out)}")
+        return told
+
+
+def labelled_text(
+    source: Path,
+    max_bytes: int = BYTES_PER_DOMAIN,
+    trained: Sequence[TrainedText | None] = (None,),
+) -> LabelledText:
     """Return passages of up to `max_bytes` UTF-8 bytes of each domain, sorted by domain.
 
-    Of a source that holds `train/` and `held_out/` only the held-out part is read. A domain's
-    last passage is cut where the bytes end.
+    Of a source that holds `train/` and `held_out/` only the held-out part is read. Of any other
+    that a model was trained on, only the documents that its trainer held out are. A domain's last
+    passage is cut where the bytes end.
+
+    Args:
+        source: file or folder.
+        max_bytes: of each domain.
+        trained: what the models that will read it remember of their training; None for a model
+            that remembers nothing.
 
     Raises:
-        UserError: there is no text, or it cannot be read.
+        UserError: there is no text, it cannot be read, or all of it was trained on.
     """
-    samples: dict[str, _Sample] = {}
+    limits = {
+        domain.held_out_below
+        for text in trained
+        if text is not None
+        for domain in text.domains.values()
+        if domain.held_out_below is not None
+    }
+    found: dict[str, _Domain] = {}
     for file in text_files(source / "held_out" if is_split(source) else source):
         for document in read_documents(file):
-            sample = samples.setdefault(document.domain, _Sample(max_bytes))
-            for passage in passages(document.text):
-                sample.add(passage)
-    if not samples:
+            found.setdefault(document.domain, _Domain(limits, max_bytes)).add(document.text)
+    if not found:
         raise UserError(f"there is no text in {source}; its files hold only empty documents")
-    return [
-        Document(text, domain) for domain in sorted(samples) for text in samples[domain].texts()
-    ]
+    documents: list[Document] = []
+    held_out: dict[str, bool] = {}
+    left_out: list[str] = []
+    for domain in sorted(found):
+        known = [text.limit(found[domain].fingerprint) if text else None for text in trained]
+        texts = list(found[domain].texts(min((k for k in known if k is not None), default=2**64)))
+        documents += [Document(text, domain) for text in texts]
+        if texts:
+            held_out[domain] = None not in known
+        else:
+            left_out.append(domain)
+    if not documents:
+        raise UserError(
+            f"all text in {source} was trained on; give text that was not, or train again with "
+            "more documents, of which some are held out"
+        )
+    return LabelledText(documents, held_out, left_out)
+
+
+class _Domain:
+    """A domain's documents: by what they are known again, and a sample below each limit."""
+
+    def __init__(self, limits: Iterable[int], max_bytes: int) -> None:
+        self.fingerprint = Fingerprint()
+        self._samples = {limit: _Sample(max_bytes) for limit in {*limits, 2**64}}
+
+    def add(self, text: str) -> None:
+        number = hash_number(text)
+        self.fingerprint += Fingerprint(1, number)
+        for limit, sample in self._samples.items():
+            if number < limit:
+                for passage in passages(text):
+                    sample.add(passage)
+
+    def texts(self, limit: int) -> Iterator[str]:
+        """Yield passages of the documents below one of the limits; none below 0."""
+        return self._samples[limit].texts() if limit else iter(())
 
 
 def passages(text: str) -> Iterator[str]:

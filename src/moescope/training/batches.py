@@ -53,6 +53,22 @@ class PackedBatches:
         self._batch += 1
         return torch.from_numpy(rows), torch.from_numpy(domain_ids.astype(np.int64))
 
+    def planned_epochs(self, steps: int) -> dict[str, float]:
+        """Return how often each domain's text will have been read after `steps` batches."""
+        rows = steps * self._batch_size * self._weights
+        tokens = [shard.tokens for shard in self._index.shards]
+        return {
+            domain: float(rows[i] * self._sequence_length / tokens[i])
+            for i, domain in enumerate(self._index.domains)
+        }
+
+    def epochs(self) -> dict[str, float]:
+        """Return how often each domain's text has been read by now."""
+        return {
+            domain: stream.epochs()
+            for domain, stream in zip(self._index.domains, self._streams, strict=True)
+        }
+
     def state_dict(self) -> dict[str, Any]:
         """Return the position as JSON-able numbers; the batches after it depend on nothing else."""
         return {
@@ -93,6 +109,11 @@ class _Stream:
 
     def position(self) -> dict[str, int]:
         return {"epoch": self._epoch, "document": self._document, "offset": self._offset}
+
+    def epochs(self) -> float:
+        lengths = self._index.document_lengths(self._domain_id)
+        read = lengths[self._order[: self._document]].sum() + self._offset
+        return float(self._epoch + read / lengths.sum())
 
     def seek(self, epoch: int, document: int, offset: int) -> None:
         self._epoch, self._document, self._offset = epoch, document, offset

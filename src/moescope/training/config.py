@@ -41,7 +41,11 @@ class TrainingConfig(Table):
     Attributes:
         steps: optimizer steps in all.
         batch_size: rows of one step.
-        micro_batch_size: rows computed at a time; gradients are summed over a step.
+        micro_batch_size: rows computed at a time; gradients are summed over a step, and balance
+            losses count over the whole step, at the cost of one more forward pass. With
+            `expert_choice` and `sinkhorn` it is part of the recipe: tokens compete for experts
+            within a micro batch, so another size is another training. With all other routers it
+            changes nothing but rounding.
         optimizer: `muon` (matrices by Muon, the rest by AdamW) or `adamw` (all by AdamW).
         muon_learning_rate, adamw_learning_rate: peak rates; Muon's is scaled to AdamW's size.
         weight_decay: decoupled, of matrices.

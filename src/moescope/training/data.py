@@ -18,14 +18,14 @@ from moescope.text.documents import (
     HELD_OUT_SHARE,
     Document,
     TextFile,
-    hash_of,
     is_split,
     read_documents,
     text_files,
 )
+from moescope.text.split import Fingerprint, hash_number
 from moescope.text.tokenizer import Tokenizer
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 ENCODE_BATCH = 512  # documents
 
 Progress = Callable[[int, int], None]  # (bytes of text done, bytes of source files)
@@ -42,6 +42,9 @@ class Shard:
         tokens_file: name of the file of token ids (uint16 or uint32, little-endian).
         starts_file: name of the file of the documents' first positions and the end (int64).
         tokens_crc, starts_crc: CRC-32 of the files.
+        digest: of the documents' `text.split.Fingerprint`.
+        held_out_below: the hash number below which the domain's documents are held out; None where
+            folders say what is.
     """
 
     domain: str
@@ -52,6 +55,12 @@ class Shard:
     starts_file: str
     tokens_crc: int
     starts_crc: int
+    digest: int
+    held_out_below: int | None
+
+    @property
+    def fingerprint(self) -> Fingerprint:
+        return Fingerprint(self.documents, self.digest)
 
 
 class ShardIndex:
@@ -89,6 +98,10 @@ class ShardIndex:
         """Return the token ids of one document: (document length,)."""
         start, end = self._starts[domain_id][number : number + 2]
         return self._tokens[domain_id][start:end].astype(np.int64)
+
+    def document_lengths(self, domain_id: int) -> npt.NDArray[np.int64]:
+        """Return the tokens of each document of a domain: (documents,)."""
+        return np.diff(self._starts[domain_id])
 
     def tokens(self, domain_id: int, start: int, end: int) -> npt.NDArray[np.int64]:
         """Return the token ids of a domain from position `start` to `end`: (end - start,)."""
@@ -187,9 +200,10 @@ def _encode(
     bos, eos = tokenizer.bos_id, tokenizer.eos_id
     total = sum(file.path.stat().st_size for file in files)
     done = 0
+    cuts = None if is_split(source) else _cuts(files)
     with ExitStack() as stack:
         writers: dict[str, _ShardWriter] = {}
-        for batch in _batches(_part(source, files, held_out)):
+        for batch in _batches(_part(files, cuts, held_out)):
             encoded = tokenizer.encode_batch([document.text for document in batch])
             for document, ids in zip(batch, encoded, strict=True):
                 writer = writers.get(document.domain)
@@ -198,11 +212,14 @@ def _encode(
                     writer = _ShardWriter(stack, folder, name, tokenizer.vocab_size)
                     writers[document.domain] = writer
                 text_bytes = len(document.text.encode())
-                writer.add([bos, *ids, eos], text_bytes)
+                writer.add([bos, *ids, eos], text_bytes, hash_number(document.text))
                 done += text_bytes
             if progress is not None:
                 progress(min(done, total), total)
-        shards = [asdict(writers[domain].finish(domain)) for domain in sorted(writers)]
+        shards = [
+            asdict(writers[domain].finish(domain, cuts[domain] if cuts else None))
+            for domain in sorted(writers)
+        ]
     description = {
         "key": key,
         "format_version": FORMAT_VERSION,
@@ -229,15 +246,17 @@ class _ShardWriter:
         self._starts = [0]
         self._text_bytes = 0
         self._crc = 0
+        self._fingerprint = Fingerprint()
 
-    def add(self, ids: Sequence[int], text_bytes: int) -> None:
+    def add(self, ids: Sequence[int], text_bytes: int, number: int) -> None:
         data = np.asarray(ids, dtype=self._dtype).tobytes()
         self._tokens_out.write(data)
         self._crc = zlib.crc32(data, self._crc)
         self._starts.append(self._starts[-1] + len(ids))
         self._text_bytes += text_bytes
+        self._fingerprint += Fingerprint(1, number)
 
-    def finish(self, domain: str) -> Shard:
+    def finish(self, domain: str, held_out_below: int | None) -> Shard:
         starts = np.array(self._starts, dtype="<i8").tobytes()
         self._starts_out.write(starts)
         return Shard(
@@ -249,16 +268,17 @@ class _ShardWriter:
             starts_file=self._starts_file,
             tokens_crc=self._crc,
             starts_crc=zlib.crc32(starts),
+            digest=self._fingerprint.digest,
+            held_out_below=held_out_below,
         )
 
 
-def _part(source: Path, files: Sequence[TextFile], held_out: bool) -> Iterator[Document]:
-    if is_split(source):
-        yield from _all(files)
-        return
-    cuts = _cuts(files)
+def _part(
+    files: Sequence[TextFile], cuts: dict[str, int] | None, held_out: bool
+) -> Iterator[Document]:
+    """Yield the documents of one part; without cuts the files are that part."""
     for document in _all(files):
-        if (_hash_number(document) < cuts[document.domain]) == held_out:
+        if cuts is None or (hash_number(document.text) < cuts[document.domain]) == held_out:
             yield document
 
 
@@ -271,15 +291,11 @@ def _cuts(files: Sequence[TextFile]) -> dict[str, int]:
     smallest: dict[str, int] = {}
     largest: dict[str, int] = {}
     for document in _all(files):
-        number = _hash_number(document)
+        number = hash_number(document.text)
         smallest[document.domain] = min(number, smallest.get(document.domain, number))
         largest[document.domain] = max(number, largest.get(document.domain, number))
     share = int(HELD_OUT_SHARE * 2**64)
     return {domain: min(max(share, smallest[domain] + 1), largest[domain]) for domain in smallest}
-
-
-def _hash_number(document: Document) -> int:
-    return int.from_bytes(hash_of(document.text)[:8])
 
 
 def _all(files: Sequence[TextFile]) -> Iterator[Document]:

@@ -58,47 +58,79 @@ class MetricsLog:
     Rows after `last_step` are dropped first, of `expert_load.jsonl` too: a resumed training
     writes them again.
 
+    On a full disk rows wait for room; `close` writes the last of them, or says that it cannot.
+
     Raises:
-        UserError: the folder cannot be written or the disk is full, here and in every method.
+        UserError: the folder cannot be written or the disk is full, here and in `close`.
     """
 
     def __init__(self, out: Path, last_step: int) -> None:
+        self._waiting: list[str] = []
         self._path = out / "metrics.jsonl"
         for path in (self._path, out / "expert_load.jsonl"):
             write_text(path, "".join(rows_up_to(path, last_step)))
         self._board: Any = None
         self.has_tensorboard = find_spec("tensorboard") is not None
         with self._disk_errors():
-            self._file = self._path.open("a", encoding="utf-8", buffering=1)
+            self._file = self._path.open("ab", buffering=0)
             if self.has_tensorboard:
                 from torch.utils.tensorboard import SummaryWriter
 
                 self._board = SummaryWriter(str(out / "tensorboard"), purge_step=last_step + 1)
 
-    def write(self, row: dict[str, Any]) -> None:
-        """Log a row; `step` is its position, numbers (nested too) go to TensorBoard."""
-        with self._disk_errors():
-            self._file.write(json.dumps(row, ensure_ascii=False) + "\n")
+    def write(self, row: dict[str, Any]) -> str | None:
+        """Log a row; `step` is its position, numbers (nested too) go to TensorBoard.
+
+        Returns:
+            Why the disk did not take it, the first time; the row waits for room.
+        """
+        was_waiting = bool(self._waiting)
+        self._waiting.append(json.dumps(row, ensure_ascii=False) + "\n")
+        try:
+            self._write_waiting()
             if self._board is not None:
                 for name, value in _scalars(row):
                     self._board.add_scalar(name, value, row["step"])
+        except OSError as error:
+            return None if was_waiting else str(self._cannot_write(error))
+        return None
+
+    def _write_waiting(self) -> None:
+        """Write whole lines, or none of them: what a full disk took of one is cut off again."""
+        end = self._file.tell()
+        try:
+            lines = "".join(self._waiting).encode()
+            while lines:
+                lines = lines[self._file.write(lines) :]
+        except OSError:
+            self._file.truncate(end)
+            self._file.seek(end)
+            raise
+        self._waiting.clear()
 
     def close(self) -> None:
-        """Flush and close both."""
+        """Write what waits, and close both."""
         with self._disk_errors():
-            self._file.close()
-            if self._board is not None:
-                self._board.close()
+            try:
+                if self._waiting:
+                    self._write_waiting()
+            finally:
+                self._file.close()
+                if self._board is not None:
+                    self._board.close()
 
     @contextmanager
     def _disk_errors(self) -> Generator[None]:
         try:
             yield
         except OSError as error:
-            raise UserError(
-                f"cannot write {self._path} ({error.strerror or error}); free some space, then "
-                "continue with --resume from the last checkpoint, which is untouched"
-            ) from error
+            raise self._cannot_write(error) from error
+
+    def _cannot_write(self, error: OSError) -> UserError:
+        return UserError(
+            f"cannot write {self._path} ({error.strerror or error}); free some space: what it "
+            "lacks is kept in memory and written as soon as there is room"
+        )
 
 
 def rows_up_to(path: Path, last_step: int) -> Iterator[str]:
@@ -122,7 +154,10 @@ def _scalars(row: dict[str, Any], prefix: str = "") -> Iterator[tuple[str, float
     for name, value in row.items():
         if isinstance(value, dict):
             yield from _scalars(cast("dict[str, Any]", value), f"{prefix}{name}/")
-        elif name != "step":
+        elif isinstance(value, list):
+            numbered = {str(i): one for i, one in enumerate(cast("list[float]", value))}
+            yield from _scalars(numbered, f"{prefix}{name}/")
+        elif name != "step" and value is not None:
             yield prefix + name, float(value)
 
 

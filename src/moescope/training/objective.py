@@ -1,5 +1,6 @@
 """What a training minimises: next-token loss, further tokens' loss, and terms that keep balance."""
 
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,7 @@ from moescope.model.balancing import (
     device_level_loss,
     expert_level_loss,
     load_balanced_l1,
+    lowest_taken,
     router_z_loss,
     sequence_wise_loss,
 )
@@ -50,12 +52,33 @@ class BalanceRecorder(LoadRecorder):
 
     The sparsity that ReMoE's L1 holds is that of the main model: multi-token-prediction depths
     get the other terms only.
+
+    Args:
+        config: of the model.
+        balance: weights of the terms.
+        rows: of the micro batch.
+        l1_weight: of ReMoE's term.
+        whole: layer index -> `(experts,)` tokens that each expert receives on average in a micro
+            batch of the step, where losses count over the whole step; None if this is all of it.
+
+    Attributes:
+        loss: the sum, zero-dimensional.
+        lowest: layer index -> `(experts,)` lowest scores that experts took (expert choice only).
     """
 
     def __init__(
-        self, config: ModelConfig, balance: BalanceConfig, *, rows: int, l1_weight: float
+        self,
+        config: ModelConfig,
+        balance: BalanceConfig,
+        *,
+        rows: int,
+        l1_weight: float,
+        whole: Mapping[int, Tensor] | None = None,
     ) -> None:
         super().__init__()
+        self._whole = whole or {}
+        self._experts_choose = config.topk_method == "expert_choice"
+        self.lowest: dict[int, Tensor] = {}
         self._balance = balance
         self._rows = rows
         self._main_layers = config.num_hidden_layers
@@ -67,19 +90,22 @@ class BalanceRecorder(LoadRecorder):
     def routing(self, layer_idx: int, routing: Routing) -> None:
         super().routing(layer_idx, routing)
         scores, topk_ids, weights = routing.scores, routing.topk_ids, self._balance
-        seq = scores.shape[0] // self._rows
+        seq, counts = scores.shape[0] // self._rows, self._whole.get(layer_idx)
+        if self._experts_choose:
+            self.lowest[layer_idx] = lowest_taken(scores, topk_ids)
         loss = self.loss.to(scores.device)
         if weights.expert_aux:
-            loss = loss + weights.expert_aux * expert_level_loss(scores, topk_ids)
+            loss = loss + weights.expert_aux * expert_level_loss(scores, topk_ids, counts)
         if weights.device_aux:
             groups = weights.device_groups
-            loss = loss + weights.device_aux * device_level_loss(scores, topk_ids, groups)
+            loss = loss + weights.device_aux * device_level_loss(scores, topk_ids, groups, counts)
         if weights.sequence_aux:
             loss = loss + weights.sequence_aux * sequence_wise_loss(scores, topk_ids, seq)
         if weights.z_loss:
             loss = loss + weights.z_loss * router_z_loss(routing.router_logits)
         if self._l1_weight and layer_idx < self._main_layers:
-            loss = loss + self._l1_weight * load_balanced_l1(scores, topk_ids, self._top_k)
+            l1 = load_balanced_l1(scores, topk_ids, self._top_k, counts)
+            loss = loss + self._l1_weight * l1
         self.loss = loss
 
 
@@ -96,13 +122,37 @@ def compute_losses(
     return Losses(total, next_token.detach(), further_tokens.detach(), recorder.loss.detach())
 
 
+@torch.no_grad()
+def count_choices(
+    model: CausalLM, parts: Sequence[Tensor], *, with_depths: bool
+) -> dict[int, Tensor]:
+    """Return layer index -> `(experts,)` tokens that each expert receives, the mean over parts."""
+    recorder = LoadRecorder()
+    for ids in parts:
+        hidden_states = model(ids[:, :-1], recorder=recorder)
+        if with_depths:
+            for _ in _further_states(model, hidden_states, ids, recorder):
+                pass
+    return {layer: counts / len(parts) for layer, counts in recorder.counts.items()}
+
+
 def _further_tokens_loss(
     model: CausalLM, hidden_states: Tensor, ids: Tensor, recorder: Recorder
 ) -> Tensor:
     """Mean loss of the multi-token-prediction depths (DeepSeek-V3, eq. 24-25)."""
+    losses = [
+        _cross_entropy(model, normed, ids[:, ahead + 1 :])
+        for ahead, normed in _further_states(model, hidden_states, ids, recorder)
+    ]
+    return torch.stack(losses).mean()
+
+
+def _further_states(
+    model: CausalLM, hidden_states: Tensor, ids: Tensor, recorder: Recorder
+) -> Iterator[tuple[int, Tensor]]:
+    """Yield each depth's tokens ahead and states for the output head (DeepSeek-V3, eq. 21-23)."""
     assert model.mtp is not None
     seq = hidden_states.shape[1]
-    losses: list[Tensor] = []
     for ahead, depth in enumerate(model.mtp.depths, start=1):
         hidden_states = hidden_states[:, : seq - ahead]
         inputs = ids[:, ahead:seq]  # (batch, seq - ahead)
@@ -110,9 +160,7 @@ def _further_tokens_loss(
         rotation = model.model.rotary_emb(positions, hidden_states.dtype)
         embedded = model.model.embed_tokens(inputs)
         hidden_states = depth(hidden_states, embedded, inputs, rotation, positions, recorder)
-        normed: Tensor = depth.get_submodule("norm")(hidden_states)
-        losses.append(_cross_entropy(model, normed, ids[:, ahead + 1 :]))
-    return torch.stack(losses).mean()
+        yield ahead, depth.get_submodule("norm")(hidden_states)
 
 
 def _cross_entropy(model: CausalLM, hidden_states: Tensor, targets: Tensor) -> Tensor:

@@ -80,12 +80,13 @@ class Optimizer:
         """Clip the summed gradient, move the weights, clear the sum; return the norm before.
 
         Raises:
-            FloatingPointError: the gradient is not finite; no weight was moved.
+            FloatingPointError: the gradient is not finite; it was dropped, no weight was moved.
         """
         gradients = list(self._gradients.values())
         norms = torch.stack(torch._foreach_norm(gradients))  # pyright: ignore
         norm = float(torch.linalg.vector_norm(norms))
         if not norm < float("inf"):
+            torch._foreach_zero_(gradients)  # pyright: ignore
             raise FloatingPointError(f"the gradient's norm is {norm}")
         if norm > clip:
             torch._foreach_mul_(gradients, clip / norm)  # pyright: ignore

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from moescope.config import ModelConfig
 from moescope.errors import UserError
+from moescope.text.split import Fingerprint, TrainedDomain, TrainedText
 from moescope.text.tokenizer import Tokenizer
 from moescope.training.config import DataConfig
 from moescope.training.data import Progress, ShardIndex, build_shards
+from moescope.training.vocabulary import learn_vocabulary
 
 SECONDS_BETWEEN_MESSAGES = 10.0
 
@@ -19,6 +21,22 @@ class TrainingText:
     tokenizer: Tokenizer
     train: ShardIndex
     held_out: ShardIndex
+
+    @property
+    def remembered(self) -> TrainedText:
+        """By what this text, and which of it was held out, is known again."""
+        trained = {shard.domain: shard for shard in self.train.shards}
+        held_out = {shard.domain: shard for shard in self.held_out.shards}
+        return TrainedText(
+            {
+                domain: TrainedDomain(
+                    trained[domain].fingerprint if domain in trained else Fingerprint(),
+                    held_out[domain].fingerprint if domain in held_out else Fingerprint(),
+                    (trained.get(domain) or held_out[domain]).held_out_below,
+                )
+                for domain in sorted({*trained, *held_out})
+            }
+        )
 
 
 def prepare_text(
@@ -72,7 +90,7 @@ def _open_tokenizer(
         return Tokenizer.load(data.tokenizer)
     if not (folder / "tokenizer.json").exists():
         say(f"learning a vocabulary of {vocab_size} tokens from {source}")
-        Tokenizer.train(source, vocab_size, progress=False).save(folder)
+        learn_vocabulary(source, vocab_size, folder)
     return Tokenizer.load(folder)
 
 

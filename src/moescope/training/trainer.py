@@ -1,11 +1,10 @@
 """The training loop: batches in, steps, evaluations and checkpoints, and finished weights out."""
 
 import json
-import signal
 import sys
 import time
+from collections.abc import Callable
 from pathlib import Path
-from types import FrameType
 from typing import Any, TextIO
 
 import torch
@@ -17,14 +16,13 @@ from moescope.checkpoint import save_weights
 from moescope.errors import UserError
 from moescope.files import write_text
 from moescope.machine import measure_gemm_peak
-from moescope.model.balancing import AdaptiveL1, max_violation, update_bias
+from moescope.model.balancing import AdaptiveL1
 from moescope.model.decoder import CausalLM, initialise
-from moescope.model.moe import MoE
-from moescope.model.routing import NoAuxTopK
 from moescope.training.allocator import keep_freed_memory
 from moescope.training.batches import PackedBatches
 from moescope.training.config import TrainConfig
 from moescope.training.evaluation import evaluate
+from moescope.training.interruption import Interruption
 from moescope.training.metrics import (
     MetricsLog,
     TrainingDisplay,
@@ -32,8 +30,9 @@ from moescope.training.metrics import (
     print_line,
     rows_up_to,
 )
-from moescope.training.objective import BalanceRecorder, compute_losses
+from moescope.training.objective import BalanceRecorder, compute_losses, count_choices
 from moescope.training.optimizer import Optimizer
+from moescope.training.rescue import lacking_room, save_somewhere
 from moescope.training.schedule import warmup_stable_decay
 from moescope.training.state import (
     checkpoint_path,
@@ -43,9 +42,20 @@ from moescope.training.state import (
     save_checkpoint,
     saved_steps,
 )
+from moescope.training.step_load import StepLoad
 from moescope.training.text import TrainingText, prepare_text, with_special_ids
+from moescope.training.watch import MAX_SKIPPED, Watch, way_back
 
+LOAD_EVERY = 10
+"""Steps between two whose load per expert is logged."""
+SLOWER = 1.5
+"""Times that bf16 products are slower than float32 ones, above which it is said."""
+BYTES_OF_STATE = 12
+"""Of a checkpoint a parameter: a float32 master and one or two moments."""
 MAY_CHANGE = {
+    "training.muon_learning_rate",
+    "training.adamw_learning_rate",
+    "training.clip",
     "training.steps",
     "training.warmup_fraction",
     "training.decay_fraction",
@@ -61,7 +71,12 @@ MAY_CHANGE = {
 
 
 def train(
-    config: TrainConfig, out: Path, *, resume: bool = False, stream: TextIO | None = None
+    config: TrainConfig,
+    out: Path,
+    *,
+    resume: bool = False,
+    from_step: int | None = None,
+    stream: TextIO | None = None,
 ) -> dict[str, Any] | None:
     """Train as `config` says, into the folder `out`.
 
@@ -73,8 +88,10 @@ def train(
     Args:
         config: what to train.
         out: receives the model as `transformers` reads it, `training.json`, `metrics.jsonl`,
-            `expert_load.json` and `.jsonl`, `tensorboard/`, `checkpoints/` and the token files.
+            `expert_load.json` and `.jsonl`, `trained_text.json` (what was held out),
+            `tensorboard/`, `checkpoints/` and the token files.
         resume: continue what is in `out`; without a checkpoint there, begin.
+        from_step: go back to the checkpoint of this step and continue from there.
         stream: where progress is shown; standard output if left out.
 
     Returns:
@@ -82,9 +99,10 @@ def train(
 
     Raises:
         UserError: no text, a text or vocabulary that does not fit, a folder that holds another
-            training, a checkpoint that does not fit the config, a full disk, or a loss that is
-            no longer a number.
+            training, a checkpoint that does not fit the config, a disk without room for the
+            finished model, or gradients that are no longer numbers, step after step.
     """
+    resume = resume or from_step is not None
     console = Console(file=stream or sys.stdout)
     steps = saved_steps(out / "checkpoints")
     if steps and not resume:
@@ -101,8 +119,10 @@ def train(
     model = with_special_ids(config.model, text.tokenizer)
     trainer = Trainer(config.model_copy(update={"model": model}), out, text)
     if steps:
-        for note in trainer.resume():
+        for note in trainer.resume(from_step):
             print_line(console, note)
+    elif from_step is not None:
+        raise UserError(f"there is no checkpoint in {out}, of step {from_step} or any other")
     elif resume:
         print_line(console, f"there is no checkpoint in {out} yet; beginning")
     return trainer.run(console)
@@ -139,6 +159,7 @@ class Trainer:
         self.step = 0
         self.seconds = 0.0
         self.warmup_steps = round(training.warmup_fraction * training.steps)
+        self.watch = Watch(config.model.vocab_size, self.warmup_steps)
 
     @property
     def tokens_per_step(self) -> int:
@@ -149,41 +170,98 @@ class Trainer:
     def run(self, console: Console) -> dict[str, Any] | None:
         """Train to the last step and return the summary, or None if interrupted."""
         log = MetricsLog(self.out, self.step)
+        peak = self._peak()
         display = TrainingDisplay(
             console,
             step=self.step,
             steps=self.config.training.steps,
             flops_per_token=flops_per_token(self.model, self.config.data.sequence_length),
-            peak=self._peak(),
+            peak=peak,
         )
         try:
-            with _Interruption() as interruption, display:
+            with Interruption() as interruption, display:
                 if not log.has_tensorboard:
                     display.say("tensorboard is not installed; metrics go to metrics.jsonl only")
+                for note in self._notes(peak):
+                    display.say(note)
                 return self._run(log, display, interruption)
         finally:
             log.close()
 
     def _run(
-        self, log: MetricsLog, display: TrainingDisplay, interruption: "_Interruption"
+        self, log: MetricsLog, display: TrainingDisplay, interruption: Interruption
     ) -> dict[str, Any] | None:
         steps, every = self.config.training.steps, self.config.evaluation.every
         while self.step < steps:
             row = self._logged_step()
+            if (problem := row.pop("problem", None)) is not None:
+                display.say(f"step {self.step} is skipped, no weight was moved: {problem}")
             if every and (self.step % every == 0 or self.step == steps):
-                row |= self.evaluate()
+                row |= self.evaluate(display.say)
                 display.say(_sentence(row))
-            log.write(row)
-            display.update(self.step, row["loss"], self.tokens_per_step, row["seconds"])
+            if (problem := log.write(row)) is not None:
+                display.say(problem)
+            if row["loss"] is not None:
+                display.update(self.step, row["loss"], self.tokens_per_step, row["seconds"])
+            if (news := self.watch.news()) is not None:
+                display.say(f"{news}; {self._way_back()}")
             if interruption.requested and self.step < steps:
-                path = self.save()
-                display.say(f"stopped at step {self.step}; continue with --resume from {path}")
-                return None
-            if self._is_checkpoint_due():
-                self.save()
-        summary = self._finish()
+                if (path := self._try_to_save(display.say)) is not None:
+                    display.say(f"stopped at step {self.step}; continue with --resume from {path}")
+                    return None
+                display.say("the training goes on; stop it again when there is room")
+                interruption.wait_again()
+            elif self._is_checkpoint_due():
+                self._try_to_save(display.say)
+        summary = self._finish(display.say)
+        display.say(f"read: {_times(summary['epochs'])}")
+        if (verdict := self.watch.verdict()) is not None:
+            display.say(f"this training failed: {verdict}; {self._way_back()}")
         display.say(f"{_sentence(summary)}; the model is in {self.out}")
         return summary
+
+    def _notes(self, peak: float | None) -> list[str]:
+        """What a user should know before the first step."""
+        training, config = self.config.training, self.config.model
+        planned = _times(self.batches.planned_epochs(training.steps))
+        notes = [f"{training.steps:,} steps read {planned}"]
+        if config.topk_method in ("expert_choice", "sinkhorn"):
+            tokens = training.rows_at_a_time * self.config.data.sequence_length
+            notes.append(
+                f"{config.topk_method}: the {tokens:,} tokens of a micro batch compete for "
+                f"experts, so micro_batch_size {training.rows_at_a_time} is part of this recipe"
+            )
+        elif self._counts_first:
+            notes.append(
+                "balance losses count over the whole step, so each micro batch is run forward "
+                "twice; a larger micro_batch_size is faster and gives the same"
+            )
+        if peak is not None and training.dtype == "bfloat16":
+            times = measure_gemm_peak(torch.float32) / peak
+            if times > SLOWER:
+                notes.append(
+                    f"this processor multiplies float32 {times:.0f} times as fast as bfloat16; "
+                    'dtype = "float32" in [training] makes the training faster'
+                )
+        parameters = sum(parameter.numel() for parameter in self.model.parameters())
+        state = parameters * BYTES_OF_STATE
+        kept = self.config.checkpoints.keep + 2 if self.config.checkpoints.every else 1
+        if (warning := lacking_room(self.out, state * kept)) is not None:
+            notes.append(warning)
+        return notes
+
+    def _way_back(self) -> str:
+        training = self.config.training
+        saved = saved_steps(self.out / "checkpoints")
+        return way_back(saved, training.muon_learning_rate, training.adamw_learning_rate)
+
+    def _try_to_save(self, say: Callable[[str], None]) -> Path | None:
+        """Write a checkpoint; where the disk is full, say so and return None."""
+        try:
+            return self.save()
+        except UserError as error:
+            say(f"step {self.step}: {error}")
+            return None
 
     def _logged_step(self) -> dict[str, Any]:
         start = time.perf_counter()
@@ -195,7 +273,7 @@ class Trainer:
 
     def _is_checkpoint_due(self) -> bool:
         every = self.config.checkpoints.every
-        if not every:
+        if not every or self.watch.skipped:
             return False
         return self.step % every == 0 or self.step in (
             self._decay_start,
@@ -212,13 +290,20 @@ class Trainer:
     def train_step(self) -> dict[str, Any]:
         """Take one optimizer step; return what it showed.
 
+        A batch whose gradient is not finite is skipped: no weight is moved, the row holds no loss
+        but the problem.
+
         Raises:
-            UserError: the loss or the gradient is no finite number; no weight was moved.
+            UserError: so many were skipped in a row that more of them would not help.
         """
         config, training = self.config, self.config.training
         ids, _ = self.batches.next()  # (batch, seq + 1)
         parts = ids.to(self.device).split(training.rows_at_a_time)
-        counts: dict[int, Tensor] = {}
+        whole = None
+        if self._counts_first:
+            depths = self.model.mtp is not None and training.mtp_loss_weight > 0
+            whole = count_choices(self.model, parts, with_depths=depths)
+        load = StepLoad(config.model, training.batch_size, config.data.sequence_length)
         sums = dict.fromkeys(("loss", "further_tokens_loss", "balance_loss"), 0.0)
         for part in parts:
             recorder = BalanceRecorder(
@@ -226,6 +311,7 @@ class Trainer:
                 config.balance,
                 rows=len(part),
                 l1_weight=self.l1.weight,
+                whole=whole,
             )
             losses = compute_losses(self.model, part, recorder, training.mtp_loss_weight)
             (losses.total / len(parts)).backward()
@@ -233,8 +319,7 @@ class Trainer:
             sums["loss"] += float(losses.next_token) / len(parts)
             sums["further_tokens_loss"] += float(losses.further_tokens) / len(parts)
             sums["balance_loss"] += float(losses.balance) / len(parts)
-            for layer, received in recorder.counts.items():
-                counts[layer] = counts.get(layer, torch.zeros_like(received)) + received
+            load.add(recorder, 1 / len(parts))
         factor = self._learning_rate_factor()
         try:
             norm = self.optimizer.step(
@@ -243,21 +328,40 @@ class Trainer:
                 training.clip,
             )
         except FloatingPointError as error:
-            raise UserError(
-                f"step {self.step + 1} went wrong: {error} and the loss {sums['loss']}; lower the "
-                "learning rates and begin again, or continue with --resume from the last "
-                "checkpoint, which is untouched"
-            ) from error
-        self._rebalance(counts)
+            return self._skip(f"{error} and the loss {sums['loss']}", factor)
+        load.move(self.model, self.l1, config.balance.bias_update_speed)
         self.step += 1
+        self.watch.add(self.step, sums["loss"])
         row: dict[str, Any] = {**sums, "gradient_norm": norm, "learning_rate_factor": factor}
-        if counts:
-            row["max_violation"] = {
-                str(layer): float(max_violation(received)) for layer, received in counts.items()
-            }
+        row |= load.row(with_loads=self.step % LOAD_EVERY == 0)
         if config.model.topk_method == "relu":
             row["l1_weight"] = self.l1.weight
         return row
+
+    @property
+    def _counts_first(self) -> bool:
+        """Whether a balance loss depends on the load of micro batches that are yet to come."""
+        config, balance = self.config, self.config.balance
+        if config.training.rows_at_a_time == config.training.batch_size:
+            return False
+        if config.model.n_routed_experts is None:
+            return False
+        return bool(balance.expert_aux or balance.device_aux or config.model.topk_method == "relu")
+
+    def _skip(self, problem: str, factor: float) -> dict[str, Any]:
+        """Count a step whose gradient is not finite; return its row.
+
+        Raises:
+            UserError: it is the last of too many in a row.
+        """
+        self.step += 1
+        self.watch.skipped += 1
+        if self.watch.skipped >= MAX_SKIPPED:
+            raise UserError(
+                f"steps {self.step - MAX_SKIPPED + 1} to {self.step} went wrong: {problem}; "
+                f"{self._way_back()}"
+            )
+        return {"loss": None, "learning_rate_factor": factor, "problem": problem}
 
     @property
     def _decay_start(self) -> int:
@@ -274,23 +378,9 @@ class Trainer:
             decay=training.decay,
         )
 
-    def _rebalance(self, counts: dict[int, Tensor]) -> None:
-        """Move the loss-free biases and the L1 weight by the step's load."""
-        for module in self.model.modules():
-            if isinstance(module, MoE) and isinstance(module.gate, NoAuxTopK):
-                received = counts.get(module.layer_idx)
-                if received is not None:
-                    speed = self.config.balance.bias_update_speed
-                    update_bias(module.gate.e_score_correction_bias, received, speed)
-        main = [c for layer, c in counts.items() if layer < self.config.model.num_hidden_layers]
-        if main:
-            chosen = torch.stack(main).sum(dim=1).float().mean()
-            top_k = self.config.model.required("num_experts_per_tok")
-            self.l1.update(float(chosen) / self.tokens_per_step, top_k)
-
     # --- what comes out ---------------------------------------------------------------------------
 
-    def evaluate(self) -> dict[str, Any]:
+    def evaluate(self, say: Callable[[str], None]) -> dict[str, Any]:
         """Measure on held-out text; keep the load per domain, layer and expert in two files.
 
         `expert_load.json` holds the latest, `expert_load.jsonl` a line for each step.
@@ -304,24 +394,37 @@ class Trainer:
         )
         load = {"step": self.step, "load": result.load}
         line = json.dumps(load, ensure_ascii=False) + "\n"
-        write_text(self.out / "expert_load.json", line)
         series = self.out / "expert_load.jsonl"
-        write_text(series, "".join([*rows_up_to(series, self.step - 1), line]))
-        return result.to_row()
+        try:
+            write_text(self.out / "expert_load.json", line)
+            write_text(series, "".join([*rows_up_to(series, self.step - 1), line]))
+        except UserError as error:
+            say(f"step {self.step}: {error}")
+        return {**result.to_row(), "epochs": self.batches.epochs()}
 
-    def _finish(self) -> dict[str, Any]:
-        """Write the finished model into `out`, as `transformers` reads it, with a summary."""
-        save_weights(self.model, self.out)
-        self.text.tokenizer.save(self.out)
+    def _finish(self, say: Callable[[str], None]) -> dict[str, Any]:
+        """Write the finished model into `out`, as `transformers` reads it, with a summary.
+
+        Raises:
+            UserError: `out` has no room for it, and where it lies instead.
+        """
         summary = {
             "step": self.step,
             "tokens": self.step * self.tokens_per_step,
             "seconds": self.seconds,
-            **self.evaluate(),
+            **self.evaluate(say),
+            "failed": self.watch.verdict(),
             "config": _plain(self.config),
         }
-        text = json.dumps(summary, indent=2, ensure_ascii=False)
-        write_text(self.out / "training.json", text + "\n")
+
+        def save(folder: Path) -> None:
+            save_weights(self.model, folder)
+            self.text.tokenizer.save(folder)
+            self.text.remembered.save(folder)
+            text = json.dumps(summary, indent=2, ensure_ascii=False)
+            write_text(folder / "training.json", text + "\n")
+
+        save_somewhere(save, self.out, say)
         return summary
 
     # --- checkpoints ------------------------------------------------------------------------------
@@ -345,20 +448,25 @@ class Trainer:
         }
         folder = self.out / "checkpoints"
         path = save_checkpoint(folder, self.step, tensors, state)
+        if self.watch.is_failing:
+            return path  # those from before it failed are the way back
         past = [step for step in saved_steps(folder) if step <= self.step]
         keep = past[-self.config.checkpoints.keep :]
         prune_checkpoints(folder, {*keep, self._decay_start})
         return path
 
-    def resume(self) -> list[str]:
+    def resume(self, from_step: int | None = None) -> list[str]:
         """Continue from the last checkpoint that fits; return what the user should know.
+
+        Args:
+            from_step: go back to the checkpoint of this step instead.
 
         Raises:
             UserError: it is damaged, or was made with a config that differs where it may not, or
                 the learning rate had decayed already in all checkpoints and steps are added.
         """
-        path, state = self._last_fitting_checkpoint()
-        self._check_same_config(state["config"], path)
+        path, state = self._last_fitting_checkpoint(from_step)
+        notes = [f"continuing from {path}", *self._check_same_config(state["config"], path)]
         tensors = read_tensors(path)
         self.optimizer.load_state_tensors(tensors)
         with torch.no_grad():
@@ -368,7 +476,7 @@ class Trainer:
         self.batches.load_state_dict(state["batches"])
         self.step, self.seconds = state["step"], state["seconds"]
         self.warmup_steps, self.l1.weight = state["warmup_steps"], state["l1_weight"]
-        notes = [f"continuing from {path}"]
+        self.watch = Watch(self.config.model.vocab_size, self.warmup_steps)
         threads = torch.get_num_threads()
         if state.get("threads", threads) != threads:
             notes.append(
@@ -377,9 +485,13 @@ class Trainer:
             )
         return notes
 
-    def _last_fitting_checkpoint(self) -> tuple[Path, dict[str, Any]]:
+    def _last_fitting_checkpoint(self, wanted: int | None) -> tuple[Path, dict[str, Any]]:
         folder, training = self.out / "checkpoints", self.config.training
-        for step in reversed(saved_steps(folder)):
+        saved = saved_steps(folder)
+        if wanted is not None and wanted not in saved:
+            there = ", ".join(map(str, saved))
+            raise UserError(f"there is no checkpoint of step {wanted} in {folder}; it has {there}")
+        for step in reversed(saved) if wanted is None else [wanted]:
             path = checkpoint_path(folder, step)
             state = read_state(path)
             before: dict[str, Any] = state["config"]["training"]
@@ -399,7 +511,9 @@ class Trainer:
         tensors = self.model.state_dict(keep_vars=True)
         return {f"model.{n}": t.detach() for n, t in tensors.items() if t not in trained}
 
-    def _check_same_config(self, saved: dict[str, Any], checkpoint: Path) -> None:
+    def _check_same_config(self, saved: dict[str, Any], checkpoint: Path) -> list[str]:
+        """Refuse a config that differs where it may not; say where its rates differ."""
+        notes: list[str] = []
         ours, theirs = _plain(self.config), _plain(TrainConfig.model_validate(saved))
         for table, fields in ours.items():
             for field, now in fields.items():
@@ -409,26 +523,9 @@ class Trainer:
                         f"{checkpoint} was made with {name} = {before!r}, the config now says "
                         f"{now!r}; set it back or start a new training in another folder"
                     )
-
-
-class _Interruption:
-    """While entered, the first Ctrl-C or SIGTERM only sets `requested`; a second ends at once."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    def __enter__(self) -> "_Interruption":
-        self._before = {s: signal.signal(s, self._request) for s in (signal.SIGINT, signal.SIGTERM)}
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-
-    def _request(self, _number: int, _frame: FrameType | None) -> None:
-        self.requested = True
-        for number in self._before:
-            signal.signal(number, signal.SIG_DFL)
+                if before != now and name.endswith(("learning_rate", "clip")):
+                    notes.append(f"{name} was {before!r} and is {now!r} from here on")
+        return notes
 
 
 def _round_parameters(model: CausalLM, dtype: torch.dtype) -> None:
@@ -439,6 +536,10 @@ def _round_parameters(model: CausalLM, dtype: torch.dtype) -> None:
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
+
+
+def _times(epochs: dict[str, float]) -> str:
+    return ", ".join(f"{domain} {times:.2g} times" for domain, times in epochs.items())
 
 
 def _sentence(row: dict[str, Any]) -> str:
