@@ -26,6 +26,7 @@ from moescope.native.network import PackedLinear, Packer
 from moescope.native.pack_cache import load_packed
 from moescope.scope.recording import record
 from moescope.scope.trace import Trace
+from moescope.text.generation import GenerationDefaults
 from moescope.text.tokenizer import Tokenizer
 from moescope.transfer import transfer_bar
 
@@ -88,7 +89,7 @@ def load(
         network, pack = load_model(checkpoint, dtype=wanted), None
     else:
         network, pack = load_packed(checkpoint, wanted, packer.weight_format)
-    model = Model(str(name_or_path), network, tokenizer)
+    model = Model(str(name_or_path), network, tokenizer, checkpoint.generation_defaults())
     model.pack, model.path = pack, path
     return model
 
@@ -182,12 +183,18 @@ class Model:
         path: its folder or GGUF file; None if it was made here.
     """
 
-    def __init__(self, name: str, network: CausalLM, tokenizer: Tokenizer) -> None:
+    def __init__(
+        self,
+        name: str,
+        network: CausalLM,
+        tokenizer: Tokenizer,
+        defaults: GenerationDefaults | None = None,
+    ) -> None:
         self.name = name
         self.config: ModelConfig = network.config
         self.tokenizer = tokenizer
         self.network = network
-        self.engine = Engine(network, tokenizer)
+        self.engine = Engine(network, tokenizer, defaults)
         self.steering = Steering()
         self.pack: Path | None = None
         self.path: Path | None = None
@@ -224,13 +231,14 @@ class Model:
             prompt: text, or several texts of any lengths.
             sampling: fields of `SamplingParams`: `max_tokens`, `temperature`, `top_k`, `top_p`,
                 `min_p`, `repetition_penalty`, `frequency_penalty`, `presence_penalty`, `seed`,
-                `stop`, `stop_token_ids`, `ignore_eos`.
+                `stop`, `stop_token_ids`, `ignore_eos`. What is not given is as the model's files
+                say (`generation_config.json`), else as `SamplingParams` has it.
 
         Raises:
             UserError: a prompt is empty or too long, or a field has no meaning.
         """
         prompts = [prompt] if isinstance(prompt, str) else prompt
-        generations = self.engine.generate(prompts, sampling_params(sampling))
+        generations = self.engine.generate(prompts, self._params(sampling))
         return generations[0] if isinstance(prompt, str) else generations
 
     def stream(self, prompt: str | Sequence[int], **sampling: Any) -> Iterator[Token]:
@@ -243,7 +251,7 @@ class Model:
         Raises:
             UserError: as for `generate`.
         """
-        params = sampling_params(sampling)
+        params = self._params(sampling)
         if isinstance(prompt, str):
             prompt = self.engine.encode(prompt)
         else:
@@ -259,7 +267,7 @@ class Model:
             prompt: text.
             max_tokens: length of the continuation.
             attention: whether to keep attention probabilities, `(heads, tokens, tokens)` a layer.
-            sampling: as for `generate`.
+            sampling: as for `generate`, but likeliest tokens unless asked otherwise.
 
         Raises:
             UserError: as for `generate`.
@@ -290,7 +298,8 @@ class Model:
                 f"there is no steering field {unknown[0]!r}; choose from {', '.join(known)}"
             )
         steering = replace(self.steering, **changes)
-        model = Model(self.name, steered(self._unsteered, steering), self.tokenizer)
+        network = steered(self._unsteered, steering)
+        model = Model(self.name, network, self.tokenizer, self.engine.defaults)
         model.steering, model._unsteered = steering, self._unsteered
         model.pack, model.path = self.pack, self.path
         return model
@@ -311,7 +320,11 @@ class Model:
             raise UserError("a checkpoint cannot hold steering; save the model before `steer`")
         folder = Path(folder)
         save_weights(self.network, folder)
+        self.engine.defaults.save(folder)
         self.tokenizer.save(folder)
+
+    def _params(self, sampling: dict[str, Any]) -> SamplingParams:
+        return sampling_params({**self.engine.defaults.sampling, **sampling})
 
 
 def sampling_params(fields: dict[str, Any]) -> SamplingParams:

@@ -28,7 +28,11 @@ def serve(
     backend: Backend = None,
     quantize: Quantize = None,
 ) -> None:
-    """Answer the OpenAI API: /v1/chat/completions, /v1/completions; and /metrics. Ctrl-C ends."""
+    """Answer the OpenAI API: /v1/chat/completions, /v1/completions; and /metrics. Ctrl-C ends.
+
+    What a request does not say of sampling is as the model's generation_config.json or GGUF file
+    says, else as OpenAI has it: temperature 1.
+    """
     from moescope.api import load
     from moescope.server.serving import serve_api
 

@@ -14,6 +14,7 @@ from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM
 from moescope.model.recorder import Recorder
 from moescope.text.chat import Messages
+from moescope.text.generation import GenerationDefaults
 from moescope.text.tokenizer import Tokenizer
 
 
@@ -28,14 +29,23 @@ class Generation:
 
 
 class Engine:
-    """Continues prompts with a model and its tokenizer."""
+    """Continues prompts with a model and its tokenizer.
 
-    def __init__(self, model: CausalLM, tokenizer: Tokenizer) -> None:
+    Attributes:
+        end_ids: tokens that end a text: those of the config, of the tokenizer and of `defaults`.
+        defaults: what the model's files say of the texts that it makes.
+    """
+
+    def __init__(
+        self, model: CausalLM, tokenizer: Tokenizer, defaults: GenerationDefaults | None = None
+    ) -> None:
         self.model = model.eval()
         self.tokenizer = tokenizer
+        self.defaults = defaults or GenerationDefaults()
         self.device = model.lm_head.weight.device
         eos = model.config.eos_token_id
-        self.end_ids = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_id} - {None}
+        named = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_id} - {None}
+        self.end_ids = named | self.defaults.end_ids
 
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[Generation]:
         """Continue every prompt to its end; a prompt's text does not depend on the others.

@@ -21,6 +21,7 @@ from moescope.families.family import ExpertTensors
 from moescope.files import atomic_path, write_text
 from moescope.formats.source import DOWN, GATE_UP, GATE_UP_BIAS
 from moescope.kernels.quantize import dequantize_int8, quantize_int8
+from moescope.text.generation import GenerationDefaults
 from moescope.text.tokenizer import Tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
@@ -198,6 +199,10 @@ class SafetensorsModel:
     def tokenizer(self) -> Tokenizer:
         """Return the vocabulary of the folder."""
         return Tokenizer.load(self._folder)
+
+    def generation_defaults(self) -> GenerationDefaults:
+        """Return what the folder's `generation_config.json` says."""
+        return GenerationDefaults.load(self._folder)
 
     def read(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
         """Return the tensor of the network called `name`, stacking experts where it holds several.

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moescope.config import ModelConfig
+from moescope.text.generation import GenerationDefaults
 from moescope.text.tokenizer import Tokenizer
 
 GATE_UP, DOWN = ".experts.gate_up_proj", ".experts.down_proj"
@@ -38,4 +39,8 @@ class WeightSource(Protocol):
 
     def tokenizer(self) -> Tokenizer:
         """Return the vocabulary."""
+        ...
+
+    def generation_defaults(self) -> GenerationDefaults:
+        """Return when texts end, and how they are drawn."""
         ...

@@ -137,7 +137,11 @@ class _Service:
         asked = await read_json(request, CompletionRequest, MOST_BYTES)
         self._check_name(asked.model)
         prompts = await asyncio.to_thread(self._encoded, asked.prompts)
-        params = asked.sampling(asked.max_tokens or DEFAULT_TOKENS, asked.logprobs or 0)
+        params = asked.sampling(
+            asked.max_tokens or DEFAULT_TOKENS,
+            asked.logprobs or 0,
+            self._model.engine.defaults.sampling,
+        )
         texts = self._begin(arrived, prompts, params)
         form = CompletionForm(self._model, self._name, tells_logprobs=asked.logprobs is not None)
         return await self._answer(request, asked, texts, form)
@@ -153,7 +157,9 @@ class _Service:
         prompts = [await asyncio.to_thread(self._model.engine.encode_chat, messages)]
         most = asked.max_completion_tokens or asked.max_tokens
         params = asked.sampling(
-            most or self._model.config.max_position_embeddings, asked.top_logprobs or 0
+            most or self._model.config.max_position_embeddings,
+            asked.top_logprobs or 0,
+            self._model.engine.defaults.sampling,
         )
         texts = self._begin(arrived, prompts, params)
         form = ChatForm(

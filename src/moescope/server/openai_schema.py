@@ -10,6 +10,7 @@ from typing import Any, Literal
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from moescope.engine.sampling import MOST_TOP_LOGPROBS, SamplingParams
+from moescope.text.generation import RANGES
 
 MOST_CHOICES = 16
 MOST_STOPS = 16
@@ -82,16 +83,28 @@ class Request(BaseModel):
         """Whether a stream ends with a count of its tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
 
-    def sampling(self, max_tokens: int, top_logprobs: int) -> list[SamplingParams]:
-        """How each choice is drawn; with a seed, all choices differ and are drawn so again."""
+    def sampling(
+        self, max_tokens: int, top_logprobs: int, defaults: Mapping[str, float]
+    ) -> list[SamplingParams]:
+        """How each choice is drawn; with a seed, all choices differ and are drawn so again.
+
+        Args:
+            max_tokens: tokens of each choice at most.
+            top_logprobs: likeliest tokens that are told with each.
+            defaults: what the model's files say, where the request says nothing; OpenAI's
+                temperature is 1 where neither does.
+        """
+        asked = {name: getattr(self, name) for name in RANGES}
+        drawn = {"temperature": 1.0, **defaults} | {
+            name: value for name, value in asked.items() if value is not None
+        }
+        if drawn.get("top_k", 0) < 1:  # -1 and 0 ask for all tokens
+            drawn.pop("top_k", None)
+        fields: dict[str, Any] = drawn
         return [
             SamplingParams(
+                **fields,
                 max_tokens=max_tokens,
-                temperature=1.0 if self.temperature is None else self.temperature,
-                top_k=self.top_k if self.top_k and self.top_k > 0 else None,
-                top_p=self.top_p,
-                min_p=self.min_p,
-                repetition_penalty=self.repetition_penalty or 1.0,
                 frequency_penalty=self.frequency_penalty or 0.0,
                 presence_penalty=self.presence_penalty or 0.0,
                 seed=None if self.seed is None else (self.seed + choice) % 2**63,

@@ -15,9 +15,11 @@ from torch import Tensor
 
 from moescope.errors import UserError
 from moescope.formats.gguf.container import GgufFile, damaged
+from moescope.formats.gguf.generation import generation_defaults
 from moescope.formats.gguf.metadata import IN_LAYER, Fields, architecture_of, model_config
 from moescope.formats.gguf.names import PERMUTED, ROPE_FACTORS, SPLIT, stored_name
 from moescope.formats.gguf.vocabulary import knows_vocabulary, tokenizer
+from moescope.text.generation import GenerationDefaults
 from moescope.text.tokenizer import Tokenizer
 
 SUFFIX = ".gguf"
@@ -75,6 +77,14 @@ class GgufModel:
         if not knows_vocabulary(self._metadata) and beside.exists():
             return Tokenizer.load(beside)
         return tokenizer(self._path, self._metadata)
+
+    def generation_defaults(self) -> GenerationDefaults:
+        """Return when texts end, and how they are drawn, as the file tells.
+
+        Raises:
+            UserError: a value has no meaning.
+        """
+        return generation_defaults(self._path, self._metadata)
 
     def read(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
         """Return the tensor of the network called `name`.
