@@ -307,7 +307,6 @@ def test_headers_are_read_without_the_weights(hub: Hub, folder: Path) -> None:
     assert total < padded.stat().st_size < total + (1 << 16)
 
 
-@pytest.mark.skip
 def test_a_plan_of_a_repository_reads_its_headers_alone(hub: Hub, tmp_path: Path) -> None:
     folder = tmp_path / "large"
     folder.mkdir()

@@ -15,8 +15,8 @@ def plan(
         str | None,
         typer.Argument(
             metavar="[NAME_OR_PATH]",
-            help="A published model, a folder with config.json, such a file, or a .gguf; "
-            "all published models if left out.",
+            help="A published model, a folder with config.json, such a file, a .gguf, or a Hub "
+            "name, of which the headers are read; all published models if left out.",
         ),
     ] = None,
     speed: Annotated[
@@ -37,7 +37,7 @@ def plan(
         bool, typer.Option("--json", help="Print one JSON object, or a list of them.")
     ] = False,
 ) -> None:
-    """Count parameters, memory and work of a model from its config alone."""
+    """Count parameters, memory and work of a model, from config and headers alone."""
     from dataclasses import replace
 
     from rich.console import Console

@@ -8,12 +8,13 @@ from rich.table import Table
 from rich.text import Text
 
 from moescope.config import ModelConfig
-from moescope.lab.plan import Fit, Plan
+from moescope.lab.plan import STORED, Fit, Plan
 from moescope.lab.speed import Prediction
+from moescope.lab.stored import Stored
 from moescope.lab.units import of_bytes, of_flops, of_parameters
 
 WIDEST = 80
-FORMATS = {"bf16": "bf16", "int8": "int8, fp8", "int4": "int4"}
+FORMATS = {"stored": "as stored", "bf16": "bf16", "int8": "int8, fp8", "int4": "int4"}
 LEGEND = "int4: all weights at 4.5 bits; cache: keys and values of one token, in bf16"
 SPEED_LEGEND = (
     "tokens a second, predicted from a few layers of this shape with random weights; limits: if "
@@ -60,6 +61,9 @@ def draw(plan: Plan, console: Console) -> None:
     console.print(_shape(plan.config), width=width)
     console.print()
     console.print(_parameters(plan), width=width)
+    if plan.stored is not None:
+        console.print()
+        console.print(_stored(plan.stored), width=width)
     for place in dict.fromkeys(fit.place for fit in plan.fits):
         fits = [fit for fit in plan.fits if fit.place == place]
         console.print()
@@ -99,6 +103,27 @@ def _parameters(plan: Plan) -> Table:
     return table
 
 
+def _stored(stored: Stored) -> Table:
+    table = _table("stored", "bytes")
+    table.add_column("types", overflow="fold")
+    for part in PARTS:
+        if part in stored.parts:
+            kinds = stored.parts[part]
+            table.add_row(PARTS[part], of_bytes(sum(kinds.values())), _shares(kinds))
+    table.add_row("total", of_bytes(stored.bytes), _shares(stored.kinds))
+    return table
+
+
+def _shares(kinds: dict[str, int]) -> str:
+    """Name types and their shares of the bytes: `Q4_K 60.2 %, Q6_K 39.8 %`."""
+    total = sum(kinds.values())
+    if len(kinds) == 1:
+        return next(iter(kinds))
+    return ", ".join(
+        f"{kind} {size / total:.1%}".replace("%", " %") for kind, size in kinds.items()
+    )
+
+
 def _fits(plan: Plan, fits: Sequence[Fit]) -> Table:
     table = _table(
         "format",
@@ -111,13 +136,27 @@ def _fits(plan: Plan, fits: Sequence[Fit]) -> Table:
     for fit in fits:
         table.add_row(
             FORMATS[fit.format],
-            of_bytes(getattr(plan.weights, fit.format)),
+            of_bytes(_weights(plan, fit.format)),
             of_bytes(fit.needed),
             "yes" if fit.fits else "no",
             f"{fit.longest_context:,}" if fit.longest_context else "-",
-            of_bytes(getattr(plan.work.bytes_read, fit.format)),
+            of_bytes(_read(plan, fit.format)),
         )
     return table
+
+
+def _weights(plan: Plan, weight_format: str) -> int:
+    if plan.stored is not None and weight_format == STORED:
+        return plan.stored.bytes
+    return getattr(plan.weights, weight_format)
+
+
+def _read(plan: Plan, weight_format: str) -> int:
+    """Bytes that memory has to deliver for a token."""
+    if plan.stored is not None and weight_format == STORED:
+        cached = plan.cache.engine_bytes_per_token[STORED] * plan.work.context
+        return plan.stored.active_bytes + cached
+    return getattr(plan.work.bytes_read, weight_format)
 
 
 def _work(plan: Plan) -> Table:
@@ -125,7 +164,8 @@ def _work(plan: Plan) -> Table:
     rows = {
         "cache": f"{of_bytes(cache.bytes_per_token)} a token, "
         f"{of_bytes(cache.bytes_at_max_context)} for all {cache.max_context:,}; plain attention: "
-        f"{of_bytes(cache.plain_bytes_per_token)} a token",
+        f"{of_bytes(cache.plain_bytes_per_token)} a token; in float32, as the native kernels keep "
+        f"it: {of_bytes(cache.engine_bytes_per_token['int8'])} a token",
         "reading": f"{of_flops(work.reading_flops)} a token of a prompt of {work.context:,}, "
         f"attention {of_flops(work.reading_attention_flops)}",
         "writing": f"{of_flops(work.generating_flops)} a token after {work.context:,}, "

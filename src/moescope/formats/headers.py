@@ -98,7 +98,17 @@ class LocalFiles:
         self._folder = folder
 
     def size(self, name: str) -> int:
-        return self.shown(name).stat().st_size
+        """Return a file's bytes.
+
+        Raises:
+            UserError: there is no such file.
+        """
+        try:
+            return self.shown(name).stat().st_size
+        except OSError as error:
+            raise UserError(
+                f"cannot read {self.shown(name)} ({error.strerror}); fetch the model again"
+            ) from error
 
     def read(self, name: str, start: int, stop: int) -> bytes:
         with self.shown(name).open("rb") as file:

@@ -1,4 +1,4 @@
-"""What a model asks of a machine, from its config alone: nothing is downloaded.
+"""What a model asks of a machine, from its config and its files' headers: no weight is read.
 
 Nothing is measured either, unless the speed is asked for.
 """
@@ -10,20 +10,26 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
-from moescope.catalog import Parameters, catalog, count_parameters
+from moescope.catalog import Entry, Parameters, catalog, count_parameters
 from moescope.config import ModelConfig
 from moescope.errors import UserError
 from moescope.families import config_fields, open_config
-from moescope.formats.gguf.model import GgufModel, is_gguf
-from moescope.lab.speed import PROMPT, Prediction, predict
+from moescope.formats.gguf.model import is_gguf
+from moescope.formats.headers import Headers
+from moescope.formats.repository import is_hub_name
+from moescope.lab.speed import CACHE_BYTES, PROMPT, Prediction, predict
+from moescope.lab.stored import Stored, local_headers
 from moescope.lab.widths import cached_numbers, cached_width, expanded_width, plain_numbers
 from moescope.machine import Machine
 from moescope.scope.saved import Saved
 
 CONTEXT = 4096
 """Tokens before the one whose work is counted; fewer where a model cannot have so many."""
-CACHE_BYTES = 2
-"""The cache holds bf16."""
+PUBLISHED_CACHE_BYTES = CACHE_BYTES["bf16"]
+"""Of a number in the cache, as papers count it."""
+STORED = "stored"
+"""The format that a checkpoint's own types are called, which the native kernels compute with."""
+STORED_CACHE_BYTES = CACHE_BYTES["int8"]
 BITS_PER_WEIGHT = {"bf16": 16.0, "int8": 8.0, "int4": 4.5}
 """int8 stands for fp8 too; its scales, one a row or a block, weigh under 1 % and are not counted.
 int4 has a 16-bit scale for each 32 weights."""
@@ -38,10 +44,13 @@ class Bytes:
     int4: int
 
     @classmethod
-    def of(cls, parameters: int, *, plus: int = 0) -> "Bytes":
-        """Return the bytes of so many weights, plus those of something else."""
+    def of(cls, parameters: int, *, cached: int = 0) -> "Bytes":
+        """Return the bytes of so many weights, and of so many numbers in the cache."""
         return cls(
-            **{name: int(parameters * bits / 8) + plus for name, bits in BITS_PER_WEIGHT.items()}
+            **{
+                name: int(parameters * bits / 8) + cached * CACHE_BYTES[name]
+                for name, bits in BITS_PER_WEIGHT.items()
+            }
         )
 
 
@@ -52,6 +61,8 @@ class Cache:
     Attributes:
         bytes_per_token: latent attention keeps `kv_lora_rank + qk_rope_head_dim` numbers a layer,
             grouped-query attention a key and a value for each key-value head.
+        engine_bytes_per_token: what moescope keeps, by the format of the weights: the native
+            kernels keep float32.
         max_context: tokens that the model was made for.
         bytes_at_max_context: for one text of that length.
         plain_bytes_per_token: what plain attention would keep: a key and a value for each head,
@@ -59,6 +70,7 @@ class Cache:
     """
 
     bytes_per_token: int
+    engine_bytes_per_token: dict[str, int]
     max_context: int
     bytes_at_max_context: int
     plain_bytes_per_token: int
@@ -103,7 +115,7 @@ class Fit:
     Attributes:
         place: `memory`, or the GPU's name.
         room: bytes that are there: of memory what is free now, of a GPU all it has.
-        format: of the weights.
+        format: of the weights: `stored`, where files say how, or one of `Bytes`.
         needed: bytes of the weights and of the cache of `Work.context` tokens.
         fits: whether they fit.
         longest_context: tokens whose cache fits beside the weights, up to the model's most.
@@ -129,6 +141,7 @@ class Plan(Saved):
         weights: bytes of all weights, without multi-token prediction.
         cache: of keys and values.
         work: of one token.
+        stored: how the checkpoint's files hold the weights, where there are such.
         fits: for each memory of this machine and each format.
         version: of moescope.
         speed: what to expect of this machine, if that was asked for.
@@ -144,6 +157,7 @@ class Plan(Saved):
     weights: Bytes
     cache: Cache
     work: Work
+    stored: Stored | None
     fits: tuple[Fit, ...]
     version: str
     speed: Prediction | None = None
@@ -158,19 +172,24 @@ def plan(name_or_path: str | Path, *, speed: bool = False, prompt: int = PROMPT)
     """Work out parameters, memory and work of a model, and whether it fits here.
 
     Args:
-        name_or_path: a name of the catalog, a Hub name in it, a folder with `config.json`, such
-            a file, or a GGUF file, of which only the header is read.
+        name_or_path: a name of the catalog; a folder with `config.json`, such a file, or a GGUF
+            file; or a Hub name, also `org/repo:Q4_K_M`. Of files the headers alone are read, on
+            the Hub by requests for these parts.
         speed: also time a sample of the model on this machine, for some seconds.
         prompt: tokens before those that are generated then.
 
     Raises:
-        UserError: there is no such name or file, or the config is wrong.
+        UserError: there is no such name or file, or what it holds is damaged or unknown.
     """
-    source, config = _find(str(name_or_path))
+    source, config, headers = _find(str(name_or_path))
     parameters = count_parameters(config)
+    stored = None if headers is None else Stored.of(headers)
     weights = Bytes.of(parameters.total)
     cache = _cache(config)
-    work = _work(config, parameters, cache)
+    work = _work(config, parameters)
+    held = dataclasses.asdict(weights)
+    if stored is not None:
+        held = {STORED: stored.bytes, **held}
     return Plan(
         name=str(name_or_path),
         source=source,
@@ -179,46 +198,78 @@ def plan(name_or_path: str | Path, *, speed: bool = False, prompt: int = PROMPT)
         weights=weights,
         cache=cache,
         work=work,
-        fits=_fits(Machine.detect(), weights, cache, work.context),
+        stored=stored,
+        fits=_fits(Machine.detect(), held, cache, work.context),
         version=version("moescope"),
         speed=predict(config, prompt) if speed else None,
     )
 
 
-def _find(name: str) -> tuple[str, ModelConfig]:
-    """Return where a config is from, and the config; a file goes before a name."""
+def _find(name: str) -> tuple[str, ModelConfig, Headers | None]:
+    """Return where a config is from, the config, and headers; a file goes before a name."""
     path = Path(name)
-    if is_gguf(path) and path.is_file():
-        return str(path), GgufModel(path).config
-    for file in (path / "config.json", path):
-        if file.is_file():
-            return str(file), open_config(file)
+    if path.exists() and (is_gguf(path) or (path / "config.json").is_file()):
+        return _local(path)
+    if path.is_file():
+        return str(path), open_config(path), None
     entries = catalog()
     by_name = entries | {entry.source.lower(): entry for entry in entries.values()}
-    if entry := by_name.get(name.lower()):
-        return entry.source, entry.config
+    entry = by_name.get(name.lower())
+    if is_hub_name(name):
+        return _on_hub(name, entry)
+    if entry is not None:
+        return entry.source, entry.config, None
     if path.is_dir():
         raise UserError(f"there is no config.json in {name}; name a folder that holds one")
     close = difflib.get_close_matches(name.lower(), entries)
     meant = f"did you mean {' or '.join(close)}? Else " if close else ""
     raise UserError(
-        f"there is no model {name!r}; {meant}give a folder with config.json, or one of "
-        f"{', '.join(entries)}"
+        f"there is no model {name!r}; {meant}give a folder with config.json, a .gguf file, a Hub "
+        f"name, or one of {', '.join(entries)}"
     )
 
 
+def _local(path: Path) -> tuple[str, ModelConfig, Headers | None]:
+    """Read a folder or a GGUF file."""
+    if is_gguf(path):
+        headers = local_headers(path, None)
+        assert headers is not None
+        return str(path), headers.config, headers
+    config = open_config(path / "config.json")
+    return str(path / "config.json"), config, local_headers(path, config)
+
+
+def _on_hub(name: str, entry: Entry | None) -> tuple[str, ModelConfig, Headers | None]:
+    """Ask the Hub; without it, what was downloaded before, or the catalog, may answer."""
+    from moescope.formats import hub
+
+    try:
+        found = hub.HubModel(name)
+        headers = found.headers()
+    except hub.Unavailable:
+        if (path := hub.cached(name)) is not None:
+            return _local(path)
+        if entry is not None:
+            return entry.source, entry.config, None
+        raise
+    return f"{found.repo}: {found.choice.main}", headers.config, headers
+
+
 def _cache(config: ModelConfig) -> Cache:
-    bytes_of_number = CACHE_BYTES * config.num_hidden_layers
-    bytes_per_token = cached_numbers(config) * bytes_of_number
+    bytes_of_number = PUBLISHED_CACHE_BYTES * config.num_hidden_layers
+    numbers = cached_numbers(config) * config.num_hidden_layers
+    bytes_per_token = numbers * PUBLISHED_CACHE_BYTES
+    engine = CACHE_BYTES | {STORED: STORED_CACHE_BYTES}
     return Cache(
         bytes_per_token=bytes_per_token,
+        engine_bytes_per_token={name: numbers * size for name, size in engine.items()},
         max_context=config.max_position_embeddings,
         bytes_at_max_context=bytes_per_token * config.max_position_embeddings,
         plain_bytes_per_token=plain_numbers(config) * bytes_of_number,
     )
 
 
-def _work(config: ModelConfig, parameters: Parameters, cache: Cache) -> Work:
+def _work(config: ModelConfig, parameters: Parameters) -> Work:
     context = min(CONTEXT, config.max_position_embeddings)
     products = config.num_hidden_layers * config.num_attention_heads * context
     return Work(
@@ -227,19 +278,21 @@ def _work(config: ModelConfig, parameters: Parameters, cache: Cache) -> Work:
         generating_attention_flops=2 * products * cached_width(config),
         reading_attention_flops=products * expanded_width(config),
         bytes_read=Bytes.of(
-            parameters.active_without_embedding, plus=cache.bytes_per_token * context
+            parameters.active_without_embedding,
+            cached=cached_numbers(config) * config.num_hidden_layers * context,
         ),
     )
 
 
-def _fits(machine: Machine, weights: Bytes, cache: Cache, context: int) -> tuple[Fit, ...]:
+def _fits(machine: Machine, weights: dict[str, int], cache: Cache, context: int) -> tuple[Fit, ...]:
     places = {"memory": machine.memory_available}
     if machine.gpu is not None and machine.gpu_memory_total is not None:
         places[machine.gpu] = machine.gpu_memory_total
     fits: list[Fit] = []
     for place, room in places.items():
-        for kind, held in dataclasses.asdict(weights).items():
-            needed = held + cache.bytes_per_token * context
-            longest = min((room - held) // cache.bytes_per_token, cache.max_context)
+        for kind, held in weights.items():
+            per_token = cache.engine_bytes_per_token[kind]
+            needed = held + per_token * context
+            longest = min((room - held) // per_token, cache.max_context)
             fits.append(Fit(place, room, kind, needed, needed <= room, max(longest, 0)))
     return tuple(fits)
