@@ -13,7 +13,14 @@ from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config
 from moescope.checkpoint import save_weights
 from moescope.config import ModelConfig
 from moescope.errors import UserError
-from moescope.families import config_fields, open_config, read_config, save_config
+from moescope.families import (
+    config_fields,
+    open_config,
+    others_route_alike,
+    read_config,
+    save_config,
+)
+from moescope.formats.gguf.metadata import architecture_of
 from moescope.model.decoder import CausalLM, initialise
 
 SMALL: dict[str, Any] = {
@@ -168,6 +175,55 @@ def test_a_config_cannot_be_changed() -> None:
 def test_a_config_survives_its_own_json(change: dict[str, Any], latent: bool) -> None:
     config = read_config({**SMALL, **(LATENT if latent else {}), **change})
     assert read_config(json.loads(json.dumps(config_fields(config)))) == config
+
+
+@pytest.mark.parametrize(
+    ("model_type", "change"),
+    [
+        ("deepseek_v3", {"topk_method": "relu"}),
+        ("deepseek_v3", {"topk_method": "noaux_tc", "scoring_func": "softmax"}),
+        ("deepseek_v2", {"topk_method": "hash"}),
+        ("deepseek_v2", {"topk_method": "greedy", "norm_topk_prob": True}),
+        ("deepseek_v2", {"topk_method": "greedy", "scoring_func": "sigmoid"}),
+        ("deepseek", {"topk_method": "expert_choice"}),
+    ],
+)
+def test_a_router_that_others_would_compute_otherwise_is_no_familys(
+    model_type: str, change: dict[str, Any], tmp_path: Path
+) -> None:
+    """Under the family's name `transformers` opens the folder and routes by its own rule."""
+    latent = {} if model_type == "deepseek" else LATENT
+    config = read_config({**SMALL, **latent, "model_type": model_type, **change})
+    assert not others_route_alike(config)
+    save_config(config, tmp_path / "config.json")
+    with pytest.raises(ValueError, match="moescope"):
+        AutoConfig.from_pretrained(tmp_path)
+    assert open_config(tmp_path / "config.json") == config
+
+
+def test_a_lost_router_of_another_family_is_no_familys(tmp_path: Path) -> None:
+    """Qwen's dialect has no word for it, so that even moescope would open another model."""
+    told = {"num_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 8}
+    plain = read_config({**SMALL, **told, "num_key_value_heads": 2, "model_type": "qwen3_moe"})
+    assert others_route_alike(plain)
+    config = plain.model_copy(update={"topk_method": "relu"})
+    save_config(config, tmp_path / "config.json")
+    assert open_config(tmp_path / "config.json") == config
+    with pytest.raises(ValueError, match="moescope"):
+        AutoConfig.from_pretrained(tmp_path)
+
+
+@pytest.mark.parametrize("topk_method", ["relu", "expert_choice", "hash"])
+def test_gguf_has_no_words_for_some_routers(topk_method: str) -> None:
+    v3 = read_config({**SMALL, **LATENT, "model_type": "deepseek_v3"})
+    assert architecture_of(v3).architecture == "deepseek2"
+    with pytest.raises(UserError, match=f"a router of the kind {topk_method}.*safetensors"):
+        architecture_of(v3.model_copy(update={"topk_method": topk_method}))
+
+
+def test_a_model_of_its_own_kind_names_a_known_family() -> None:
+    with pytest.raises(UserError, match="`model_type` is 'unheard'"):
+        read_config({**SMALL, "model_type": "moescope", "family": "unheard"})
 
 
 @pytest.mark.parametrize(

@@ -307,6 +307,9 @@ class Model:
     def save(self, folder: str | Path) -> None:
         """Write what `transformers.AutoModelForCausalLM.from_pretrained` opens.
 
+        A model whose router its family's software does not know is written all the same, under
+        the `model_type` "moescope", which all but moescope refuse.
+
         Raises:
             UserError: the folder cannot be written, the disk is full, or the model is steered
                 or packed.

@@ -621,6 +621,9 @@ def test_every_router_trains(topk_method: str, config, tmp_path: Path) -> None:
     assert first["loss"] == pytest.approx(math.log(300), abs=0.1)
     assert second["loss"] < first["loss"]
     assert load_model(tmp_path).config.topk_method == topk_method
+    if topk_method != "noaux_tc":
+        with pytest.raises(ValueError, match="model type `moescope`"):
+            AutoModelForCausalLM.from_pretrained(tmp_path)
     if topk_method == "relu":
         assert second["l1_weight"] / first["l1_weight"] == pytest.approx(1.2)
 

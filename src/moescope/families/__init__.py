@@ -53,6 +53,21 @@ ARCHITECTURES: dict[str, Gguf] = {
 }
 """By llama.cpp's name."""
 
+OWN = "moescope"
+"""The `model_type` of a model that no family's software computes as it was trained.
+
+`transformers`, vLLM and llama.cpp refuse it; under the family's own name they would open it and be
+silently wrong.
+"""
+ROUTER_FIELDS = (
+    "topk_method",
+    "scoring_func",
+    "norm_topk_prob",
+    "routed_scaling_factor",
+    "num_experts_per_tok",
+    "softmax_after_topk",
+)
+
 LACKING = {
     "qwen3_next": "Gated DeltaNet",
     "qwen3_5_moe": "Gated DeltaNet",
@@ -80,11 +95,16 @@ def read_config(fields: Fields, source: str = "config.json") -> ModelConfig:
     if isinstance(inner, dict) and str(fields.get("model_type")) not in FAMILIES:
         fields = cast(Fields, inner)
     model_type = fields.get("model_type")
+    is_own = model_type == OWN
+    if is_own:
+        model_type = fields.get("family")
     if isinstance(model_type, str) and model_type in LACKING:
         raise UserError(f"{source}: {_lacking(model_type, fields)}")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         said = "is missing" if model_type is None else f"is {str(model_type)[:40]!r}"
         raise UserError(f"{source}: `model_type` {said}; moescope opens {', '.join(FAMILIES)}")
+    if is_own:
+        return checked({**fields, "model_type": model_type}, source)
     try:
         read = FAMILIES[model_type].read(fields)
     except (ValueError, TypeError, AttributeError) as error:
@@ -127,7 +147,30 @@ def open_config(path: Path) -> ModelConfig:
 
 
 def config_fields(config: ModelConfig) -> Fields:
-    """Return a config as its family's `config.json` spells it, for `transformers` and others."""
+    """Return a config as its family's `config.json` spells it, for `transformers` and others.
+
+    Where others would route otherwise than the model was trained to, it is moescope's own
+    dialect, which they refuse.
+    """
+    fields = _in_dialect(config)
+    if others_route_alike(config):
+        return fields
+    own = config.model_dump(mode="json", exclude_none=True)
+    named = {"model_type": OWN, "family": config.model_type}
+    return own | named | {"architectures": ["MoescopeForCausalLM"]}
+
+
+def others_route_alike(config: ModelConfig) -> bool:
+    """Whether others that open the family choose and weigh experts as the config says."""
+    if config.n_routed_experts is None:
+        return True
+    family = FAMILIES[config.model_type]
+    read = checked(family.read(_in_dialect(config)), "config.json")
+    told = all(getattr(read, name) == getattr(config, name) for name in ROUTER_FIELDS)
+    return told and family.routes(config)
+
+
+def _in_dialect(config: ModelConfig) -> Fields:
     family = FAMILIES[config.model_type]
     named = {"model_type": family.model_type, "architectures": [family.architecture]}
     return common(config) | family.write(config) | named

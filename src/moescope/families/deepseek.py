@@ -136,11 +136,42 @@ GGUF_V1 = Gguf(
 )
 GGUF = Gguf("deepseek2", _read_gguf, _write_gguf)
 
-DEEPSEEK = Family("deepseek", "DeepseekForCausalLM", _read_v1, write, GGUF_V1)
-DEEPSEEK_V2 = Family("deepseek_v2", "DeepseekV2ForCausalLM", _read_v2, write, GGUF)
-DEEPSEEK_V3 = Family("deepseek_v3", "DeepseekV3ForCausalLM", _read_v3, write, GGUF)
-KIMI_K2 = Family(
-    "kimi_k2", "DeepseekV3ForCausalLM", _read_v3, write, GGUF, Tensors(prefix="language_model.")
+
+def _routes_v1(config: ModelConfig) -> bool:
+    """V1's published code knows one router."""
+    return (config.topk_method, config.scoring_func) == ("greedy", "softmax")
+
+
+def _routes_v2(config: ModelConfig) -> bool:
+    """`transformers` reads V2's `topk_method`, but takes softmax scores as they are."""
+    known = config.topk_method in ("greedy", "group_limited_greedy")
+    return known and config.scoring_func == "softmax" and not config.norm_topk_prob
+
+
+def _routes_v3(config: ModelConfig) -> bool:
+    """`transformers` reads neither `topk_method` nor `scoring_func` of V3: both are fixed."""
+    return (config.topk_method, config.scoring_func) == ("noaux_tc", "sigmoid")
+
+
+DEEPSEEK = Family("deepseek", "DeepseekForCausalLM", _read_v1, write, GGUF_V1, routes=_routes_v1)
+DEEPSEEK_V2 = Family(
+    "deepseek_v2", "DeepseekV2ForCausalLM", _read_v2, write, GGUF, routes=_routes_v2
 )
-JOYAI_LLM_FLASH = Family("joyai_llm_flash", "DeepseekV3ForCausalLM", _read_v3, write, GGUF)
-GLM4_MOE_LITE = Family("glm4_moe_lite", "Glm4MoeLiteForCausalLM", _read_glm, _write_glm, GGUF)
+DEEPSEEK_V3 = Family(
+    "deepseek_v3", "DeepseekV3ForCausalLM", _read_v3, write, GGUF, routes=_routes_v3
+)
+KIMI_K2 = Family(
+    "kimi_k2",
+    "DeepseekV3ForCausalLM",
+    _read_v3,
+    write,
+    GGUF,
+    Tensors(prefix="language_model."),
+    routes=_routes_v3,
+)
+JOYAI_LLM_FLASH = Family(
+    "joyai_llm_flash", "DeepseekV3ForCausalLM", _read_v3, write, GGUF, routes=_routes_v3
+)
+GLM4_MOE_LITE = Family(
+    "glm4_moe_lite", "Glm4MoeLiteForCausalLM", _read_glm, _write_glm, GGUF, routes=_routes_v3
+)

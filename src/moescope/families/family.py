@@ -73,6 +73,10 @@ def _nothing(config: ModelConfig) -> Fields:
     return {}
 
 
+def _always(config: ModelConfig) -> bool:
+    return True
+
+
 @dataclass(frozen=True)
 class Gguf:
     """How llama.cpp keeps a family; an architecture can hold several.
@@ -109,6 +113,8 @@ class Family:
             are added.
         gguf: how llama.cpp keeps it; None if it does not.
         tensors: names in safetensors.
+        routes: whether others that open this family route as a mixture's config says, where the
+            dialect can say more than they read.
     """
 
     model_type: str
@@ -117,3 +123,4 @@ class Family:
     write: Callable[[ModelConfig], Fields]
     gguf: Gguf | None = None
     tensors: Tensors = field(default_factory=Tensors)
+    routes: Callable[[ModelConfig], bool] = _always

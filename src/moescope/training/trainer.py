@@ -14,6 +14,7 @@ from torch import Tensor
 from moescope import kernels
 from moescope.checkpoint import save_weights
 from moescope.errors import UserError
+from moescope.families import others_route_alike
 from moescope.files import write_text
 from moescope.machine import measure_gemm_peak
 from moescope.model.balancing import AdaptiveL1
@@ -231,7 +232,13 @@ class Trainer:
                 f"{config.topk_method}: the {tokens:,} tokens of a micro batch compete for "
                 f"experts, so micro_batch_size {training.rows_at_a_time} is part of this recipe"
             )
-        elif self._counts_first:
+        if not others_route_alike(config):
+            notes.append(
+                f"only moescope computes a {config.model_type} with the router "
+                f"{config.topk_method} and {config.scoring_func} scores: the model is written "
+                "so that others refuse it"
+            )
+        if self._counts_first:
             notes.append(
                 "balance losses count over the whole step, so each micro batch is run forward "
                 "twice; a larger micro_batch_size is faster and gives the same"

@@ -298,6 +298,10 @@ def _expert_keys(config: ModelConfig) -> dict[str, Any]:
     return keys
 
 
+NOT_IN_GGUF = ("relu", "expert_choice", "hash")
+"""Routers of which llama.cpp knows nothing; what Sinkhorn's and a random map choose is greedy."""
+
+
 def architecture_of(config: ModelConfig) -> Gguf:
     """Return how llama.cpp keeps a config's family.
 
@@ -308,6 +312,11 @@ def architecture_of(config: ModelConfig) -> Gguf:
     if gguf is None:
         raise UserError(
             f"a {config.model_type} model has no architecture in GGUF; save it as safetensors"
+        )
+    if config.n_routed_experts is not None and config.topk_method in NOT_IN_GGUF:
+        raise UserError(
+            f"GGUF has no words for a router of the kind {config.topk_method}, and llama.cpp would "
+            "compute another model; save it as safetensors, which moescope opens"
         )
     return gguf
 
