@@ -13,15 +13,16 @@ namespace {
 constexpr int64_t kBlock = 16;  // tokens, or experts, that a task of the router takes
 constexpr float kNever = -std::numeric_limits<float>::infinity();  // score of who is ruled out
 
-// Marks the `count` largest of `values` in `chosen`; of equal ones the first. `count` is small.
+// Marks the `count` largest of `values` in `chosen`; of equal ones the first.
 void mark_largest(const float* values, int64_t n, int64_t count, std::vector<int64_t>& chosen) {
+  static thread_local std::vector<uint8_t> taken;
+  taken.assign(n, 0);
   chosen.clear();
   for (int64_t round = 0; round < count; ++round) {
     int64_t best = -1;
-    for (int64_t i = 0; i < n; ++i) {
-      if (std::find(chosen.begin(), chosen.end(), i) != chosen.end()) continue;
-      if (best < 0 || values[i] > values[best]) best = i;
-    }
+    for (int64_t i = 0; i < n; ++i)
+      if (!taken[i] && (best < 0 || values[i] > values[best])) best = i;
+    taken[best] = 1;
     chosen.push_back(best);
   }
 }
@@ -82,6 +83,7 @@ void Router::forward(const float* x, const int64_t* ids, int64_t tokens, int64_t
       float sum = 1e-20f;
       for (int64_t slot = 0; slot < top_k; ++slot) {
         weights[slot] = chosen[slot] < 0 ? 0 : token_scores[chosen[slot]];
+        if (scoring == Scoring::relu) weights[slot] = std::max(weights[slot], 0.0f);
         sum += weights[slot];
       }
       for (int64_t slot = 0; slot < top_k; ++slot)
@@ -98,7 +100,7 @@ void Router::score(float* logits) const {
     kernels().softmax(logits, 1, experts);
   else if (scoring == Scoring::sigmoid)
     for (int64_t e = 0; e < experts; ++e) logits[e] = 1 / (1 + std::exp(-logits[e]));
-  else  // softplus as PyTorch takes it: the logit itself where the sum would lose it
+  else if (scoring == Scoring::sqrtsoftplus)  // softplus as PyTorch takes it: the logit itself where the sum would lose it
     for (int64_t e = 0; e < experts; ++e)
       logits[e] = std::sqrt(logits[e] > 20 ? logits[e] : std::log1p(std::exp(logits[e])));
 }
@@ -110,6 +112,9 @@ void Router::choose(const float* scores, int64_t* topk_ids) const {
   grow(choice, experts);
   grow(group_scores, groups);
   for (int64_t e = 0; e < experts; ++e) choice[e] = bias.empty() ? scores[e] : scores[e] + bias[e];
+  if (scoring == Scoring::relu)
+    for (int64_t e = 0; e < experts; ++e)
+      if (choice[e] <= 0) choice[e] = kNever;
   for (size_t e = 0; e < disabled.size(); ++e)
     if (disabled[e]) choice[e] = kNever;
   if (kept_groups < groups) {

@@ -367,11 +367,11 @@ void apply_decoder(const Decoder& decoder, const Ids<2>& ids, const Ids<2>& posi
 }
 
 Scoring scoring_of(const std::string& name) {
-  require(name == "softmax" || name == "sigmoid" || name == "sqrtsoftplus",
-          "scores are softmax, sigmoid or sqrtsoftplus");
-  return name == "softmax"   ? Scoring::softmax
-         : name == "sigmoid" ? Scoring::sigmoid
-                             : Scoring::sqrtsoftplus;
+  if (name == "softmax") return Scoring::softmax;
+  if (name == "sigmoid") return Scoring::sigmoid;
+  if (name == "sqrtsoftplus") return Scoring::sqrtsoftplus;
+  require(name == "relu", "scores are softmax, sigmoid, sqrtsoftplus or relu");
+  return Scoring::relu;
 }
 
 // Those that `experts` names, marked; empty where it names none.

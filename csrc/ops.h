@@ -195,7 +195,8 @@ struct GroupedAttention : Attention {
                      const Slots& keys, const Slots& values, float* mixed) const;
 };
 
-enum class Scoring { softmax, sigmoid, sqrtsoftplus };
+// `relu` leaves the choice to the logits, of which those above zero alone are chosen.
+enum class Scoring { softmax, sigmoid, sqrtsoftplus, relu };
 
 // Experts that are fixed for each token's id, (vocab, top_k).
 struct HashTable {
@@ -223,9 +224,9 @@ struct Router {
                float* topk_weights) const;
 
  private:
-  // Turns one token's logits into scores.
+  // Turns one token's logits into scores; with relu they stay what they are.
   void score(float* logits) const;
-  // Takes the best `top_k` by score and bias.
+  // Takes the best `top_k` by score, or logit, and bias.
   void choose(const float* scores, int64_t* topk_ids) const;
 };
 

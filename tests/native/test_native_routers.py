@@ -11,7 +11,7 @@ from torch import Tensor
 from moescope.config import ModelConfig
 from moescope.families import read_config
 from moescope.kernels import cpu
-from moescope.model.routing import ROUTERS, UNUSED, Router
+from moescope.model.routing import ROUTERS, UNUSED, ReLU, Router
 from moescope.model.steering import SteeredRouter, Steering
 from moescope.native.network import native_router
 
@@ -58,11 +58,19 @@ def same_decisions(gate: Router, tokens: int, seed: int) -> None:
     expected = gate(x, ids)
     native = native_router(gate)
     assert native is not None
-    forced = int(gate.forced.sum()) if isinstance(gate, SteeredRouter) else 0
-    topk_ids, topk_weights = cpu.route(native, x, max(gate.top_k, forced), ids)
+    topk_ids, topk_weights = cpu.route(native, x, slots_of(gate), ids)
     assert not topk_weights[topk_ids == UNUSED].any()
     found = spread(topk_ids, topk_weights)
     torch.testing.assert_close(found, spread(expected.topk_ids, expected.topk_weights))
+
+
+def slots_of(gate: Router) -> int:
+    """Experts that a token visits at most."""
+    steered = isinstance(gate, SteeredRouter)
+    slots, rule = gate.top_k, gate.rule if steered else gate
+    if isinstance(rule, ReLU):
+        slots = (steered and gate.limit) or EXPERTS
+    return max(slots, int(gate.forced.sum())) if steered else slots
 
 
 def spread(topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
@@ -75,7 +83,9 @@ def spread(topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
 
 rules = st.fixed_dictionaries(
     {
-        "topk_method": st.sampled_from(["greedy", "group_limited_greedy", "noaux_tc"]),
+        "topk_method": st.sampled_from(
+            ["greedy", "group_limited_greedy", "noaux_tc", "sinkhorn", "random", "relu"]
+        ),
         "scoring_func": st.sampled_from(["softmax", "sigmoid"]),
         "norm_topk_prob": st.booleans(),
     }
@@ -95,7 +105,7 @@ def test_native_routers_decide_as_the_network_does(
     rule=rules,
     tokens=st.sampled_from([1, 2, 40]),
     top_k=st.one_of(st.none(), st.integers(1, EXPERTS)),
-    swapped=st.sampled_from([None, None, "softmax", "sigmoid", "random"]),
+    swapped=st.sampled_from([None, None, "softmax", "sigmoid", "random", "relu"]),
     without_bias=st.booleans(),
     bias=st.dictionaries(st.integers(0, EXPERTS - 1), st.floats(-1, 1, width=16), max_size=4),
     named=st.lists(st.integers(0, EXPERTS - 1), unique=True, max_size=EXPERTS - 1),
@@ -128,9 +138,9 @@ def test_steered_routers_decide_as_on_pytorch(
 def test_rules_that_the_kernels_lack_stay_with_pytorch() -> None:
     config = config_of("greedy")
     gate = router_of(config, 0)
-    for steering in (Steering(noise=0.1), Steering(rule="relu")):
-        assert native_router(SteeredRouter(config, gate, 1, steering)) is None
-    assert native_router(router_of(config_of("relu"), 0)) is None
+    assert native_router(SteeredRouter(config, gate, 1, Steering(noise=0.1))) is None
+    for topk_method in ("expert_choice", "hash"):
+        assert native_router(ROUTERS[topk_method](config_of(topk_method))) is None
 
 
 # --- what no router of the network has yet, against plain PyTorch ---------------------------------
@@ -196,7 +206,7 @@ def test_parts_that_do_not_fit_are_refused() -> None:
     with pytest.raises(ValueError, match="no such expert"):
         cpu.router(weight, table=torch.full((VOCAB, 2), EXPERTS), **options)
     with pytest.raises(ValueError, match="scores are softmax"):
-        cpu.router(weight, **(options | {"scoring": "relu"}))
+        cpu.router(weight, **(options | {"scoring": "tanh"}))
     hashed = cpu.router(weight, table=torch.zeros(VOCAB, 2, dtype=torch.int64), **options)
     with pytest.raises(ValueError, match="not in the table"):
         cpu.route(hashed, torch.ones(1, HIDDEN), 2, torch.tensor([VOCAB]))

@@ -460,7 +460,8 @@ def router(
         groups: equal groups of neighbouring experts.
         kept_groups: groups that a token may use.
         best_of_group: how many of its best scores, summed, rank a group.
-        scoring: `softmax`, `sigmoid` or `sqrtsoftplus` of the logits.
+        scoring: `softmax`, `sigmoid` or `sqrtsoftplus` of the logits; or `relu`, where logits
+            above zero alone are chosen.
         normalise: whether a token's weights are made to sum to one.
         factor: of the weights.
         disabled: experts that are as if they did not exist.

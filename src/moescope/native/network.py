@@ -26,7 +26,15 @@ from moescope.model.layer import DecoderLayer
 from moescope.model.moe import MLP, GroupedExperts, MoE
 from moescope.model.norm import RMSNorm
 from moescope.model.recorder import Recorder
-from moescope.model.routing import Greedy, GroupLimitedGreedy, NoAuxTopK, RandomFrozen, Router
+from moescope.model.routing import (
+    Greedy,
+    GroupLimitedGreedy,
+    NoAuxTopK,
+    RandomFrozen,
+    ReLU,
+    Router,
+    Sinkhorn,
+)
 from moescope.model.steering import SteeredRouter
 from moescope.native.pack_file import NewPack, PackSource
 
@@ -455,7 +463,8 @@ class NativeDecoder(Decoder):
         )
 
 
-NATIVE_RULES = (Greedy, RandomFrozen, GroupLimitedGreedy, NoAuxTopK)
+NATIVE_RULES = (Greedy, RandomFrozen, Sinkhorn, GroupLimitedGreedy, NoAuxTopK, ReLU)
+"""Rules that the kernels know; Sinkhorn's outside training, where it is greedy."""
 
 
 def native_router(gate: Router) -> "cpu.Router | None":
@@ -468,6 +477,9 @@ def native_router(gate: Router) -> "cpu.Router | None":
     if type(rule) not in NATIVE_RULES or (steered is not None and steered.noise):
         return None
     bias = rule.e_score_correction_bias if isinstance(rule, NoAuxTopK) else None
+    top_k, relu = gate.top_k, isinstance(rule, ReLU)
+    if relu:  # as many as have a positive logit, unless steering says how many at most
+        top_k = (steered and steered.limit) or gate.n_routed_experts
     disabled: list[int] = []
     forced: list[int] = []
     if steered is not None:
@@ -477,14 +489,14 @@ def native_router(gate: Router) -> "cpu.Router | None":
     grouped = isinstance(rule, GroupLimitedGreedy)
     return cpu.router(
         gate.weight,
-        top_k=max(gate.top_k, len(forced)),
+        top_k=max(top_k, len(forced)),
         logit_bias=gate.bias,
         bias=bias,
         groups=rule.n_group if grouped else 1,
         kept_groups=rule.topk_group if grouped else 1,
         best_of_group=2 if isinstance(rule, NoAuxTopK) else 1,
-        scoring=rule.scoring_func,
-        normalise=rule.norm_topk_prob,
+        scoring="relu" if relu else rule.scoring_func,
+        normalise=rule.norm_topk_prob and not relu,
         factor=rule.routed_scaling_factor,
         disabled=disabled,
         forced=forced,
