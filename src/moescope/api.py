@@ -175,7 +175,7 @@ class Model:
     Attributes:
         name: what it was loaded as.
         config: its shape.
-        tokenizer: turns text into ids and back.
+        tokenizer: turns text into ids and back; a `UserError` for a model that has none.
         network: the PyTorch module.
         engine: the five steps from text to text.
         steering: what `steer` changed about the routers.
@@ -187,18 +187,26 @@ class Model:
         self,
         name: str,
         network: CausalLM,
-        tokenizer: Tokenizer,
+        tokenizer: Tokenizer | None,
         defaults: GenerationDefaults | None = None,
     ) -> None:
         self.name = name
         self.config: ModelConfig = network.config
-        self.tokenizer = tokenizer
         self.network = network
         self.engine = Engine(network, tokenizer, defaults)
         self.steering = Steering()
         self.pack: Path | None = None
         self.path: Path | None = None
         self._unsteered = network
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What turns text into ids and back.
+
+        Raises:
+            UserError: the model has none.
+        """
+        return self.engine.tokenizer
 
     @torch.inference_mode()
     def logits(self, input_ids: Tensor) -> Tensor:
@@ -299,7 +307,7 @@ class Model:
             )
         steering = replace(self.steering, **changes)
         network = steered(self._unsteered, steering)
-        model = Model(self.name, network, self.tokenizer, self.engine.defaults)
+        model = Model(self.name, network, self.engine.own_tokenizer, self.engine.defaults)
         model.steering, model._unsteered = steering, self._unsteered
         model.pack, model.path = self.pack, self.path
         return model
@@ -324,7 +332,8 @@ class Model:
         folder = Path(folder)
         save_weights(self.network, folder)
         self.engine.defaults.save(folder)
-        self.tokenizer.save(folder)
+        if self.engine.own_tokenizer is not None:
+            self.engine.own_tokenizer.save(folder)
 
     def _params(self, sampling: dict[str, Any]) -> SamplingParams:
         return sampling_params({**self.engine.defaults.sampling, **sampling})

@@ -74,7 +74,8 @@ def generate(
         }
         print(json.dumps(described, ensure_ascii=False))
         return
+    tokens = opened.stream(prompt, **sampling)
     print(prompt, end="", flush=True)
-    for token in opened.stream(prompt, **sampling):
+    for token in tokens:
         print(token.text, end="", flush=True)
     print()

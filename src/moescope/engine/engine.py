@@ -34,18 +34,36 @@ class Engine:
     Attributes:
         end_ids: tokens that end a text: those of the config, of the tokenizer and of `defaults`.
         defaults: what the model's files say of the texts that it makes.
+        own_tokenizer: the model's; None where it has none, and computes with ids alone.
     """
 
     def __init__(
-        self, model: CausalLM, tokenizer: Tokenizer, defaults: GenerationDefaults | None = None
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer | None,
+        defaults: GenerationDefaults | None = None,
     ) -> None:
         self.model = model.eval()
-        self.tokenizer = tokenizer
+        self.own_tokenizer = tokenizer
         self.defaults = defaults or GenerationDefaults()
         self.device = model.lm_head.weight.device
         eos = model.config.eos_token_id
-        named = {*(eos if isinstance(eos, list) else [eos]), tokenizer.eos_id} - {None}
-        self.end_ids = named | self.defaults.end_ids
+        named = {*(eos if isinstance(eos, list) else [eos]), tokenizer and tokenizer.eos_id}
+        self.end_ids = (named - {None}) | self.defaults.end_ids
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        """What turns text into ids and back.
+
+        Raises:
+            UserError: the model has none.
+        """
+        if self.own_tokenizer is None:
+            raise UserError(
+                "this model has no tokenizer, so it reads and writes no text; put its "
+                "tokenizer.json beside its weights"
+            )
+        return self.own_tokenizer
 
     def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[Generation]:
         """Continue every prompt to its end; a prompt's text does not depend on the others.

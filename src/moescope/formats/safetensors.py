@@ -196,9 +196,10 @@ class SafetensorsModel:
         self.dtype = self._files.dtype("model.norm.weight")
         self.files = [folder / "config.json", *self._files.paths]
 
-    def tokenizer(self) -> Tokenizer:
-        """Return the vocabulary of the folder."""
-        return Tokenizer.load(self._folder)
+    def tokenizer(self) -> Tokenizer | None:
+        """Return the vocabulary of the folder; None where there is none."""
+        has_one = (self._folder / "tokenizer.json").exists()
+        return Tokenizer.load(self._folder) if has_one else None
 
     def generation_defaults(self) -> GenerationDefaults:
         """Return what the folder's `generation_config.json` says."""

@@ -37,8 +37,8 @@ class WeightSource(Protocol):
         """Refuse tensors that nothing in the network takes."""
         ...
 
-    def tokenizer(self) -> Tokenizer:
-        """Return the vocabulary."""
+    def tokenizer(self) -> Tokenizer | None:
+        """Return the vocabulary; None where there is none."""
         ...
 
     def generation_defaults(self) -> GenerationDefaults:

@@ -80,8 +80,10 @@ def serve_api(
         max_batch: texts that are continued at a time.
 
     Raises:
-        UserError: the host is none of this machine's, the port is busy, or the key cannot be sent.
+        UserError: the host is none of this machine's, the port is busy, the key cannot be sent, or
+            the model has no tokenizer.
     """
+    _ = model.tokenizer
     if api_key is None and os.environ.get("MOESCOPE_API_KEY") == "":
         raise UserError("MOESCOPE_API_KEY is set but empty; give a key, or unset it to need none")
     if api_key is not None and not _can_be_sent(api_key):

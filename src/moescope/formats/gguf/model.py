@@ -18,7 +18,7 @@ from moescope.formats.gguf.container import GgufFile, damaged
 from moescope.formats.gguf.generation import generation_defaults
 from moescope.formats.gguf.metadata import IN_LAYER, Fields, architecture_of, model_config
 from moescope.formats.gguf.names import PERMUTED, ROPE_FACTORS, SPLIT, stored_name
-from moescope.formats.gguf.vocabulary import knows_vocabulary, tokenizer
+from moescope.formats.gguf.vocabulary import has_vocabulary, knows_vocabulary, tokenizer
 from moescope.text.generation import GenerationDefaults
 from moescope.text.tokenizer import Tokenizer
 
@@ -67,8 +67,10 @@ class GgufModel:
         self._gguf = architecture_of(self.config)
         self.dtype = torch.bfloat16
 
-    def tokenizer(self) -> Tokenizer:
+    def tokenizer(self) -> Tokenizer | None:
         """Return the file's vocabulary, or a `tokenizer.json` beside it where that is unknown.
+
+        None where there is neither.
 
         Raises:
             UserError: it contradicts itself, or is of a kind that moescope does not know.
@@ -76,6 +78,8 @@ class GgufModel:
         beside = self._path.parent / "tokenizer.json"
         if not knows_vocabulary(self._metadata) and beside.exists():
             return Tokenizer.load(beside)
+        if not has_vocabulary(self._metadata):
+            return None
         return tokenizer(self._path, self._metadata)
 
     def generation_defaults(self) -> GenerationDefaults:

@@ -26,6 +26,11 @@ SENTENCEPIECE_IDS = {"bos": 1, "eos": 2, "unknown": 0}
 """Where SentencePiece has its special tokens if a file does not say."""
 
 
+def has_vocabulary(metadata: Mapping[str, Any]) -> bool:
+    """Whether there is a vocabulary, of whatever kind."""
+    return metadata.get("tokenizer.ggml.model") not in (None, "none", "no_vocab")
+
+
 def knows_vocabulary(metadata: Mapping[str, Any]) -> bool:
     """Whether `tokenizer` can make something of the vocabulary's kind."""
     kind, rules = metadata.get("tokenizer.ggml.model"), metadata.get("tokenizer.ggml.pre")
