@@ -170,6 +170,23 @@ def test_bad_text_is_named(
     assert not list(tmp_path.rglob("*.tokens"))
 
 
+def test_source_code_is_text(tmp_path: Path, tokenizer: Tokenizer) -> None:
+    """A file is a document; what is no text by its name is passed over."""
+    texts = {f"code/part{n}.py": f"def f{n}():\n    return {n}\n" for n in range(9)}
+    texts |= {"docs/a.rst": "Title\n=====\n", "code/lib.rs": "fn main() {}\n"}
+    for name, text in {**texts, "code/data.bin": "no text", "code/x.json": "{}"}.items():
+        path = tmp_path / "text" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(text)
+    found: list[str] = []
+    for held_out in (False, True):
+        index = build_shards(tmp_path / "text", tmp_path / "shards", tokenizer, held_out=held_out)
+        found += [
+            tokenizer.decode(ids) for domain in index.domains for ids in documents(index, domain)
+        ]
+    assert sorted(found) == sorted(texts.values())
+
+
 def test_a_missing_path_is_named(tmp_path: Path, tokenizer: Tokenizer) -> None:
     with pytest.raises(UserError, match="there is no file or folder"):
         build_shards(tmp_path / "nowhere", tmp_path / "shards", tokenizer)

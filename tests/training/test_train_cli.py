@@ -16,6 +16,7 @@ from texts import PROSE, write_jsonl
 
 from moescope.cli import main as cli
 from moescope.text.tokenizer import Tokenizer
+from moescope.training.config import FIELDS
 
 
 @pytest.fixture(autouse=True)
@@ -127,6 +128,22 @@ def test_a_missing_config_is_named(config: Path, train) -> None:
 )
 def test_a_mistake_in_an_option_is_named(arguments: list[str], word: str, train) -> None:
     assert_told(train(*arguments), word)
+
+
+def test_help_leads_to_a_list_of_all_fields(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.run(["train", "-h"]) == 0
+    assert "--fields" in capsys.readouterr().out
+    assert cli.run(["train", "--fields"]) == 0
+    listed = capsys.readouterr().out
+    for table, fields in FIELDS.items():
+        section = listed.partition(f"[{table}]")[2].partition("\n[")[0]
+        for field in fields - {"rope_parameters"}:
+            assert f"\n  {field} = " in section, (table, field)
+            if table != "model":
+                _, _, told = section.partition(f"\n  {field} = ")
+                assert told.split("\n")[1].startswith("      "), f"{field} says nothing"
+    assert 'optimizer = "muon" | "adamw", muon if left out' in listed
+    assert "steps = int, required" in listed
 
 
 # --- the text ------------------------------------------------------------------------------------

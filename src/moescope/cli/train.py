@@ -9,8 +9,21 @@ from typing import Annotated, TextIO
 import typer
 
 
+def _show_fields(wanted: bool) -> None:
+    if wanted:
+        from moescope.training.fields import describe_fields
+
+        typer.echo(describe_fields(), nl=False)
+        raise typer.Exit
+
+
 def train(
-    config: Annotated[Path, typer.Argument(metavar="CONFIG.toml", help="What to train, and how.")],
+    config: Annotated[
+        Path,
+        typer.Argument(
+            metavar="CONFIG.toml", help="What to train, and how: --fields lists all it can hold."
+        ),
+    ],
     out: Annotated[Path, typer.Option(help="Folder for the model and its checkpoints.")],
     data: Annotated[
         Path | None, typer.Option(help="File or folder of text, one subfolder a domain.")
@@ -34,6 +47,15 @@ def train(
     ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show the training on a page while it runs.")
+    ] = False,
+    _fields: Annotated[
+        bool,
+        typer.Option(
+            "--fields",
+            callback=_show_fields,
+            is_eager=True,
+            help="List all fields of CONFIG.toml, and exit.",
+        ),
     ] = False,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print the summary as one JSON object at the end.")

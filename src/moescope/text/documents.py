@@ -1,4 +1,4 @@
-"""Reading text: files and folders of .txt, .md, .jsonl, .jsonl.zst and .parquet as documents.
+"""Reading text: files and folders of plain text, source code, .jsonl and .parquet as documents.
 
 A document's domain is its `domain` field, else the first-level subfolder that it lies in, else
 "default". A folder that holds `train/` and `held_out/` names its own held-out part; in any other,
@@ -14,7 +14,16 @@ from typing import Any, cast
 
 from moescope.errors import UserError
 
-SUFFIXES = (".txt", ".md", ".jsonl", ".jsonl.zst", ".parquet")
+PLAIN = (
+    *(".txt", ".md", ".rst", ".tex", ".org", ".adoc"),
+    *(".py", ".pyi", ".c", ".h", ".cc", ".cpp", ".hpp", ".cu", ".rs", ".go", ".java", ".kt"),
+    *(".scala", ".swift", ".cs", ".js", ".mjs", ".jsx", ".ts", ".tsx", ".svelte", ".vue"),
+    *(".rb", ".php", ".pl", ".lua", ".r", ".jl", ".hs", ".ml", ".ex", ".erl", ".clj", ".lisp"),
+    *(".sh", ".sql", ".html", ".css"),
+)
+"""Files that are one document each: prose, and source code."""
+SUFFIXES = (*PLAIN, ".jsonl", ".jsonl.zst", ".parquet")
+READABLE = ".txt, .md, source code such as .py, .jsonl, .jsonl.zst or .parquet"
 DEFAULT_DOMAIN = "default"
 HELD_OUT_SHARE = 0.01
 
@@ -46,7 +55,7 @@ def text_files(source: Path) -> list[TextFile]:
     """
     if source.is_file():
         if not source.name.endswith(SUFFIXES):
-            raise UserError(f"{source} is not readable text; give {', '.join(SUFFIXES)}")
+            raise UserError(f"{source} is not readable text; give {READABLE}")
         return [TextFile(source, DEFAULT_DOMAIN)]
     if not source.is_dir():
         raise UserError(f"there is no file or folder {source}; check the path to the text")
@@ -58,14 +67,13 @@ def text_files(source: Path) -> list[TextFile]:
             files.append(TextFile(path, inside[0] if len(inside) > 1 else DEFAULT_DOMAIN))
     if not files:
         raise UserError(
-            f"there is no text in {source}; put {', '.join(SUFFIXES)} files there, one subfolder "
-            "a domain"
+            f"there is no text in {source}; put files there ({READABLE}), one subfolder a domain"
         )
     return files
 
 
 def read_documents(file: TextFile) -> Iterator[Document]:
-    """Yield the documents of one file; a .txt or .md file is one document.
+    """Yield the documents of one file; plain text and source code are one document a file.
 
     Raises:
         UserError: a line is not JSON, has no `text`, or the file is not what its name says.

@@ -47,9 +47,11 @@ class TrainingConfig(Table):
             within a micro batch, so another size is another training. With all other routers it
             changes nothing but rounding.
         optimizer: `muon` (matrices by Muon, the rest by AdamW) or `adamw` (all by AdamW).
-        muon_learning_rate, adamw_learning_rate: peak rates; Muon's is scaled to AdamW's size.
+        muon_learning_rate: peak rate of what Muon moves, scaled to AdamW's size.
+        adamw_learning_rate: peak rate of what AdamW moves.
         weight_decay: decoupled, of matrices.
-        warmup_fraction, decay_fraction: shares of the steps; the rate is constant in between.
+        warmup_fraction: share of the steps in which the rate rises; it is constant thereafter.
+        decay_fraction: share of the steps at the end in which the rate falls to zero.
         decay: form of the decay to zero.
         clip: largest norm of the whole gradient.
         seed: of the weights' start and the order of the text.
@@ -84,11 +86,13 @@ class BalanceConfig(Table):
 
     Attributes:
         bias_update_speed: of the loss-free bias (`noaux_tc` routers).
-        expert_aux, device_aux, sequence_aux: weights of the auxiliary losses.
+        expert_aux: weight of the auxiliary loss over experts (DeepSeekMoE, eq. 12-14).
+        device_aux: weight of the one over groups of experts (DeepSeekMoE, eq. 15-17).
+        sequence_aux: weight of the one inside each sequence (DeepSeek-V3, eq. 17-20).
         device_groups: equal groups of experts that `device_aux` balances.
         z_loss: weight of the router z-loss.
-        l1_start, l1_factor: first weight of ReMoE's L1 term and the factor that adapts it (`relu`
-            routers).
+        l1_start: first weight of ReMoE's L1 term (`relu` routers).
+        l1_factor: by which that weight is adapted each step.
     """
 
     bias_update_speed: float = Field(default=0.001, ge=0)
@@ -102,14 +106,24 @@ class BalanceConfig(Table):
 
 
 class EvaluationConfig(Table):
-    """`[evaluation]`: every so many steps, over so many held-out tokens a domain; 0 for never."""
+    """`[evaluation]`: how well the model does on held-out text.
+
+    Attributes:
+        every: steps between two evaluations; 0 for one at the end only.
+        tokens: of each domain's held-out text, at most.
+    """
 
     every: int = Field(default=0, ge=0)
     tokens: int = Field(default=16384, gt=0)
 
 
 class CheckpointsConfig(Table):
-    """`[checkpoints]`: every so many steps (0: only when interrupted), and how many are kept."""
+    """`[checkpoints]`: from what a training is continued.
+
+    Attributes:
+        every: steps between two; 0 for one when interrupted only.
+        keep: the last so many are kept, beside the one from before the learning rate decays.
+    """
 
     every: int = Field(default=0, ge=0)
     keep: int = Field(default=2, gt=0)
