@@ -7,9 +7,11 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
+    DeepseekV32Config,
     Ernie4_5_MoeConfig,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
+    GlmMoeDsaConfig,
     GptOssConfig,
     GraniteMoeConfig,
     LlamaConfig,
@@ -73,6 +75,13 @@ MIXTURE: dict[str, Any] = {"num_experts_per_tok": 3}
 LOCAL: dict[str, Any] = {**GROUPED, **MIXTURE, "num_local_experts": 12}
 WIDTHS: dict[str, Any] = {"moe_intermediate_size": 20}
 SLIDING: dict[str, Any] = {"sliding_window": 7}
+INDEXED: dict[str, Any] = {
+    **LATENT,
+    "q_lora_rank": 20,
+    "index_n_heads": 19,  # with few, scores of zero are often tied
+    "index_head_dim": 11,
+    "index_topk": 5,
+}
 SMALL_YARN = {name: value for name, value in YARN.items() if "mscale" not in name}
 
 VARIANTS: dict[str, PreTrainedConfig] = {
@@ -91,6 +100,15 @@ VARIANTS: dict[str, PreTrainedConfig] = {
     "glm4_moe_lite": Glm4MoeLiteConfig(**{**LATENT, "q_lora_rank": 20}),
     "glm4_moe_lite, dense in between": Glm4MoeLiteConfig(
         **{**LATENT, "q_lora_rank": 20}, mlp_layer_types=["dense", "sparse", "dense"]
+    ),
+    "deepseek_v32": DeepseekV32Config(**INDEXED, **GROUPS),
+    "deepseek_v32, text shorter than index_topk": DeepseekV32Config(
+        **INDEXED | {"index_topk": 64}, n_group=1, topk_group=1
+    ),
+    "deepseek_v32, YaRN": DeepseekV32Config(**INDEXED, **GROUPS, rope_parameters=YARN),
+    "glm_moe_dsa": GlmMoeDsaConfig(**INDEXED),
+    "glm_moe_dsa, shared picks": GlmMoeDsaConfig(
+        **INDEXED, indexer_types=["full", "shared", "full"], attention_bias=True
     ),
     "qwen3": Qwen3Config(**GROUPED),
     "qwen3, windows": Qwen3Config(

@@ -80,6 +80,11 @@ class ModelConfig(BaseModel):
             `gate * sigmoid(1.702 * gate) * (up + 1)`.
         expert_bias: biases of the routed experts' three matrices.
         swiglu_limit: bounds `gate` from above and `up` from both sides before they meet.
+        index_topk: earlier tokens that a query sees, picked by an indexer of `index_n_heads` heads
+            of the width `index_head_dim` (DeepSeek-V3.2).
+        indexer_types: for each layer, whether it has an indexer (`full`) or takes over what the
+            last one picked (`shared`, GLM-5); all have one where it is null.
+        indexer_rope_interleave: whether an indexer's rotated pairs are neighbours.
         router_bias: a bias of the map that scores experts.
         softmax_after_topk: weights are a softmax over the chosen logits alone.
     """
@@ -124,6 +129,12 @@ class ModelConfig(BaseModel):
     qk_nope_head_dim: Size | None = None
     qk_rope_head_dim: Size | None = None
     v_head_dim: Size | None = None
+
+    index_n_heads: Count | None = None
+    index_head_dim: Size | None = None
+    index_topk: Positions | None = None
+    indexer_types: tuple[Literal["full", "shared"], ...] | None = None
+    indexer_rope_interleave: bool = False
 
     n_routed_experts: Count | None = None
     n_shared_experts: int = Field(default=0, ge=0, le=1024)
@@ -170,6 +181,13 @@ class ModelConfig(BaseModel):
             return None
         return self.sliding_window
 
+    def has_indexer(self, layer_idx: int) -> bool:
+        """Whether latent attention of a layer picks the tokens that it sees by itself."""
+        if self.index_topk is None:
+            return False
+        types = self.indexer_types
+        return types is None or layer_idx >= len(types) or types[layer_idx] == "full"
+
     def is_moe_layer(self, layer_idx: int) -> bool:
         """Whether the feed-forward part of layer `layer_idx` is a mixture of experts."""
         if self.mlp_layer_types is not None and layer_idx < len(self.mlp_layer_types):
@@ -203,7 +221,7 @@ class ModelConfig(BaseModel):
             )
         if self.rotary_dim % 2:
             raise ValueError(f"rotary positions need an even width, not {self.rotary_dim}")
-        for field in ("layer_types", "mlp_layer_types"):
+        for field in ("layer_types", "mlp_layer_types", "indexer_types"):
             types = getattr(self, field)
             if types is not None and len(types) != self.num_hidden_layers:
                 raise ValueError(
@@ -212,9 +230,22 @@ class ModelConfig(BaseModel):
                 )
         if self.layer_types and "sliding_attention" in self.layer_types:
             self.required("sliding_window")
+        if self.index_topk is not None:
+            self._check_indexer()
         if self.n_routed_experts is not None:
             self._check_experts(self.n_routed_experts)
         return self
+
+    def _check_indexer(self) -> None:
+        width = self.required("index_head_dim")
+        for field in ("index_n_heads", "q_lora_rank"):
+            self.required(field)
+        if width < self.rotary_dim:
+            raise ValueError(
+                f"index_head_dim {width} is less than the {self.rotary_dim} that are rotated"
+            )
+        if self.indexer_types and self.indexer_types[0] == "shared":
+            raise ValueError("indexer_types has no `full` layer before the first `shared` one")
 
     def _check_experts(self, n_routed_experts: int) -> None:
         top_k = self.required("num_experts_per_tok")

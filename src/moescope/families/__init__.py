@@ -11,6 +11,7 @@ from moescope.config import ModelConfig, checked
 from moescope.errors import UserError
 from moescope.families import (
     deepseek,
+    deepseek_v32,
     ernie,
     glm,
     gpt_oss,
@@ -31,6 +32,7 @@ FAMILIES: dict[str, Family] = {
         deepseek.DEEPSEEK,
         deepseek.DEEPSEEK_V2,
         deepseek.DEEPSEEK_V3,
+        deepseek_v32.DEEPSEEK_V32,
         deepseek.GLM4_MOE_LITE,
         deepseek.KIMI_K2,
         deepseek.JOYAI_LLM_FLASH,
@@ -42,6 +44,7 @@ FAMILIES: dict[str, Family] = {
         mixtral.MIXTRAL,
         granite.GRANITEMOE,
         glm.GLM4_MOE,
+        deepseek_v32.GLM_MOE_DSA,
         ernie.ERNIE4_5_MOE,
         gpt_oss.GPT_OSS,
         minimax.MINIMAX_M2,

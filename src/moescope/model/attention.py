@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from moescope import kernels
 from moescope.config import ModelConfig
+from moescope.model.indexer import Indexer, Picks, picked_mask
 from moescope.model.norm import RMSNorm
 from moescope.model.recorder import Recorder
 from moescope.model.rope import rotate, softmax_scale
@@ -25,12 +26,19 @@ class KVCache(Protocol):
         """Store `(batch, seq, ...)` at `positions` `(batch, seq)`; return all slots used so far."""
         ...
 
+    def store(
+        self, layer_idx: int, name: str, states: Tensor, places: Tensor, tokens_per_slot: int = 1
+    ) -> Tensor:
+        """Store further states of the same tokens; return all slots used so far."""
+        ...
+
 
 class LatentAttention(nn.Module):
     """Multi-head latent attention (DeepSeek-V2, eq. 9-19).
 
     Keys and values are expanded from one latent vector a token; the cache holds only that
-    latent and the rotated key shared by all heads.
+    latent and the rotated key shared by all heads. With an indexer, or one of an earlier layer, a
+    query sees what that has picked.
     """
 
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
@@ -56,6 +64,8 @@ class LatentAttention(nn.Module):
             self.kv_lora_rank, heads * (self.nope + self.v_head_dim), bias=False
         )
         self.o_proj = nn.Linear(heads * self.v_head_dim, hidden, bias=bias)
+        self.sparse = config.index_topk is not None
+        self.indexer = Indexer(config) if config.has_indexer(layer_idx) else None
 
     def forward(
         self,
@@ -64,19 +74,37 @@ class LatentAttention(nn.Module):
         positions: Tensor,
         cache: KVCache | None = None,
         recorder: Recorder | None = None,
+        picks: Picks | None = None,
     ) -> Tensor:
-        """Map `(batch, seq, hidden)` to the same shape."""
-        q_nope, q_rope = self.queries(hidden_states, rotation)
+        """Map `(batch, seq, hidden)` to the same shape; `picks` are an earlier layer's."""
+        query_inputs = self.query_inputs(hidden_states)
+        q_nope, q_rope = self.queries(query_inputs, rotation)
         latents, k_rope = self.latents(hidden_states, rotation)
-        if cache is None:
-            mask = None
-        else:
+        mask = None
+        if cache is not None:
             latents, k_rope = cache.update(self.layer_idx, latents, k_rope, positions)
             mask = visible(positions, latents.shape[1])
-            shown = recorder is not None and recorder.wants_attention
-            if hidden_states.shape[1] == 1 and not shown:
-                output = self.attend_absorbed(q_nope, q_rope, latents, k_rope, mask)
-                return self.o_proj(output.flatten(2))
+        picked = None
+        if self.sparse:
+            picks = Picks() if picks is None else picks
+            if self.indexer is not None:
+                picks.slots = self.pick(
+                    self.indexer, hidden_states, query_inputs, rotation, positions, cache
+                )
+            picked = picks.slots
+            seen = visible(positions, latents.shape[1])
+            if picked is not None:
+                mask = seen = seen & picked_mask(picked, latents.shape[1])[:, None]
+            if recorder is not None:
+                recorder.picks(self.layer_idx, seen[:, 0], 1)
+        shown = recorder is not None and recorder.wants_attention
+        if mask is not None and cache is not None and hidden_states.shape[1] == 1 and not shown:
+            if picked is not None:  # only these are read
+                rows = torch.arange(len(picked), device=picked.device)[:, None]
+                latents, k_rope = latents[rows, picked[:, 0]], k_rope[rows, picked[:, 0]]
+                mask = mask.gather(-1, picked[:, None])
+            output = self.attend_absorbed(q_nope, q_rope, latents, k_rope, mask)
+            return self.o_proj(output.flatten(2))
         query = torch.cat([q_nope, q_rope], dim=-1)  # (batch, seq, heads, nope + rope)
         expanded = self.kv_b_proj(latents).unflatten(-1, (self.heads, -1))
         k_nope, value = expanded.split([self.nope, self.v_head_dim], dim=-1)
@@ -85,14 +113,17 @@ class LatentAttention(nn.Module):
         output = attend(query, key, value, self.scale, mask, self.layer_idx, recorder)
         return self.o_proj(output.flatten(2))
 
+    def query_inputs(self, hidden_states: Tensor) -> Tensor:
+        """Return what queries are mapped from: latents `(batch, seq, q_lora_rank)`, if any."""
+        if hasattr(self, "q_proj"):
+            return hidden_states
+        return self.q_a_layernorm(self.q_a_proj(hidden_states))
+
     def queries(
-        self, hidden_states: Tensor, rotation: tuple[Tensor, Tensor]
+        self, query_inputs: Tensor, rotation: tuple[Tensor, Tensor]
     ) -> tuple[Tensor, Tensor]:
         """Return the unrotated and the rotated part, `(batch, seq, heads, nope | rope)`."""
-        if hasattr(self, "q_proj"):
-            query = self.q_proj(hidden_states)
-        else:
-            query = self.q_b_proj(self.q_a_layernorm(self.q_a_proj(hidden_states)))
+        query = getattr(self, "q_proj" if hasattr(self, "q_proj") else "q_b_proj")(query_inputs)
         q_nope, q_rope = query.unflatten(-1, (self.heads, -1)).split([self.nope, self.rope], -1)
         return q_nope, rotate(q_rope, *rotation, interleave=self.interleave)
 
@@ -104,6 +135,22 @@ class LatentAttention(nn.Module):
         latents, k_rope = compressed.split([self.kv_lora_rank, self.rope], dim=-1)
         k_rope = rotate(k_rope[:, :, None], *rotation, interleave=self.interleave)[:, :, 0]
         return self.kv_a_layernorm(latents), k_rope
+
+    def pick(
+        self,
+        indexer: Indexer,
+        hidden_states: Tensor,
+        query_latents: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        positions: Tensor,
+        cache: KVCache | None,
+    ) -> Tensor | None:
+        """Return the slots that each query sees, `(batch, seq, index_topk)`; None for all."""
+        keys = indexer.keys(hidden_states, rotation)  # (batch, seq, index_head_dim)
+        if cache is not None:
+            keys = cache.store(self.layer_idx, "index_keys", keys, positions)
+        seen = visible(positions, keys.shape[1])[:, 0]
+        return indexer.pick(hidden_states, query_latents, rotation, keys, seen)
 
     def attend_absorbed(
         self, q_nope: Tensor, q_rope: Tensor, latents: Tensor, k_rope: Tensor, mask: Tensor

@@ -1,6 +1,7 @@
 """What attention remembers of earlier tokens."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import TypeVar, cast
 
 import torch
@@ -13,6 +14,18 @@ GROWTH = 256
 """Slots are added in steps of this many, so that there is always one for the next token."""
 
 
+@dataclass(frozen=True)
+class _Further:
+    """States `(batch, slots, ...)` of a layer beside its keys and values."""
+
+    states: Tensor
+    tokens_per_slot: int
+
+    def slots(self, length: int) -> int:
+        """How many slots so many tokens take."""
+        return -(-length // self.tokens_per_slot)
+
+
 class Cache:
     """Keys and values of every layer for a batch of sequences; a token's slot is its position.
 
@@ -20,11 +33,16 @@ class Cache:
     (DeepSeek-V2, section 2.1.2); the cache is told nothing of the difference. Rows may be of
     unequal length: a slot beyond a row's last token holds nothing that a query may see, and is
     overwritten when the row gets there.
+
+    A layer may keep further states under names of its own, one for each token or one for each
+    window of several: what an indexer compares, what a compressor joins. Nothing of them depends
+    on where a pass began or ended, so that a text can be cut at any token.
     """
 
     def __init__(self) -> None:
         self.length = 0
         self._slots: dict[int, tuple[Tensor, Tensor]] = {}
+        self._further: dict[tuple[int, str], _Further] = {}
         self._handle: object = None  # of the slots as they are now
 
     def update(
@@ -40,6 +58,29 @@ class Cache:
         self._slots[layer_idx] = grown[0], grown[1]
         self._handle = None
         return grown[0][:, : self.length], grown[1][:, : self.length]
+
+    def store(
+        self, layer_idx: int, name: str, states: Tensor, places: Tensor, tokens_per_slot: int = 1
+    ) -> Tensor:
+        """Store further states of tokens that `update` has been told of.
+
+        Args:
+            layer_idx: whose they are.
+            name: of the states, in that layer.
+            states: `(batch, count, ...)`.
+            places: `(batch, count)`, positions divided by `tokens_per_slot`, rounded down.
+            tokens_per_slot: that share one.
+
+        Returns:
+            All slots used so far, `(batch, slots, ...)`.
+        """
+        held = self._further.get((layer_idx, name)) or _Further(_room(states, 0), tokens_per_slot)
+        used = held.slots(self.length)
+        grown = _grow(held.states, used)
+        rows = torch.arange(places.shape[0], device=places.device)[:, None]
+        grown[rows, places] = states
+        self._further[layer_idx, name] = _Further(grown, tokens_per_slot)
+        return grown[:, :used]
 
     def reserve(
         self,
@@ -73,6 +114,9 @@ class Cache:
         slots = (length // GROWTH + 1) * GROWTH  # what a longer one leaves is given back
         for layer_idx, (keys, values) in self._slots.items():  # one layer is held twice at a time
             self._slots[layer_idx] = keys[:, :slots][rows], values[:, :slots][rows]
+        for key, held in self._further.items():
+            cut = held.states[:, : held.slots(slots)][rows]
+            self._further[key] = _Further(cut, held.tokens_per_slot)
         self.length = min(self.length, length)
         self._handle = None
 
@@ -87,6 +131,11 @@ class Cache:
                 for mine, its in zip(held, added, strict=True)
             )
             self._slots[layer_idx] = keys, values
+        for key, its in other._further.items():
+            mine = self._further.get(key) or _Further(its.states[:0], its.tokens_per_slot)
+            room = its.slots(slots)
+            joined = torch.cat([_sized(mine.states, room), _sized(its.states, room)])
+            self._further[key] = _Further(joined, its.tokens_per_slot)
         self._handle = None
 
     def copy(self, row: int, length: int) -> "Cache":
@@ -100,16 +149,21 @@ class Cache:
             )
             for layer_idx, (keys, values) in self._slots.items()
         }
+        cache._further = {
+            key: _Further(
+                held.states[row : row + 1, : held.slots(length)].clone(), held.tokens_per_slot
+            )
+            for key, held in self._further.items()
+        }
         return cache
 
     @property
     def nbytes(self) -> int:
         """Bytes that the slots in use take."""
-        return sum(
-            slots[:, : self.length].numel() * slots.element_size()
-            for pair in list(self._slots.values())
-            for slots in pair
-        )
+        used = [
+            slots[:, : self.length] for pair in list(self._slots.values()) for slots in pair
+        ] + [held.states[:, : held.slots(self.length)] for held in list(self._further.values())]
+        return sum(slots.numel() * slots.element_size() for slots in used)
 
 
 def _room(like: Tensor, slots: int) -> Tensor:

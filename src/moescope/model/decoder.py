@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from moescope.config import ModelConfig
 from moescope.model.attention import KVCache
+from moescope.model.indexer import Picks
 from moescope.model.layer import DecoderLayer
 from moescope.model.mtp import MultiTokenPredictor
 from moescope.model.norm import RMSNorm
@@ -45,8 +46,11 @@ class Decoder(nn.Module):
         if recorder is not None:
             recorder.embedding(hidden_states)
         rotation = self.rotary_emb(positions, hidden_states.dtype)
+        picks = Picks()
         for layer in self.layers:
-            hidden_states = layer(hidden_states, input_ids, rotation, positions, cache, recorder)
+            hidden_states = layer(
+                hidden_states, input_ids, rotation, positions, cache, recorder, picks
+            )
         return hidden_states
 
 

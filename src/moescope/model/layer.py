@@ -4,6 +4,7 @@ from torch import Tensor, nn
 
 from moescope.config import ModelConfig
 from moescope.model.attention import GroupedQueryAttention, KVCache, LatentAttention
+from moescope.model.indexer import Picks
 from moescope.model.moe import MLP, MoE
 from moescope.model.norm import RMSNorm
 from moescope.model.recorder import Recorder
@@ -16,9 +17,12 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.layer_idx = layer_idx
         self.residual_multiplier = config.residual_multiplier
-        attention = LatentAttention if config.uses_mla else GroupedQueryAttention
         self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.self_attn = attention(config, layer_idx)
+        self.self_attn: LatentAttention | GroupedQueryAttention
+        if config.uses_mla:
+            self.self_attn = LatentAttention(config, layer_idx)
+        else:
+            self.self_attn = GroupedQueryAttention(config, layer_idx)
         self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.mlp: MLP | MoE
         if config.is_moe_layer(layer_idx):
@@ -34,10 +38,14 @@ class DecoderLayer(nn.Module):
         positions: Tensor,
         cache: KVCache | None = None,
         recorder: Recorder | None = None,
+        picks: Picks | None = None,
     ) -> Tensor:
-        """Map `(batch, seq, hidden)` to the same shape."""
+        """Map `(batch, seq, hidden)` to the same shape; `picks` go from layer to layer."""
         normed = self.input_layernorm(hidden_states)
-        added = self.self_attn(normed, rotation, positions, cache, recorder)
+        if isinstance(self.self_attn, LatentAttention):
+            added = self.self_attn(normed, rotation, positions, cache, recorder, picks)
+        else:
+            added = self.self_attn(normed, rotation, positions, cache, recorder)
         hidden_states = hidden_states + self.scaled(added)
         normed = self.post_attention_layernorm(hidden_states)
         if isinstance(self.mlp, MoE):

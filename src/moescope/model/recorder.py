@@ -23,6 +23,12 @@ class Recorder:
     def attention(self, layer_idx: int, probabilities: Tensor) -> None:
         """Attention probabilities `(batch, heads, seq, slots)`, if `wants_attention`."""
 
+    def picks(self, layer_idx: int, seen: Tensor, tokens_per_slot: int) -> None:
+        """Which slots the queries of a layer with an indexer see, `(batch, seq, slots)` bool.
+
+        A slot is a token, or a window of `tokens_per_slot` that was compressed into one.
+        """
+
     def routing(self, layer_idx: int, routing: Routing) -> None:
         """What the router of a layer decided for every token, in batch-major order."""
 

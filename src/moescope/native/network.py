@@ -22,6 +22,7 @@ from moescope.kernels.quantize import rounded
 from moescope.model.attention import GroupedQueryAttention, KVCache, LatentAttention
 from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM, Decoder
+from moescope.model.indexer import Indexer
 from moescope.model.layer import DecoderLayer
 from moescope.model.moe import MLP, GroupedExperts, MoE
 from moescope.model.norm import RMSNorm
@@ -135,7 +136,10 @@ class Packer:
 
     def _pack_linears(self, parent: nn.Module, at: str, read: Read, pack: "cpu.Pack") -> None:
         for name, child in list(parent.named_children()):
-            if isinstance(child, nn.Linear) and name != "kv_b_proj":
+            if isinstance(child, Indexer):
+                self._pack_linears(child, f"{at}.{name}", read, pack)
+                child.k_norm.float()
+            elif isinstance(child, nn.Linear) and name != "kv_b_proj":
                 weight = read(f"{at}.{name}.weight")
                 setattr(parent, name, PackedLinear(weight, child.bias, pack))
 
@@ -391,21 +395,25 @@ NativeAttention = NativeLatentAttention | NativeGroupedAttention
 
 
 class NativeDecoder(Decoder):
-    """All layers in one call, unless somebody looks on or a router's rule is PyTorch's alone."""
+    """All layers in one call, unless somebody looks on or a part is PyTorch's alone.
+
+    Such are some routers' rules, and the indexers of latent attention: their layers run one by one,
+    with projections and experts on the kernels.
+    """
 
     def __init__(self, decoder: Decoder) -> None:
         nn.Module.__init__(self)
         for name, child in decoder.named_children():
             setattr(self, name, child)
         self.embedding_multiplier = decoder.embedding_multiplier
+        self.attention: list[cpu.Attention] = []
         layers = self._layers()
-        self.slot_shapes = cast(NativeAttention, layers[0].self_attn).slot_shapes
-        self.attention = [
-            cast(NativeAttention, layer.self_attn).block(
-                layer.input_layernorm, layer.residual_multiplier
-            )
-            for layer in layers
-        ]
+        if not any(isinstance(a, LatentAttention) and a.sparse for a in self._attention()):
+            self.slot_shapes = self._attention()[0].slot_shapes
+            self.attention = [
+                attention.block(layer.input_layernorm, layer.residual_multiplier)
+                for layer, attention in zip(layers, self._attention(), strict=True)
+            ]
         self._join(self._gates())
 
     def forward(
@@ -434,6 +442,9 @@ class NativeDecoder(Decoder):
     def _layers(self) -> "list[DecoderLayer]":
         return cast("list[DecoderLayer]", list(self.layers))
 
+    def _attention(self) -> "list[NativeAttention]":
+        return [cast(NativeAttention, layer.self_attn) for layer in self._layers()]
+
     def _gates(self) -> list[Router | None]:
         """The routers by layer, None where one is dense."""
         return [layer.mlp.gate if isinstance(layer.mlp, MoE) else None for layer in self._layers()]
@@ -441,8 +452,10 @@ class NativeDecoder(Decoder):
     def _join(self, gates: list[Router | None]) -> None:
         """Put all layers into one call; there is none where a router is not the kernels'."""
         self.joined_gates = gates
-        rules = [None if gate is None else native_router(gate) for gate in gates]
         self.all_layers: cpu.Decoder | None = None
+        if not self.attention:
+            return
+        rules = [None if gate is None else native_router(gate) for gate in gates]
         if any(gate is not None and rule is None for gate, rule in zip(gates, rules, strict=True)):
             return
         blocks: list[cpu.FeedForwardBlock] = []

@@ -1,0 +1,56 @@
+"""V3's network with a lightning indexer: DeepSeek-V3.2 and GLM-5.
+
+`config.json`: https://huggingface.co/deepseek-ai/DeepSeek-V3.2,
+https://huggingface.co/zai-org/GLM-5.
+"""
+
+from moescope.config import ModelConfig
+from moescope.families import deepseek
+from moescope.families.dialect import layer_types, plain
+from moescope.families.family import Family, Fields
+
+INDEXER: Fields = {"index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64}
+
+
+def _read(fields: Fields) -> Fields:
+    read = deepseek.V3_DEFAULTS | INDEXER | {"first_k_dense_replace": 3} | plain(fields)
+    read = {"n_group": 1, "topk_group": 1} | read
+    read.pop("layer_types", None)  # all are indexed attention
+    types: list[str] | None = read.pop("mlp_layer_types", None)
+    return read if types is None else read | layer_types([kind == "dense" for kind in types])
+
+
+def _read_glm(fields: Fields) -> Fields:
+    given = {"index_n_heads": 32, "indexer_rope_interleave": True, "rms_norm_eps": 1e-5}
+    return given | _read({"indexer_types": _indexer_types(fields), **fields})
+
+
+def _indexer_types(fields: Fields) -> list[str]:
+    """Which layers have an indexer of their own, told as a pattern or as a rhythm."""
+    pattern = fields.get("index_topk_pattern")
+    if isinstance(pattern, str):
+        return [{"F": "full", "S": "shared"}.get(letter, letter) for letter in pattern]
+    if pattern is not None:
+        return list(pattern)
+    rhythm = max(fields.get("index_topk_freq") or 1, 1)
+    first = fields.get("index_skip_topk_offset", 2) - 1
+    layers = range(fields.get("num_hidden_layers", 0))
+    return ["shared" if max(layer - first, 0) % rhythm else "full" for layer in layers]
+
+
+def _write(config: ModelConfig) -> Fields:
+    indexer = config.model_dump(mode="json", include=set(INDEXER))
+    kinds = [config.is_moe_layer(layer) for layer in range(config.num_hidden_layers)]
+    mlp_layer_types = ["sparse" if kind else "dense" for kind in kinds]
+    return deepseek.write(config) | indexer | {"mlp_layer_types": mlp_layer_types}
+
+
+def _write_glm(config: ModelConfig) -> Fields:
+    layers = range(config.num_hidden_layers)
+    types = ["full" if config.has_indexer(layer) else "shared" for layer in layers]
+    rotation = {"indexer_rope_interleave": config.indexer_rope_interleave}
+    return _write(config) | rotation | {"indexer_types": types}
+
+
+DEEPSEEK_V32 = Family("deepseek_v32", "DeepseekV32ForCausalLM", _read, _write)
+GLM_MOE_DSA = Family("glm_moe_dsa", "GlmMoeDsaForCausalLM", _read_glm, _write_glm)
