@@ -14,10 +14,11 @@ INDEXER: Fields = {"index_topk": 2048, "index_head_dim": 128, "index_n_heads": 6
 
 def _read(fields: Fields) -> Fields:
     read = deepseek.V3_DEFAULTS | INDEXER | {"first_k_dense_replace": 3} | plain(fields)
-    read = {"n_group": 1, "topk_group": 1} | read
-    read.pop("layer_types", None)  # all are indexed attention
-    types: list[str] | None = read.pop("mlp_layer_types", None)
-    return read if types is None else read | layer_types([kind == "dense" for kind in types])
+    read = {"n_group": 1, "topk_group": 1} | read | {"layer_types": None}  # all are indexed
+    types: list[str] | None = fields.get("mlp_layer_types")
+    if types is None:
+        return read
+    return read | {"mlp_layer_types": None} | layer_types([kind == "dense" for kind in types])
 
 
 def _read_glm(fields: Fields) -> Fields:
