@@ -3,156 +3,14 @@
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from moescope.config import ModelConfig
 from moescope.families import open_config, read_config
 from moescope.model.decoder import without_numbers
+from moescope.published import PUBLISHED
 
 BOX = Path(__file__).parent / "box"
 """Folder of the models that come with the package."""
-
-_MLA = {"kv_lora_rank": 512, "qk_nope_head_dim": 128, "qk_rope_head_dim": 64, "v_head_dim": 128}
-_YARN = {"type": "yarn", "factor": 40, "original_max_position_embeddings": 4096}
-_MOE_16B = {
-    "vocab_size": 102400,
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "num_attention_heads": 16,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "first_k_dense_replace": 1,
-}
-_V3: dict[str, Any] = _MLA | {
-    "model_type": "deepseek_v3",
-    "vocab_size": 129280,
-    "hidden_size": 7168,
-    "intermediate_size": 18432,
-    "moe_intermediate_size": 2048,
-    "num_hidden_layers": 61,
-    "num_attention_heads": 128,
-    "n_routed_experts": 256,
-    "n_shared_experts": 1,
-    "num_experts_per_tok": 8,
-    "n_group": 8,
-    "topk_group": 4,
-    "topk_method": "noaux_tc",
-    "scoring_func": "sigmoid",
-    "norm_topk_prob": True,
-    "routed_scaling_factor": 2.5,
-    "first_k_dense_replace": 3,
-    "num_nextn_predict_layers": 1,
-    "q_lora_rank": 1536,
-    "max_position_embeddings": 163840,
-    "rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
-}
-_QWEN2 = {"model_type": "qwen2", "vocab_size": 152064, "max_position_embeddings": 131072}
-_LLAMA3 = {
-    "model_type": "llama",
-    "vocab_size": 128256,
-    "max_position_embeddings": 131072,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 500000.0,
-    "rope_scaling": {
-        "type": "llama3",
-        "factor": 8.0,
-        "low_freq_factor": 1.0,
-        "high_freq_factor": 4.0,
-        "original_max_position_embeddings": 8192,
-    },
-}
-
-_PUBLISHED: dict[str, dict[str, Any]] = {
-    "deepseek-ai/deepseek-moe-16b-base": _MOE_16B
-    | {"model_type": "deepseek", "num_hidden_layers": 28, "max_position_embeddings": 4096},
-    "deepseek-ai/DeepSeek-V2": _MLA
-    | {
-        "model_type": "deepseek_v2",
-        "vocab_size": 102400,
-        "hidden_size": 5120,
-        "intermediate_size": 12288,
-        "moe_intermediate_size": 1536,
-        "num_hidden_layers": 60,
-        "num_attention_heads": 128,
-        "n_routed_experts": 160,
-        "n_shared_experts": 2,
-        "num_experts_per_tok": 6,
-        "n_group": 8,
-        "topk_group": 3,
-        "topk_method": "group_limited_greedy",
-        "routed_scaling_factor": 16.0,
-        "first_k_dense_replace": 1,
-        "q_lora_rank": 1536,
-        "max_position_embeddings": 163840,
-        "rope_scaling": _YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
-    },
-    "deepseek-ai/DeepSeek-V2-Lite": _MLA
-    | _MOE_16B
-    | {
-        "model_type": "deepseek_v2",
-        "num_hidden_layers": 27,
-        "max_position_embeddings": 163840,
-        "rope_scaling": _YARN | {"mscale": 0.707, "mscale_all_dim": 0.707},
-    },
-    "deepseek-ai/DeepSeek-V3": _V3,
-    "deepseek-ai/DeepSeek-R1": _V3,
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-1.5B": _QWEN2
-    | {
-        "vocab_size": 151936,
-        "hidden_size": 1536,
-        "intermediate_size": 8960,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 12,
-        "num_key_value_heads": 2,
-    },
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-7B": _QWEN2
-    | {
-        "hidden_size": 3584,
-        "intermediate_size": 18944,
-        "num_hidden_layers": 28,
-        "num_attention_heads": 28,
-        "num_key_value_heads": 4,
-    },
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-14B": _QWEN2
-    | {
-        "hidden_size": 5120,
-        "intermediate_size": 13824,
-        "num_hidden_layers": 48,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1000000.0,
-    },
-    "deepseek-ai/DeepSeek-R1-Distill-Qwen-32B": _QWEN2
-    | {
-        "hidden_size": 5120,
-        "intermediate_size": 27648,
-        "num_hidden_layers": 64,
-        "num_attention_heads": 40,
-        "num_key_value_heads": 8,
-        "rms_norm_eps": 1e-5,
-        "rope_theta": 1000000.0,
-    },
-    "deepseek-ai/DeepSeek-R1-Distill-Llama-8B": _LLAMA3
-    | {
-        "hidden_size": 4096,
-        "intermediate_size": 14336,
-        "num_hidden_layers": 32,
-        "num_attention_heads": 32,
-        "num_key_value_heads": 8,
-    },
-    "deepseek-ai/DeepSeek-R1-Distill-Llama-70B": _LLAMA3
-    | {
-        "hidden_size": 8192,
-        "intermediate_size": 28672,
-        "num_hidden_layers": 80,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-    },
-}
-"""By Hub name, what matters to the network in the `config.json` found there."""
 
 
 @dataclass(frozen=True)
@@ -174,7 +32,7 @@ def catalog() -> dict[str, Entry]:
         path.parent.name: Entry("in the box", open_config(path))
         for path in sorted(BOX.glob("*/config.json"))
     }
-    for source, fields in _PUBLISHED.items():
+    for source, fields in PUBLISHED.items():
         name = source.split("/")[1].lower().removesuffix("-base")
         entries[name] = Entry(source, read_config(fields, source))
     return entries
