@@ -88,7 +88,8 @@ def granularity(model: ModelConfig) -> list[Case]:
     """Few large experts to many small ones, at the same total and active size.
 
     As in DeepSeekMoE (section 4.5): softmax scores that are not normalised, an auxiliary loss,
-    no shared expert.
+    no shared expert. Scores shrink as experts grow in number, so that finer cases begin with less
+    from their experts (docs/numbers.md, correction).
     """
     experts, chosen = model.required("n_routed_experts"), model.required("num_experts_per_tok")
     width = model.required("moe_intermediate_size")
