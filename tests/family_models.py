@@ -8,6 +8,7 @@ from transformers import (
     DeepseekV2Config,
     DeepseekV3Config,
     DeepseekV32Config,
+    Dots1Config,
     Ernie4_5_MoeConfig,
     Glm4MoeConfig,
     Glm4MoeLiteConfig,
@@ -141,6 +142,18 @@ VARIANTS: dict[str, PreTrainedConfig] = {
         use_qk_norm=True,
         attention_bias=True,
         partial_rotary_factor=0.25,
+    ),
+    "dots1": Dots1Config(
+        **GROUPED, **MIXTURE, **WIDTHS, n_routed_experts=12, n_shared_experts=1, norm_topk_prob=True
+    ),
+    "dots1, windows": Dots1Config(
+        **GROUPED,
+        **MIXTURE,
+        **WIDTHS,
+        **SLIDING,
+        n_routed_experts=12,
+        n_shared_experts=1,
+        max_window_layers=1,
     ),
     "ernie4_5_moe": Ernie4_5_MoeConfig(
         **{**COMMON, "num_key_value_heads": 2}, **WIDTHS, moe_num_experts=12, moe_k=3

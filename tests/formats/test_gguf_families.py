@@ -65,6 +65,16 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "attention_bias": True,
         "num_nextn_predict_layers": 0,
     },
+    "dots1": MOE
+    | {
+        "model_type": "dots1",
+        "num_key_value_heads": 4,
+        "n_routed_experts": 8,
+        "n_shared_experts": 2,
+        "first_k_dense_replace": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 1.5,
+    },
     "ernie4_5_moe": MOE
     | {"model_type": "ernie4_5_moe", "moe_num_experts": 8, "moe_k": 3, "head_dim": None},
     "gpt_oss": LOCAL

@@ -12,6 +12,7 @@ from moescope.errors import UserError
 from moescope.families import (
     deepseek,
     deepseek_v32,
+    dots,
     ernie,
     glm,
     gpt_oss,
@@ -44,6 +45,7 @@ FAMILIES: dict[str, Family] = {
         mixtral.MIXTRAL,
         granite.GRANITEMOE,
         glm.GLM4_MOE,
+        dots.DOTS1,
         deepseek_v32.GLM_MOE_DSA,
         ernie.ERNIE4_5_MOE,
         gpt_oss.GPT_OSS,
