@@ -1,5 +1,6 @@
 """Any source of weights into a network, and a network into files."""
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Protocol
@@ -7,6 +8,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
+from moescope.errors import UserError
 from moescope.families import save_config
 from moescope.formats.gguf.model import GgufModel, is_gguf
 from moescope.formats.safetensors import CORRECTION_BIAS, SafetensorsModel, save_tensors
@@ -14,6 +16,8 @@ from moescope.formats.source import WeightSource
 from moescope.model.decoder import CausalLM, without_numbers
 from moescope.model.rope import RotaryEmbedding
 from moescope.model.routing import Hash
+
+ROUTER_WEIGHT = "mlp.gate.weight"
 
 
 def save_weights(
@@ -97,7 +101,8 @@ def load_model(
         packer: takes the matrices it wants; at no time are all of them in memory unpacked.
 
     Raises:
-        UserError: as for `open_checkpoint`, or a tensor is missing, unknown or of another shape.
+        UserError: as for `open_checkpoint`, or a tensor is missing, unknown or of another shape,
+            or a norm, a bias, a router or a matrix to be packed holds what is no number.
     """
     if isinstance(source, str | Path):
         source = open_checkpoint(Path(source))
@@ -110,21 +115,40 @@ def load_model(
         wanted = torch.float32 if name.endswith(CORRECTION_BIAS) else dtype
         return source.read(name, shapes[name], wanted).to(device)
 
+    def read_finite(name: str) -> Tensor:  # rounding would make numbers of what is none
+        weight = source.read(name, shapes[name], None).to(device)
+        _refuse_if_not_finite(name, weight)
+        return weight
+
     weights = {
         name: read(name)
         for name in shapes
         if name not in packed and not (name == "lm_head.weight" and config.tie_word_embeddings)
     }
+    for name, weight in weights.items():
+        if weight.ndim == 1 or name.endswith(ROUTER_WEIGHT):
+            _refuse_if_not_finite(name, weight)
     model.load_state_dict(weights, strict=False, assign=True)
     model.lm_head.weight = (
         model.model.embed_tokens.weight if config.tie_word_embeddings else model.lm_head.weight
     )
     _make_fixed_buffers(model, device)
     if packer is not None:
-        packer.pack(model, lambda name: source.read(name, shapes[name], None).to(device))
+        packer.pack(model, read_finite)
     if packer is None or packer.reads_all:
         source.refuse_unread()
     return model.eval()
+
+
+def _refuse_if_not_finite(name: str, weight: Tensor) -> None:
+    low, high = weight.aminmax()  # both are no number where any value is none
+    if math.isfinite(low) and math.isfinite(high):
+        return
+    bad = int((~weight.isfinite()).sum())
+    raise UserError(
+        f"the tensor {name} holds values that are not finite ({bad} of {weight.numel()}); "
+        "fetch the model again"
+    )
 
 
 def _make_fixed_buffers(model: CausalLM, device: str | torch.device) -> None:

@@ -6,6 +6,7 @@ from typing import TYPE_CHECKING, Literal
 
 import torch
 
+from moescope.engine.not_finite import NotFinite, not_finite
 from moescope.engine.sampling import Choice, SamplingParams
 from moescope.engine.stopping import StopFinder
 from moescope.model.cache import Cache
@@ -110,8 +111,10 @@ class Batch:
         self.cache = Cache()
         self._engine = engine
 
-    def start(self, rows: Sequence[Row], recorder: Recorder | None = None) -> Iterator[Token]:
-        """Read the prompts of rows together, as the first of this batch; yield a token of each."""
+    def start(
+        self, rows: Sequence[Row], recorder: Recorder | None = None
+    ) -> Iterator[Token | NotFinite]:
+        """Read the prompts of rows together, as the first of this batch; yield as `step`."""
         longest = max((len(row.ids) for row in rows), default=0)
         # Padding stands behind a row's tokens, where none of them sees it.
         padded = [[*row.ids, *[row.ids[-1]] * (longest - len(row.ids))] for row in rows]
@@ -130,8 +133,11 @@ class Batch:
             self.cache = read
         self.rows.append(row)
 
-    def step(self, recorder: Recorder | None = None) -> Iterator[Token]:
-        """Read each row's last token and yield the next; rows that end leave the batch."""
+    def step(self, recorder: Recorder | None = None) -> Iterator[Token | NotFinite]:
+        """Read each row's last token and yield the next; rows that end leave the batch.
+
+        A row of which the model makes no numbers ends with a sentence instead of a token.
+        """
         input_ids = self._engine.tensor([[row.ids[-1]] for row in self.rows])
         positions = self._engine.tensor([[len(row.ids) - 1] for row in self.rows])
         yield from self._continue(input_ids, positions, [0] * len(self.rows), recorder)
@@ -146,13 +152,17 @@ class Batch:
         positions: torch.Tensor,
         last: Sequence[int],
         recorder: Recorder | None,
-    ) -> Iterator[Token]:
+    ) -> Iterator[Token | NotFinite]:
         hidden_states = self._engine.transform(input_ids, positions, self.cache, recorder)
         last_states = hidden_states[torch.arange(len(self.rows)), last]  # (batch, hidden)
         logits = self._engine.predict(last_states)  # (batch, vocab)
         choices = self._engine.pick(logits, self.rows)
         for row, choice in zip(self.rows, choices, strict=True):
-            yield row.append(choice)
+            if choice is None:
+                row.ended = True
+                yield not_finite(self._engine.model, row.ids)
+            else:
+                yield row.append(choice)
         alive = [at for at, row in enumerate(self.rows) if not row.ended]
         if len(alive) < len(self.rows):
             self._retain(alive)

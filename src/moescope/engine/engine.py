@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from moescope.engine.batch import Batch, FinishReason, Row, Token
+from moescope.engine.not_finite import NotFinite
 from moescope.engine.sampling import Choice, SamplingParams, Shortlist, choose, draw, penalised
 from moescope.errors import UserError
 from moescope.model.cache import Cache
@@ -148,11 +149,18 @@ class Engine:
         """
         return self.model.logits(hidden_states)
 
-    def pick(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice]:
-        """Step 4: choose each row's next token from `(batch, vocab)` logits."""
+    def pick(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice | None]:
+        """Step 4: choose each row's next token from `(batch, vocab)` logits.
+
+        There is none, None, where logits are not finite.
+        """
         shortlist = Shortlist.of(logits, [row.params.temperature for row in rows])
-        choices: list[Choice] = []
+        finite = shortlist.log_sums.isfinite().tolist()
+        choices: list[Choice | None] = []
         for at, row in enumerate(rows):
+            if not finite[at]:
+                choices.append(None)
+                continue
             drawn = draw(row.generator) if row.params.temperature else 0.0
             scores, place, likeliest = logits[at], at, shortlist  # scores (vocab,)
             if row.params.penalises:
@@ -179,12 +187,21 @@ class Engine:
         Prompts, as ids, may be of unequal length. Tokens come out as they are made. When one
         does, a `recorder` has been shown what was read for it: all prompts before the rows'
         first tokens, then each row's last token.
+
+        Raises:
+            UserError: the model computes what is no number; the sentence says where.
         """
         rows = [Row(self, number, ids, params) for number, ids in enumerate(prompts)]
         batch = Batch(self)
-        yield from batch.start([row for row in rows if row.room], recorder)
-        while batch.rows:
-            yield from batch.step(recorder)
+        events = batch.start([row for row in rows if row.room], recorder)
+        while True:
+            for event in events:
+                if isinstance(event, NotFinite):
+                    raise event
+                yield event
+            if not batch.rows:
+                return
+            events = batch.step(recorder)
 
     def tensor(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
         """Put ids or positions where the model computes."""

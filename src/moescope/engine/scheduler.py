@@ -177,10 +177,10 @@ class Scheduler:
         if not self._running:
             return
         running = dict(zip(self._batch.rows, self._running, strict=True))
-        for token, (row, request) in zip(self._batch.step(), running.items(), strict=True):
-            if token.finish_reason is not None:
+        for event, (row, request) in zip(self._batch.step(), running.items(), strict=True):
+            if isinstance(event, Token) and event.finish_reason is not None:
                 self._keep(row)
-            request.receive(token)
+            request.receive(event)
         self._running = [running[row] for row in self._batch.rows]
 
     def _read_prompts(self) -> None:

@@ -178,6 +178,11 @@ def _stand_in(*shape: int) -> nn.Parameter:
     return nn.Parameter(torch.full((), torch.nan).expand(shape), requires_grad=False)
 
 
+def is_stand_in(parameter: Tensor) -> bool:
+    """Whether a parameter stands where weights are packed."""
+    return parameter.numel() > 1 and not any(parameter.stride())
+
+
 def _unpacked_shapes(module: nn.Module) -> None:
     """Put stand-ins in the place of a module's parameters."""
     for name, parameter in list(module.named_parameters()):

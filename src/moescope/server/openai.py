@@ -20,6 +20,7 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moescope.api import Model
 from moescope.engine.batch import Token
+from moescope.engine.not_finite import NotFinite
 from moescope.engine.sampling import SamplingParams
 from moescope.engine.scheduler import Busy, Scheduler
 from moescope.engine.scheduler import Request as SchedulerRequest
@@ -318,7 +319,7 @@ async def _stream(texts: _Texts, form: Form, *, tells_usage: bool) -> AsyncItera
             yield _event(form.chunk([]) | {"usage": form.usage(texts.usage)})
         yield "data: [DONE]\n\n"
     except UserError as error:
-        yield _event(_explanation(400, str(error)))
+        yield _event(_explanation(_status(error), str(error)))
     except Exception as error:
         yield _event(_explanation(500, _failed(error)))
         raise
@@ -343,6 +344,12 @@ def _error(_request: Request, status: int, message: str) -> Response:
     return JSONResponse(_explanation(status, message), status_code=status)
 
 
+def _status(error: Exception) -> int:
+    """The status of a mistake: the server's where its model computes no numbers."""
+    statuses = {Busy: 503, TooMuch: 413, NotFinite: 500}
+    return next((status for kind, status in statuses.items() if isinstance(error, kind)), 400)
+
+
 def _failed(error: Exception) -> str:
     return f"the server failed at this ({type(error).__name__}); its terminal says more"
 
@@ -350,7 +357,7 @@ def _failed(error: Exception) -> str:
 async def _mistake(request: Request, error: Exception) -> Response:
     if isinstance(error, ValidationError):
         return _error(request, 400, explained(error))
-    status = 503 if isinstance(error, Busy) else 413 if isinstance(error, TooMuch) else 400
+    status = _status(error)
     answer = _error(request, status, str(error))
     if status == 503:
         answer.headers["Retry-After"] = "1"
