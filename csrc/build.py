@@ -19,7 +19,7 @@ from pathlib import Path
 NAME = "_native"
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
 SOURCES = [
-    *("pool", "memory", "file", "isa", "weights", "settling"),
+    *("pool", "memory", "file", "isa", "weights", "settling", "expert_memory"),
     *("attend", "latent_attention", "grouped_attention"),
     *("linear", "feed_forward", "layer", "sampling"),
 ]

@@ -2,6 +2,7 @@
 #include <cmath>
 #include <stdexcept>
 
+#include "expert_memory.h"
 #include "ops.h"
 #include "pool.h"
 
@@ -24,6 +25,14 @@ struct Scratch {
   std::vector<float> weight_of_row;
   std::vector<int64_t> edges;
   std::vector<Visit> visits;
+};
+
+// Experts that were brought into memory, let go at the end.
+struct Lease {
+  const ExpertParts& parts;
+  const std::vector<int64_t>& experts;
+  size_t first, last;
+  ~Lease() { expert_memory().let_go(parts, experts, first, last); }
 };
 
 void check(const Experts& experts, const Weights& like) {
@@ -68,6 +77,34 @@ FeedForward::FeedForward(Experts routed, Experts shared)
 void FeedForward::forward(const float* x, int64_t tokens, const int64_t* topk_ids,
                           const float* topk_weights, int64_t slots, float* out,
                           float factor) const {
+  if (!routed_.gate || !routed_.gate->stored().is_streamed()) {
+    forward_held(x, tokens, topk_ids, topk_weights, slots, out, factor, true);
+    return;
+  }
+  // As many experts at a time, in their order, as fit into memory: sums are the same as together.
+  const ExpertParts parts{routed_.gate.get(), routed_.up.get(), routed_.down.get()};
+  std::vector<int64_t> visited(topk_ids, topk_ids + tokens * slots);
+  std::sort(visited.begin(), visited.end());
+  visited.erase(std::unique(visited.begin(), visited.end()), visited.end());
+  if (!visited.empty() && visited.back() >= routed_experts())
+    throw std::invalid_argument("there is no such expert");
+  visited.erase(visited.begin(), std::lower_bound(visited.begin(), visited.end(), 0));
+  std::vector<int64_t> ids(tokens * slots);
+  size_t first = 0;
+  do {
+    const size_t last = first < visited.size() ? expert_memory().hold(parts, visited, first) : 0;
+    const int64_t from = last ? visited[first] : 0, to = last ? visited[last - 1] : -1;
+    std::transform(topk_ids, topk_ids + tokens * slots, ids.begin(),
+                   [&](int64_t id) { return from <= id && id <= to ? id : -1; });
+    const Lease lease{parts, visited, first, last};
+    forward_held(x, tokens, ids.data(), topk_weights, slots, out, factor, first == 0);
+    first = last;
+  } while (first < visited.size());
+}
+
+void FeedForward::forward_held(const float* x, int64_t tokens, const int64_t* topk_ids,
+                               const float* topk_weights, int64_t slots, float* out, float factor,
+                               bool with_shared) const {
   static thread_local Scratch caller_scratch;
   Scratch& scratch = caller_scratch;  // the caller's, seen by all threads
   const int64_t hidden = any().columns(), experts = routed_experts();
@@ -80,11 +117,12 @@ void FeedForward::forward(const float* x, int64_t tokens, const int64_t* topk_id
     if (topk_ids[slot] >= 0) ++edges[topk_ids[slot] + 1];
   }
   for (int64_t e = 0; e < experts; ++e) edges[e + 1] += edges[e];
-  const int64_t routed_rows = edges[experts], shared_rows = shared_.gate ? tokens : 0;
+  const int64_t routed_rows = edges[experts];
+  const int64_t shared_rows = shared_.gate && with_shared ? tokens : 0;
   scratch.token_of_row.resize(routed_rows + shared_rows);
   scratch.weight_of_row.resize(routed_rows + shared_rows);
   scratch.visits.clear();
-  if (shared_.gate) scratch.visits.push_back({&shared_, 0, routed_rows, tokens});
+  if (shared_rows) scratch.visits.push_back({&shared_, 0, routed_rows, tokens});
   int64_t bytes = 0;
   for (int64_t e = 0; e < experts; ++e)
     if (edges[e] < edges[e + 1])

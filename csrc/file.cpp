@@ -52,7 +52,8 @@ uint64_t sum_blocks(const uint8_t* data, size_t bytes,
   return total;
 }
 
-// Returns how many bytes came: as many as asked for unless the file ends or fails.
+}  // namespace
+
 size_t read_at(int descriptor, uint64_t offset, uint8_t* out, size_t bytes) {
   size_t done = 0;
   while (done < bytes) {
@@ -64,8 +65,6 @@ size_t read_at(int descriptor, uint64_t offset, uint8_t* out, size_t bytes) {
   }
   return done;
 }
-
-}  // namespace
 
 uint64_t checksum(const uint8_t* data, size_t bytes) {
   return sum_blocks(data, bytes, [](size_t, size_t) {});

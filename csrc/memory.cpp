@@ -13,8 +13,10 @@
 #include "pool.h"
 
 #if defined(__linux__)
+#include <fcntl.h>
 #include <sys/mman.h>
 #include <sys/stat.h>
+#include <unistd.h>
 #endif
 
 namespace moescope {
@@ -87,7 +89,47 @@ void Buffer::settle() {
   }
   is_file_ = false;
 }
+bool Buffer::stream(int descriptor, uint64_t offset, size_t resident) {
+  struct stat status;
+  if (fstat(descriptor, &status) != 0 || static_cast<uint64_t>(status.st_size) < offset + bytes_)
+    throw std::runtime_error("the file ends too early or cannot be read");
+  const int own = fcntl(descriptor, F_DUPFD_CLOEXEC, 0);
+  if (own < 0) return false;
+  const size_t room = (bytes_ + kPage - 1) / kPage * kPage;
+  void* const base = mmap(nullptr, room, PROT_READ | PROT_WRITE,
+                          MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (base == MAP_FAILED) {
+    close(own);
+    return false;
+  }
+  madvise(base, room, MADV_NOHUGEPAGE);  // whose pages are larger than what is dropped
+  release();
+  base_ = base;
+  mapped_ = room;
+  data_ = static_cast<uint8_t*>(base);
+  descriptor_ = own;
+  file_offset_ = offset;
+  if (!bring(resident, bytes_ - resident))
+    throw std::runtime_error("the file ends too early or cannot be read");
+  return true;
+}
+
+bool Buffer::bring(size_t start, size_t size) const {
+  const size_t read = read_at(descriptor_, file_offset_ + start, data_ + start, size);
+  posix_fadvise(descriptor_, static_cast<off_t>(file_offset_ + start), static_cast<off_t>(size),
+                POSIX_FADV_DONTNEED);
+  return read == size;
+}
+
+void Buffer::drop(size_t start, size_t size) const {
+  const size_t first = (start + kPage - 1) / kPage * kPage, last = (start + size) / kPage * kPage;
+  if (first < last) madvise(data_ + first, last - first, MADV_DONTNEED);
+}
 #else
+bool Buffer::stream(int, uint64_t, size_t) { return false; }
+bool Buffer::bring(size_t, size_t) const { return false; }
+void Buffer::drop(size_t, size_t) const {}
+
 void Buffer::fill(int descriptor, uint64_t offset) {
   read_file(descriptor, offset, data_, bytes_);
 }
@@ -95,8 +137,11 @@ void Buffer::fill(int descriptor, uint64_t offset) {
 void Buffer::settle() {}
 #endif
 
-Buffer::~Buffer() {
+Buffer::~Buffer() { release(); }
+
+void Buffer::release() {
 #if defined(__linux__)
+  if (descriptor_ >= 0) close(descriptor_);
   if (mapped_ != 0) {
     munmap(base_, mapped_);
     return;

@@ -27,8 +27,21 @@ class Buffer {
   // slowly while the pool is at work. A file that is cut before that is done ends the process.
   void settle();
 
+  // Take over an open file's bytes likewise, of which only those from `resident` on are read now: the
+  // others come by `bring`, and go by `drop`. False where the system cannot.
+  bool stream(int descriptor, uint64_t offset, size_t resident);
+  bool is_streamed() const { return descriptor_ >= 0; }
+  // Read a range from the file; the file's own pages are not kept. False where it fails.
+  bool bring(size_t start, size_t size) const;
+  // Give a range's memory back, but for pages that it shares with its neighbours.
+  void drop(size_t start, size_t size) const;
+
  private:
+  void release();
+
   size_t bytes_;
+  int descriptor_ = -1;
+  uint64_t file_offset_ = 0;
   size_t mapped_ = 0;
   bool is_file_ = false;
   void* base_ = nullptr;

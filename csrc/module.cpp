@@ -14,6 +14,7 @@
 #include <string>
 #include <utility>
 
+#include "expert_memory.h"
 #include "file.h"
 #include "ops.h"
 #include "pool.h"
@@ -92,6 +93,21 @@ std::pair<SharedWeights, uint64_t> read_weights(int descriptor, uint64_t offset,
   stored.fill(descriptor, offset);
   settle_later(weights);
   return {weights, checksum(stored.data(), bytes)};
+}
+
+// Experts' matrices that stay in their file until a token visits them.
+SharedWeights stream_weights(int descriptor, uint64_t offset, uint64_t bytes,
+                             const std::string& format, int64_t matrices, int64_t outputs,
+                             int64_t columns) {
+  const Format kind = format_of(format);
+  require(matrices > 0 && outputs > 0 && columns > 0, "there are no weights");
+  nb::gil_scoped_release unlocked;
+  const auto weights = std::make_shared<Weights>(kind, matrices, outputs, columns);
+  Buffer& stored = weights->stored();
+  require(stored.size() == bytes, "weights of this shape are not of this size");
+  if (!stored.stream(descriptor, offset, matrices * weights->matrix_bytes()))
+    stored.fill(descriptor, offset);
+  return weights;
 }
 
 // A view, which keeps the weights alive.
@@ -519,6 +535,14 @@ NB_MODULE(_native, m) {
   m.def("read_bytes", &read_bytes, "descriptor"_a, "offset"_a, "out"_a);
   m.def("read_weights", &read_weights, "descriptor"_a, "offset"_a, "bytes"_a, "format"_a,
         "matrices"_a, "outputs"_a, "columns"_a);
+  m.def("stream_weights", &stream_weights, "descriptor"_a, "offset"_a, "bytes"_a, "format"_a,
+        "matrices"_a, "outputs"_a, "columns"_a);
+  m.def("limit_experts", [](int64_t bytes) { expert_memory().limit(bytes); }, "bytes"_a);
+  m.def("expert_counts", [] {
+    const ExpertCounts counts = expert_memory().counts();
+    return std::vector<int64_t>{counts.visits, counts.hits, counts.bytes_read, counts.held,
+                                counts.limit};
+  });
   m.def("settle", &settle);
   m.def("unsettled", &unsettled);
 

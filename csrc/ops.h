@@ -62,6 +62,11 @@ class FeedForward {
   int64_t routed_experts() const { return routed_.gate ? routed_.gate->matrices() : 0; }
 
  private:
+  // The same with all chosen experts in memory.
+  void forward_held(const float* x, int64_t tokens, const int64_t* topk_ids,
+                    const float* topk_weights, int64_t slots, float* out, float factor,
+                    bool with_shared) const;
+
   Experts routed_, shared_;
 };
 

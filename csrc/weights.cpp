@@ -4,6 +4,7 @@
 #include <cmath>
 #include <cstring>
 
+#include "expert_memory.h"
 #include "numbers.h"
 #include "pool.h"
 
@@ -98,6 +99,10 @@ Weights::Weights(Format format, int64_t matrices, int64_t outputs, int64_t colum
       padded_outputs_(round_up(outputs, kPanel)),
       matrix_bytes_(round_up(padded_outputs_ * padded_row_bytes(format, padded_), 64)),
       packed_(matrices * (matrix_bytes_ + scale_bytes(format, padded_outputs_))) {}
+
+Weights::~Weights() {
+  if (packed_.is_streamed()) expert_memory().forget(this);
+}
 
 Weights::Weights(Format format, int64_t matrices, int64_t outputs, int64_t columns,
                  const Source& source)

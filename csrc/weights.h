@@ -27,6 +27,8 @@ class Weights {
   // Zeros, whose `stored` is there to be filled with what another's was.
   Weights(Format format, int64_t matrices, int64_t outputs, int64_t columns);
 
+  ~Weights();
+
   int64_t matrices() const { return matrices_; }
   int64_t outputs() const { return outputs_; }
   int64_t columns() const { return columns_; }

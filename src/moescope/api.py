@@ -19,6 +19,7 @@ from moescope.errors import UserError
 from moescope.formats.gguf.model import is_gguf
 from moescope.formats.headers import Headers
 from moescope.formats.repository import is_hub_name
+from moescope.kernels import cpu
 from moescope.machine import memory
 from moescope.model.decoder import CausalLM
 from moescope.model.steering import Steering, steered
@@ -32,6 +33,8 @@ from moescope.transfer import transfer_bar
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 BACKENDS = ("torch", "cpu")
+EXPERTS_SHARE = 0.75
+"""Of the memory that is left beside a network, that streamed experts take; caches need some."""
 FLOAT32_PARAMETERS = 500_000_000
 """Models of up to so many parameters compute in float32 unless asked otherwise.
 
@@ -46,6 +49,8 @@ def load(
     dtype: str | None = None,
     backend: str | None = None,
     quantize: str | None = None,
+    stream_experts: bool = False,
+    expert_memory: int | None = None,
 ) -> "Model":
     """Open a model.
 
@@ -60,6 +65,10 @@ def load(
             rounded and whose activations are float32. None means `cpu` if `quantize` is given,
             else `torch`.
         quantize: `int8`, `int4` or `bf16`, for the backend `cpu`; None means `int8` there.
+        stream_experts: leave routed experts on the disk, packed for the native kernels; each is
+            read when a token visits it, and dropped when others need its place.
+        expert_memory: bytes of such experts that may be in memory at a time; None takes three
+            quarters of what is free beside everything else.
 
     Raises:
         UserError: there is no such model, it is damaged, does not fit into memory or is of a kind
@@ -67,13 +76,17 @@ def load(
     """
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
+    if stream_experts and backend is None:
+        backend = "cpu"
     packer = packer_for(backend, quantize)
+    if stream_experts and packer is None:
+        raise UserError('backend "torch" holds all experts in memory; stream them with "cpu"')
 
     def fitting_dtype(config: ModelConfig, stored: torch.dtype) -> torch.dtype:
         """Return what is computed in; refuse a model that memory has no room for."""
         wanted = DTYPES[dtype] if dtype else stored
         if packer is not None:
-            packer.refuse_if_too_large(config, memory()[1])
+            packer.refuse_if_too_large(config, memory()[1], experts=not stream_experts)
             return wanted
         parameters = count_parameters(config)
         if dtype is None and parameters.total <= FLOAT32_PARAMETERS:
@@ -88,7 +101,12 @@ def load(
     if packer is None:
         network, pack = load_model(checkpoint, dtype=wanted), None
     else:
-        network, pack = load_packed(checkpoint, wanted, packer.weight_format)
+        if stream_experts:
+            free = memory()[1] - packer.resident_bytes(checkpoint.config, experts=False)
+            cpu.limit_experts(int(EXPERTS_SHARE * free) if expert_memory is None else expert_memory)
+        network, pack = load_packed(
+            checkpoint, wanted, packer.weight_format, stream_experts=stream_experts
+        )
     model = Model(str(name_or_path), network, tokenizer, checkpoint.generation_defaults())
     model.pack, model.path = pack, path
     return model

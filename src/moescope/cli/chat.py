@@ -9,6 +9,7 @@ import typer
 
 from moescope.cli.sampling import (
     Backend,
+    ExpertMemory,
     MaxTokens,
     MinP,
     ModelName,
@@ -16,10 +17,12 @@ from moescope.cli.sampling import (
     RepetitionPenalty,
     Seed,
     Stop,
+    StreamExperts,
     Temperature,
     TopK,
     TopP,
     given,
+    streaming,
 )
 from moescope.cli.steering import (
     DisableExpert,
@@ -42,6 +45,8 @@ def chat(
     model: ModelName = "tiny",
     backend: Backend = None,
     quantize: Quantize = None,
+    stream_experts: StreamExperts = False,
+    expert_memory: ExpertMemory = None,
     system: Annotated[str | None, typer.Option(help="What the model is told beforehand.")] = None,
     max_tokens: MaxTokens = 256,
     temperature: Temperature = None,
@@ -72,7 +77,12 @@ def chat(
 
     sampling = given(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
     opened = steer(
-        load(model, backend=backend, quantize=quantize),
+        load(
+            model,
+            backend=backend,
+            quantize=quantize,
+            **streaming(stream_experts, expert_memory),
+        ),
         num_experts_per_tok,
         disable_expert,
         force_expert,

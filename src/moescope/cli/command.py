@@ -9,3 +9,7 @@ arguments: ContextVar[tuple[str, ...]] = ContextVar("arguments", default=())
 
 def command_line() -> str:
     return shlex.join(["moescope", *arguments.get()])
+
+
+streams_experts: ContextVar[bool] = ContextVar("streams_experts", default=False)
+"""Whether this command leaves experts on the disk, so that its end says what was read."""

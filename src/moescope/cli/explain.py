@@ -6,7 +6,13 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from moescope.cli.sampling import Backend, Quantize
+from moescope.cli.sampling import (
+    Backend,
+    ExpertMemory,
+    Quantize,
+    StreamExperts,
+    streaming,
+)
 from moescope.cli.steering import (
     DisableExpert,
     ForceExpert,
@@ -30,6 +36,8 @@ def explain(
     ] = "tiny",
     backend: Backend = None,
     quantize: Quantize = None,
+    stream_experts: StreamExperts = False,
+    expert_memory: ExpertMemory = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to continue the text by.")] = 12,
     save: Annotated[
         Path | None, typer.Option(help="Also write the whole trace into this JSON file.")
@@ -52,7 +60,12 @@ def explain(
     if prompt is None and as_json:
         raise typer.BadParameter("--json needs a PROMPT")
     opened = steer(
-        load(model, backend=backend, quantize=quantize),
+        load(
+            model,
+            backend=backend,
+            quantize=quantize,
+            **streaming(stream_experts, expert_memory),
+        ),
         num_experts_per_tok,
         disable_expert,
         force_expert,

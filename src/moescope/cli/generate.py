@@ -7,6 +7,7 @@ import typer
 
 from moescope.cli.sampling import (
     Backend,
+    ExpertMemory,
     MaxTokens,
     MinP,
     ModelName,
@@ -14,10 +15,12 @@ from moescope.cli.sampling import (
     RepetitionPenalty,
     Seed,
     Stop,
+    StreamExperts,
     Temperature,
     TopK,
     TopP,
     given,
+    streaming,
 )
 from moescope.cli.steering import (
     DisableExpert,
@@ -34,6 +37,8 @@ def generate(
     model: ModelName = "tiny",
     backend: Backend = None,
     quantize: Quantize = None,
+    stream_experts: StreamExperts = False,
+    expert_memory: ExpertMemory = None,
     max_tokens: MaxTokens = 64,
     temperature: Temperature = None,
     top_k: TopK = None,
@@ -56,7 +61,12 @@ def generate(
 
     sampling = given(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
     opened = steer(
-        load(model, backend=backend, quantize=quantize),
+        load(
+            model,
+            backend=backend,
+            quantize=quantize,
+            **streaming(stream_experts, expert_memory),
+        ),
         num_experts_per_tok,
         disable_expert,
         force_expert,

@@ -21,6 +21,7 @@ from moescope.cli.generate import generate
 from moescope.cli.open import open
 from moescope.cli.plan import plan
 from moescope.cli.report import report
+from moescope.cli.sampling import tell_experts
 from moescope.cli.serve import serve
 from moescope.cli.specialize import specialize
 from moescope.cli.study import study
@@ -90,6 +91,7 @@ def run(arguments: list[str]) -> int:
         if isinstance(stream, TextIOWrapper):
             stream.reconfigure(errors="replace")  # a terminal that lacks a character shows `?`
     command.arguments.set(tuple(arguments))
+    command.streams_experts.set(False)
     try:
         code = app(arguments, prog_name="moescope", standalone_mode=False)
     except typer.Abort:
@@ -97,6 +99,8 @@ def run(arguments: list[str]) -> int:
     except (UserError, typer.TyperException) as error:
         print(f"moescope: {_sentence(error)}", file=sys.stderr)
         return 2
+    if command.streams_experts.get():
+        tell_experts()
     return code or 0
 
 

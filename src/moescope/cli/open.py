@@ -5,7 +5,13 @@ from typing import Annotated
 
 import typer
 
-from moescope.cli.sampling import Backend, Quantize
+from moescope.cli.sampling import (
+    Backend,
+    ExpertMemory,
+    Quantize,
+    StreamExperts,
+    streaming,
+)
 
 
 def open(
@@ -23,6 +29,8 @@ def open(
     ] = True,
     backend: Backend = None,
     quantize: Quantize = None,
+    stream_experts: StreamExperts = False,
+    expert_memory: ExpertMemory = None,
     watch: Annotated[
         Path | None, typer.Option(help="Follow the training that runs in this folder, too.")
     ] = None,
@@ -31,5 +39,11 @@ def open(
     from moescope.server.serving import serve
     from moescope.server.studio import Studio
 
-    studio = Studio.open(model, watching=watch, backend=backend, quantize=quantize)
+    studio = Studio.open(
+        model,
+        watching=watch,
+        backend=backend,
+        quantize=quantize,
+        **streaming(stream_experts, expert_memory),
+    )
     serve(studio, host, port, lambda line: print(line, flush=True), browser=browser)

@@ -4,11 +4,23 @@ from typing import Annotated, Any
 
 import typer
 
+from moescope.cli import command
+
 ModelName = Annotated[str, typer.Option(help='"tiny", a folder, a .gguf file or a Hub name.')]
 Backend = Annotated[
     str | None, typer.Option(help='"torch", or "cpu": native kernels on rounded weights.')
 ]
 Quantize = Annotated[str | None, typer.Option(help='Weights of "cpu": "int8", "int4" or "bf16".')]
+StreamExperts = Annotated[
+    bool,
+    typer.Option(
+        "--stream-experts", help="Leave experts on the disk; read those that tokens visit."
+    ),
+]
+ExpertMemory = Annotated[
+    float | None,
+    typer.Option(min=0, help="GB of streamed experts in memory; else most of what is free."),
+]
 MaxTokens = Annotated[int, typer.Option(help="Tokens to make at most.")]
 Temperature = Annotated[
     float | None,
@@ -25,6 +37,37 @@ RepetitionPenalty = Annotated[
 ]
 Seed = Annotated[int | None, typer.Option(help="The same seed draws the same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends it; may be given again.")]
+
+
+def streaming(stream_experts: bool, expert_memory: float | None) -> dict[str, Any]:
+    """Return the two options as `moescope.load` takes them.
+
+    Raises:
+        UserError: a limit is given, but nothing is streamed.
+    """
+    from moescope.errors import UserError
+
+    if expert_memory is not None and not stream_experts:
+        raise UserError("--expert-memory limits streamed experts; add --stream-experts")
+    command.streams_experts.set(stream_experts)
+    limit = None if expert_memory is None else int(expert_memory * 1e9)
+    return {"stream_experts": stream_experts, "expert_memory": limit}
+
+
+def tell_experts() -> None:
+    """Say on standard error how often streamed experts were in memory, and what was read."""
+    import sys
+
+    from moescope.kernels.cpu import expert_counts
+    from moescope.lab.units import of_bytes
+
+    counts = expert_counts()
+    print(
+        f"experts: {counts.hits / max(counts.visits, 1):.1%} of {counts.visits:,} visits were to "
+        f"those in memory; {of_bytes(counts.bytes_read)} read, {of_bytes(counts.held)} of "
+        f"{of_bytes(counts.limit)} held",
+        file=sys.stderr,
+    )
 
 
 def given(

@@ -4,7 +4,13 @@ from typing import Annotated
 
 import typer
 
-from moescope.cli.sampling import Backend, Quantize
+from moescope.cli.sampling import (
+    Backend,
+    ExpertMemory,
+    Quantize,
+    StreamExperts,
+    streaming,
+)
 
 
 def serve(
@@ -27,6 +33,8 @@ def serve(
     ] = 8,
     backend: Backend = None,
     quantize: Quantize = None,
+    stream_experts: StreamExperts = False,
+    expert_memory: ExpertMemory = None,
 ) -> None:
     """Answer the OpenAI API: /v1/chat/completions, /v1/completions; and /metrics. Ctrl-C ends.
 
@@ -37,7 +45,12 @@ def serve(
     from moescope.server.serving import serve_api
 
     serve_api(
-        load(model, backend=backend, quantize=quantize),
+        load(
+            model,
+            backend=backend,
+            quantize=quantize,
+            **streaming(stream_experts, expert_memory),
+        ),
         host,
         port,
         lambda line: print(line, flush=True),

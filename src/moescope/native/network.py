@@ -69,21 +69,36 @@ class Packer:
         self._source = source or NewPack()
         self.reads_all = not self._source.from_file
 
-    def refuse_if_too_large(self, config: ModelConfig, available: int) -> None:
+    def resident_bytes(self, config: ModelConfig, *, experts: bool = True) -> int:
+        """Return what the packed network takes, with or without its routed experts."""
+        parameters = count_parameters(config)
+        matrices = parameters.total - parameters.embedding
+        if not experts:
+            matrices -= parameters.routed_experts
+        bits = BITS_PER_WEIGHT[self.weight_format]
+        return int(matrices * bits / 8 + 2 * parameters.embedding)
+
+    def refuse_if_too_large(
+        self, config: ModelConfig, available: int, *, experts: bool = True
+    ) -> None:
         """Compare what the packed network takes with the bytes that are free.
+
+        Args:
+            config: the network's.
+            available: bytes.
+            experts: whether routed experts have to fit, too.
 
         Raises:
             UserError: it does not fit; the sentence has the sizes.
         """
-        parameters = count_parameters(config)
-        matrices = parameters.total - parameters.embedding
-        bits = BITS_PER_WEIGHT[self.weight_format]
-        needed = matrices * bits / 8 + 2 * parameters.embedding
+        needed = self.resident_bytes(config, experts=experts)
         if needed > available:
+            what = "the model" if experts else "the model without its experts"
+            way_out = ", or leave its experts on the disk (--stream-experts)" if experts else ""
             raise UserError(
-                f"the model takes {needed / 2**30:.1f} GiB in {self.weight_format}, but "
+                f"{what} takes {needed / 2**30:.1f} GiB in {self.weight_format}, but "
                 f"{available / 2**30:.1f} GiB are free; close other programs, choose a smaller "
-                "format or a smaller model"
+                f"format or a smaller model{way_out}"
             )
 
     def wants(self, model: CausalLM) -> set[str]:
@@ -103,6 +118,7 @@ class Packer:
             return
         read = _shapes(model) if self._source.from_file else read
         pack = partial(self._source.weights, weight_format=self.weight_format)
+        pack_experts = partial(pack, of_experts=True)
         embedding = read(EMBEDDING)
         if model.model.norm.weight.dtype == torch.bfloat16:
             embedding = embedding.bfloat16()
@@ -119,7 +135,7 @@ class Packer:
             else:
                 layer.self_attn = NativeGroupedAttention(model.config, attention)
             if isinstance(mlp, MoE):
-                layer.mlp = NativeMoE(model.config, mlp, f"{at}.mlp", read, pack)
+                layer.mlp = NativeMoE(model.config, mlp, f"{at}.mlp", read, pack, pack_experts)
             elif isinstance(mlp, MLP):
                 layer.mlp = NativeMLP(mlp, f"{at}.mlp", read, pack)
         tied = model.config.tie_word_embeddings
@@ -271,12 +287,18 @@ class NativeMoE(MoE):
     """Routed and shared experts in one call, unless a recorder wants to see them apart."""
 
     def __init__(
-        self, config: ModelConfig, moe: MoE, at: str, read: Read, pack: "cpu.Pack"
+        self,
+        config: ModelConfig,
+        moe: MoE,
+        at: str,
+        read: Read,
+        pack: "cpu.Pack",
+        pack_experts: "cpu.Pack",
     ) -> None:
         nn.Module.__init__(self)
         self.layer_idx = moe.layer_idx
         self.gate = moe.gate.float()
-        self.experts = NativeExperts(config, moe.experts, f"{at}.experts", read, pack)
+        self.experts = NativeExperts(config, moe.experts, f"{at}.experts", read, pack_experts)
         shared = None
         if moe.shared_experts is not None:
             shared = NativeMLP(moe.shared_experts, f"{at}.shared_experts", read, pack)

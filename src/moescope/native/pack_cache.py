@@ -29,7 +29,13 @@ from moescope.kernels import cpu, quantize
 from moescope.model.decoder import CausalLM
 from moescope.native import network
 from moescope.native.network import Packer
-from moescope.native.pack_file import NewPack, StalePack, StoredPack
+from moescope.native.pack_file import (
+    NewPack,
+    StalePack,
+    StoredPack,
+    WrittenPack,
+    written_pack,
+)
 
 try:
     import fcntl
@@ -50,7 +56,7 @@ log = logging.getLogger(__name__)
 
 
 def load_packed(
-    source: WeightSource, dtype: torch.dtype, weight_format: str
+    source: WeightSource, dtype: torch.dtype, weight_format: str, *, stream_experts: bool = False
 ) -> tuple[CausalLM, Path | None]:
     """Make a network with packed weights: from an earlier start's pack, if there is one that fits.
 
@@ -58,15 +64,16 @@ def load_packed(
         source: an open checkpoint.
         dtype: of what is not packed.
         weight_format: `int8` or `int4`.
+        stream_experts: leave experts in the pack, which is made first if there is none.
 
     Returns:
         The network, and the pack that it was read from; None if it was packed anew.
 
     Raises:
-        UserError: as for `load_model`.
+        UserError: as for `load_model`, or a pack to stream from cannot be written.
     """
     cache = PackCache(source.files, weight_format, str(dtype))
-    if (stored := cache.find()) is not None:
+    if (stored := cache.find(streams_experts=stream_experts)) is not None:
         try:
             network = load_model(source, dtype=dtype, packer=Packer(weight_format, stored))
             stored.close()
@@ -74,6 +81,9 @@ def load_packed(
             return network, stored.path
         except StalePack as why:
             log.warning("%s is not used, and made anew: %s", stored.path, why)
+    if stream_experts:
+        with cache.writing() as written:
+            return load_model(source, dtype=dtype, packer=Packer(weight_format, written)), None
     made = NewPack()
     network = load_model(source, dtype=dtype, packer=Packer(weight_format, made))
     cache.keep(made)
@@ -101,7 +111,7 @@ class PackCache:
         self._apart = user_folder() / f"{folder.name}-{unique}-{name}"
         self._off = _switched_off() or not cpu.available()
 
-    def find(self) -> StoredPack | None:
+    def find(self, *, streams_experts: bool = False) -> StoredPack | None:
         """Open the pack of an earlier start; None if there is none that fits."""
         if self._off:
             return None
@@ -109,10 +119,26 @@ class PackCache:
             if not path.is_file():
                 continue
             try:
-                return StoredPack(path, self._key())
+                return StoredPack(path, self._key(), streams_experts=streams_experts)
             except StalePack as why:
                 log.info("%s is not used: %s", path, why)
         return None
+
+    @contextmanager
+    def writing(self) -> Generator[WrittenPack]:
+        """Yield a pack that is written as it is made, in the first place that takes it.
+
+        Raises:
+            UserError: packs are switched off, or no place can be written.
+        """
+        if self._off:
+            raise UserError(
+                "experts are streamed from packed weights in a file, which need the native kernels "
+                f"and {SWITCH} not to be off"
+            )
+        beside = os.access(self._beside.parent, os.W_OK) and BOX not in self._beside.parents
+        with written_pack(self._beside if beside else self._apart, self._key()) as pack:
+            yield pack
 
     def keep(self, pack: NewPack) -> None:
         """Write what was packed, in the first place that takes it."""

@@ -12,7 +12,8 @@ pages they are read faster for as long as the model runs (docs/decisions).
 
 import hashlib
 import os
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Generator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar
 
@@ -24,10 +25,15 @@ from moescope.files import atomic_path
 from moescope.kernels import cpu
 
 if TYPE_CHECKING:
+    import numpy as np
+    from numpy.typing import NDArray
+
     from moescope.kernels.cpu import Weights
 
 MAGIC = b"MOESPACK"
 LONGEST_HEADER = 2**24
+RESERVED_HEADER = 2**22
+"""Where entries are written before all are known: two thousand layers' worth."""
 ALIGNMENT = 4096
 _PREFIX = len(MAGIC) + 8 + hashlib.sha256().digest_size
 _TENSORS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -48,7 +54,9 @@ class PackSource(Protocol):
 
     from_file: bool
 
-    def weights(self, matrices: Tensor, weight_format: str) -> "Weights":
+    def weights(
+        self, matrices: Tensor, weight_format: str, *, of_experts: bool = False
+    ) -> "Weights":
         """Return `(matrices, outputs, columns)` or `(outputs, columns)` packed."""
         ...
 
@@ -86,7 +94,9 @@ class NewPack:
     def __init__(self) -> None:
         self._made: list[tuple[str, tuple[int, ...], Weights | Tensor]] = []
 
-    def weights(self, matrices: Tensor, weight_format: str) -> "Weights":
+    def weights(
+        self, matrices: Tensor, weight_format: str, *, of_experts: bool = False
+    ) -> "Weights":
         """Round and lay out."""
         packed = cpu.pack(matrices, weight_format)
         self._made.append((weight_format, _shape(matrices), packed))
@@ -145,8 +155,16 @@ class StoredPack:
 
     from_file = True
 
-    def __init__(self, path: Path, key: str) -> None:
+    def __init__(self, path: Path, key: str, *, streams_experts: bool = False) -> None:
+        """Open a file.
+
+        Args:
+            path: of the file.
+            key: that it must have.
+            streams_experts: whether experts stay in it until a token visits them.
+        """
         self.path = path
+        self._streams_experts = streams_experts
         try:
             self._file = path.open("rb", buffering=0)
         except OSError as error:
@@ -160,14 +178,18 @@ class StoredPack:
             raise StalePack("its length is not what its header says")
         self._entries = iter(header.entries)
 
-    def weights(self, matrices: Tensor, weight_format: str) -> "Weights":
+    def weights(
+        self, matrices: Tensor, weight_format: str, *, of_experts: bool = False
+    ) -> "Weights":
         """Read the next entry, which must be of this shape and format.
 
         Raises:
-            StalePack: it is another, or damaged.
+            StalePack: it is another, or damaged; streamed experts are not summed for that.
         """
         shape = _shape(matrices)
         entry = self._next((weight_format,), shape)
+        if of_experts and self._streams_experts:
+            return _streamed(self._fd, self._start + entry.offset, entry.size, weight_format, shape)
         return self._checked(
             entry, lambda at: cpu.read_weights(self._fd, at, entry.size, weight_format, shape)
         )
@@ -209,6 +231,86 @@ class StoredPack:
         if checksum != entry.checksum:
             raise StalePack("its bytes are not those that were written")
         return value
+
+
+class WrittenPack:
+    """Packs into a file, entry by entry; of the experts nothing stays in memory.
+
+    The header's place is reserved, since what it lists is known at the end.
+    """
+
+    from_file = False
+
+    def __init__(self, file: BinaryIO, key: str) -> None:
+        self._file, self._key = file, key
+        self._start = _aligned(_PREFIX + RESERVED_HEADER)
+        self._offset = 0
+        self._entries: list[Entry] = []
+
+    def weights(
+        self, matrices: Tensor, weight_format: str, *, of_experts: bool = False
+    ) -> "Weights":
+        """Round, lay out and write; return experts as `stream_weights` does."""
+        packed = cpu.pack(matrices, weight_format)
+        shape = _shape(matrices)
+        entry = self._write(weight_format, shape, cpu.stored_bytes(packed))
+        if not of_experts:
+            return packed
+        del packed
+        at = self._start + entry.offset
+        return _streamed(self._file.fileno(), at, entry.size, weight_format, shape)
+
+    def tensor(self, tensor: Tensor) -> Tensor:
+        """Write it and return it."""
+        self._write(_name(tensor.dtype), tuple(tensor.shape), cpu.stored_bytes(tensor))
+        return tensor
+
+    def finish(self) -> None:
+        """Write the header."""
+        header = Header(key=self._key, entries=tuple(self._entries)).model_dump_json().encode()
+        header = header.ljust(RESERVED_HEADER)
+        self._file.truncate(self._start + self._offset)
+        self._file.seek(0)
+        self._file.write(MAGIC + len(header).to_bytes(8, "little"))
+        self._file.write(hashlib.sha256(header).digest() + header)
+
+    def _write(self, kind: str, shape: tuple[int, ...], data: "NDArray[np.uint8]") -> Entry:
+        entry = Entry(
+            kind=kind,
+            shape=shape,
+            offset=self._offset,
+            size=len(data),
+            checksum=cpu.checksum(data),
+        )
+        self._file.seek(self._start + self._offset)
+        self._file.write(data.data)
+        self._file.flush()
+        self._entries.append(entry)
+        self._offset += _aligned(len(data))
+        self._file.truncate(self._start + self._offset)
+        return entry
+
+
+@contextmanager
+def written_pack(path: Path, key: str) -> Generator[WrittenPack]:
+    """Yield a pack that is in `path` once it is whole.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full.
+    """
+    with atomic_path(path) as partial, partial.open("w+b") as file:
+        pack = WrittenPack(file, key)
+        yield pack
+        pack.finish()
+
+
+def _streamed(
+    descriptor: int, offset: int, size: int, weight_format: str, shape: tuple[int, int, int]
+) -> "Weights":
+    try:
+        return cpu.stream_weights(descriptor, offset, size, weight_format, shape)
+    except (ValueError, RuntimeError) as error:
+        raise StalePack(str(error)) from error
 
 
 def _read_header(file: BinaryIO) -> tuple[Header, int]:

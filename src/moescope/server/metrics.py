@@ -101,6 +101,21 @@ class _Now(Collector):
                 "Bytes of weights that products of the native kernels have read.",
                 cpu.weight_bytes_read(),
             )
+            experts = cpu.expert_counts()
+            yield CounterMetricFamily(
+                "moescope_expert_visits", "Streamed experts that layers asked for.", experts.visits
+            )
+            yield CounterMetricFamily(
+                "moescope_expert_hits", "Those of them that were in memory.", experts.hits
+            )
+            yield CounterMetricFamily(
+                "moescope_expert_bytes_read",
+                "Bytes of experts read from files.",
+                experts.bytes_read,
+            )
+            yield GaugeMetricFamily(
+                "moescope_expert_bytes_held", "Bytes of streamed experts in memory.", experts.held
+            )
 
 
 class CountAnswers:

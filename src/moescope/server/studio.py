@@ -66,6 +66,8 @@ class Studio:
         watching: Path | None = None,
         backend: str | None = None,
         quantize: str | None = None,
+        stream_experts: bool = False,
+        expert_memory: int | None = None,
     ) -> "Studio":
         """Load a model, and those beside it: folders whose names begin with its own and a dash.
 
@@ -74,11 +76,19 @@ class Studio:
             watching: folder of a training to follow.
             backend: as for `moescope.load`.
             quantize: as for `moescope.load`.
+            stream_experts: as for `moescope.load`.
+            expert_memory: as for `moescope.load`.
 
         Raises:
             UserError: as for `moescope.load`.
         """
-        model = load(name_or_path, backend=backend, quantize=quantize)
+        model = load(
+            name_or_path,
+            backend=backend,
+            quantize=quantize,
+            stream_experts=stream_experts,
+            expert_memory=expert_memory,
+        )
         folder = (model.path or Path(name_or_path)).resolve()
         companions = find_companions(folder, model.config, model.tokenizer)
         return cls(model, companions=companions, folder=folder, watching=watching)
