@@ -7,6 +7,7 @@ from transformers import (
     AutoModelForCausalLM,
     DeepseekV2Config,
     DeepseekV3Config,
+    DeepseekV4Config,
     DeepseekV32Config,
     Dots1Config,
     Ernie4_5_MoeConfig,
@@ -84,6 +85,33 @@ INDEXED: dict[str, Any] = {
     "index_topk": 5,
 }
 SMALL_YARN = {name: value for name, value in YARN.items() if "mscale" not in name}
+COMPRESSED: dict[str, Any] = {
+    **{name: value for name, value in COMMON.items() if name != "intermediate_size"},
+    "num_hidden_layers": 4,
+    "num_key_value_heads": 1,
+    "head_dim": 26,
+    "qk_rope_head_dim": 6,
+    "q_lora_rank": 20,
+    "n_routed_experts": 12,
+    "num_experts_per_tok": 3,
+    "moe_intermediate_size": 20,
+    "layer_types": [
+        "sliding_attention",
+        "compressed_sparse_attention",
+        "heavily_compressed_attention",
+        "compressed_sparse_attention",
+    ],
+    "compress_rates": {"compressed_sparse_attention": 3, "heavily_compressed_attention": 7},
+    "num_hash_layers": 1,
+    "hc_mult": 3,
+    "swiglu_limit": 1.5,
+    "sliding_window": 5,
+    "o_groups": 2,
+    "o_lora_rank": 10,
+    "index_n_heads": 19,
+    "index_head_dim": 16,
+    "index_topk": 3,
+}
 
 VARIANTS: dict[str, PreTrainedConfig] = {
     "deepseek_v2, greedy": DeepseekV2Config(**LATENT, topk_method="greedy"),
@@ -110,6 +138,10 @@ VARIANTS: dict[str, PreTrainedConfig] = {
     "glm_moe_dsa": GlmMoeDsaConfig(**INDEXED),
     "glm_moe_dsa, shared picks": GlmMoeDsaConfig(
         **INDEXED, indexer_types=["full", "shared", "full"], attention_bias=True
+    ),
+    "deepseek_v4": DeepseekV4Config(**COMPRESSED),
+    "deepseek_v4, YaRN": DeepseekV4Config(
+        **COMPRESSED, rope_scaling=SMALL_YARN | {"rope_theta": 20000.0}
     ),
     "qwen3": Qwen3Config(**GROUPED),
     "qwen3, windows": Qwen3Config(
@@ -190,10 +222,12 @@ def published(config: PreTrainedConfig) -> Any:
     for name, tensor in model.state_dict().items():
         if name.endswith("e_score_correction_bias"):
             tensor.normal_(std=0.2)
+        elif name.endswith("tid2eid"):
+            tensor.copy_(torch.rand(len(tensor), config.n_routed_experts).topk(tensor.shape[1])[1])
         elif "norm" in name:
             tensor.uniform_(0.5, 1.5)
         elif name.endswith(
             ("gate.weight", "_proj.bias", "router.weight", "router.bias", "_proj_bias", "sinks")
-        ):
+        ) or name.endswith(("position_bias", "_hc.base", "hc_base")):
             tensor.normal_(std=0.5)
     return model

@@ -11,11 +11,11 @@ from torch import Tensor
 from moescope.errors import UserError
 from moescope.families import save_config
 from moescope.formats.gguf.model import GgufModel, is_gguf
-from moescope.formats.safetensors import CORRECTION_BIAS, SafetensorsModel, save_tensors
+from moescope.formats.safetensors import WIDE, SafetensorsModel, save_tensors
 from moescope.formats.source import WeightSource
 from moescope.model.decoder import CausalLM, without_numbers
 from moescope.model.rope import RotaryEmbedding
-from moescope.model.routing import Hash
+from moescope.model.routing import Hash, TokenTable
 
 ROUTER_WEIGHT = "mlp.gate.weight"
 
@@ -112,7 +112,8 @@ def load_model(
     packed: set[str] = set() if packer is None else packer.wants(model)
 
     def read(name: str) -> Tensor:
-        wanted = torch.float32 if name.endswith(CORRECTION_BIAS) else dtype
+        wanted = torch.float32 if name.endswith(WIDE) else dtype
+        wanted = torch.int64 if name.endswith("tid2eid") else wanted
         return source.read(name, shapes[name], wanted).to(device)
 
     def read_finite(name: str) -> Tensor:  # rounding would make numbers of what is none
@@ -153,7 +154,19 @@ def _refuse_if_not_finite(name: str, weight: Tensor) -> None:
 
 def _make_fixed_buffers(model: CausalLM, device: str | torch.device) -> None:
     """Make what no file holds, because it follows from the config."""
-    model.model.rotary_emb = RotaryEmbedding(model.config).to(device)
     for module in model.modules():
-        if isinstance(module, Hash):
+        if isinstance(module, RotaryEmbedding):
+            module.to(device)
+        elif isinstance(module, TokenTable):
+            if (
+                not 0
+                <= int(module.tid2eid.min())
+                <= int(module.tid2eid.max())
+                < module.n_routed_experts
+            ):
+                raise UserError(
+                    "a table of experts by token ids (`tid2eid`) names experts beyond "
+                    f"{module.n_routed_experts - 1}; the file is damaged, fetch the model again"
+                )
+        elif isinstance(module, Hash):
             module.table = Hash(model.config).table.to(device)

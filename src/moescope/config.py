@@ -21,7 +21,12 @@ TopkMethod = Literal[
     "random",
 ]
 
-LayerType = Literal["full_attention", "sliding_attention"]
+LayerType = Literal[
+    "full_attention",
+    "sliding_attention",
+    "compressed_sparse_attention",
+    "heavily_compressed_attention",
+]
 
 Layers = Annotated[int, Field(gt=0, le=1024)]
 Count = Annotated[int, Field(gt=0, le=2**14)]
@@ -85,6 +90,14 @@ class ModelConfig(BaseModel):
         indexer_types: for each layer, whether it has an indexer (`full`) or takes over what the
             last one picked (`shared`, GLM-5); all have one where it is null.
         indexer_rope_interleave: whether an indexer's rotated pairs are neighbours.
+        compress_rates: tokens that become one entry, for the two compressed `layer_types` of
+            DeepSeek-V4; not null makes all layers that model's (`model/compressed_attention.py`),
+            with one shared head of keys and values of the width `head_dim`.
+        compress_rope_theta: of layers with entries; `rope_scaling` is theirs alone.
+        o_groups: groups of heads that are mapped to `o_lora_rank` numbers each, then together.
+        hc_mult: streams of the residual (`model/hyper_connections.py`); null means a plain one.
+        hc_sinkhorn_iters: by which their mixing matrices are made doubly stochastic.
+        num_hash_layers: first layers whose experts a table gives by the token's id.
         router_bias: a bias of the map that scores experts.
         softmax_after_topk: weights are a softmax over the chosen logits alone.
     """
@@ -136,6 +149,14 @@ class ModelConfig(BaseModel):
     indexer_types: tuple[Literal["full", "shared"], ...] | None = None
     indexer_rope_interleave: bool = False
 
+    compress_rates: dict[LayerType, Count] | None = None
+    compress_rope_theta: float = Field(default=160000.0, gt=1)
+    o_groups: Count | None = None
+    o_lora_rank: Size | None = None
+    hc_mult: Annotated[int, Field(gt=0, le=64)] | None = None
+    hc_sinkhorn_iters: Annotated[int, Field(gt=0, le=1024)] = 20
+    hc_eps: float = Field(default=1e-6, gt=0)
+
     n_routed_experts: Count | None = None
     n_shared_experts: int = Field(default=0, ge=0, le=1024)
     num_experts_per_tok: Count | None = None
@@ -146,6 +167,7 @@ class ModelConfig(BaseModel):
     expert_act: Literal["silu", "swigluoai"] = "silu"
     expert_bias: bool = False
     swiglu_limit: Factor | None = None
+    num_hash_layers: int = Field(default=0, ge=0)
     router_bias: bool = False
     scoring_func: Literal["softmax", "sigmoid", "sqrtsoftplus"] = "softmax"
     softmax_after_topk: bool = False
@@ -180,6 +202,15 @@ class ModelConfig(BaseModel):
         if self.layer_types is not None and self.layer_types[layer_idx] == "full_attention":
             return None
         return self.sliding_window
+
+    def layer_type_of(self, layer_idx: int) -> str:
+        """What attention of a layer is; full attention where nothing is said."""
+        return "full_attention" if self.layer_types is None else self.layer_types[layer_idx]
+
+    def compress_rate_of(self, layer_idx: int) -> int | None:
+        """Tokens that a layer of DeepSeek-V4 joins into one entry; None if it has the window."""
+        kind = self.layer_type_of(layer_idx)
+        return {str(name): rate for name, rate in (self.compress_rates or {}).items()}.get(kind)
 
     def has_indexer(self, layer_idx: int) -> bool:
         """Whether latent attention of a layer picks the tokens that it sees by itself."""
@@ -232,6 +263,10 @@ class ModelConfig(BaseModel):
             self.required("sliding_window")
         if self.index_topk is not None:
             self._check_indexer()
+        if self.compress_rates is not None:
+            self._check_compression(self.compress_rates)
+        elif self.layer_types and any("compressed" in kind for kind in self.layer_types):
+            self.required("compress_rates")
         if self.n_routed_experts is not None:
             self._check_experts(self.n_routed_experts)
         return self
@@ -246,6 +281,21 @@ class ModelConfig(BaseModel):
             )
         if self.indexer_types and self.indexer_types[0] == "shared":
             raise ValueError("indexer_types has no `full` layer before the first `shared` one")
+
+    def _check_compression(self, rates: dict[LayerType, int]) -> None:
+        for field in ("layer_types", "sliding_window", "q_lora_rank", "o_groups", "o_lora_rank"):
+            if getattr(self, field) is None:
+                self.required(field)
+        compressed = {kind for kind in self.layer_types or () if "compressed" in kind}
+        if missing := sorted(compressed - set(rates)):
+            raise ValueError(f"compress_rates lacks {missing[0]}")
+        if "compressed_sparse_attention" in compressed:
+            self.required("index_topk")
+        if self.num_attention_heads % self.required("o_groups"):
+            raise ValueError(
+                f"num_attention_heads {self.num_attention_heads} is no multiple of o_groups "
+                f"{self.o_groups}"
+            )
 
     def _check_experts(self, n_routed_experts: int) -> None:
         top_k = self.required("num_experts_per_tok")

@@ -16,7 +16,7 @@ from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM
 from moescope.model.recorder import Recorder
 
-SPARSE = ["deepseek_v32", "glm_moe_dsa, shared picks"]
+SPARSE = ["deepseek_v32", "glm_moe_dsa, shared picks", "deepseek_v4", "deepseek_v4, YaRN"]
 LENGTH = 41
 TEXTS = torch.randint(97, (3, LENGTH), generator=torch.Generator().manual_seed(2))
 
@@ -81,24 +81,54 @@ def test_rows_join_leave_and_part(pair: tuple[CausalLM, Tensor]) -> None:
     close(found[1], expected[1, 9:11])
 
 
-def test_an_indexer_shows_what_it_picked(pair: tuple[CausalLM, Tensor]) -> None:
+class Watcher(Recorder):
+    wants_attention = True
+
+    def __init__(self) -> None:
+        self.seen: dict[int, tuple[Tensor, int]] = {}
+        self.shares: dict[int, Tensor] = {}
+        self.entry_shares: dict[int, Tensor] = {}
+        self.sink_shares: dict[int, Tensor] = {}
+        self.mixings: list[tuple[Tensor, Tensor, Tensor]] = []
+
+    def picks(self, layer_idx: int, seen: Tensor, tokens_per_slot: int) -> None:
+        self.seen[layer_idx] = seen, tokens_per_slot
+
+    def attention(self, layer_idx: int, probabilities: Tensor) -> None:
+        self.shares[layer_idx] = probabilities
+
+    def entry_attention(self, layer_idx: int, probabilities: Tensor, tokens_per_slot: int) -> None:
+        self.entry_shares[layer_idx] = probabilities
+
+    def sinks(self, layer_idx: int, shares: Tensor) -> None:
+        self.sink_shares[layer_idx] = shares
+
+    def mixing(self, layer_idx: int, half: str, pre: Tensor, post: Tensor, mix: Tensor) -> None:
+        self.mixings.append((pre, post, mix))
+
+
+def test_a_recorder_sees_what_is_looked_at(pair: tuple[CausalLM, Tensor]) -> None:
     model, _ = pair
-    seen: dict[int, Tensor] = {}
-
-    class Watcher(Recorder):
-        wants_attention = True
-
-        def picks(self, layer_idx: int, picked: Tensor, tokens_per_slot: int) -> None:
-            seen[layer_idx] = picked
-
-        def attention(self, layer_idx: int, probabilities: Tensor) -> None:
-            if layer_idx in seen:
-                looked_at = (probabilities > 0).any(dim=1)
-                assert torch.equal(looked_at, seen[layer_idx])
-
+    watcher, config = Watcher(), model.config
     with torch.inference_mode():
-        model(TEXTS, recorder=Watcher())
-    assert seen
-    for picked in seen.values():
-        slots = torch.arange(1, LENGTH + 1).clamp(max=model.config.index_topk)
-        assert torch.equal(picked.sum(dim=-1), slots.expand(3, -1))
+        model(TEXTS, recorder=watcher)
+    assert watcher.seen
+    for layer_idx, (seen, tokens) in watcher.seen.items():
+        past = torch.arange(1, LENGTH + 1) // tokens
+        assert torch.equal(seen.sum(dim=-1), past.clamp(max=config.index_topk).expand(3, -1))
+        shares = watcher.shares if tokens == 1 else watcher.entry_shares
+        assert torch.equal((shares[layer_idx] > 0).any(dim=1), seen)
+    for layer_idx, shares in watcher.shares.items():
+        total = shares.sum(dim=-1)
+        if layer_idx in watcher.entry_shares:
+            total = total + watcher.entry_shares[layer_idx].sum(dim=-1)
+        if layer_idx in watcher.sink_shares:
+            assert watcher.sink_shares[layer_idx].min() > 0
+            total = total + watcher.sink_shares[layer_idx]
+        torch.testing.assert_close(total, torch.ones_like(total))
+    if config.hc_mult is not None:
+        assert len(watcher.mixings) == 2 * config.num_hidden_layers
+        for _, _, mix in watcher.mixings:
+            ones = torch.ones(3, LENGTH, config.hc_mult)
+            torch.testing.assert_close(mix.sum(dim=-2), ones, rtol=0, atol=1e-4)
+            torch.testing.assert_close(mix.sum(dim=-1), ones, rtol=0, atol=0.1)

@@ -11,6 +11,7 @@ from moescope.config import ModelConfig, checked
 from moescope.errors import UserError
 from moescope.families import (
     deepseek,
+    deepseek_v4,
     deepseek_v32,
     dots,
     ernie,
@@ -34,6 +35,7 @@ FAMILIES: dict[str, Family] = {
         deepseek.DEEPSEEK_V2,
         deepseek.DEEPSEEK_V3,
         deepseek_v32.DEEPSEEK_V32,
+        deepseek_v4.DEEPSEEK_V4,
         deepseek.GLM4_MOE_LITE,
         deepseek.KIMI_K2,
         deepseek.JOYAI_LLM_FLASH,

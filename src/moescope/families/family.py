@@ -42,12 +42,16 @@ class Tensors:
         experts: the layout of the routed experts.
         prefix: what may stand before every name, where the model is a part of a larger one.
         leading: published names of tensors with a further dimension of one in front.
+        beginnings: how published names begin -> what stands there in most families.
+        unused: how names begin that the network has no place for.
     """
 
     in_layer: Mapping[str, str] = field(default_factory=dict[str, str])
     experts: ExpertTensors = field(default_factory=ExpertTensors)
     prefix: str = ""
     leading: frozenset[str] = frozenset()
+    beginnings: Mapping[str, str] = field(default_factory=dict[str, str])
+    unused: tuple[str, ...] = ()
 
 
 Kind = TypeVar("Kind", int, float, str, bool)

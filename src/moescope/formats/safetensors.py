@@ -5,7 +5,7 @@ layers behind the last.
 """
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +17,7 @@ from torch import Tensor
 from moescope.config import ModelConfig
 from moescope.errors import UserError
 from moescope.families import FAMILIES, open_config
-from moescope.families.family import ExpertTensors
+from moescope.families.family import ExpertTensors, Tensors
 from moescope.files import atomic_path, write_text
 from moescope.formats.source import DOWN, GATE_UP, GATE_UP_BIAS
 from moescope.kernels.quantize import dequantize_int8, quantize_int8
@@ -26,8 +26,12 @@ from moescope.text.tokenizer import Tokenizer
 
 WEIGHTS, INDEX = "model.safetensors", "model.safetensors.index.json"
 CORRECTION_BIAS = "e_score_correction_bias"
+STREAMS = tuple(f"{at}{part}" for at in ("_hc.", "hc_head.hc_") for part in ("fn", "base", "scale"))
+WIDE = (CORRECTION_BIAS, "sinks", "position_bias", *STREAMS)
+"""How names of small tensors end that are kept in float32 whatever the type of the others."""
 INT8_SCALE, FP8_SCALE = "_scale", "_scale_inv"
-FP8_BLOCK = 128
+FP8_BLOCK, FP4_BLOCK = 128, 32
+E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
 
 
 def save_tensors(
@@ -53,7 +57,10 @@ def save_tensors(
     """
     shards: list[dict[str, Tensor]] = [{}]
     held = 0  # bytes in the last of them
+    beginnings = FAMILIES[config.model_type].tensors.beginnings
+    back = {ours: theirs for theirs, ours in beginnings.items()}
     for name, tensor in _published_tensors(config, tensors):
+        name = _begun(name, back)
         encoded = _encode(name, tensor.detach(), dtype)
         size = sum(t.nbytes for t in encoded.values())
         if held and held + size > max_shard_bytes:
@@ -142,6 +149,14 @@ def published_name(name: str, config: ModelConfig) -> str:
     return layer + FAMILIES[config.model_type].tensors.in_layer.get(part, part)
 
 
+def _begun(name: str, beginnings: Mapping[str, str]) -> str:
+    """Replace the beginning of a name where it is one of those given."""
+    for old, new in beginnings.items():
+        if name.startswith(old):
+            return new + name.removeprefix(old)
+    return name
+
+
 def _layer_of(name: str) -> str:
     """Return `model.layers.N.`, or nothing where a tensor stands outside of the layers."""
     parts = name.split(".", 3)
@@ -152,7 +167,7 @@ def _layer_of(name: str) -> str:
 
 
 def _encode(name: str, tensor: Tensor, dtype: torch.dtype | None) -> dict[str, Tensor]:
-    if dtype is None or name.endswith(CORRECTION_BIAS):
+    if dtype is None or name.endswith(CORRECTION_BIAS) or not tensor.is_floating_point():
         return {name: tensor.contiguous()}
     if dtype != torch.int8:
         return {name: tensor.to(dtype).contiguous()}
@@ -165,9 +180,26 @@ def _encode(name: str, tensor: Tensor, dtype: torch.dtype | None) -> dict[str, T
 def _dequantize_fp8(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
     """Multiply out blocks of 128 x 128 with one scale each (DeepSeek-V3, section 3.3.2)."""
     rows, columns = weight.shape
-    scale = scale.repeat_interleave(FP8_BLOCK, dim=0)[:rows]
+    scale = scale.float().repeat_interleave(FP8_BLOCK, dim=0)[:rows]
     scale = scale.repeat_interleave(FP8_BLOCK, dim=1)[:, :columns]
     return (weight.float() * scale).to(dtype)
+
+
+def _dequantize_fp4(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
+    """Multiply out DeepSeek-V4's experts: E2M1, two in a byte, the first in its lower half.
+
+    Each 32 numbers of a row have one scale, a power of two (OCP Microscaling v1.0, MXFP4).
+    """
+    codes = packed.view(torch.uint8)
+    codes = torch.stack([codes & 0xF, codes >> 4], dim=-1).flatten(1).int()
+    weight = torch.tensor(E2M1 + tuple(-value for value in E2M1))[codes]
+    return (weight * scale.float().repeat_interleave(FP4_BLOCK, dim=1)).to(dtype)
+
+
+def _block_scale(name: str, names: "_WeightFiles") -> str:
+    """Return the name of the scales of a weight's blocks, as V3 or as V4 calls them."""
+    short = name.removesuffix("weight") + "scale"
+    return short if short in names else name + FP8_SCALE
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -189,7 +221,7 @@ class SafetensorsModel:
         self._folder = folder
         config = open_config(folder / "config.json")
         self._layout = FAMILIES[config.model_type].tensors
-        self._files = _WeightFiles(folder, self._layout.prefix)
+        self._files = _WeightFiles(folder, self._layout)
         if f"model.layers.{config.num_hidden_layers}.eh_proj.weight" not in self._files:
             config = config.model_copy(update={"num_nextn_predict_layers": 0})
         self.config = config
@@ -257,9 +289,10 @@ class SafetensorsModel:
 class _WeightFiles:
     """All tensors of a folder by name, memory-mapped, and which of them were read."""
 
-    def __init__(self, folder: Path, prefix: str) -> None:
+    def __init__(self, folder: Path, layout: Tensors) -> None:
         self._folder = folder
-        self._handles: dict[str, Any] = {}
+        self._unused = layout.unused
+        self._handles: dict[str, tuple[Any, str]] = {}  # a file, and the name in it
         self.paths = self._paths()
         for path in self.paths:
             try:
@@ -273,15 +306,15 @@ class _WeightFiles:
                 raise UserError(
                     f"{path} is no intact safetensors file ({error}); fetch the model again"
                 ) from error
-            self._handles |= dict.fromkeys(names, handle)
+            self._handles |= {_begun(name, layout.beginnings): (handle, name) for name in names}
+        prefix = layout.prefix
         if prefix and any(name.startswith(prefix) for name in self._handles):
             # One part of a larger model: the rest, such as what sees pictures, is not opened.
             self._handles = {
-                name.removeprefix(prefix): handle
-                for name, handle in self._handles.items()
+                name.removeprefix(prefix): held
+                for name, held in self._handles.items()
                 if name.startswith(prefix)
             }
-        self._prefix = prefix if prefix else ""
         self._unread = set(self._handles)
 
     def __contains__(self, name: str) -> bool:
@@ -317,7 +350,14 @@ class _WeightFiles:
     def read(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
         """Return a tensor in `dtype`, or the exact one, multiplied out if it is quantised."""
         tensor = self._get(name)
+        if dtype == torch.int64 and not tensor.is_floating_point() and tensor.shape == shape:
+            return tensor.long()
         dtype = dtype or self.exact(name)
+        if tensor.dtype == torch.int8 and tensor.ndim == 2 and len(tensor) == shape[0]:
+            columns = 2 * tensor.shape[1]
+            if columns == shape[1]:
+                scale = self._scale(_block_scale(name, self), (shape[0], columns // FP4_BLOCK))
+                return _dequantize_fp4(tensor, scale, dtype)
         if tensor.shape != shape:
             raise UserError(
                 f"{self._folder}: the tensor {name} has the shape {tuple(tensor.shape)}, but "
@@ -327,7 +367,7 @@ class _WeightFiles:
             return dequantize_int8(tensor, self._scale(name + INT8_SCALE, (len(tensor), 1)), dtype)
         if tensor.dtype == torch.float8_e4m3fn and tensor.ndim == 2:
             blocks = tuple(-(-size // FP8_BLOCK) for size in tensor.shape)
-            return _dequantize_fp8(tensor, self._scale(name + FP8_SCALE, blocks), dtype)
+            return _dequantize_fp8(tensor, self._scale(_block_scale(name, self), blocks), dtype)
         if not tensor.is_floating_point():
             raise UserError(
                 f"{self._folder}: the tensor {name} holds {tensor.dtype}, which is no weight "
@@ -354,7 +394,7 @@ class _WeightFiles:
             name
             for name in self._unread
             if not name.endswith("rotary_emb.inv_freq")
-            and not name.startswith(tuple(behind))
+            and not name.startswith((*behind, *self._unused))
             and not (name == "lm_head.weight" and config.tie_word_embeddings)
         )
         if surprising:
@@ -372,7 +412,8 @@ class _WeightFiles:
             )
         self._unread.discard(name)
         try:
-            return self._handles[name].get_tensor(name)
+            handle, stored = self._handles[name]
+            return handle.get_tensor(stored)
         except (SafetensorError, OSError) as error:
             raise UserError(
                 f"{self._folder}: the tensor {name} cannot be read ({error}); fetch the model again"

@@ -269,6 +269,8 @@ def attend(
         probabilities = _probabilities(query, key, scale, mask, sinks)
         if recorder is not None and shown:
             recorder.attention(layer_idx, probabilities)
+        if recorder is not None and sinks is not None:
+            recorder.sinks(layer_idx, 1 - probabilities.sum(dim=-1))
         if sinks is not None:
             output = probabilities.to(value.dtype) @ _repeat_heads(value, query)
             return output.transpose(1, 2)

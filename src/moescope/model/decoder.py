@@ -8,6 +8,7 @@ from torch.overrides import TorchFunctionMode
 
 from moescope.config import ModelConfig
 from moescope.model.attention import KVCache
+from moescope.model.hyper_connections import HyperDecoderLayer, HyperHead
 from moescope.model.indexer import Picks
 from moescope.model.layer import DecoderLayer
 from moescope.model.mtp import MultiTokenPredictor
@@ -24,9 +25,12 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
         self.embedding_multiplier = config.embedding_multiplier
         self.rotary_emb = RotaryEmbedding(config)
+        layer = DecoderLayer if config.hc_mult is None else HyperDecoderLayer
         self.layers = nn.ModuleList(
-            DecoderLayer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
+            layer(config, layer_idx) for layer_idx in range(config.num_hidden_layers)
         )
+        self.streams = config.hc_mult
+        self.hc_head = None if config.hc_mult is None else HyperHead(config)
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
 
     def forward(
@@ -46,12 +50,16 @@ class Decoder(nn.Module):
         if recorder is not None:
             recorder.embedding(hidden_states)
         rotation = self.rotary_emb(positions, hidden_states.dtype)
+        if self.streams is not None:
+            hidden_states = hidden_states[:, :, None].expand(-1, -1, self.streams, -1)
         picks = Picks()
-        for layer in self.layers:
+        for layer_idx, layer in enumerate(self.layers):
             hidden_states = layer(
                 hidden_states, input_ids, rotation, positions, cache, recorder, picks
             )
-        return hidden_states
+            if self.hc_head is not None and recorder is not None:
+                recorder.layer(layer_idx, self.hc_head(hidden_states))
+        return hidden_states if self.hc_head is None else self.hc_head(hidden_states)
 
 
 class CausalLM(nn.Module):

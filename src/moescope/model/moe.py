@@ -6,7 +6,7 @@ from torch import Tensor, nn
 from moescope import kernels
 from moescope.config import ModelConfig
 from moescope.model.recorder import Recorder
-from moescope.model.routing import ROUTERS
+from moescope.model.routing import ROUTERS, Router, TokenTable
 
 
 class MLP(nn.Module):
@@ -75,12 +75,13 @@ class MoE(nn.Module):
     def __init__(self, config: ModelConfig, layer_idx: int) -> None:
         super().__init__()
         self.layer_idx = layer_idx
-        self.gate = ROUTERS[config.topk_method](config)
+        by_table = layer_idx < config.num_hash_layers
+        self.gate: Router = TokenTable(config) if by_table else ROUTERS[config.topk_method](config)
         self.experts = GroupedExperts(config)
         self.shared_experts: MLP | None = None
         if config.n_shared_experts:
             width = config.n_shared_experts * config.required("moe_intermediate_size")
-            self.shared_experts = MLP(config.hidden_size, width)
+            self.shared_experts = MLP(config.hidden_size, width, config.swiglu_limit)
 
     def forward(
         self, hidden_states: Tensor, input_ids: Tensor, recorder: Recorder | None = None

@@ -4,6 +4,8 @@ The network calls these methods when, and only when, it is handed a recorder. Tr
 training's balance measures are recorders; the network knows neither.
 """
 
+from typing import Literal
+
 from torch import Tensor
 
 from moescope.model.routing import Routing
@@ -27,6 +29,28 @@ class Recorder:
         """Which slots the queries of a layer with an indexer see, `(batch, seq, slots)` bool.
 
         A slot is a token, or a window of `tokens_per_slot` that was compressed into one.
+        """
+
+    def sinks(self, layer_idx: int, shares: Tensor) -> None:
+        """What of each query's attention goes to learned sinks, `(batch, heads, seq)`."""
+
+    def entry_attention(self, layer_idx: int, probabilities: Tensor, tokens_per_slot: int) -> None:
+        """Attention to entries of so many compressed tokens, if `wants_attention`.
+
+        `(batch, heads, seq, entries)`; with `attention`'s and the sinks' they sum to one.
+        """
+
+    def mixing(
+        self,
+        layer_idx: int,
+        half: Literal["attention", "feed_forward"],
+        pre: Tensor,
+        post: Tensor,
+        mix: Tensor,
+    ) -> None:
+        """How half a layer reads, writes and mixes the streams of the residual.
+
+        Shapes are those of `hyper_connections.Mixing`.
         """
 
     def routing(self, layer_idx: int, routing: Routing) -> None:

@@ -13,18 +13,27 @@ class RotaryEmbedding(nn.Module):
     """Angles for rotary position embeddings (Su et al. 2021, eq. 15).
 
     `inv_freq` has shape `(rotated width / 2,)`; `attention_factor` multiplies cosine and sine.
+
+    Args:
+        config: of the network.
+        compressed: whether they are those of layers with compressed entries (DeepSeek-V4), which
+            have a base of their own and alone are stretched, without a temperature.
     """
 
     inv_freq: Tensor
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, config: ModelConfig, *, compressed: bool = False) -> None:
         super().__init__()
+        theta, scaling = config.rope_theta, config.rope_scaling
+        if compressed:
+            theta = config.compress_rope_theta
+            if scaling is not None and scaling.attention_factor is None:
+                scaling = scaling.model_copy(update={"attention_factor": 1.0})
+        elif config.compress_rates is not None:
+            scaling = None
         with torch.device("cpu"):  # numbers, even where the network is made without
             inv_freq, self.attention_factor = _frequencies(
-                config.rotary_dim,
-                config.rope_theta,
-                config.rope_scaling,
-                config.max_position_embeddings,
+                config.rotary_dim, theta, scaling, config.max_position_embeddings
             )
         self.register_buffer("inv_freq", inv_freq, persistent=False)
 

@@ -260,6 +260,26 @@ class Hash(Router):
         return topk_ids, topk_weights * self.routed_scaling_factor
 
 
+class TokenTable(Router):
+    """Experts fixed by the token's id, as a checkpoint's table says; weights are their scores.
+
+    DeepSeek-V4's first layers (section 2.1), which `num_hash_layers` counts.
+    """
+
+    tid2eid: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        table = torch.arange(config.vocab_size)[:, None] + torch.arange(self.top_k)
+        self.register_buffer("tid2eid", table % self.n_routed_experts)  # (vocab, k)
+
+    def choose(
+        self, scores: Tensor, router_logits: Tensor, input_ids: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        topk_ids = self.tid2eid[input_ids]
+        return topk_ids, self.weigh(scores, topk_ids)
+
+
 class RandomFrozen(Greedy):
     """Greedy over a random map that is never trained (Chen et al. 2023, SMoE-Dropout)."""
 

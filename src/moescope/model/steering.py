@@ -28,6 +28,7 @@ from moescope.model.routing import (
     ReLU,
     Router,
     Routing,
+    TokenTable,
 )
 
 Rule = Literal["softmax", "sigmoid", "relu", "random"]
@@ -190,6 +191,9 @@ class SteeredRouter(Router):
         if steering.rule == "random":
             self.weight = _random_map(gate.weight, layer_idx)
         self.rule = _make_rule(config, self.top_k, steering.rule)
+        if isinstance(gate, TokenTable) and steering.rule is None:
+            self.rule = TokenTable(config)
+            self.rule.tid2eid = gate.tid2eid
         self.rule.weight = self.weight
         if (
             isinstance(self.rule, ExpertChoice)
@@ -252,6 +256,11 @@ class SteeredRouter(Router):
             order = self.rule.table[input_ids]  # (tokens, experts), the first choice first
             falling = torch.linspace(1, 0, order.shape[1], device=order.device).expand(order.shape)
             preference = torch.empty_like(scores).scatter_(1, order, falling) + self.choice_bias
+        elif isinstance(self.rule, TokenTable):
+            order = self.rule.tid2eid[input_ids]  # (tokens, k), before all others
+            falling = torch.linspace(2, 1, order.shape[1], device=order.device).expand(order.shape)
+            others = scores - scores.amax(dim=-1, keepdim=True)
+            preference = others.scatter(1, order, falling) + self.choice_bias
         else:
             preference = scores + self.choice_bias
         preference = preference.masked_fill(self.disabled, -torch.inf)

@@ -21,8 +21,8 @@ from moescope.kernels import cpu
 from moescope.kernels.quantize import rounded
 from moescope.model.attention import GroupedQueryAttention, KVCache, LatentAttention
 from moescope.model.cache import Cache
+from moescope.model.compressed_attention import GroupedLinear
 from moescope.model.decoder import CausalLM, Decoder
-from moescope.model.indexer import Indexer
 from moescope.model.layer import DecoderLayer
 from moescope.model.moe import MLP, GroupedExperts, MoE
 from moescope.model.norm import RMSNorm
@@ -126,13 +126,13 @@ class Packer:
         for layer_idx, layer in enumerate(model.model.layers):
             at = f"model.layers.{layer_idx}"
             attention, mlp = layer.self_attn, layer.mlp
-            assert isinstance(attention, LatentAttention | GroupedQueryAttention)
+            assert isinstance(attention, nn.Module)
             self._pack_linears(attention, f"{at}.self_attn", read, pack)
             if isinstance(attention, LatentAttention):
                 layer.self_attn = NativeLatentAttention(
                     model.config, attention, f"{at}.self_attn", read, pack
                 )
-            else:
+            elif isinstance(attention, GroupedQueryAttention):
                 layer.self_attn = NativeGroupedAttention(model.config, attention)
             if isinstance(mlp, MoE):
                 layer.mlp = NativeMoE(model.config, mlp, f"{at}.mlp", read, pack, pack_experts)
@@ -152,12 +152,17 @@ class Packer:
 
     def _pack_linears(self, parent: nn.Module, at: str, read: Read, pack: "cpu.Pack") -> None:
         for name, child in list(parent.named_children()):
-            if isinstance(child, Indexer):
-                self._pack_linears(child, f"{at}.{name}", read, pack)
-                child.k_norm.float()
-            elif isinstance(child, nn.Linear) and name != "kv_b_proj":
+            if isinstance(child, GroupedLinear):
                 weight = read(f"{at}.{name}.weight")
-                setattr(parent, name, PackedLinear(weight, child.bias, pack))
+                setattr(parent, name, NativeGroupedLinear(weight, child.groups, pack))
+            elif isinstance(child, nn.Linear):
+                if name != "kv_b_proj":
+                    weight = read(f"{at}.{name}.weight")
+                    setattr(parent, name, PackedLinear(weight, child.bias, pack))
+            elif isinstance(child, nn.LayerNorm):
+                child.float()
+            else:  # an indexer or compressor
+                self._pack_linears(child, f"{at}.{name}", read, pack)
 
     def _round(self, model: CausalLM, read: Read) -> None:
         dtype = model.model.norm.weight.dtype
@@ -219,6 +224,19 @@ class PackedLinear(nn.Linear):
     def forward(self, input: Tensor) -> Tensor:
         """Map `(..., columns)` to `(..., outputs)` float32."""
         return cpu.linear(self.packed, self.out_features, input, self.bias)
+
+
+class NativeGroupedLinear(nn.Module):
+    """A packed map of each group by itself."""
+
+    def __init__(self, weight: Tensor, groups: int, pack: "cpu.Pack") -> None:
+        super().__init__()
+        self.maps = nn.ModuleList(PackedLinear(part, None, pack) for part in weight.chunk(groups))
+
+    def forward(self, input: Tensor) -> Tensor:
+        """Map `(batch, seq, groups, inputs)` to `(batch, seq, groups * outputs)`."""
+        outputs = [mapped(input[:, :, at]) for at, mapped in enumerate(self.maps)]
+        return torch.cat(outputs, dim=-1)
 
 
 class NativeMLP(MLP):
@@ -424,8 +442,8 @@ NativeAttention = NativeLatentAttention | NativeGroupedAttention
 class NativeDecoder(Decoder):
     """All layers in one call, unless somebody looks on or a part is PyTorch's alone.
 
-    Such are some routers' rules, and the indexers of latent attention: their layers run one by one,
-    with projections and experts on the kernels.
+    Such are some routers' rules, indexers, compressed attention and residuals of several streams:
+    their layers run one by one, with projections and experts on the kernels.
     """
 
     def __init__(self, decoder: Decoder) -> None:
@@ -433,13 +451,17 @@ class NativeDecoder(Decoder):
         for name, child in decoder.named_children():
             setattr(self, name, child)
         self.embedding_multiplier = decoder.embedding_multiplier
+        self.streams, self.hc_head = decoder.streams, decoder.hc_head
         self.attention: list[cpu.Attention] = []
         layers = self._layers()
-        if not any(isinstance(a, LatentAttention) and a.sparse for a in self._attention()):
-            self.slot_shapes = self._attention()[0].slot_shapes
+        halves = [layer.self_attn for layer in layers]
+        known = [half for half in halves if isinstance(half, NativeAttention)]
+        sparse = any(isinstance(half, LatentAttention) and half.sparse for half in known)
+        if len(known) == len(layers) and not sparse:
+            self.slot_shapes = known[0].slot_shapes
             self.attention = [
                 attention.block(layer.input_layernorm, layer.residual_multiplier)
-                for layer, attention in zip(layers, self._attention(), strict=True)
+                for layer, attention in zip(layers, known, strict=True)
             ]
         self._join(self._gates())
 
@@ -468,9 +490,6 @@ class NativeDecoder(Decoder):
 
     def _layers(self) -> "list[DecoderLayer]":
         return cast("list[DecoderLayer]", list(self.layers))
-
-    def _attention(self) -> "list[NativeAttention]":
-        return [cast(NativeAttention, layer.self_attn) for layer in self._layers()]
 
     def _gates(self) -> list[Router | None]:
         """The routers by layer, None where one is dense."""
