@@ -21,7 +21,7 @@ COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wal
 SOURCES = [
     *("pool", "memory", "file", "isa", "weights", "settling", "expert_memory"),
     *("attend", "latent_attention", "grouped_attention"),
-    *("linear", "feed_forward", "layer", "sampling"),
+    *("linear", "feed_forward", "layer", "sampling", "quantize"),
 ]
 X86_KERNELS = {
     "kernels_avx2": ["-mavx2", "-mfma"],

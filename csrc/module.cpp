@@ -18,6 +18,7 @@
 #include "file.h"
 #include "ops.h"
 #include "pool.h"
+#include "quantize.h"
 #include "settling.h"
 
 namespace nb = nanobind;
@@ -69,6 +70,17 @@ SharedWeights pack(const Matrices& matrices, const std::string& format) {
   const int64_t count = matrices.shape(0), outputs = matrices.shape(1), columns = matrices.shape(2);
   nb::gil_scoped_release unlocked;
   return std::make_shared<Weights>(kind, count, outputs, columns, source);
+}
+
+void quantize_blocks(const Floats<2>& rows, const std::string& name,
+                     const nb::ndarray<uint8_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>& out) {
+  const BlockType type = block_type_of(name);
+  const auto [weights, bytes] = shape_of(type);
+  const int64_t count = rows.shape(0), columns = rows.shape(1);
+  require(columns % weights == 0, "rows must be whole blocks");
+  require(has_shape(out, {count, columns / weights * bytes}), "out has another size");
+  nb::gil_scoped_release unlocked;
+  quantize(type, rows.data(), count, columns, out.data());
 }
 
 uint64_t checksum_of(const Bytes& data) {
@@ -530,6 +542,7 @@ NB_MODULE(_native, m) {
       .def("unpack", &unpack, "out"_a)
       .def("linear", &apply_linear, "x"_a, "bias"_a.none(), "out"_a);
   m.def("pack", &pack, "matrices"_a, "format"_a);
+  m.def("quantize_blocks", &quantize_blocks, "rows"_a, "type"_a, "out"_a);
   m.def("layout", &Weights::layout);
   m.def("checksum", &checksum_of, "data"_a);
   m.def("read_bytes", &read_bytes, "descriptor"_a, "offset"_a, "out"_a);

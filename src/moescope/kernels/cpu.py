@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
+from gguf import GGML_QUANT_SIZES, GGMLQuantizationType
 from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage]
@@ -145,6 +146,22 @@ def pack(matrices: Tensor, weight_format: str) -> Weights:
     if matrices.dtype not in (torch.float32, torch.bfloat16):
         matrices = matrices.float()
     return _native.pack(to_dlpack(matrices.detach()), weight_format)
+
+
+def quantize_blocks(rows: Tensor, block_type: str) -> NDArray[np.uint8]:
+    """Round `(rows, columns)` to the blocks that GGUF files store, `(rows, bytes)`.
+
+    Scales and minima are searched for: the weighted squared error is least, a number's weight being
+    its magnitude plus the root mean square of its row.
+
+    Args:
+        rows: float32; columns make whole blocks.
+        block_type: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, Q4_K, Q5_K or Q6_K.
+    """
+    numbers, size = GGML_QUANT_SIZES[GGMLQuantizationType[block_type]]
+    out = np.empty((len(rows), rows.shape[1] // numbers * size), np.uint8)
+    _native.quantize_blocks(to_dlpack(rows.detach().contiguous()), block_type, out)
+    return out
 
 
 def layout() -> str:
