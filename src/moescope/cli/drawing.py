@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moescope.scope.trace import Candidate, Trace, TracedToken
+from moescope.scope.trace import Candidate, LayerTrace, Trace, TracedToken
 
 WIDEST = 80
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -38,6 +38,12 @@ class Labels:
     no_load: str
     lens: str
     continuation: str
+    parts: str
+    by_table: str
+    picks: str
+    entry_picks: str
+    sinks: str
+    streams: str
 
 
 ENGLISH = Labels(
@@ -55,6 +61,12 @@ ENGLISH = Labels(
     no_load="busiest: expert {expert} with {most} of {tokens} tokens; {idle} idle",
     lens="What each layer would say comes after “{token}”, were it the last",
     continuation="Continued",
+    parts="Other parts of the layers, at the last token",
+    by_table="experts by a fixed table of token ids; scores only weigh them",
+    picks="the indexer shows it {seen} of {past} tokens",
+    entry_picks="the indexer shows it {seen} of {past} entries of {tokens} tokens each",
+    sinks="{share:.0%} of attention goes to the sinks",
+    streams="{count} streams; {kept:.0%} of each stays in itself",
 )
 CHINESE = Labels(
     summary="{name}：共 {total} 参数；每层从 {n} 个专家中为词元选 {k} 个，"
@@ -71,6 +83,12 @@ CHINESE = Labels(
     no_load="最忙：专家 {expert}，{tokens} 个词元中的 {most} 个；{idle} 个专家空闲",
     lens="假如到此为止，各层认为“{token}”之后是什么",
     continuation="续写",
+    parts="各层的其他部件（最后一个词元处）",
+    by_table="专家由词元编号的固定表决定，分数只作权重",
+    picks="索引器让它看到 {past} 个词元中的 {seen} 个",
+    entry_picks="索引器让它看到 {past} 个压缩条目中的 {seen} 个（每个条目 {tokens} 个词元）",
+    sinks="注意力的 {share:.0%} 落在汇点上",
+    streams="{count} 条残差流；各流平均保留自身的 {kept:.0%}",
 )
 
 
@@ -85,6 +103,7 @@ def draw(trace: Trace, console: Console) -> None:
     if any(layer.router for layer in trace.layers):
         _draw_paths(trace, labels, console, width)
         _draw_load(trace, labels, console, width, blocks)
+    _draw_parts(trace, labels, console, width)
     _draw_lens(trace, labels, console, width)
 
 
@@ -170,6 +189,40 @@ def _draw_load(trace: Trace, labels: Labels, console: Console, width: int, block
             expert=load.index(most), most=most, tokens=len(trace.tokens), idle=load.count(0)
         )
         console.print(Text(" " * 8 + told, style="dim"), width=width)
+
+
+def _draw_parts(trace: Trace, labels: Labels, console: Console, width: int) -> None:
+    """What layers have beside attention to all tokens and learned choices, a line each."""
+    told = [(at, _parts(layer, labels)) for at, layer in enumerate(trace.layers)]
+    if not any(parts for _, parts in told):
+        return
+    console.print()
+    console.print(Text(labels.parts, style="bold"), width=width)
+    for at, parts in told:
+        for number, part in enumerate(parts):
+            head = f"{labels.layer} {at:<3}" if not number else ""
+            line = Text(
+                head.ljust(8 - cell_len(labels.layer) + len(labels.layer)) if head else " " * 8
+            )
+            line.append(part)
+            console.print(line, width=width)
+
+
+def _parts(layer: LayerTrace, labels: Labels) -> list[str]:
+    parts: list[str] = []
+    if layer.router is not None and layer.router.by_table:
+        parts.append(labels.by_table)
+    if layer.picks is not None:
+        tokens, seen = layer.picks.tokens_per_slot, layer.picks.slots
+        words = labels.picks if tokens == 1 else labels.entry_picks
+        parts.append(words.format(seen=len(seen[-1]), past=len(seen) // tokens, tokens=tokens))
+    if layer.sink_share is not None:
+        parts.append(labels.sinks.format(share=layer.sink_share[-1]))
+    if layer.mixing is not None:
+        diagonals = [half.mix[-1][i][i] for half in layer.mixing for i in range(len(half.mix[-1]))]
+        kept = sum(diagonals) / len(diagonals)
+        parts.append(labels.streams.format(count=len(layer.mixing[0].pre[-1]), kept=kept))
+    return parts
 
 
 def _draw_lens(trace: Trace, labels: Labels, console: Console, width: int) -> None:

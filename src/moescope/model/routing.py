@@ -25,6 +25,7 @@ class Routing:
     scores: Tensor  # (tokens, n_routed_experts) float32, differentiable
     topk_ids: Tensor  # (tokens, slots) int64, UNUSED where a token has fewer experts
     topk_weights: Tensor  # (tokens, slots) float32
+    by_table: bool = False  # whether the tokens' ids alone decided
 
     @property
     def expert_counts(self) -> Tensor:
@@ -35,6 +36,8 @@ class Routing:
 
 class Router(nn.Module):
     """The linear map; subclasses choose. `weight` has shape `(n_routed_experts, hidden)`."""
+
+    by_table = False
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -54,7 +57,7 @@ class Router(nn.Module):
         router_logits = self.logits(hidden_states)
         scores = self.score(router_logits)  # (tokens, experts)
         topk_ids, topk_weights = self.choose(scores, router_logits, input_ids)
-        return Routing(router_logits, scores, topk_ids, topk_weights)
+        return Routing(router_logits, scores, topk_ids, topk_weights, self.by_table)
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Map `(tokens, hidden)` to one logit an expert, float32."""
@@ -241,6 +244,7 @@ class Sinkhorn(Router):
 class Hash(Router):
     """Experts fixed by the token's id, with equal weights (Roller et al. 2021): nothing learned."""
 
+    by_table = True
     table: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
@@ -266,6 +270,7 @@ class TokenTable(Router):
     DeepSeek-V4's first layers (section 2.1), which `num_hash_layers` counts.
     """
 
+    by_table = True
     tid2eid: Tensor
 
     def __init__(self, config: ModelConfig) -> None:

@@ -216,7 +216,7 @@ class SteeredRouter(Router):
             router_logits = router_logits + self.noise * self._draw(input_ids)
         scores = self.score(router_logits)  # (tokens, experts)
         topk_ids, topk_weights = self.choose(scores, router_logits, input_ids)
-        return Routing(router_logits, scores, topk_ids, topk_weights)
+        return Routing(router_logits, scores, topk_ids, topk_weights, self.rule.by_table)
 
     def score(self, router_logits: Tensor) -> Tensor:
         return self.rule.score(router_logits.masked_fill(self.disabled, -torch.inf))

@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moescope.config import ModelConfig
 from moescope.engine.engine import Engine
 from moescope.engine.sampling import SamplingParams, choose, distribution, draw, penalised
 from moescope.errors import UserError
@@ -157,12 +158,13 @@ class Reading:
     """One forward pass over a text, kept for questions about its tokens.
 
     Raises:
-        UserError: the ids are no text for the model.
+        UserError: the ids are no text for the model, or its layers cannot be repeated one by one.
     """
 
     @torch.inference_mode()
     def __init__(self, engine: Engine, ids: Sequence[int]) -> None:
         engine.check(ids)
+        _refuse_unknown_layers(engine.model.config)
         self.model: CausalLM = engine.model
         self.tokenizer = engine.tokenizer
         self.ids = list(ids)
@@ -395,3 +397,17 @@ def _weighted_outputs(moe: MoE, given: Tensor, ids: list[int], weights: list[flo
     topk_ids = torch.tensor(ids, device=given.device)[:, None]  # (experts asked, 1)
     topk_weights = torch.tensor(weights, device=given.device)[:, None]
     return moe.experts(given.expand(len(ids), -1), topk_ids, topk_weights)
+
+
+def _refuse_unknown_layers(config: ModelConfig) -> None:
+    """Refuse layers that cannot be repeated from the residual stream before them alone."""
+    if config.hc_mult is not None:
+        part = "several residual streams"
+    elif "shared" in (config.indexer_types or ()):
+        part = "layers that share an indexer's picks"
+    else:
+        return
+    raise UserError(
+        f"this view repeats single layers, which it cannot for a model with {part}; "
+        "`moescope explain` shows it"
+    )

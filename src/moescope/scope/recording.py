@@ -1,7 +1,7 @@
 """Run a text through a model with a recorder, and write down what it saw."""
 
 from collections.abc import Sequence
-from typing import cast
+from typing import Literal, cast
 
 import torch
 from torch import Tensor
@@ -11,7 +11,15 @@ from moescope.model.moe import MoE
 from moescope.model.recorder import Recorder
 from moescope.model.routing import UNUSED, Routing
 from moescope.scope.bytes import WeightBytes
-from moescope.scope.trace import Candidate, LayerTrace, RouterTrace, Trace, TracedToken
+from moescope.scope.trace import (
+    Candidate,
+    LayerTrace,
+    Mixing,
+    Picks,
+    RouterTrace,
+    Trace,
+    TracedToken,
+)
 from moescope.text.tokenizer import Tokenizer
 
 GUESSES = 5
@@ -39,6 +47,10 @@ def record(
             hidden_norm=_lengths(hidden_states),
             guesses=guess(hidden_states),
             attention=_listed(recorder.attentions.get(layer_idx)),
+            entry_attention=_listed(recorder.entry_attentions.get(layer_idx)),
+            picks=recorder.picked.get(layer_idx),
+            sink_share=recorder.sink_shares.get(layer_idx),
+            mixing=_both(recorder.mixings.get(layer_idx)),
         )
         for layer_idx, hidden_states in recorder.hidden_states.items()
     ]
@@ -71,12 +83,37 @@ class TraceRecorder(Recorder):
         self.routings: dict[int, Routing] = {}
         self.outputs: dict[int, tuple[Tensor, Tensor | None]] = {}
         self.attentions: dict[int, Tensor] = {}  # a layer: (heads, tokens, tokens)
+        self.entry_attentions: dict[int, Tensor] = {}  # a layer: (heads, tokens, entries)
+        self.picked: dict[int, Picks] = {}
+        self.sink_shares: dict[int, list[float]] = {}
+        self.mixings: dict[int, dict[str, Mixing]] = {}  # a layer: its halves
 
     def embedding(self, hidden_states: Tensor) -> None:
         self.embedded = hidden_states[0]
 
     def attention(self, layer_idx: int, probabilities: Tensor) -> None:
         self.attentions[layer_idx] = probabilities[0]
+
+    def entry_attention(self, layer_idx: int, probabilities: Tensor, tokens_per_slot: int) -> None:
+        self.entry_attentions[layer_idx] = probabilities[0]
+
+    def picks(self, layer_idx: int, seen: Tensor, tokens_per_slot: int) -> None:
+        slots = [row.nonzero().flatten().tolist() for row in seen[0]]
+        self.picked[layer_idx] = Picks(tokens_per_slot, slots)
+
+    def sinks(self, layer_idx: int, shares: Tensor) -> None:
+        self.sink_shares[layer_idx] = shares[0].mean(dim=0).tolist()
+
+    def mixing(
+        self,
+        layer_idx: int,
+        half: Literal["attention", "feed_forward"],
+        pre: Tensor,
+        post: Tensor,
+        mix: Tensor,
+    ) -> None:
+        held = Mixing(pre[0].tolist(), post[0].tolist(), mix[0].tolist())
+        self.mixings.setdefault(layer_idx, {})[half] = held
 
     def routing(self, layer_idx: int, routing: Routing) -> None:
         self.routings[layer_idx] = routing
@@ -141,6 +178,7 @@ def _router_trace(recorder: TraceRecorder, layer_idx: int) -> RouterTrace | None
         topk_ids=topk_ids,
         topk_weights=topk_weights,
         shared_share=shared_share(*recorder.outputs[layer_idx]),
+        by_table=routing.by_table,
     )
 
 
@@ -163,6 +201,10 @@ def shared_share(routed_output: Tensor, shared_output: Tensor | None) -> list[fl
         return [0.0] * routed_output.shape[0]
     shared, routed = shared_output.float().norm(dim=-1), routed_output.float().norm(dim=-1)
     return (shared / (shared + routed).clamp(min=1e-30)).tolist()
+
+
+def _both(halves: dict[str, Mixing] | None) -> tuple[Mixing, Mixing] | None:
+    return None if halves is None else (halves["attention"], halves["feed_forward"])
 
 
 def _lengths(hidden_states: Tensor) -> list[float]:

@@ -44,12 +44,14 @@ class RouterTrace:
         topk_weights: what each chosen expert's output was multiplied by.
         shared_share: length of the shared experts' output over the sum of the lengths of theirs
             and the routed experts', `(tokens,)`; 0 without shared experts.
+        by_table: whether a fixed table chose by the token's id, whatever the scores.
     """
 
     scores: list[list[float]]
     topk_ids: list[list[int]]
     topk_weights: list[list[float]]
     shared_share: list[float]
+    by_table: bool = False
 
     @property
     def load(self) -> list[int]:
@@ -59,6 +61,36 @@ class RouterTrace:
             for expert in ids:
                 counts[expert] += 1
         return counts
+
+
+@dataclass(frozen=True)
+class Picks:
+    """Which slots each token sees in a layer whose indexer picks them (DeepSeek-V3.2, V4, GLM-5).
+
+    Attributes:
+        tokens_per_slot: 1 where tokens are picked; more where a slot is an entry of so many
+            compressed tokens, which the last tokens are seen beside.
+        slots: of each token, in order.
+    """
+
+    tokens_per_slot: int
+    slots: list[list[int]]
+
+
+@dataclass(frozen=True)
+class Mixing:
+    """How half a layer reads, writes and mixes the streams of the residual (DeepSeek-V4's mHC).
+
+    Attributes:
+        pre: weight of each stream in what is read, `(tokens, streams)`.
+        post: weight of what is computed in each stream, `(tokens, streams)`.
+        mix: `(tokens, streams, streams)`; entry `i, j` is the share of the old stream `i` in the
+            new stream `j`.
+    """
+
+    pre: list[list[float]]
+    post: list[list[float]]
+    mix: list[list[list[float]]]
 
 
 @dataclass(frozen=True)
@@ -72,12 +104,22 @@ class LayerTrace:
             here ("logit lens", nostalgebraist 2020), likeliest first.
         attention: probabilities `(heads, tokens, tokens)`, row attends to column; None unless
             asked for.
+        entry_attention: likewise of entries of compressed tokens, `(heads, tokens, entries)`; None
+            without such.
+        picks: None without an indexer.
+        sink_share: what of a token's attention goes to learned sinks, mean of the heads,
+            `(tokens,)`; None without sinks.
+        mixing: of the attention and of the feed-forward half; None with a single stream.
     """
 
     router: RouterTrace | None
     hidden_norm: list[float]
     guesses: list[list[Candidate]]
     attention: list[list[list[float]]] | None
+    entry_attention: list[list[list[float]]] | None = None
+    picks: Picks | None = None
+    sink_share: list[float] | None = None
+    mixing: tuple[Mixing, Mixing] | None = None
 
 
 @dataclass(frozen=True)
