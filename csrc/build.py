@@ -19,22 +19,23 @@ from pathlib import Path
 NAME = "_native"
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
 SOURCES = [
-    *("pool", "memory", "file", "isa", "weights", "settling", "expert_memory"),
+    *("pool", "memory", "file", "isa", "weights", "gguf_blocks", "settling", "expert_memory"),
     *("attend", "latent_attention", "grouped_attention"),
     *("linear", "feed_forward", "layer", "sampling", "quantize"),
 ]
 X86_KERNELS = {
-    "kernels_avx2": ["-mavx2", "-mfma"],
-    "kernels_avxvnni": ["-mavx2", "-mfma", "-mavxvnni"],
+    "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
+    "kernels_avxvnni": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
     "kernels_avx512": [
         *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
+        *("-mfma", "-mf16c"),
         # GCC 12 takes its own header's registers of any content for a mistake.
         *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
     ],
 }
 """Kernel files of x86 and what they are compiled with; everything else is for any processor."""
 
-LAYOUT = ("isa.h", "weights.h", "weights.cpp")
+LAYOUT = ("isa.h", "weight_format.h", "records.h", "weights.h", "weights.cpp", "gguf_blocks.cpp")
 """What decides how packed weights lie in memory: files of them are read by the same code only."""
 
 

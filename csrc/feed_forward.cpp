@@ -35,10 +35,9 @@ struct Lease {
   ~Lease() { expert_memory().let_go(parts, experts, first, last); }
 };
 
-void check(const Experts& experts, const Weights& like) {
+void check(const Experts& experts, int64_t hidden) {
   const Weights &gate = *experts.gate, &up = *experts.up, &down = *experts.down;
-  if (!gate.takes_rows_of(like) || !up.takes_rows_of(gate) || !down.has_format_of(gate) ||
-      up.outputs() != gate.outputs() || down.columns() != gate.outputs() ||
+  if (gate.columns() != hidden || up.columns() != hidden || up.outputs() != gate.outputs() || down.columns() != gate.outputs() ||
       down.outputs() != gate.columns() || up.matrices() != gate.matrices() ||
       down.matrices() != gate.matrices())
     throw std::invalid_argument("gate, up and down projections do not fit together");
@@ -70,8 +69,8 @@ void Activation::apply(float* gate, float* up, int64_t n) const {
 FeedForward::FeedForward(Experts routed, Experts shared)
     : routed_(std::move(routed)), shared_(std::move(shared)) {
   if (!routed_.gate && !shared_.gate) throw std::invalid_argument("there are no experts");
-  if (routed_.gate) check(routed_, any());
-  if (shared_.gate) check(shared_, any());
+  if (routed_.gate) check(routed_, any().columns());
+  if (shared_.gate) check(shared_, any().columns());
 }
 
 void FeedForward::forward(const float* x, int64_t tokens, const int64_t* topk_ids,
@@ -138,13 +137,15 @@ void FeedForward::forward_held(const float* x, int64_t tokens, const int64_t* to
     scratch.weight_of_row[routed_rows + token] = factor;
   }
 
-  // Round the inputs once for all experts.
-  scratch.inputs.resize(any(), tokens);
+  // Round the inputs once for all experts, in each way that one of their formats wants.
+  const Experts& one = routed_.gate ? routed_ : shared_;
+  const Experts& other = shared_.gate ? shared_ : routed_;
+  scratch.inputs.resize({one.gate.get(), one.up.get(), other.gate.get(), other.up.get()}, tokens);
   parallel_rows(tokens, [&](int64_t first, int64_t last) {
     for (int64_t token = first; token < last; ++token)
       scratch.inputs.set_row(token, x + token * hidden);
   });
-  const Activations inputs = scratch.inputs.view();
+  const QuantizedRows& inputs = scratch.inputs;
 
   // silu(gate) * up, tile by tile of every visit, rounded where it stands.
   if (routed_.gate) scratch.routed.resize(*routed_.down, routed_rows);
@@ -193,7 +194,7 @@ void FeedForward::forward_held(const float* x, int64_t tokens, const int64_t* to
   });
 
   // Down projections and the weighted sum: a task owns some outputs of all tokens.
-  const Activations routed = scratch.routed.view(), shared = scratch.shared.view();
+  const QuantizedRows &routed = scratch.routed, &shared = scratch.shared;
   const int64_t out_tiles = (hidden + kTile - 1) / kTile;
   parallel(out_tiles, [&](int64_t tile) {
     const int64_t start = tile * kTile, width = std::min<int64_t>(kTile, hidden - start);

@@ -37,8 +37,9 @@ void GroupedAttention::forward(float* x, const Tokens& tokens, const Slots& keys
   float* new_values = caller_values.data();  // (rows, seq, kv heads, width)
   float* mixed = caller_mixed.data();       // (rows, seq, heads, width)
 
-  round_normed(input_norm, *query.weights, x, count, rounded);
-  multiply_all({query.to(queries), key.to(new_keys), value.to(new_values)}, rounded.view(), count);
+  round_normed(input_norm, {query.weights.get(), key.weights.get(), value.weights.get()}, x, count,
+               rounded);
+  multiply_all({query.to(queries), key.to(new_keys), value.to(new_values)}, rounded, count);
   parallel_rows(count, [&](int64_t first, int64_t last) {
     static thread_local std::vector<float> unrotated;
     grow(unrotated, rope);
@@ -80,7 +81,7 @@ void GroupedAttention::forward(float* x, const Tokens& tokens, const Slots& keys
     for (int64_t token = first; token < last; ++token)
       rounded.set_row(token, mixed + token * heads * width);
   });
-  multiply_all({output.add_to(x, residual_multiplier)}, rounded.view(), count);
+  multiply_all({output.add_to(x, residual_multiplier)}, rounded, count);
 }
 
 void GroupedAttention::attend_singly(const float* queries, const Tokens& tokens, const Slots& keys,

@@ -8,41 +8,38 @@
 #include <string>
 #include <vector>
 
+#include "weight_format.h"
+
 namespace moescope {
 
-constexpr int kPanel = 16;               // outputs whose weights are interleaved
-constexpr int kPanels = 4;               // panels in a tile
-constexpr int kTile = kPanel * kPanels;  // outputs that one call computes
-constexpr int kChunk = 32;               // columns are padded to a multiple of this
-constexpr int kRowBlock = 96;            // rows at a time, so that their results stay in the cache
+constexpr int kRowBlock = 96;  // rows at a time, so that their results stay in the cache
 
-constexpr int kInt8Zero = 128;  // int8 weights are stored plus this, as unsigned bytes
-constexpr int kInt4Zero = 8;    // int4 weights are stored plus this, as nibbles
-
-// -zero * sum, for `offsets` below; wraps where infinities, whose integers mean nothing, overflow it.
-static constexpr int32_t start_of_dots(int zero, uint32_t sum) {
-  return static_cast<int32_t>(0 - static_cast<uint32_t>(zero) * sum);
+// Where a dot product starts so that it ends as if the weights had been stored without their zero
+// point; wraps where infinities, whose integers mean nothing, overflow it.
+static constexpr int32_t start_of_dots(int zero, int32_t sum) {
+  return static_cast<int32_t>(0 - static_cast<uint32_t>(zero) * static_cast<uint32_t>(sum));
 }
 
-// Rows of activations in int8, symmetric, with one scale a group of columns. `offsets` holds
-// `-zero * sum` of each group's integers: where the dot products start, so that they end as if the
-// weights had been stored without their zero point.
-// Weights in bf16 take `numbers`, which are not rounded, and nothing else.
+// Rows of activations in int8, symmetric, with one scale a group of columns, whose integers' sum is
+// kept too. Weights in floating point take `numbers`, which are not rounded, and nothing else.
 struct Activations {
-  const int8_t* values;    // (rows, columns)
-  const float* scales;     // (rows, groups)
-  const int32_t* offsets;  // (rows, groups)
-  const float* numbers;    // (rows, columns)
-  int64_t columns;         // padded
-  int64_t group;           // columns that share a scale
+  const int8_t* values;  // (rows, columns)
+  const float* scales;   // (rows, groups)
+  const int32_t* sums;   // (rows, groups)
+  const float* numbers;  // (rows, columns)
+  int64_t columns;       // padded
+  int64_t group;         // columns that share a scale
   int64_t groups;
 };
 
-// The weights of one tile: `panels` panels of 16 outputs over all columns. Layout by format:
-//   int8: [columns / 4][panels][16 outputs][4 columns] bytes; `row_scales` (panels * 16).
-//   int4: for each 32 columns, [4][panels][16 outputs][4 columns] bytes, whose low nibbles are the
-//         first 16 columns and whose high nibbles the others; then [panels][16] scales in bf16.
-//   bf16: [columns / 2][panels][16 outputs][2 columns].
+// The weights of one tile: `panels` panels of 16 outputs over all columns.
+//   Order::record: [columns / 256][panels] records (weight_format.h).
+//   Order::tile: int8: [columns / 4][panels][16 outputs][4 columns] bytes; `row_scales` are
+//                (panels * 16).
+//                int4: for each 32 columns, [4][panels][16 outputs][4 columns] bytes, whose low
+//                nibbles are the first 16 columns and whose high nibbles the others; then
+//                [panels][16] scales in bf16.
+//                bf16: [columns / 2][panels][16 outputs][2 columns].
 struct Tile {
   const uint8_t* weights;
   const float* row_scales;
@@ -51,18 +48,20 @@ struct Tile {
   const uint8_t* next;  // what will be read after them
 };
 
+// out (count, kTile) = activations[rows] times the tile's weights; `rows` null means 0, 1, 2 ...
+using Multiply = void (*)(const Tile&, const Activations&, const int32_t* rows, int count,
+                          float* out);
+
+struct Multiplies {
+  Multiply of[kFormats];
+};
+
 struct Kernels {
   const char* name;
   // Round one row `x` (columns) to int8; padding becomes zero.
-  void (*quantize)(const float* x, int64_t columns, int64_t padded, int64_t group, int zero,
-                   int8_t* values, float* scales, int32_t* offsets);
-  // out (count, kTile) = activations[rows] times the tile's weights; `rows` null means 0, 1, 2 ...
-  void (*multiply_int8)(const Tile&, const Activations&, const int32_t* rows, int count,
-                        float* out);
-  void (*multiply_int4)(const Tile&, const Activations&, const int32_t* rows, int count,
-                        float* out);
-  void (*multiply_bf16)(const Tile&, const Activations&, const int32_t* rows, int count,
-                        float* out);
+  void (*quantize)(const float* x, int64_t columns, int64_t padded, int64_t group, int8_t* values,
+                   float* scales, int32_t* sums);
+  Multiplies multiply;
   // gate = silu(gate) * up
   void (*swiglu)(float* gate, const float* up, int64_t n);
   // y += a * x

@@ -6,11 +6,14 @@
 
 #include "each.h"
 #include "isa.h"
+#include "kernels_records.h"
 
 namespace moescope {
 namespace {
 
 constexpr int kRows = 4;
+constexpr WeightFormat kInt8 = kWeightFormats[format_named("int8")];
+constexpr WeightFormat kInt4 = kWeightFormats[format_named("int4")];
 constexpr int64_t kColumnBlock = 256;  // columns of a tile that stay in the first-level cache
 
 inline __m256i load(const void* from) {
@@ -29,8 +32,8 @@ inline float sum_of(__m256 v) {
   return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
 }
 
-// The sums start at the activations' offsets where weights are taken as they are stored, and at
-// zero where the zero point is taken off them first.
+// The sums start so as to make up for the zero point where weights are taken as they are stored, and
+// at zero where it is taken off them first.
 #ifdef __AVXVNNI__
 constexpr bool kInt8AsStored = true;
 // As an intrinsic, GCC 12 copies every sum.
@@ -57,8 +60,8 @@ inline __m256i dot_int4(__m256i sums, __m256i weights, __m256i x) {
 }
 #endif
 
-void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, int zero,
-              int8_t* values, float* scales, int32_t* offsets) {
+void quantize(const float* x, int64_t columns, int64_t padded, int64_t group,
+              int8_t* values, float* scales, int32_t* sums) {
   const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   for (int64_t start = 0, g = 0; start < padded; start += group, ++g) {
     const int64_t end = start + group < padded ? start + group : padded;
@@ -88,7 +91,7 @@ void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, in
       sum += static_cast<uint32_t>(value);
     }
     scales[g] = most / 127;
-    offsets[g] = start_of_dots(zero, sum);
+    sums[g] = static_cast<int32_t>(sum);
   }
 }
 
@@ -114,7 +117,8 @@ MOESCOPE_INLINE inline void add_int8(const Tile& tile, int p, const Activations&
     __m256i dots[M][2];
     for (int m = 0; m < M; ++m)
       dots[m][0] = dots[m][1] =
-          _mm256_set1_epi32(kInt8AsStored ? a.offsets[row[m] * a.groups + g] : 0);
+          _mm256_set1_epi32(
+              kInt8AsStored ? start_of_dots(kInt8.zero, a.sums[row[m] * a.groups + g]) : 0);
     const int64_t begin = g * a.group;
     const int64_t end = begin + a.group < a.columns ? begin + a.group : a.columns;
     const uint8_t* w = panel + begin / 4 * step;
@@ -152,7 +156,8 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, int p, const Activations&
     if (Fetch) prefetch(ahead + 256);
     __m256i dots[M][2];
     for (int m = 0; m < M; ++m)
-      dots[m][0] = dots[m][1] = _mm256_set1_epi32(a.offsets[row[m] * a.groups + g]);
+      dots[m][0] = dots[m][1] =
+          _mm256_set1_epi32(start_of_dots(kInt4.zero, a.sums[row[m] * a.groups + g]));
     for (int s = 0; s < 4; ++s) {
       if (Fetch) prefetch(ahead + s * 64);
       for (int half = 0; half < 2; ++half) {
@@ -217,44 +222,38 @@ MOESCOPE_INLINE inline void add_bf16(const Tile& tile, int p, const Activations&
   });
 }
 
-enum class Kind { int8, int4, bf16 };
-
-// Bytes of so many columns of a panel, int4's scales among them.
-constexpr int64_t bytes_of(Kind kind, int64_t columns) {
-  return kind == Kind::int8 ? columns * 16 : kind == Kind::int4 ? columns * 9 : columns * 32;
-}
-
-template <Kind K, bool Fetch, int M>
+template <int F, bool Fetch, int M>
 void add(const Tile& tile, const Activations& a, const int64_t* row, int64_t first, int64_t last,
          const uint8_t* ahead, int64_t ahead_bytes, float* out) {
   for (int p = 0; p < tile.panels; ++p, ahead += ahead_bytes, out += kPanel) {
-    if constexpr (K == Kind::int4)
+    if constexpr (kWeightFormats[F].bits == 4)
       add_int4<Fetch, M>(tile, p, a, row, first, last, ahead, first == 0, out);
-    else if constexpr (K == Kind::int8)
+    else if constexpr (kWeightFormats[F].bits == 8)
       add_int8<Fetch, M>(tile, p, a, row, first, last, ahead, first == 0, out);
     else
       add_bf16<Fetch, M>(tile, p, a, row, first, last, ahead, first == 0, out);
   }
 }
 
-template <Kind K, bool Fetch>
+template <int F, bool Fetch>
 void add_rows(int count, const Tile& tile, const Activations& a, const int64_t* row, int64_t first,
               int64_t last, const uint8_t* ahead, int64_t ahead_bytes, float* out) {
   switch (count) {
-    case 1: return add<K, Fetch, 1>(tile, a, row, first, last, ahead, ahead_bytes, out);
-    case 2: return add<K, Fetch, 2>(tile, a, row, first, last, ahead, ahead_bytes, out);
-    case 3: return add<K, Fetch, 3>(tile, a, row, first, last, ahead, ahead_bytes, out);
-    default: return add<K, Fetch, 4>(tile, a, row, first, last, ahead, ahead_bytes, out);
+    case 1: return add<F, Fetch, 1>(tile, a, row, first, last, ahead, ahead_bytes, out);
+    case 2: return add<F, Fetch, 2>(tile, a, row, first, last, ahead, ahead_bytes, out);
+    case 3: return add<F, Fetch, 3>(tile, a, row, first, last, ahead, ahead_bytes, out);
+    default: return add<F, Fetch, 4>(tile, a, row, first, last, ahead, ahead_bytes, out);
   }
 }
 
 // Goes block by block, so that each block of weights is read from the first-level cache by all
 // panels and rows but the first rows, which fetch the next block meanwhile. Parts are groups, or
 // bf16's columns.
-template <Kind K>
+template <int F>
 void multiply_parts(const Tile& tile, const Activations& a, const int32_t* rows, int count,
                     int64_t parts, int64_t columns, float* out) {
-  const int64_t step = kColumnBlock / columns, part_bytes = bytes_of(K, columns);
+  const int64_t step = kColumnBlock / columns;
+  const int64_t part_bytes = panel_bytes(kWeightFormats[F], columns);
   for (int64_t first = 0; first < parts; first += step) {
     const int64_t last = first + step < parts ? first + step : parts;
     const uint8_t* ahead = tile.weights + (first + step) * part_bytes * tile.panels;
@@ -265,25 +264,32 @@ void multiply_parts(const Tile& tile, const Activations& a, const int32_t* rows,
       for (int i = 0; i < m; ++i) row[i] = rows ? rows[start + i] : start + i;
       float* to = out + start * kTile;
       if (start == 0)
-        add_rows<K, true>(m, tile, a, row, first, last, ahead, step * part_bytes, to);
+        add_rows<F, true>(m, tile, a, row, first, last, ahead, step * part_bytes, to);
       else
-        add_rows<K, false>(m, tile, a, row, first, last, ahead, 0, to);
+        add_rows<F, false>(m, tile, a, row, first, last, ahead, 0, to);
     }
   }
 }
 
-template <bool Int4>
+template <int F>
 void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int count, float* out) {
-  multiply_parts<Int4 ? Kind::int4 : Kind::int8>(tile, a, rows, count, a.groups, a.group, out);
-  if constexpr (!Int4)
+  static constexpr WeightFormat f = kWeightFormats[F];
+  if constexpr (f.order == Order::record)
+    records::multiply<F>(tile, a, rows, count, out);
+  else if constexpr (is_float(f))
+    multiply_parts<F>(tile, a, rows, count, a.columns, 1, out);
+  else
+    multiply_parts<F>(tile, a, rows, count, a.groups, a.group, out);
+  if constexpr (f.scales == Scales::row)
     for (int r = 0; r < count; ++r)
       for (int n = 0; n < tile.panels * kPanel; ++n) out[r * kTile + n] *= tile.row_scales[n];
 }
 
-void multiply_bf16(const Tile& tile, const Activations& a, const int32_t* rows, int count,
-                   float* out) {
-  multiply_parts<Kind::bf16>(tile, a, rows, count, a.columns, 1, out);
+template <int... F>
+constexpr Multiplies multiplies(std::integer_sequence<int, F...>) {
+  return {{multiply<F>...}};
 }
+constexpr Multiplies kMultiplies = multiplies(std::make_integer_sequence<int, kFormats>{});
 
 // exp to about 2 units in the last place: exp(x) = 2^n * p(x - n ln 2), p the Taylor polynomial.
 // What is no number stays none: of two operands, the bounds return the second.

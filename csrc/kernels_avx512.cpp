@@ -5,6 +5,7 @@
 
 #include "each.h"
 #include "isa.h"
+#include "kernels_records.h"
 
 namespace moescope {
 namespace {
@@ -12,6 +13,8 @@ namespace {
 constexpr int kRows = 6;                  // 6 x 4 sums, 4 weights and a broadcast fill the registers
 constexpr int64_t kColumnBlock = 256;     // columns of a tile that stay in the first-level cache
 constexpr int64_t kPrefetch = 4096;       // bytes ahead
+constexpr WeightFormat kInt8 = kWeightFormats[format_named("int8")];
+constexpr WeightFormat kInt4 = kWeightFormats[format_named("int4")];
 
 inline __m512i broadcast(const int8_t* x) {
   int32_t four;
@@ -25,8 +28,8 @@ MOESCOPE_INLINE inline void dot(__m512i& sums, __m512i weights, __m512i x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(x));
 }
 
-void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, int zero,
-              int8_t* values, float* scales, int32_t* offsets) {
+void quantize(const float* x, int64_t columns, int64_t padded, int64_t group,
+              int8_t* values, float* scales, int32_t* sums) {
   for (int64_t start = 0, g = 0; start < padded; start += group, ++g) {
     const int64_t end = start + group < padded ? start + group : padded;
     __m512 largest = _mm512_setzero_ps();
@@ -48,16 +51,16 @@ void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, in
       _mm_storeu_si128(reinterpret_cast<__m128i*>(values + k), _mm512_cvtepi32_epi8(rounded));
     }
     scales[g] = most / 127;
-    offsets[g] = start_of_dots(zero, static_cast<uint32_t>(_mm512_reduce_add_epi32(sum)));
+    sums[g] = _mm512_reduce_add_epi32(sum);
   }
 }
 
 // Where M rows x P panels of sums start: as if no zero point had been stored with the weights.
-template <int M, int P>
+template <int Zero, int M, int P>
 MOESCOPE_INLINE inline void start(__m512i (&dots)[M][P], const Activations& a, const int64_t* row,
                                   int64_t g) {
   each<M>([&](auto m) MOESCOPE_INLINE {
-    const __m512i offset = _mm512_set1_epi32(a.offsets[row[m] * a.groups + g]);
+    const __m512i offset = _mm512_set1_epi32(start_of_dots(Zero, a.sums[row[m] * a.groups + g]));
     each<P>([&](auto p) MOESCOPE_INLINE { dots[m][p] = offset; });
   });
 }
@@ -144,7 +147,7 @@ MOESCOPE_INLINE inline void add_int8(const Tile& tile, const Activations& a, con
   Sums<M, P> sums(out);
   for (int64_t g = first; g < last; ++g) {
     __m512i dots[M][P];
-    start(dots, a, row, g);
+    start<kInt8.zero>(dots, a, row, g);
     const int64_t begin = g * a.group;
     const int64_t columns = a.columns - begin < a.group ? a.columns - begin : a.group;
     const uint8_t* w = tile.weights + begin * (P * kPanel);
@@ -180,7 +183,7 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, con
     const uint8_t* ahead = F != Fetch::none ? ahead_of(tile, chunk, distance) : nullptr;
     for (int64_t line = P * 4; line * 64 < kChunkBytes; ++line) fetch<F>(ahead, 0, line, P * 4);
     __m512i dots[M][P];
-    start(dots, a, row, g);
+    start<kInt4.zero>(dots, a, row, g);
     for (int step = 0; step < 4; ++step) {
       const uint8_t* nibbles = chunk + step * P * 64;
       __m512i panel[P];
@@ -251,34 +254,32 @@ MOESCOPE_INLINE inline void add_bf16(const Tile& tile, const Activations& a, con
   });
 }
 
-enum class Kind { int8, int4, bf16 };
-
-template <Kind K, Fetch F, int M, int P>
+template <int W, Fetch F, int M, int P>
 __attribute__((noinline)) void add(const Tile& tile, const Activations& a, const int64_t* row,
                                    int64_t first, int64_t last, int64_t distance, float* out) {
-  if constexpr (K == Kind::int4)
+  if constexpr (kWeightFormats[W].bits == 4)
     add_int4<F, M, P>(tile, a, row, first, last, distance, out);
-  else if constexpr (K == Kind::int8)
+  else if constexpr (kWeightFormats[W].bits == 8)
     add_int8<F, M, P>(tile, a, row, first, last, distance, out);
   else
     add_bf16<F, M, P>(tile, a, row, first, last, distance, out);
 }
 
-template <Kind K, Fetch F, int P>
+template <int W, Fetch F, int P>
 void add_rows(int count, const Tile& tile, const Activations& a, const int64_t* row, int64_t first,
               int64_t last, int64_t distance, float* out) {
   switch (count) {
-    case 1: return add<K, F, 1, P>(tile, a, row, first, last, distance, out);
-    case 2: return add<K, F, 2, P>(tile, a, row, first, last, distance, out);
-    case 3: return add<K, F, 3, P>(tile, a, row, first, last, distance, out);
-    case 4: return add<K, F, 4, P>(tile, a, row, first, last, distance, out);
-    case 5: return add<K, F, 5, P>(tile, a, row, first, last, distance, out);
-    default: return add<K, F, 6, P>(tile, a, row, first, last, distance, out);
+    case 1: return add<W, F, 1, P>(tile, a, row, first, last, distance, out);
+    case 2: return add<W, F, 2, P>(tile, a, row, first, last, distance, out);
+    case 3: return add<W, F, 3, P>(tile, a, row, first, last, distance, out);
+    case 4: return add<W, F, 4, P>(tile, a, row, first, last, distance, out);
+    case 5: return add<W, F, 5, P>(tile, a, row, first, last, distance, out);
+    default: return add<W, F, 6, P>(tile, a, row, first, last, distance, out);
   }
 }
 
 // Adds all rows over parts [first, last), groups or bf16's columns, of `part_bytes` each.
-template <Kind K, int P>
+template <int W, int P>
 void multiply_parts(const Tile& tile, const Activations& a, const int32_t* rows, int count,
                     int64_t parts, int64_t block, int64_t part_bytes, float* out) {
   if (count == 0) return;
@@ -297,24 +298,25 @@ void multiply_parts(const Tile& tile, const Activations& a, const int32_t* rows,
       float* to = out + start * kTile;
       const int64_t distance = block * part_bytes;
       if (turns == 1)
-        add_rows<K, Fetch::all, P>(m, tile, a, row, first, last, kPrefetch, to);
+        add_rows<W, Fetch::all, P>(m, tile, a, row, first, last, kPrefetch, to);
       else if (turn == 0)
-        add_rows<K, Fetch::one_half, P>(m, tile, a, row, first, last, distance, to);
+        add_rows<W, Fetch::one_half, P>(m, tile, a, row, first, last, distance, to);
       else if (turn == 1)
-        add_rows<K, Fetch::other_half, P>(m, tile, a, row, first, last, distance, to);
+        add_rows<W, Fetch::other_half, P>(m, tile, a, row, first, last, distance, to);
       else
-        add_rows<K, Fetch::none, P>(m, tile, a, row, first, last, distance, to);
+        add_rows<W, Fetch::none, P>(m, tile, a, row, first, last, distance, to);
     }
   }
 }
 
-template <bool Int4, int P>
+template <int W, int P>
 void multiply_panels(const Tile& tile, const Activations& a, const int32_t* rows, int count,
                      float* out) {
-  constexpr Kind kKind = Int4 ? Kind::int4 : Kind::int8;
-  const int64_t group_bytes = Int4 ? P * kPanel * (kChunk / 2 + 2) : a.group * (P * kPanel);
-  multiply_parts<kKind, P>(tile, a, rows, count, a.groups, kColumnBlock / a.group, group_bytes, out);
-  if constexpr (!Int4) {
+  static constexpr WeightFormat f = kWeightFormats[W];
+  constexpr int kGroup = is_float(f) ? 1 : f.group;
+  multiply_parts<W, P>(tile, a, rows, count, is_float(f) ? a.columns : a.groups,
+                       kColumnBlock / kGroup, P * panel_bytes(f, kGroup), out);
+  if constexpr (f.scales == Scales::row) {
     __m512 scale[P];
     for (int p = 0; p < P; ++p) scale[p] = _mm512_loadu_ps(tile.row_scales + p * kPanel);
     for (int r = 0; r < count; ++r)
@@ -325,25 +327,25 @@ void multiply_panels(const Tile& tile, const Activations& a, const int32_t* rows
   }
 }
 
-template <bool Int4>
+template <int W>
 void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int count, float* out) {
-  switch (tile.panels) {
-    case 1: return multiply_panels<Int4, 1>(tile, a, rows, count, out);
-    case 2: return multiply_panels<Int4, 2>(tile, a, rows, count, out);
-    case 3: return multiply_panels<Int4, 3>(tile, a, rows, count, out);
-    default: return multiply_panels<Int4, 4>(tile, a, rows, count, out);
+  if constexpr (kWeightFormats[W].order == Order::record) {
+    records::multiply<W>(tile, a, rows, count, out);
+  } else {
+    switch (tile.panels) {
+      case 1: return multiply_panels<W, 1>(tile, a, rows, count, out);
+      case 2: return multiply_panels<W, 2>(tile, a, rows, count, out);
+      case 3: return multiply_panels<W, 3>(tile, a, rows, count, out);
+      default: return multiply_panels<W, 4>(tile, a, rows, count, out);
+    }
   }
 }
 
-void multiply_bf16(const Tile& tile, const Activations& a, const int32_t* rows, int count,
-                   float* out) {
-  switch (tile.panels) {
-    case 1: return multiply_parts<Kind::bf16, 1>(tile, a, rows, count, a.columns, kColumnBlock, 1 * 32, out);
-    case 2: return multiply_parts<Kind::bf16, 2>(tile, a, rows, count, a.columns, kColumnBlock, 2 * 32, out);
-    case 3: return multiply_parts<Kind::bf16, 3>(tile, a, rows, count, a.columns, kColumnBlock, 3 * 32, out);
-    default: return multiply_parts<Kind::bf16, 4>(tile, a, rows, count, a.columns, kColumnBlock, 4 * 32, out);
-  }
+template <int... W>
+constexpr Multiplies multiplies(std::integer_sequence<int, W...>) {
+  return {{multiply<W>...}};
 }
+constexpr Multiplies kMultiplies = multiplies(std::make_integer_sequence<int, kFormats>{});
 
 // exp to about 2 units in the last place: exp(x) = 2^n * p(x - n ln 2), p the Taylor polynomial.
 // What is no number stays none: of two operands, the bounds return the second.
@@ -589,7 +591,7 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", quantize, multiply<false>, multiply<true>, multiply_bf16,
+const Kernels avx512_kernels = {"avx512", quantize, kMultiplies,
                                 swiglu,   axpy,     dots,            dot_rows,
                                 mix,      multiply_floats, softmax,  exponentials, log_sum_exp,
                                 rms_norm};

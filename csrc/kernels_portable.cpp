@@ -2,13 +2,19 @@
 #include <math.h>
 #include <string.h>
 
+#include <utility>
+
 #include "isa.h"
+#include "records.h"
 
 namespace moescope {
 namespace {
 
-void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, int zero,
-              int8_t* values, float* scales, int32_t* offsets) {
+constexpr WeightFormat kInt8 = kWeightFormats[format_named("int8")];
+constexpr WeightFormat kInt4 = kWeightFormats[format_named("int4")];
+
+void quantize(const float* x, int64_t columns, int64_t padded, int64_t group,
+              int8_t* values, float* scales, int32_t* sums) {
   for (int64_t start = 0, g = 0; start < padded; start += group, ++g) {
     const int64_t end = start + group < padded ? start + group : padded;
     const int64_t filled = end < columns ? end : columns;
@@ -23,7 +29,7 @@ void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, in
       sum += static_cast<uint32_t>(rounded);
     }
     scales[g] = largest / 127;
-    offsets[g] = start_of_dots(zero, sum);
+    sums[g] = static_cast<int32_t>(sum);
   }
 }
 
@@ -36,7 +42,7 @@ void multiply_int8(const Tile& tile, const Activations& a, const int32_t* rows, 
     memset(sums, 0, kTile * sizeof(float));
     for (int64_t g = 0; g < a.groups; ++g) {
       int32_t dots[kTile];
-      for (int n = 0; n < width; ++n) dots[n] = a.offsets[row * a.groups + g];
+      for (int n = 0; n < width; ++n) dots[n] = start_of_dots(kInt8.zero, a.sums[row * a.groups + g]);
       const int64_t start = g * a.group;
       const int64_t end = start + a.group < a.columns ? start + a.group : a.columns;
       for (int64_t k = start; k < end; k += 4) {
@@ -53,13 +59,6 @@ void multiply_int8(const Tile& tile, const Activations& a, const int32_t* rows, 
   }
 }
 
-float from_bf16(uint16_t bits) {
-  const uint32_t wide = static_cast<uint32_t>(bits) << 16;
-  float value;
-  memcpy(&value, &wide, sizeof value);
-  return value;
-}
-
 void multiply_int4(const Tile& tile, const Activations& a, const int32_t* rows, int count,
                    float* out) {
   const int width = tile.panels * kPanel;
@@ -70,7 +69,7 @@ void multiply_int4(const Tile& tile, const Activations& a, const int32_t* rows, 
     memset(sums, 0, kTile * sizeof(float));
     for (int64_t g = 0; g < a.groups; ++g) {
       int32_t dots[kTile];
-      for (int n = 0; n < width; ++n) dots[n] = a.offsets[row * a.groups + g];
+      for (int n = 0; n < width; ++n) dots[n] = start_of_dots(kInt4.zero, a.sums[row * a.groups + g]);
       const uint8_t* chunk = tile.weights + g * chunk_bytes;
       for (int step = 0; step < 4; ++step) {
         const int8_t* x = a.values + row * a.columns + g * kChunk + step * 4;
@@ -83,7 +82,7 @@ void multiply_int4(const Tile& tile, const Activations& a, const int32_t* rows, 
       for (int n = 0; n < width; ++n) {
         uint16_t bits;
         memcpy(&bits, chunk + width * 16 + 2 * n, sizeof bits);
-        sums[n] += scale * from_bf16(bits) * static_cast<float>(dots[n]);
+        sums[n] += scale * float_of_bf16(bits) * static_cast<float>(dots[n]);
       }
     }
   }
@@ -100,10 +99,105 @@ void multiply_bf16(const Tile& tile, const Activations& a, const int32_t* rows, 
       for (int n = 0; n < width; ++n) {
         uint16_t pair[2];
         memcpy(pair, tile.weights + (k / 2 * width + n) * 4, sizeof pair);
-        sums[n] += from_bf16(pair[0]) * x[k] + from_bf16(pair[1]) * x[k + 1];
+        sums[n] += float_of_bf16(pair[0]) * x[k] + float_of_bf16(pair[1]) * x[k + 1];
       }
   }
 }
+
+// Values of a record, integers without their zero: [columns / 4][16 outputs][4 columns].
+template <int F>
+void spread(const uint8_t* record, int64_t columns, int16_t* values) {
+  static constexpr WeightFormat f = kWeightFormats[F];
+  for (int64_t k = 0; k < columns; k += 4, values += 4 * kPanel) {
+    const uint8_t* chunk = record + k / kChunk * chunk_bytes(f);
+    const int step = static_cast<int>(k % kChunk / 4);
+    const uint8_t* low = chunk + (f.bits == 8 ? step : step % 4) * 64;
+    const int shift = f.bits == 8 || step < 4 ? 0 : 4, mask = f.bits == 8 ? 255 : 15;
+    for (int i = 0; i < 4 * kPanel; ++i)
+      values[i] = static_cast<int16_t>(low[i] >> shift & mask);
+    if constexpr (f.bits > 4 && f.bits < 8) {
+      constexpr int kUpper = f.bits - 4, kPerByte = 8 / kUpper;
+      for (int half = 0; half < 2; ++half) {
+        const uint8_t* upper = chunk + upper_at(half, kUpper) + step / kPerByte * 32;
+        for (int i = 0; i < 32; ++i)
+          values[half * 32 + i] = static_cast<int16_t>(
+              values[half * 32 + i] |
+              (upper[i] >> step % kPerByte * kUpper & ((1 << kUpper) - 1)) << 4);
+      }
+    }
+    for (int i = 0; i < 4 * kPanel; ++i)
+      values[i] = static_cast<int16_t>(integer_of(f, values[i]));
+  }
+}
+
+// Adds one row's products with the columns of a record.
+template <int F>
+void add_integers(const uint8_t* record, const int16_t* values, int64_t columns,
+                  const Activations& a, int64_t row, int64_t first_column, float* out) {
+  static constexpr WeightFormat f = kWeightFormats[F];
+  for (int64_t g = 0; g < columns / f.group; ++g) {
+    int32_t dots[kPanel] = {};
+    for (int64_t k = g * f.group; k < (g + 1) * f.group; k += 4) {
+      const int8_t* x = a.values + row * a.columns + first_column + k;
+      const int16_t* w = values + k * kPanel;
+      for (int n = 0; n < kPanel; ++n)
+        dots[n] += w[4 * n] * x[0] + w[4 * n + 1] * x[1] + w[4 * n + 2] * x[2] + w[4 * n + 3] * x[3];
+    }
+    const int64_t at = row * a.groups + first_column / f.group + g;
+    for (int n = 0; n < kPanel; ++n)
+      out[n] += a.scales[at] * (scale_of(f, record, columns, g, n) * static_cast<float>(dots[n]) +
+                                minimum_of(f, record, columns, g, n) *
+                                    static_cast<float>(a.sums[at]));
+  }
+}
+
+template <int F>
+void add_floats(const uint8_t* record, int64_t columns, const float* x, float* out) {
+  for (int64_t k = 0; k < columns; ++k)
+    for (int n = 0; n < kPanel; ++n) out[n] += float_at(kWeightFormats[F], record, k, n) * x[k];
+}
+
+template <int F>
+void multiply_records(const Tile& tile, const Activations& a, const int32_t* rows, int count,
+                      float* out) {
+  static constexpr WeightFormat f = kWeightFormats[F];
+  memset(out, 0, count * kTile * sizeof(float));
+  for (int64_t first = 0; first < a.columns; first += kRecord) {
+    const int64_t columns = a.columns - first < kRecord ? a.columns - first : kRecord;
+    const uint8_t* record = tile.weights + panel_bytes(f, first) * tile.panels;
+    for (int p = 0; p < tile.panels; ++p, record += panel_bytes(f, columns)) {
+      int16_t values[kRecord * kPanel];
+      if constexpr (!is_float(f)) spread<F>(record, columns, values);
+      for (int r = 0; r < count; ++r) {
+        const int64_t row = rows ? rows[r] : r;
+        float* to = out + r * kTile + p * kPanel;
+        if constexpr (is_float(f))
+          add_floats<F>(record, columns, a.numbers + row * a.columns + first, to);
+        else
+          add_integers<F>(record, values, columns, a, row, first, to);
+      }
+    }
+  }
+}
+
+template <int F>
+void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int count, float* out) {
+  static constexpr WeightFormat f = kWeightFormats[F];
+  if constexpr (f.order == Order::record)
+    multiply_records<F>(tile, a, rows, count, out);
+  else if constexpr (f.bits == 8)
+    multiply_int8(tile, a, rows, count, out);
+  else if constexpr (f.bits == 4)
+    multiply_int4(tile, a, rows, count, out);
+  else
+    multiply_bf16(tile, a, rows, count, out);
+}
+
+template <int... F>
+constexpr Multiplies multiplies(std::integer_sequence<int, F...>) {
+  return {{multiply<F>...}};
+}
+constexpr Multiplies kMultiplies = multiplies(std::make_integer_sequence<int, kFormats>{});
 
 void swiglu(float* gate, const float* up, int64_t n) {
   for (int64_t i = 0; i < n; ++i) gate[i] = gate[i] / (1 + expf(-gate[i])) * up[i];
@@ -181,7 +275,7 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
 
 }  // namespace
 
-const Kernels portable_kernels = {"portable", quantize, multiply_int8, multiply_int4, multiply_bf16,
+const Kernels portable_kernels = {"portable", quantize, kMultiplies,
                                   swiglu,     axpy,     dots,          dot_rows,
                                   mix,        multiply_floats, softmax, exponentials, log_sum_exp, rms_norm};
 

@@ -15,7 +15,7 @@ void multiply_vector(const Weights& weights, int64_t matrix, const float* x, Qua
   rounded.set_row(0, x);
   alignas(64) float product[kTile];
   for (int64_t tile = 0; tile < weights.tiles(); ++tile) {
-    weights.multiply(matrix, tile, rounded.view(), nullptr, 1, product);
+    weights.multiply(matrix, tile, rounded, nullptr, 1, product);
     const int64_t start = tile * kTile;
     std::copy_n(product, std::min<int64_t>(kTile, weights.outputs() - start), out + start);
   }
@@ -82,7 +82,7 @@ void ExpandedAttention::forward(const float* queries, int64_t seq, const int64_t
     for (int64_t slot = first; slot < last; ++slot) rows[slot - first] = static_cast<int32_t>(slot);
     alignas(64) float product[kRowBlock * kTile];
     for (int64_t tile = 0; tile < expand->tiles(); ++tile) {
-      expand->multiply(head, tile, rounded.view(), rows, static_cast<int>(last - first), product);
+      expand->multiply(head, tile, rounded, rows, static_cast<int>(last - first), product);
       const int64_t start = tile * kTile, end = std::min(start + kTile, expand->outputs());
       for (int64_t n = start; n < std::min(end, nope); ++n)
         for (int64_t slot = first; slot < last; ++slot)
@@ -114,14 +114,15 @@ void LatentAttention::forward(float* x, const Tokens& tokens, const Slots& laten
   float* compressed = caller_compressed.data();  // (rows, seq, rank + rope)
   float* mixed = caller_mixed.data();            // (rows, seq, heads, v_head_dim)
 
-  round_normed(input_norm, *latent.weights, x, count, rounded);
+  const Weights& first = query_down.weights ? *query_down.weights : *query.weights;
+  round_normed(input_norm, {&first, latent.weights.get()}, x, count, rounded);
   if (query_down.weights) {
     grow(caller_down, count * query_down.weights->outputs());
-    multiply_all({query_down.to(caller_down.data()), latent.to(compressed)}, rounded.view(), count);
-    round_normed(query_norm, *query.weights, caller_down.data(), count, rounded);
-    multiply_all({query.to(queries)}, rounded.view(), count);
+    multiply_all({query_down.to(caller_down.data()), latent.to(compressed)}, rounded, count);
+    round_normed(query_norm, {query.weights.get()}, caller_down.data(), count, rounded);
+    multiply_all({query.to(queries)}, rounded, count);
   } else {
-    multiply_all({query.to(queries), latent.to(compressed)}, rounded.view(), count);
+    multiply_all({query.to(queries), latent.to(compressed)}, rounded, count);
   }
 
   parallel_rows(count, [&](int64_t first, int64_t last) {
@@ -158,7 +159,7 @@ void LatentAttention::forward(float* x, const Tokens& tokens, const Slots& laten
     for (int64_t token = first; token < last; ++token)
       rounded.set_row(token, mixed + token * heads * value);
   });
-  multiply_all({output.add_to(x, residual_multiplier)}, rounded.view(), count);
+  multiply_all({output.add_to(x, residual_multiplier)}, rounded, count);
 }
 
 }  // namespace moescope

@@ -40,9 +40,9 @@ void rotate(const float* x, const float* cosine, const float* sine, int64_t widt
   }
 }
 
-void round_normed(const Norm& norm, const Weights& weights, const float* x, int64_t rows,
-                  QuantizedRows& rounded) {
-  rounded.resize(weights, rows);
+void round_normed(const Norm& norm, std::initializer_list<const Weights*> readers, const float* x,
+                  int64_t rows, QuantizedRows& rounded) {
+  rounded.resize(readers, rows);
   parallel_rows(rows, [&](int64_t first, int64_t last) {
     static thread_local std::vector<float> normed;
     grow(normed, norm.width());

@@ -13,7 +13,7 @@ int64_t weight_bytes_read() { return bytes_read.load(std::memory_order_relaxed);
 
 void count_weight_bytes(int64_t bytes) { bytes_read.fetch_add(bytes, std::memory_order_relaxed); }
 
-void multiply_all(const std::vector<Product>& products, const Activations& activations,
+void multiply_all(const std::vector<Product>& products, const QuantizedRows& activations,
                   int64_t rows) {
   const int64_t blocks = (rows + kRowBlock - 1) / kRowBlock;
   std::vector<int64_t> first_task(1, 0);
@@ -71,7 +71,7 @@ void linear(const Weights& weights, const float* x, int64_t rows, const float* b
   parallel_rows(rows, [&](int64_t first, int64_t last) {
     for (int64_t row = first; row < last; ++row) quantized.set_row(row, x + row * columns);
   });
-  multiply_all({{&weights, bias, out}}, quantized.view(), rows);
+  multiply_all({{&weights, bias, out}}, quantized, rows);
 }
 
 }  // namespace moescope

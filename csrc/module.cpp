@@ -52,14 +52,8 @@ bool has_shape(const Array& array, std::initializer_list<int64_t> shape) {
   return true;
 }
 
-Format format_of(const std::string& name) {
-  require(name == "int8" || name == "int4" || name == "bf16",
-          "the format must be int8, int4 or bf16");
-  return name == "int8" ? Format::int8 : name == "int4" ? Format::int4 : Format::bf16;
-}
-
 SharedWeights pack(const Matrices& matrices, const std::string& format) {
-  const Format kind = format_of(format);
+  const int kind = format_of(format);
   const nb::dlpack::dtype type = matrices.dtype();
   const bool bf16 = type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat);
   const bool f32 = type == nb::dtype<float>();
@@ -83,6 +77,17 @@ void quantize_blocks(const Floats<2>& rows, const std::string& name,
   quantize(type, rows.data(), count, columns, out.data());
 }
 
+SharedWeights pack_blocks(const Bytes& blocks, const std::string& type, int64_t matrices,
+                          int64_t outputs, int64_t columns) {
+  const GgufType& of = gguf_type(type);
+  require(matrices > 0 && outputs > 0 && columns > 0 && columns % of.columns == 0 &&
+              static_cast<int64_t>(blocks.size()) ==
+                  matrices * outputs * (columns / of.columns) * of.bytes,
+          "blocks of this shape are not of this size");
+  nb::gil_scoped_release unlocked;
+  return std::make_shared<Weights>(of, matrices, outputs, columns, blocks.data());
+}
+
 uint64_t checksum_of(const Bytes& data) {
   nb::gil_scoped_release unlocked;
   return checksum(data.data(), data.size());
@@ -96,7 +101,7 @@ uint64_t read_bytes(int descriptor, uint64_t offset, const MutableBytes& out) {
 std::pair<SharedWeights, uint64_t> read_weights(int descriptor, uint64_t offset, uint64_t bytes,
                                                 const std::string& format, int64_t matrices,
                                                 int64_t outputs, int64_t columns) {
-  const Format kind = format_of(format);
+  const int kind = format_of(format);
   require(matrices > 0 && outputs > 0 && columns > 0, "there are no weights");
   nb::gil_scoped_release unlocked;
   const auto weights = std::make_shared<Weights>(kind, matrices, outputs, columns);
@@ -111,7 +116,7 @@ std::pair<SharedWeights, uint64_t> read_weights(int descriptor, uint64_t offset,
 SharedWeights stream_weights(int descriptor, uint64_t offset, uint64_t bytes,
                              const std::string& format, int64_t matrices, int64_t outputs,
                              int64_t columns) {
-  const Format kind = format_of(format);
+  const int kind = format_of(format);
   require(matrices > 0 && outputs > 0 && columns > 0, "there are no weights");
   nb::gil_scoped_release unlocked;
   const auto weights = std::make_shared<Weights>(kind, matrices, outputs, columns);
@@ -248,7 +253,6 @@ std::shared_ptr<LatentAttention> make_latent_attention(
               has_shape(latent_norm, {rank}) && expand->matrices() == heads &&
               expand->outputs() == nope + value && expand->columns() == rank &&
               output->outputs() == hidden && output->columns() == heads * value &&
-              (low_rank ? *query_down : *query).takes_rows_of(*latent) &&
               (!query_down_bias || has_shape(*query_down_bias, {query->columns()})) &&
               (!latent_bias || has_shape(*latent_bias, {rank + rope})) &&
               (!output_bias || has_shape(*output_bias, {hidden})),
@@ -289,8 +293,7 @@ std::shared_ptr<GroupedAttention> make_grouped_attention(
   require(rope > 0 && rope % 2 == 0 && rope <= width && query->columns() == hidden && key->columns() == hidden &&
               value->columns() == hidden && key->outputs() == kv_heads * width &&
               value->outputs() == kv_heads * width && output->columns() == heads * width &&
-              output->outputs() == hidden && query->takes_rows_of(*key) &&
-              query->takes_rows_of(*value) &&
+              output->outputs() == hidden &&
               (!query_bias || has_shape(*query_bias, {query->outputs()})) &&
               (!key_bias || has_shape(*key_bias, {key->outputs()})) &&
               (!value_bias || has_shape(*value_bias, {value->outputs()})) &&
@@ -543,6 +546,7 @@ NB_MODULE(_native, m) {
       .def("linear", &apply_linear, "x"_a, "bias"_a.none(), "out"_a);
   m.def("pack", &pack, "matrices"_a, "format"_a);
   m.def("quantize_blocks", &quantize_blocks, "rows"_a, "type"_a, "out"_a);
+  m.def("pack_blocks", &pack_blocks, "blocks"_a, "type"_a, "matrices"_a, "outputs"_a, "columns"_a);
   m.def("layout", &Weights::layout);
   m.def("checksum", &checksum_of, "data"_a);
   m.def("read_bytes", &read_bytes, "descriptor"_a, "offset"_a, "out"_a);

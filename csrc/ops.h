@@ -24,8 +24,9 @@ struct Product {
   float factor = 1;
 };
 
-// Several products of the same rows with matrices of one format, in one parallel round.
-void multiply_all(const std::vector<Product>& products, const Activations& activations,
+// Several products of the same rows, in one parallel round; `activations` were made ready for all of
+// the matrices.
+void multiply_all(const std::vector<Product>& products, const QuantizedRows& activations,
                   int64_t rows);
 
 // out (rows, matrices * outputs) = x (rows, columns) times the transposed matrices, plus `bias`
@@ -137,9 +138,9 @@ struct Tokens {
 void rotate(const float* x, const float* cosine, const float* sine, int64_t width, bool interleave,
             float* out);
 
-// rounded = norm(x) for all rows.
-void round_normed(const Norm& norm, const Weights& weights, const float* x, int64_t rows,
-                  QuantizedRows& rounded);
+// rounded = norm(x) for all rows, as all of the readers want it.
+void round_normed(const Norm& norm, std::initializer_list<const Weights*> readers, const float* x,
+                  int64_t rows, QuantizedRows& rounded);
 
 // x (rows, seq, hidden) += `residual_multiplier` times attention of norm(x), which stores keys and
 // values in the cache.

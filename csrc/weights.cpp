@@ -3,39 +3,39 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <stdexcept>
 
 #include "expert_memory.h"
 #include "numbers.h"
 #include "pool.h"
+#include "records.h"
 
 namespace moescope {
 namespace {
 
 constexpr int kInt4ChunkBytes = kPanel * (kChunk / 2 + 2);  // of one panel
 
-int64_t padded_row_bytes(Format format, int64_t padded) {
-  switch (format) {
-    case Format::int8: return padded;
-    case Format::int4: return padded / kChunk * kInt4ChunkBytes / kPanel;
-    default: return 2 * padded;
-  }
-}
-
-int64_t scale_bytes(Format format, int64_t padded_outputs) {
-  return format == Format::int8 ? padded_outputs * static_cast<int64_t>(sizeof(float)) : 0;
-}
-
-float as_float(uint16_t bf16) {
-  const uint32_t bits = static_cast<uint32_t>(bf16) << 16;
-  float value;
-  std::memcpy(&value, &bits, sizeof value);
-  return value;
+int64_t scale_bytes_behind(const WeightFormat& format, int64_t padded_outputs) {
+  return format.scales == Scales::row ? padded_outputs * static_cast<int64_t>(sizeof(float)) : 0;
 }
 
 uint16_t to_bf16(float value) {  // to nearest, ties to even; for finite values
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
   return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
+uint16_t to_f16(float value) {  // to nearest, ties to even; what is too large becomes infinite
+  uint32_t bits;
+  std::memcpy(&bits, &value, sizeof bits);
+  const uint32_t sign = bits >> 16 & 0x8000, size = bits & 0x7fffffff;
+  if (size > 0x7f800000) return static_cast<uint16_t>(sign | 0x7e00);
+  if (size >= 0x477ff000) return static_cast<uint16_t>(sign | 0x7c00);
+  if (size < 0x38800000) {  // below the smallest normal number: steps of 2^-24
+    const float steps = std::nearbyint(std::fabs(value) * 16777216.0f);
+    return static_cast<uint16_t>(sign | static_cast<uint32_t>(steps));
+  }
+  return static_cast<uint16_t>(sign | (size - 0x38000000 + 0xfff + (size >> 13 & 1)) >> 13);
 }
 
 // Nearest integer, ties to even, of a magnitude below 2^22; unlike rint it is vectorised anywhere.
@@ -53,7 +53,7 @@ void read_row(const Source& source, int64_t matrix, int64_t row, int64_t columns
     return;
   }
   const uint16_t* from = static_cast<const uint16_t*>(source.data) + at;
-  for (int64_t k = 0; k < columns; ++k) out[k] = as_float(from[k]);
+  for (int64_t k = 0; k < columns; ++k) out[k] = float_of_bf16(from[k]);
 }
 
 float largest_magnitude(const float* x, int64_t n) {
@@ -90,25 +90,48 @@ uint16_t search_int4_scale(const float* x) {
 
 }  // namespace
 
-Weights::Weights(Format format, int64_t matrices, int64_t outputs, int64_t columns)
+int format_of(const std::string& name) {
+  const int format = format_named(name.c_str());
+  if (format >= 0) return format;
+  std::string names;
+  for (const WeightFormat& known : kWeightFormats)
+    names += (names.empty() ? "" : ", ") + std::string(known.name);
+  throw std::invalid_argument("the format is '" + name + "'; it must be one of " + names);
+}
+
+Weights::Weights(int format, int64_t matrices, int64_t outputs, int64_t columns)
     : format_(format),
       matrices_(matrices),
       outputs_(outputs),
       columns_(columns),
-      padded_(round_up(columns, kChunk)),
+      padded_(round_up(columns, has_super_scale(kWeightFormats[format]) ? kRecord : kChunk)),
       padded_outputs_(round_up(outputs, kPanel)),
-      matrix_bytes_(round_up(padded_outputs_ * padded_row_bytes(format, padded_), 64)),
-      packed_(matrices * (matrix_bytes_ + scale_bytes(format, padded_outputs_))) {}
+      matrix_bytes_(
+          round_up(padded_outputs_ / kPanel * panel_bytes(kWeightFormats[format], padded_), 64)),
+      packed_(matrices *
+              (matrix_bytes_ + scale_bytes_behind(kWeightFormats[format], padded_outputs_))) {}
 
 Weights::~Weights() {
   if (packed_.is_streamed()) expert_memory().forget(this);
 }
 
-Weights::Weights(Format format, int64_t matrices, int64_t outputs, int64_t columns,
+Weights::Weights(int format, int64_t matrices, int64_t outputs, int64_t columns,
                  const Source& source)
     : Weights(format, matrices, outputs, columns) {
+  const Scales scales = this->format().scales;
+  if (scales != Scales::none && scales != Scales::row && scales != Scales::bf16)
+    throw std::invalid_argument(std::string(this->format().name) + " is made of blocks only");
   parallel(matrices * tiles(),
            [&](int64_t task) { pack_tile(task / tiles(), task % tiles(), source); });
+}
+
+Weights::Weights(const GgufType& type, int64_t matrices, int64_t outputs, int64_t columns,
+                 const uint8_t* blocks)
+    : Weights(format_named(type.format), matrices, outputs, columns) {
+  if (columns % type.columns != 0)
+    throw std::invalid_argument("the columns are no multiple of a block's");
+  parallel(matrices * tiles(),
+           [&](int64_t task) { pack_blocks(task / tiles(), task % tiles(), type, blocks); });
 }
 
 const char* Weights::layout() { return MOESCOPE_LAYOUT; }
@@ -116,29 +139,77 @@ const char* Weights::layout() { return MOESCOPE_LAYOUT; }
 Tile Weights::tile(int64_t matrix, int64_t index) const {
   const int64_t first = index * kTile;
   const uint8_t* all_scales = packed_.data() + matrices_ * matrix_bytes_;
-  const float* scales = format_ == Format::int8 ? reinterpret_cast<const float*>(all_scales) +
-                                                      matrix * padded_outputs_ + first
-                                                : nullptr;
-  const int64_t width = std::min<int64_t>(kTile, padded_outputs_ - first);
-  const int64_t row_bytes = padded_row_bytes(format_, padded_);
-  const uint8_t* begin = packed_.data() + matrix * matrix_bytes_ + first * row_bytes;
-  const uint8_t* end = begin + width * row_bytes;
-  return {begin, scales, static_cast<int>(width / kPanel), end, end};
+  const float* scales = format().scales == Scales::row
+                            ? reinterpret_cast<const float*>(all_scales) +
+                                  matrix * padded_outputs_ + first
+                            : nullptr;
+  const int64_t panels = std::min<int64_t>(kPanels, (padded_outputs_ - first) / kPanel);
+  const int64_t bytes = panel_bytes(format(), padded_);
+  const uint8_t* begin = packed_.data() + matrix * matrix_bytes_ + first / kPanel * bytes;
+  const uint8_t* end = begin + panels * bytes;
+  return {begin, scales, static_cast<int>(panels), end, end};
 }
 
-void Weights::multiply(int64_t matrix, int64_t index, const Activations& activations,
+void Weights::multiply(int64_t matrix, int64_t index, const QuantizedRows& activations,
                        const int32_t* rows, int count, float* out, const uint8_t* next) const {
-  const Kernels& k = kernels();
   Tile at = tile(matrix, index);
   if (next != nullptr) at.next = next;
-  switch (format_) {
-    case Format::int8: return k.multiply_int8(at, activations, rows, count, out);
-    case Format::int4: return k.multiply_int4(at, activations, rows, count, out);
-    default: return k.multiply_bf16(at, activations, rows, count, out);
+  kernels().multiply.of[format_](at, activations.view(format()), rows, count, out);
+}
+
+const uint8_t* Weights::record(const Tile& from, int64_t output, int64_t index) const {
+  const int64_t left = padded_ - index * kRecord;
+  return from.weights + panel_bytes(format(), index * kRecord) * from.panels +
+         output / kPanel * panel_bytes(format(), std::min<int64_t>(left, kRecord));
+}
+
+void Weights::pack_blocks(int64_t matrix, int64_t index, const GgufType& type,
+                          const uint8_t* blocks) {
+  const WeightFormat& f = format();
+  const Tile target = tile(matrix, index);
+  const int64_t row_bytes = columns_ / type.columns * type.bytes;
+  const int64_t width = std::min<int64_t>(kTile, outputs_ - index * kTile);
+  const int64_t group_bytes = scale_bytes(f);
+  for (int64_t output = 0; output < width; ++output) {
+    const uint8_t* row = blocks + (matrix * outputs_ + index * kTile + output) * row_bytes;
+    const int n = static_cast<int>(output % kPanel);
+    if (type.read == nullptr) {
+      for (int64_t k = 0; k < columns_; ++k)
+        std::memcpy(number(target, output, k), row + k * type.bytes, type.bytes);
+      continue;
+    }
+    for (int64_t start = 0; start < columns_; start += type.columns, row += type.bytes) {
+      Block block;
+      type.read(row, block);
+      const int64_t columns = std::min<int64_t>(kRecord, padded_ - start / kRecord * kRecord);
+      uint8_t* to = const_cast<uint8_t*>(record(target, output, start / kRecord));
+      const int64_t first = start % kRecord;
+      for (int k = 0; k < type.columns; ++k) store_value(f, to, first + k, n, block.values[k]);
+      for (int g = 0; g < type.columns / f.group; ++g) {
+        const int64_t at = ((first / f.group + g) * kPanel + n) * group_bytes;
+        std::memcpy(to + value_bytes(f, columns) + at, block.scales + g * group_bytes, group_bytes);
+        if (f.minimum)
+          std::memcpy(to + minimums_at(f, columns) + at, block.minimums + g * group_bytes,
+                      group_bytes);
+      }
+      if (!has_super_scale(f)) continue;
+      uint8_t* super = to + super_at(f, columns) + 2 * n;
+      std::memcpy(super, &block.super_scale, 2);
+      if (f.minimum) std::memcpy(super + 2 * kPanel, &block.super_minimum, 2);
+    }
   }
 }
 
+uint8_t* Weights::number(const Tile& of, int64_t output, int64_t k) const {
+  const int64_t bytes = format().bits / 8, n = output % kPanel;
+  if (format().order == Order::tile)
+    return const_cast<uint8_t*>(of.weights) +
+           ((k / 2 * of.panels * kPanel + output) * 2 + k % 2) * bytes;
+  return const_cast<uint8_t*>(record(of, output, k / kRecord)) + (k % kRecord * kPanel + n) * bytes;
+}
+
 void Weights::pack_tile(int64_t matrix, int64_t index, const Source& source) {
+  const WeightFormat& f = format();
   const Tile target = tile(matrix, index);
   uint8_t* bytes = const_cast<uint8_t*>(target.weights);
   float* scales = const_cast<float*>(target.row_scales);
@@ -150,30 +221,34 @@ void Weights::pack_tile(int64_t matrix, int64_t index, const Source& source) {
       read_row(source, matrix, index * kTile + n, columns_, row.data());
     else
       std::fill(row.begin(), row.end(), 0.0f);
-    if (format_ == Format::bf16) {
+    if (is_float(f)) {
       for (int64_t k = 0; k < padded_; ++k) {
-        const uint16_t bits = to_bf16(row[k]);
-        std::memcpy(bytes + (k / 2 * width + n) * 4 + k % 2 * 2, &bits, sizeof bits);
+        uint8_t* to = number(target, n, k);
+        const uint16_t bits = f.values == Values::f16 ? to_f16(row[k]) : to_bf16(row[k]);
+        if (f.values == Values::f32)
+          std::memcpy(to, &row[k], sizeof(float));
+        else
+          std::memcpy(to, &bits, sizeof bits);
       }
       continue;
     }
-    if (format_ == Format::int8) {
+    if (f.scales == Scales::row) {
       const float scale = std::max(largest_magnitude(row.data(), columns_), 1e-30f) / 127;
       scales[n] = scale;
       for (int64_t k = 0; k < padded_; ++k) {
         const float q = clamp(nearest(row[k] / scale), -127, 127);
-        bytes[(k / 4 * width + n) * 4 + k % 4] = static_cast<uint8_t>(q + kInt8Zero);
+        bytes[(k / 4 * width + n) * 4 + k % 4] = static_cast<uint8_t>(static_cast<int>(q) + f.zero);
       }
       continue;
     }
     for (int64_t start = 0; start < padded_; start += kChunk) {
       uint8_t* chunk = bytes + start / kChunk * (target.panels * kInt4ChunkBytes);
       const uint16_t bits = search_int4_scale(row.data() + start);
-      const float scale = as_float(bits);
+      const float scale = float_of_bf16(bits);
       uint8_t nibbles[kChunk];
       for (int k = 0; k < kChunk; ++k) {
         const float q = scale != 0 ? clamp(nearest(row[start + k] / scale), -8, 7) : 0;
-        nibbles[k] = static_cast<uint8_t>(q + kInt4Zero);
+        nibbles[k] = static_cast<uint8_t>(static_cast<int>(q) + f.zero);
       }
       for (int k = 0; k < kChunk / 2; ++k)
         chunk[(k / 4 * width + n) * 4 + k % 4] = nibbles[k] | nibbles[k + kChunk / 2] << 4;
@@ -182,66 +257,80 @@ void Weights::pack_tile(int64_t matrix, int64_t index, const Source& source) {
   }
 }
 
-void Weights::unpack(float* out) const {
-  for (int64_t matrix = 0; matrix < matrices_; ++matrix)
-    for (int64_t n = 0; n < outputs_; ++n, out += columns_) {
-      const Tile from = tile(matrix, n / kTile);
-      const int64_t width = from.panels * kPanel, at = n % kTile;
-      for (int64_t k = 0; k < columns_; ++k) {
-        if (format_ == Format::bf16) {
-          uint16_t bits;
-          std::memcpy(&bits, from.weights + (k / 2 * width + at) * 4 + k % 2 * 2, sizeof bits);
-          out[k] = as_float(bits);
-          continue;
-        }
-        if (format_ == Format::int8) {
-          const int q = from.weights[(k / 4 * width + at) * 4 + k % 4] - kInt8Zero;
-          out[k] = static_cast<float>(q) * from.row_scales[at];
-          continue;
-        }
-        const uint8_t* chunk = from.weights + k / kChunk * (from.panels * kInt4ChunkBytes);
-        const int64_t inside = k % (kChunk / 2);
-        const uint8_t both = chunk[(inside / 4 * width + at) * 4 + inside % 4];
-        const int q = (k % kChunk < kChunk / 2 ? both & 15 : both >> 4) - kInt4Zero;
-        uint16_t bits;
-        std::memcpy(&bits, chunk + width * (kChunk / 2) + 2 * at, sizeof bits);
-        out[k] = static_cast<float>(q) * as_float(bits);
-      }
-    }
+float Weights::weight(const Tile& from, int64_t output, int64_t k) const {
+  const WeightFormat& f = format();
+  const int64_t width = from.panels * kPanel;
+  if (f.values == Values::bf16) return float_of_bf16(u16_at(number(from, output, k)));
+  if (f.order == Order::record)
+    return weight_at(f, record(from, output, k / kRecord),
+                     std::min<int64_t>(kRecord, padded_ - k / kRecord * kRecord), k % kRecord,
+                     static_cast<int>(output % kPanel));
+  if (f.scales == Scales::row) {
+    const int q = from.weights[(k / 4 * width + output) * 4 + k % 4] - f.zero;
+    return static_cast<float>(q) * from.row_scales[output];
+  }
+  const uint8_t* chunk = from.weights + k / kChunk * (from.panels * kInt4ChunkBytes);
+  const int64_t inside = k % (kChunk / 2);
+  const uint8_t both = chunk[(inside / 4 * width + output) * 4 + inside % 4];
+  const int q = (k % kChunk < kChunk / 2 ? both & 15 : both >> 4) - f.zero;
+  return static_cast<float>(q) * float_of_bf16(u16_at(chunk + width * (kChunk / 2) + 2 * output));
 }
 
-void QuantizedRows::resize(const Weights& weights, int64_t rows) {
-  real_columns_ = weights.columns();
-  columns_ = weights.padded_columns();
-  group_ = weights.group();
-  groups_ = (columns_ + group_ - 1) / group_;
-  zero_ = weights.zero();
-  floats_ = weights.takes_floats();
+void Weights::unpack(float* out) const {
+  parallel(matrices_ * tiles(), [&](int64_t task) {
+    const int64_t matrix = task / tiles(), first = task % tiles() * kTile;
+    const Tile from = tile(matrix, task % tiles());
+    for (int64_t n = 0; n < std::min<int64_t>(kTile, outputs_ - first); ++n)
+      for (int64_t k = 0; k < columns_; ++k)
+        out[(matrix * outputs_ + first + n) * columns_ + k] = weight(from, n, k);
+  });
+}
+
+void QuantizedRows::resize(std::initializer_list<const Weights*> readers, int64_t rows) {
+  real_columns_ = (*readers.begin())->columns();
+  columns_ = (*readers.begin())->padded_columns();
+  wants_numbers_ = false;
+  for (Rounded& rounded : rounded_) rounded.wanted = false;
   const auto grow = [](auto& held, int64_t size) {
     if (static_cast<int64_t>(held.size()) < size) held.resize(size);
   };
-  if (floats_) return grow(numbers_, rows * columns_);
-  grow(values_, rows * columns_);
-  grow(scales_, rows * groups_);
-  grow(offsets_, rows * groups_);
+  for (const Weights* reader : readers) {
+    if (is_float(reader->format())) wants_numbers_ = true;
+    for (Rounded& rounded : rounded_)
+      if (rounded.group == reader->format().group) rounded.wanted = true;
+  }
+  if (wants_numbers_) grow(numbers_, rows * columns_);
+  for (Rounded& rounded : rounded_) {
+    if (!rounded.wanted) continue;
+    rounded.groups = (columns_ + rounded.group - 1) / rounded.group;
+    grow(rounded.values, rows * columns_);
+    grow(rounded.scales, rows * rounded.groups);
+    grow(rounded.sums, rows * rounded.groups);
+  }
 }
 
 void QuantizedRows::set(int64_t row, int64_t start, const float* x, int64_t columns,
                         int64_t padded) {
-  if (floats_) {
+  if (wants_numbers_) {
     float* to = numbers_.data() + row * columns_ + start;
     std::copy_n(x, columns, to);
     std::fill_n(to + columns, padded - columns, 0.0f);
-    return;
   }
-  const int64_t group = row * groups_ + start / group_;
-  kernels().quantize(x, columns, padded, group_, zero_, values_.data() + row * columns_ + start,
-                     scales_.data() + group, offsets_.data() + group);
+  for (Rounded& rounded : rounded_) {
+    if (!rounded.wanted) continue;
+    const int64_t group = row * rounded.groups + start / rounded.group;
+    kernels().quantize(x, columns, padded, rounded.group,
+                       rounded.values.data() + row * columns_ + start,
+                       rounded.scales.data() + group, rounded.sums.data() + group);
+  }
 }
 
-Activations QuantizedRows::view() const {
-  return {values_.data(), scales_.data(), offsets_.data(), numbers_.data(),
-          columns_,       group_,         groups_};
+Activations QuantizedRows::view(const WeightFormat& format) const {
+  for (const Rounded& rounded : rounded_)
+    if (rounded.group == format.group)
+      return {rounded.values.data(), rounded.scales.data(), rounded.sums.data(), nullptr,
+              columns_,              rounded.group,         rounded.groups};
+  return {nullptr, nullptr, nullptr, numbers_.data(), columns_, 1, columns_};
 }
 
 }  // namespace moescope

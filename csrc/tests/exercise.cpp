@@ -38,7 +38,7 @@ std::vector<float> chance(size_t size, uint32_t seed) {
   return numbers;
 }
 
-std::shared_ptr<Weights> packed(Format format, int64_t matrices, int64_t outputs, int64_t columns,
+std::shared_ptr<Weights> packed(int format, int64_t matrices, int64_t outputs, int64_t columns,
                                 uint32_t seed) {
   const std::vector<float> values = chance(matrices * outputs * columns, seed);
   const Source source{values.data(), false, outputs * columns, columns};
@@ -58,7 +58,7 @@ struct Model {
   std::vector<float> logits = chance(kTokens * kVocab, 6);
   std::vector<int64_t> topk_ids;
 
-  explicit Model(Format format)
+  explicit Model(int format)
       : gate(packed(format, kExperts, kWidth, kHidden, 1)),
         up(packed(format, kExperts, kWidth, kHidden, 2)),
         down(packed(format, kExperts, kHidden, kWidth, 3)),
@@ -187,13 +187,13 @@ void move_under_the_readers() {
   std::vector<float> numbers(kOutputs * kColumns), x(kColumns), alone(kOutputs), beside(kOutputs);
   for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<float>(i % 251) - 125;
   for (int64_t i = 0; i < kColumns; ++i) x[i] = static_cast<float>(i % 13) - 6;
-  const Weights made(Format::int8, 1, kOutputs, kColumns, {numbers.data(), false, 0, kColumns});
+  const Weights made(format_of("int8"), 1, kOutputs, kColumns, {numbers.data(), false, 0, kColumns});
   linear(made, x.data(), 1, nullptr, alone.data());
   std::FILE* file = std::tmpfile();
   require(file != nullptr && std::fwrite(made.stored().data(), 1, made.stored().size(), file) ==
                                  made.stored().size() && std::fflush(file) == 0,
           "a file of weights");
-  const auto mapped = std::make_shared<Weights>(Format::int8, 1, kOutputs, kColumns);
+  const auto mapped = std::make_shared<Weights>(format_of("int8"), 1, kOutputs, kColumns);
   mapped->stored().fill(fileno(file), 0);
   settle_later(mapped);
   settle();
@@ -211,9 +211,9 @@ int main() {
   move_under_the_readers();
   for (const Kernels* set : available_kernels()) {
     use_kernels(set->name);
-    for (Format format : {Format::int8, Format::int4}) {
+    for (const char* name : {"int8", "int4"}) {
       set_threads(1);
-      const Model model(format);
+      const Model model(format_of(name));
       check_against_plain_loops(model);
       const Answers alone(model);
       ask_from_many_threads(model, alone);

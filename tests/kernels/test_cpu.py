@@ -5,13 +5,23 @@ import shutil
 import subprocess
 import sys
 import threading
-from collections.abc import Iterator
 from functools import partial
 
 import pytest
 import torch
-from hypothesis import HealthCheck, given, settings
+from hypothesis import given, settings
 from hypothesis import strategies as st
+from native_kernels import (
+    ROWS,
+    SEEDS,
+    WIDTHS,
+    chance,
+    close,
+    examples,
+    half_steps,
+    needs_extension,
+    whole_numbers,
+)
 from torch import Tensor
 
 from moescope.errors import UserError
@@ -21,53 +31,14 @@ from moescope.model.routing import UNUSED
 
 BUILT = cpu.available()
 SETS = cpu.instruction_sets() or ["none"]
-SEEDS = st.integers(0, 1000)
-WIDTHS = st.one_of(st.integers(1, 40), st.integers(60, 70), st.integers(250, 300))
-ROWS = st.one_of(st.integers(1, 9), st.integers(90, 200))
 
 
 def test_the_extension_is_there_wherever_it_can_be_built() -> None:
     assert BUILT or shutil.which("g++") is None, "run `python csrc/build.py`"
 
 
-needs_extension = pytest.mark.skipif(not BUILT, reason="the test above says why this is fine")
-
-
-@pytest.fixture(params=SETS)
-def isa(request: pytest.FixtureRequest) -> Iterator[str]:
-    """Each instruction set in turn."""
-    before = cpu.instruction_set()
-    assert before is not None
-    cpu.use_instruction_set(request.param)
-    yield request.param
-    cpu.use_instruction_set(before)
-
-
-def examples(count: int) -> settings:
-    return settings(max_examples=count, suppress_health_check=[HealthCheck.function_scoped_fixture])
-
-
-def chance(seed: int) -> torch.Generator:
-    return torch.Generator().manual_seed(seed)
-
-
 def packer(weight_format: str) -> cpu.Pack:
     return partial(cpu.pack, weight_format=weight_format)
-
-
-def whole_numbers(rows: int, columns: int, generator: torch.Generator) -> Tensor:
-    """Activations that int8 holds exactly: each group of 32 has 127 as its largest magnitude."""
-    x = torch.randint(-127, 128, (rows, columns), generator=generator).float()
-    x[:, ::32] = 127
-    return x
-
-
-def close(ours: Tensor, exact: Tensor, bound: float) -> None:
-    assert ours.shape == exact.shape and ours.dtype == torch.float32
-    assert not ours.isnan().any()
-    scale = exact.double().norm() / exact.numel() ** 0.5
-    error = (ours.double() - exact.double()).norm() / exact.numel() ** 0.5
-    assert float(error) <= bound * float(scale) + 1e-6
 
 
 @needs_extension
@@ -136,12 +107,6 @@ def test_extreme_activations_stay_in_their_group(isa: str, seed: int) -> None:
     product -= x[:, 7:8].double() * cpu.unpacked(packed, (1, 48, 256))[0][:, 7].double()
     error = (product - exact).norm() / exact.norm()
     assert float(error) < 0.7  # all of the 64 neighbours lost is a half
-
-
-def half_steps(x: Tensor, gate: Tensor, up: Tensor, down: Tensor) -> Tensor:
-    """Most that an output `(tokens, hidden)` moves if each activation is rounded to 1 / 127."""
-    activated = reference.swiglu(x.double() @ gate.T, x.double() @ up.T)  # (tokens, width)
-    return activated.abs().amax(dim=1, keepdim=True) / 254 * down.abs().sum(dim=1)
 
 
 @needs_extension
@@ -311,7 +276,7 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
     packed = cpu.pack(torch.randn(20, 40), "int8")
     with pytest.raises(ValueError, match="do not fit"):
         cpu.linear(packed, 20, torch.ones(2, 41))
-    with pytest.raises(ValueError, match="int8, int4 or bf16"):
+    with pytest.raises(ValueError, match="one of int8, int4, bf16"):
         cpu.pack(torch.ones(2, 2), "int3")
     weights = cpu.expert_weights(
         torch.ones(2, 8, 16), torch.ones(2, 8, 16), torch.ones(2, 16, 9), packer("int8")

@@ -1,8 +1,9 @@
 """The native CPU kernels (`csrc/`), called with tensors.
 
-Weights are int8 (a scale a row), int4 (a scale for 32 columns) or bf16, activations float32.
-Products with the first two are taken in integers, the activations being rounded to int8 with a
-scale for 64 columns, or 32; with bf16 they are taken as they are.
+Weights are int8 (a scale a row), int4 (a scale for 32 columns), the block types of GGUF files or
+floating point (`native/weight_format.py`); activations are float32. Products with integers and code
+words are taken in integers, the activations being rounded to int8 with a scale for 64 columns
+(int8), 16 (Q6_K) or 32; with floating point they are taken as they are.
 Where the extension was not built, `available()` says so and nothing else here may be called.
 """
 
@@ -139,7 +140,7 @@ def pack(matrices: Tensor, weight_format: str) -> Weights:
 
     Args:
         matrices: float32 or bfloat16.
-        weight_format: `int8`, `int4` or `bf16`.
+        weight_format: `int8`, `int4`, `bf16`, `f16` or `f32`.
     """
     if matrices.ndim == 2:
         matrices = matrices[None]
@@ -162,6 +163,20 @@ def quantize_blocks(rows: Tensor, block_type: str) -> NDArray[np.uint8]:
     out = np.empty((len(rows), rows.shape[1] // numbers * size), np.uint8)
     _native.quantize_blocks(to_dlpack(rows.detach().contiguous()), block_type, out)
     return out
+
+
+def pack_blocks(data: NDArray[np.uint8], kind: str, shape: tuple[int, int, int]) -> Weights:
+    """Lay out a GGUF tensor's blocks, whose numbers stay what they are.
+
+    Args:
+        data: whole blocks, rows after rows, matrices after matrices; of numbers, their bytes.
+        kind: the tensor's type as GGUF names it (`Q4_K`, `MXFP4`, `F16` ...).
+        shape: `(matrices, outputs, columns)`.
+
+    Raises:
+        ValueError: the type is none of `BLOCK_FORMATS`, or such a shape takes another size.
+    """
+    return _native.pack_blocks(data.reshape(-1), kind, *shape)
 
 
 def layout() -> str:
@@ -192,7 +207,7 @@ def read_weights(
         descriptor: of the file.
         offset: where they begin.
         size: bytes.
-        weight_format: `int8`, `int4` or `bf16`.
+        weight_format: any of `WEIGHT_FORMATS`.
         shape: `(matrices, outputs, columns)`.
 
     Raises:

@@ -38,11 +38,10 @@ from moescope.model.routing import (
 )
 from moescope.model.steering import SteeredRouter
 from moescope.native.pack_file import NewPack, PackSource
+from moescope.native.weight_format import FORMATS, WEIGHT_FORMATS
 
-FORMATS = ("int8", "int4", "bf16")
 EMBEDDING = "model.embed_tokens.weight"
-BITS_PER_WEIGHT = {"int8": 8.0, "int4": 4.5, "bf16": 16.0}
-"""int4 has a 16-bit scale for each 32 weights; the scales of int8, one a row, are not counted."""
+BITS_PER_WEIGHT = {name: WEIGHT_FORMATS[name].bits_per_weight for name in FORMATS}
 
 Read = Callable[[str], Tensor]
 """Returns the weight of a name in the network's state dict."""

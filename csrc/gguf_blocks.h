@@ -1,0 +1,28 @@
+// The blocks of GGUF files, as ggml defines them: read into parts that records keep, without
+// rounding anything again.
+#pragma once
+#include <cstdint>
+#include <string>
+
+#include "weight_format.h"
+
+namespace moescope {
+
+// One row's columns of a block, as `WeightFormat` stores values, scales and minimums.
+struct Block {
+  uint8_t values[kRecord];
+  uint8_t scales[kRecord / 16 * 2], minimums[kRecord / 16 * 2];  // as many bytes as a scale has
+  uint16_t super_scale, super_minimum;
+};
+
+struct GgufType {
+  const char* name;    // as ggml has it
+  const char* format;  // that holds it
+  int columns, bytes;
+  void (*read)(const uint8_t* bytes, Block& block);  // null where a block is a number
+};
+
+// The type of a name; throws std::invalid_argument where it is unknown.
+const GgufType& gguf_type(const std::string& name);
+
+}  // namespace moescope

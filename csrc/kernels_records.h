@@ -1,0 +1,325 @@
+// Products with weights that lie in records, on registers of 256 bits: for AVX2, AVX-VNNI and, there
+// being no registers of 512 bits for it yet, AVX-512. A format needs nothing here but its line in
+// weight_format.h. Included by the files of those sets, whose compiler flags make the difference.
+#include <immintrin.h>
+#include <string.h>
+
+#include <utility>
+
+#include "each.h"
+#include "isa.h"
+
+namespace moescope {
+namespace {
+namespace records {
+
+constexpr int kRows = 4;       // whose sums the registers hold; as many are multiplied even of three
+constexpr int kPlainFrom = 8;  // rows for which a record's values are first spread to bytes
+
+MOESCOPE_INLINE inline __m256i load(const void* from) {
+  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
+}
+
+MOESCOPE_INLINE inline __m128i load_half(const void* from) {
+  return _mm_loadu_si128(static_cast<const __m128i*>(from));
+}
+
+MOESCOPE_INLINE inline __m256i broadcast(const int8_t* x) {
+  int32_t four;
+  memcpy(&four, x, sizeof four);
+  return _mm256_set1_epi32(four);
+}
+
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+constexpr bool kVnni = true;
+// As an intrinsic, GCC 12 copies every sum.
+MOESCOPE_INLINE inline __m256i dot(__m256i sums, __m256i weights, __m256i x) {
+#if defined(__AVX512VNNI__)
+  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(x));
+#else
+  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(weights), "x"(x));
+#endif
+  return sums;
+}
+#else
+constexpr bool kVnni = false;
+#endif
+
+// Whether values are multiplied as signed bytes: `maddubs` saturates for larger ones than 129, so
+// their magnitudes are multiplied, with the signs moved across.
+template <int F>
+constexpr bool kSigned = !kVnni && largest_stored(kWeightFormats[F]) > 128;
+
+// How many products of two columns 16 bits hold, as a power of two.
+constexpr int sums_in_16_bits(int largest, int steps) {
+  int count = 1;
+  while (2 * count <= steps && 2 * count * largest * 2 * 127 <= 32767) count *= 2;
+  return count;
+}
+
+// Four columns of 8 outputs, as bytes. Plain chunks hold one byte a value.
+template <int F, bool Plain>
+MOESCOPE_INLINE inline __m256i values_of(const uint8_t* chunk, int step, int half) {
+  static constexpr WeightFormat f = kWeightFormats[F];
+  if constexpr (Plain || f.bits == 8) {
+    const __m256i stored = load(chunk + step * 64 + half * 32);
+    return kSigned<F> && !Plain ? _mm256_xor_si256(stored, _mm256_set1_epi8(-128)) : stored;
+  } else {
+    const __m256i both = load(chunk + step % 4 * 64 + half * 32);
+    const __m256i shifted = step < 4 ? both : _mm256_srli_epi16(both, 4);
+    const __m256i low = _mm256_and_si256(shifted, _mm256_set1_epi8(15));
+    if constexpr (f.values == Values::code) {
+      const __m256i words = _mm256_broadcastsi128_si256(load_half(f.codebook));
+      const __m256i table =
+          kSigned<F> ? words : _mm256_add_epi8(words, _mm256_set1_epi8(static_cast<char>(f.zero)));
+      return _mm256_shuffle_epi8(table, low);
+    } else if constexpr (f.bits > 4) {
+      constexpr int kUpper = f.bits - 4, kPerByte = 8 / kUpper;
+      const __m256i upper = load(chunk + upper_at(half, kUpper) + step / kPerByte * 32);
+      const int shift = 4 - step % kPerByte * kUpper;  // to the left
+      const __m256i moved =
+          shift >= 0 ? _mm256_slli_epi16(upper, shift) : _mm256_srli_epi16(upper, -shift);
+      return _mm256_or_si256(low,
+                             _mm256_and_si256(moved, _mm256_set1_epi8(((1 << kUpper) - 1) << 4)));
+    } else {
+      return low;
+    }
+  }
+}
+
+// Sums of the products of a group's columns with M rows, for 8 outputs.
+template <int F, bool Plain, int M, int FirstStep>
+MOESCOPE_INLINE inline void dot_group(const uint8_t* chunk, int half, const int8_t* const (&x)[M],
+                                      __m256i (&total)[M]) {
+  static constexpr WeightFormat f = kWeightFormats[F];
+  constexpr int kSteps = f.group / 4;
+#if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
+  each<M>([&](auto m) MOESCOPE_INLINE { total[m] = _mm256_setzero_si256(); });
+  each<kSteps>([&](auto s) MOESCOPE_INLINE {
+    const __m256i weights = values_of<F, Plain>(chunk, FirstStep + s, half);
+    each<M>([&](auto m) MOESCOPE_INLINE {
+      total[m] = dot(total[m], weights, broadcast(x[m] + 4 * s));
+    });
+  });
+#else
+  static constexpr int kAtOnce = kSigned<F> ? 1 : sums_in_16_bits(largest_stored(f), kSteps);
+  const __m256i ones = _mm256_set1_epi16(1);
+  __m256i pairs[M];
+  each<kSteps>([&](auto s) MOESCOPE_INLINE {
+    const __m256i weights = values_of<F, Plain>(chunk, FirstStep + s, half);
+    const __m256i sizes = kSigned<F> ? _mm256_abs_epi8(weights) : weights;
+    each<M>([&](auto m) MOESCOPE_INLINE {
+      const __m256i four = broadcast(x[m] + 4 * s);
+      const __m256i products =
+          _mm256_maddubs_epi16(sizes, kSigned<F> ? _mm256_sign_epi8(four, weights) : four);
+      pairs[m] = s % kAtOnce == 0 ? products : _mm256_add_epi16(pairs[m], products);
+      if (s % kAtOnce == kAtOnce - 1) {
+        const __m256i wide = _mm256_madd_epi16(pairs[m], ones);
+        total[m] = s < kAtOnce ? wide : _mm256_add_epi32(total[m], wide);
+      }
+    });
+  });
+#endif
+}
+
+MOESCOPE_INLINE inline __m256 f16_at(const uint8_t* from) {
+  return _mm256_cvtph_ps(load_half(from));
+}
+
+// Scales of 8 outputs, or minimums; `super` is what bytes are multiplied with.
+template <int F>
+MOESCOPE_INLINE inline __m256 scales_at(const uint8_t* from, int64_t index, __m256 super) {
+  constexpr Scales kScales = kWeightFormats[F].scales;
+  if constexpr (kScales == Scales::f16) {
+    return f16_at(from + 2 * index);
+  } else {
+    const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from + index));
+    if constexpr (kScales == Scales::f16_u8)
+      return _mm256_mul_ps(super, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)));
+    if constexpr (kScales == Scales::f16_i8)
+      return _mm256_mul_ps(super, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
+    const __m256i exponents = _mm256_cvtepu8_epi32(bytes);
+    const __m256i normal =
+        _mm256_slli_epi32(_mm256_sub_epi32(exponents, _mm256_set1_epi32(1)), 23);
+    const __m256i tiny = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), exponents);
+    return _mm256_castsi256_ps(_mm256_blendv_epi8(
+        normal, tiny, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), exponents)));
+  }
+}
+
+// What a call of the loops below multiplies, and where its sums are added.
+struct Part {
+  const uint8_t* record;
+  const uint8_t* plain;  // the record's values, spread to bytes, or null
+  const uint8_t* ahead;  // what is fetched meanwhile, or null
+  int64_t first_column, columns;
+  int64_t row[kRows];
+  float* out[kRows];
+};
+
+template <int F, bool Plain, int M>
+MOESCOPE_INLINE inline void add_integers(const Part& at, const Activations& a) {
+  static constexpr WeightFormat f = kWeightFormats[F];
+  static constexpr int kGroupsOfChunk = kChunk / f.group;
+  static constexpr int64_t kChunkSize = Plain ? kChunk * kPanel : chunk_bytes(f);
+  const uint8_t* values = Plain ? at.plain : at.record;
+  const uint8_t* scales = at.record + value_bytes(f, at.columns);
+  const uint8_t* minimums = at.record + minimums_at(f, at.columns);
+  const uint8_t* supers = at.record + super_at(f, at.columns);
+  const int64_t first_group = at.first_column / f.group;
+  for (int half = 0; half < 2; ++half) {
+    __m256 sums[M], super{}, super_minimum{};
+    each<M>([&](auto m) MOESCOPE_INLINE {
+      sums[m] = _mm256_loadu_ps(at.out[m] + half * 8);
+    });
+    if constexpr (has_super_scale(f)) {
+      super = f16_at(supers + half * 16);
+      if constexpr (f.minimum)
+        super_minimum =
+            _mm256_sub_ps(_mm256_setzero_ps(), f16_at(supers + 2 * kPanel + half * 16));
+    }
+    for (int64_t chunk = 0; chunk < at.columns / kChunk; ++chunk) {
+      if (at.ahead != nullptr && half == 0)
+        for (int64_t line = 0; line < chunk_bytes(f) + 64; line += 64)
+          _mm_prefetch(reinterpret_cast<const char*>(at.ahead + chunk * chunk_bytes(f) + line),
+                       _MM_HINT_T1);
+      each<kGroupsOfChunk>([&](auto part) MOESCOPE_INLINE {
+        const int64_t g = chunk * kGroupsOfChunk + part;
+        const int8_t* x[M];
+        each<M>([&](auto m) MOESCOPE_INLINE {
+          x[m] = a.values + at.row[m] * a.columns + at.first_column + g * f.group;
+        });
+        __m256i total[M];
+        dot_group<F, Plain, M, part * (f.group / 4)>(values + chunk * kChunkSize, half, x, total);
+        const __m256 scale = scales_at<F>(scales, g * kPanel + half * 8, super);
+        __m256 minimum{};
+        if constexpr (f.minimum)
+          minimum = scales_at<F>(minimums, g * kPanel + half * 8, super_minimum);
+        each<M>([&](auto m) MOESCOPE_INLINE {
+          const int64_t group = at.row[m] * a.groups + first_group + g;
+          if constexpr (f.zero != 0 && !kSigned<F>)
+            total[m] = _mm256_add_epi32(total[m],
+                                        _mm256_set1_epi32(start_of_dots(f.zero, a.sums[group])));
+          const float size = a.scales[group];
+          sums[m] = _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_set1_ps(size)),
+                                    _mm256_cvtepi32_ps(total[m]), sums[m]);
+          if constexpr (f.minimum)
+            sums[m] = _mm256_fmadd_ps(
+                minimum, _mm256_set1_ps(size * static_cast<float>(a.sums[group])), sums[m]);
+        });
+      });
+    }
+    each<M>([&](auto m) MOESCOPE_INLINE {
+      _mm256_storeu_ps(at.out[m] + half * 8, sums[m]);
+    });
+  }
+}
+
+template <int F, int M>
+MOESCOPE_INLINE inline void add_floats(const Part& at, const Activations& a) {
+  static constexpr int kWays = M == 1 ? 4 : M == 2 ? 2 : 1;  // sums of a row, so that they need not wait
+  static constexpr int kBytes = kWeightFormats[F].bits / 8;
+  __m256 sums[M][kWays][2];
+  const float* x[M];
+  each<M>([&](auto m) MOESCOPE_INLINE {
+    x[m] = a.numbers + at.row[m] * a.columns + at.first_column;
+    each<kWays>([&](auto way) MOESCOPE_INLINE {
+      for (int half = 0; half < 2; ++half)
+        sums[m][way][half] =
+            way == 0 ? _mm256_loadu_ps(at.out[m] + half * 8) : _mm256_setzero_ps();
+    });
+  });
+  for (int64_t k = 0; k < at.columns; k += kWays)
+    each<kWays>([&](auto way) MOESCOPE_INLINE {
+      const uint8_t* from = at.record + (k + way) * (kPanel * kBytes);
+      if (at.ahead != nullptr)
+        _mm_prefetch(reinterpret_cast<const char*>(at.ahead + (k + way) * (kPanel * kBytes)),
+                     _MM_HINT_T1);
+      each<2>([&](auto half) MOESCOPE_INLINE {
+        __m256 weights;
+        if constexpr (kWeightFormats[F].values == Values::f16)
+          weights = f16_at(from + half * 16);
+        else
+          weights = _mm256_castsi256_ps(load(from + half * 32));
+        each<M>([&](auto m) MOESCOPE_INLINE {
+          sums[m][way][half] = _mm256_fmadd_ps(_mm256_broadcast_ss(x[m] + k + way), weights,
+                                               sums[m][way][half]);
+        });
+      });
+    });
+  each<M>([&](auto m) MOESCOPE_INLINE {
+    each<2>([&](auto half) MOESCOPE_INLINE {
+      __m256 sum = sums[m][0][half];
+      each<kWays - 1>([&](auto way) MOESCOPE_INLINE {
+        sum = _mm256_add_ps(sum, sums[m][way + 1][half]);
+      });
+      _mm256_storeu_ps(at.out[m] + half * 8, sum);
+    });
+  });
+}
+
+template <int F, bool Plain, int M>
+__attribute__((noinline)) void add(const Part& at, const Activations& a) {
+  if constexpr (is_float(kWeightFormats[F]))
+    add_floats<F, M>(at, a);
+  else
+    add_integers<F, Plain, M>(at, a);
+}
+
+template <int F>
+void spread(const uint8_t* record, int64_t columns, uint8_t* plain) {
+  for (int64_t chunk = 0; chunk < columns / kChunk; ++chunk)
+    each<8>([&](auto step) MOESCOPE_INLINE {
+      each<2>([&](auto half) MOESCOPE_INLINE {
+        const __m256i values =
+            values_of<F, false>(record + chunk * chunk_bytes(kWeightFormats[F]), step, half);
+        uint8_t* to = plain + (chunk * 16 + step * 2 + half) * 32;
+        _mm256_store_si256(reinterpret_cast<__m256i*>(to), values);
+      });
+    });
+}
+
+// Goes record by record, so that each is read from the first-level cache by all rows but the first,
+// which fetch what comes after it meanwhile.
+template <int F>
+void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int count, float* out) {
+  static constexpr WeightFormat f = kWeightFormats[F];
+  memset(out, 0, count * kTile * sizeof(float));
+  constexpr bool kMaySpread = f.bits < 8;
+  const bool spreads = kMaySpread && count >= kPlainFrom;
+  alignas(32) uint8_t plain[kMaySpread ? kRecord * kPanel : 1];
+  alignas(32) float unused[kPanel] = {};
+  Part at{tile.weights, plain, nullptr, 0, 0, {}, {}};
+  for (; at.first_column < a.columns; at.first_column += kRecord) {
+    const int64_t left = a.columns - at.first_column;
+    at.columns = left < kRecord ? left : kRecord;
+    const int64_t bytes = panel_bytes(f, at.columns);
+    const uint8_t* ahead = at.record + bytes * tile.panels;
+    if (ahead >= tile.end) ahead = tile.next;
+    for (int p = 0; p < tile.panels; ++p, at.record += bytes) {
+      if constexpr (kMaySpread)
+        if (spreads) spread<F>(at.record, at.columns, plain);
+      for (int start = 0; start < count; start += kRows) {
+        const int held = count - start < kRows ? count - start : kRows;
+        for (int m = 0; m < kRows; ++m) {
+          const int r = m < held ? start + m : start;
+          at.row[m] = rows ? rows[r] : r;
+          at.out[m] = m < held ? out + r * kTile + p * kPanel : unused;
+        }
+        at.ahead = start == 0 ? ahead + p * bytes : nullptr;
+        if (spreads)
+          add<F, kMaySpread, kRows>(at, a);
+        else if (held == 1)
+          add<F, false, 1>(at, a);
+        else if (held == 2)
+          add<F, false, 2>(at, a);
+        else
+          add<F, false, kRows>(at, a);
+      }
+    }
+  }
+}
+
+}  // namespace records
+}  // namespace
+}  // namespace moescope

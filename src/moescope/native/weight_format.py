@@ -1,0 +1,51 @@
+"""The formats in which the native kernels hold weights, and where each comes from.
+
+The layout is declared once, in csrc/weight_format.h; this table says what the rest of moescope
+needs to know: bits in memory, and which type of a GGUF file keeps its own numbers in which format.
+"""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class WeightFormat:
+    """One format.
+
+    Attributes:
+        bits_per_weight: in memory, scales included but for int8's, of which a row has one.
+        gguf_type: the type of a GGUF file's tensors that is held in it without rounding.
+        quantize: whether matrices of floating point can be rounded to it.
+    """
+
+    bits_per_weight: float
+    gguf_type: str | None = None
+    quantize: bool = False
+
+
+WEIGHT_FORMATS = {
+    "int8": WeightFormat(8.0, quantize=True),
+    "int4": WeightFormat(4.5, quantize=True),
+    "bf16": WeightFormat(16.0, "BF16", quantize=True),
+    "f16": WeightFormat(16.0, "F16"),
+    "f32": WeightFormat(32.0, "F32"),
+    "q8_0": WeightFormat(8.5, "Q8_0"),
+    "q4_0": WeightFormat(4.5, "Q4_0"),
+    "q4_1": WeightFormat(5.0, "Q4_1"),
+    "q5_0": WeightFormat(5.5, "Q5_0"),
+    "q5_1": WeightFormat(6.0, "Q5_1"),
+    "q4_k": WeightFormat(4.625, "Q4_K"),
+    "q5_k": WeightFormat(5.625, "Q5_K"),
+    "q6_k": WeightFormat(6.5625, "Q6_K"),
+    "iq4_nl": WeightFormat(4.5, "IQ4_NL"),
+    "iq4_xs": WeightFormat(4.3125, "IQ4_XS"),
+    "mxfp4": WeightFormat(4.25, "MXFP4"),
+}
+"""By name."""
+
+FORMATS = tuple(name for name, known in WEIGHT_FORMATS.items() if known.quantize)
+"""What `--quantize` rounds to."""
+
+BLOCK_FORMATS = {
+    known.gguf_type: name for name, known in WEIGHT_FORMATS.items() if known.gguf_type is not None
+}
+"""The format that holds a GGUF type's own numbers, by the type's name."""
