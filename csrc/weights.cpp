@@ -62,13 +62,17 @@ float largest_magnitude(const float* x, int64_t n) {
   return largest;
 }
 
-// The scale for 32 weights, rounded to bf16. With q the integers that a candidate makes, the best
-// scale for q is sum(xq) / sum(qq), and its squared error sum(xx) - sum(xq)^2 / sum(qq).
+// The scale for 32 weights, rounded to bf16. A weight's error counts as much as its magnitude plus
+// the root mean square of all, w. With q the integers that a candidate makes, the best scale for q
+// is sum(wxq) / sum(wqq), and its squared error sum(wxx) - sum(wxq)^2 / sum(wqq).
 uint16_t search_int4_scale(const float* x) {
   float extreme = 0;
   for (int k = 0; k < kChunk; ++k)
     if (std::fabs(x[k]) > std::fabs(extreme)) extreme = x[k];
   if (extreme == 0) return 0;
+  float squares = 0;
+  for (int k = 0; k < kChunk; ++k) squares += x[k] * x[k];
+  const float rms = std::sqrt(squares / kChunk);
   float best = -1, best_scale = 0;
   for (int step = 0; step < 12; ++step) {
     const float inverse = -(6.6f + 0.2f * static_cast<float>(step)) / extreme;
@@ -77,8 +81,9 @@ uint16_t search_int4_scale(const float* x) {
     for (int k = 0; k < kChunk; k += 8)
       for (int lane = 0; lane < 8; ++lane) {
         const float q = clamp(nearest(x[k + lane] * inverse), -8, 7);
-        xq[lane] += x[k + lane] * q;
-        qq[lane] += q * q;
+        const float wq = (std::fabs(x[k + lane]) + rms) * q;
+        xq[lane] += x[k + lane] * wq;
+        qq[lane] += wq * q;
       }
     float sum_xq = 0, sum_qq = 0;
     for (int lane = 0; lane < 8; ++lane) sum_xq += xq[lane], sum_qq += qq[lane];

@@ -30,9 +30,10 @@ def dequantize_int8(integers: Tensor, scale: Tensor, dtype: torch.dtype) -> Tens
 def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     """Round `(..., columns)` to integers from -8 to 7 with one bf16 scale for 32 columns.
 
-    The largest magnitude is tried at several places near -8. With `q` the integers that a
-    candidate makes, the best scale for them is `sum(wq) / sum(qq)` (least squares), and the
-    candidate with the largest `sum(wq)^2 / sum(qq)` errs least.
+    The largest magnitude is tried at several places near -8. An error counts as much as its
+    weight's magnitude plus the root mean square of the 32, `c`. With `q` the integers that a
+    candidate makes, the best scale for them is `sum(cwq) / sum(cqq)` (least squares), and the
+    candidate with the largest `sum(cwq)^2 / sum(cqq)` errs least.
 
     Returns:
         The integers `(..., groups, 32)` int8, columns padded with zeros, and the scales
@@ -41,14 +42,16 @@ def quantize_int4(weight: Tensor) -> tuple[Tensor, Tensor]:
     padding = -weight.shape[-1] % INT4_GROUP
     groups = F.pad(weight.float(), (0, padding)).unflatten(-1, (-1, INT4_GROUP))
     extreme = groups.gather(-1, groups.abs().argmax(dim=-1, keepdim=True))  # (..., groups, 1)
+    counts = groups.abs() + groups.square().mean(dim=-1, keepdim=True).sqrt()
     best = torch.full_like(extreme, -1)
     scale = torch.zeros_like(extreme)
     for place in INT4_CANDIDATES:
         integers = torch.nan_to_num(groups * (-place / extreme)).round().clamp(-8, 7)
-        product = (groups * integers).sum(dim=-1, keepdim=True)
-        square = integers.square().sum(dim=-1, keepdim=True).clamp(min=1)
-        explained = product.square() / square
-        scale = torch.where(explained > best, product / square, scale)
+        product = (counts * groups * integers).sum(dim=-1, keepdim=True)
+        square = (counts * integers.square()).sum(dim=-1, keepdim=True)
+        refit = torch.nan_to_num(product / square)
+        explained = product * refit
+        scale = torch.where(explained > best, refit, scale)
         best = torch.maximum(best, explained)
     scale = scale.to(torch.bfloat16)
     integers = torch.nan_to_num(groups / scale.float()).round().clamp(-8, 7)
