@@ -34,10 +34,11 @@ def test_every_release_is_there_under_its_short_name() -> None:
         "deepseek-r1",
         *(f"deepseek-r1-distill-{size}" for size in distilled),
         "deepseek-v3.1",
+        "deepseek-v3.2-exp",
         "deepseek-r1-0528-qwen3-8b",
         "kimi-k2-instruct",
         "moonlight-16b-a3b",
-        *("glm-4.7-flash", "glm-4.5", "glm-4.5-air", "glm-4.6"),
+        *("glm-4.7-flash", "glm-4.5", "glm-4.5-air", "glm-4.6", "glm-5"),
         *(f"qwen3-{size}" for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b")),
         *("qwen3-30b-a3b", "qwen3-235b-a22b", "gpt-oss-20b", "gpt-oss-120b"),
         *("olmoe-1b-7b-0924", "mixtral-8x7b-v0.1", "mixtral-8x22b-v0.1"),
@@ -59,6 +60,7 @@ def test_every_release_is_there_under_its_short_name() -> None:
         ("mixtral-8x22b-v0.1", 140.6, 39.15),  # announcement: 141B, 39B
         ("olmoe-1b-7b-0924", 6.92, 1.28),  # paper, table 1: 6.9B, 1.3B
         ("glm-4.7-flash", 29.94, 3.9),  # its name: 30B-A3B
+        ("glm-5", 744.0, 41.8),  # its README: 744B, 40B active
         ("kimi-k2-instruct", 1026.4, 32.9),  # report: 1.04T, 32.6B
     ],
 )

@@ -54,7 +54,7 @@ class Parameters:
         routed_experts: all of them.
         shared_experts: those that see every token.
         router: the maps that score experts.
-        norm: all norms.
+        norm: all norms, and what mixes several residual streams (DeepSeek-V4).
         lm_head: the map to logits.
         mtp: multi-token prediction, embedding and head not included.
     """
@@ -78,6 +78,8 @@ _PARTS = {
     "embed_tokens.": "embedding",
     "lm_head.": "lm_head",
     "norm.": "norm",
+    "_hc.": "norm",
+    "hc_head.": "norm",
     ".shared_experts.": "shared_experts",
     ".experts.": "routed_experts",
     ".mlp.gate.": "router",

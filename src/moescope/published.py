@@ -233,6 +233,9 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "num_key_value_heads": 8,
     },
     "deepseek-ai/DeepSeek-V3.1": _V3,
+    "deepseek-ai/DeepSeek-V3.2-Exp": _V3
+    | {"model_type": "deepseek_v32", "num_nextn_predict_layers": 0}
+    | {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048},
     "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": _qwen3(4096, 12288, 36, 32)
     | {
         "max_position_embeddings": 131072,
@@ -313,6 +316,33 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "max_position_embeddings": 131072,
     },
     "zai-org/GLM-4.6": _GLM4_MOE | _GLM4_5 | {"max_position_embeddings": 202752},
+    "zai-org/GLM-5": _MLA
+    | {
+        "model_type": "glm_moe_dsa",
+        "vocab_size": 154880,
+        "hidden_size": 6144,
+        "intermediate_size": 12288,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 78,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 64,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 3,
+        "q_lora_rank": 2048,
+        "qk_nope_head_dim": 192,
+        "v_head_dim": 256,
+        "index_n_heads": 32,
+        "index_head_dim": 128,
+        "index_topk": 2048,
+        "max_position_embeddings": 202752,
+        "rms_norm_eps": 1e-5,
+    },
     "Qwen/Qwen3-0.6B": _qwen3(1024, 3072, 28, 16) | {"tie_word_embeddings": True},
     "Qwen/Qwen3-1.7B": _qwen3(2048, 6144, 28, 16) | {"tie_word_embeddings": True},
     "Qwen/Qwen3-4B": _qwen3(2560, 9728, 36, 32) | {"tie_word_embeddings": True},
