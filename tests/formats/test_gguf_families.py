@@ -75,6 +75,24 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "norm_topk_prob": True,
         "routed_scaling_factor": 1.5,
     },
+    "glm_moe_dsa": MOE
+    | {
+        "model_type": "glm_moe_dsa",
+        "num_key_value_heads": 4,
+        "head_dim": None,
+        "q_lora_rank": 32,
+        "kv_lora_rank": 32,
+        "qk_nope_head_dim": 16,
+        "qk_rope_head_dim": 16,
+        "v_head_dim": 32,
+        "n_routed_experts": 8,
+        "n_shared_experts": 1,
+        "first_k_dense_replace": 1,
+        "index_n_heads": 4,
+        "index_head_dim": 128,  # narrower ones abort llama.cpp
+        "index_topk": 64,  # beyond so many tokens llama.cpp gives other logits
+        "num_nextn_predict_layers": 0,
+    },
     "ernie4_5_moe": MOE
     | {"model_type": "ernie4_5_moe", "moe_num_experts": 8, "moe_k": 3, "head_dim": None},
     "gpt_oss": LOCAL

@@ -5,9 +5,10 @@ https://huggingface.co/zai-org/GLM-5.
 """
 
 from moescope.config import ModelConfig
+from moescope.errors import UserError
 from moescope.families import deepseek
 from moescope.families.dialect import layer_types, plain
-from moescope.families.family import Family, Fields
+from moescope.families.family import Family, Fields, Gguf, Metadata
 
 INDEXER: Fields = {"index_topk": 2048, "index_head_dim": 128, "index_n_heads": 64}
 
@@ -53,5 +54,41 @@ def _write_glm(config: ModelConfig) -> Fields:
     return _write(config) | rotation | {"indexer_types": types}
 
 
+def _read_gguf(metadata: Metadata) -> Fields:
+    layers = metadata.get("block_count", int) - (metadata.find("nextn_predict_layers", int) or 0)
+    return deepseek.GGUF.read(metadata) | {
+        "model_type": "glm_moe_dsa",
+        "index_n_heads": metadata.get("attention.indexer.head_count", int),
+        "index_head_dim": metadata.get("attention.indexer.key_length", int),
+        "index_topk": metadata.get("attention.indexer.top_k", int),
+        "indexer_types": ["full"] * layers,
+        "indexer_rope_interleave": True,
+    }
+
+
+def _write_gguf(config: ModelConfig) -> Fields:
+    if not all(config.has_indexer(layer) for layer in range(config.num_hidden_layers)):
+        raise UserError(
+            "GGUF has no place for layers that share an indexer's picks; save the model as a folder"
+        )
+    return deepseek.GGUF.write(config) | {
+        "attention.indexer.head_count": config.required("index_n_heads"),
+        "attention.indexer.key_length": config.required("index_head_dim"),
+        "attention.indexer.top_k": config.required("index_topk"),
+    }
+
+
+GGUF = Gguf(
+    "glm-dsa",
+    _read_gguf,
+    _write_gguf,
+    in_layer={
+        "self_attn.indexer.wq_b": "indexer.attn_q_b",
+        "self_attn.indexer.wk": "indexer.attn_k",
+        "self_attn.indexer.k_norm": "indexer.k_norm",
+        "self_attn.indexer.weights_proj": "indexer.proj",
+    },
+)
+
 DEEPSEEK_V32 = Family("deepseek_v32", "DeepseekV32ForCausalLM", _read, _write)
-GLM_MOE_DSA = Family("glm_moe_dsa", "GlmMoeDsaForCausalLM", _read_glm, _write_glm)
+GLM_MOE_DSA = Family("glm_moe_dsa", "GlmMoeDsaForCausalLM", _read_glm, _write_glm, GGUF)

@@ -65,4 +65,5 @@ def stored_name(name: str, gguf: Gguf) -> tuple[str, str]:
     if part in _WHOLE:
         return f"blk.{layer}.", _WHOLE[part]
     stem, _, kind = part.rpartition(".")
-    return f"blk.{layer}.", f"{gguf.in_layer.get(stem, _IN_LAYER[stem])}.{kind}"
+    place = gguf.in_layer[stem] if stem in gguf.in_layer else _IN_LAYER[stem]
+    return f"blk.{layer}.", f"{place}.{kind}"
