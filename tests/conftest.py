@@ -58,19 +58,35 @@ def model() -> Model:
     return Model("small", network, tokenizer)
 
 
+PARITY = {
+    "parity": (
+        "largest relative difference of logits from transformers, float32",
+        ("prefill", "decoding", "saved"),
+    ),
+    "gguf parity": (
+        "largest relative difference of logits from llama.cpp, on the same GGUF in F32",
+        ("llama.cpp",),
+    ),
+}
+"""Tables that tests fill by `record_property`: title and columns."""
+
+
 def pytest_terminal_summary(terminalreporter: pytest.TerminalReporter) -> None:
-    """Print how far the logits are from those of `transformers`."""
-    rows = [
-        value
+    """Print how far the logits are from those of others."""
+    properties = [
+        (name, value)
         for report in terminalreporter.getreports("passed") + terminalreporter.getreports("failed")
         for name, value in report.user_properties
-        if name == "parity" and report.when == "call"
+        if report.when == "call"
     ]
-    if not rows:
-        return
-    terminalreporter.section("largest relative difference of logits from transformers, float32")
-    terminalreporter.line(f"{'':36}{'prefill':>12}{'decoding':>12}{'saved':>12}")
-    for variant, *differences in sorted(rows):
-        cells = (f"{d:>12.1e}" if d is not None else f"{'-':>12}" for d in differences)
-        terminalreporter.line(f"{variant:36}{''.join(cells)}")
-    terminalreporter.line("`deepseek` is held to a float64 loop: transformers lacks it")
+    for table, (title, columns) in PARITY.items():
+        rows = [value for name, value in properties if name == table]
+        if not rows:
+            continue
+        terminalreporter.section(title)
+        terminalreporter.line(f"{'':36}{''.join(f'{column:>12}' for column in columns)}")
+        for variant, *differences in sorted(rows):
+            cells = (f"{d:>12.1e}" if d is not None else f"{'-':>12}" for d in differences)
+            terminalreporter.line(f"{variant:36}{''.join(cells)}")
+        if table == "parity":
+            terminalreporter.line("`deepseek` is held to a float64 loop: transformers lacks it")

@@ -59,12 +59,13 @@ def load(
             `tokenizer.json`, a `.gguf` file, or a Hub name such as `deepseek-ai/DeepSeek-V2-Lite`
             or, of a repository of GGUF files, `org/repo:Q4_K_M`. What is on the Hub is downloaded,
             unless it does not fit into memory or onto the disk.
-        dtype: `float32` or `bfloat16`; None takes float32 for models of up to 500M parameters,
-            and above it the type of a folder's norms, bfloat16 for GGUF.
-        backend: `torch` computes with PyTorch, `cpu` with the native kernels, whose weights are
-            rounded and whose activations are float32. None means `cpu` if `quantize` is given,
-            else `torch`.
-        quantize: `int8`, `int4` or `bf16`, for the backend `cpu`; None means `int8` there.
+        dtype: `float32` or `bfloat16`, of the backend `torch`; None takes float32 for models of up
+            to 500M parameters, and above it the type of a folder's norms, bfloat16 for GGUF.
+        backend: `torch` computes with PyTorch, `cpu` with the native kernels, whose activations are
+            float32. None means `cpu` for GGUF, unless `dtype` is given, and where `quantize` is
+            given; else `torch`.
+        quantize: what weights are rounded to for the backend `cpu`: `int8`, `int4` or `bf16`. None
+            keeps a GGUF file's own numbers, and means `int8` for a folder.
         stream_experts: leave routed experts on the disk, packed for the native kernels; each is
             read when a token visits it, and dropped when others need its place.
         expert_memory: bytes of such experts that may be in memory at a time; None takes three
@@ -78,31 +79,45 @@ def load(
         raise UserError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
     if stream_experts and backend is None:
         backend = "cpu"
-    packer = packer_for(backend, quantize)
-    if stream_experts and packer is None:
+    if stream_experts and backend == "torch":
         raise UserError('backend "torch" holds all experts in memory; stream them with "cpu"')
 
-    def fitting_dtype(config: ModelConfig, stored: torch.dtype) -> torch.dtype:
+    def packer_of(in_gguf: bool) -> Packer | None:
+        if in_gguf and backend is None and quantize is None and dtype is None and cpu.available():
+            return Packer(None)
+        return packer_for(backend, quantize, in_gguf)
+
+    def fitting_dtype(
+        config: ModelConfig, stored: torch.dtype, packer: Packer | None, size: int
+    ) -> torch.dtype:
         """Return what is computed in; refuse a model that memory has no room for."""
         wanted = DTYPES[dtype] if dtype else stored
         if packer is not None:
-            packer.refuse_if_too_large(config, memory()[1], experts=not stream_experts)
-            return wanted
+            packer.refuse_if_too_large(config, memory()[1], size, experts=not stream_experts)
+            return torch.float32 if packer.weight_format is None else wanted
         parameters = count_parameters(config)
         if dtype is None and parameters.total <= FLOAT32_PARAMETERS:
             wanted = torch.float32
         _refuse_if_too_large(parameters.total + parameters.mtp, wanted, memory()[1])
         return wanted
 
-    path = locate(name_or_path, lambda headers: fitting_dtype(headers.config, headers.dtype))
+    def refuse_before_download(headers: Headers) -> None:
+        packer = packer_of("token_embd.weight" in headers.tensors)
+        size = sum(held.size for held in headers.tensors.values())
+        fitting_dtype(headers.config, headers.dtype, packer, size)
+
+    packer_for(backend, quantize, False)  # refuses what can never be
+    path = locate(name_or_path, refuse_before_download)
     checkpoint = open_checkpoint(path)
-    wanted = fitting_dtype(checkpoint.config, checkpoint.dtype)
+    packer = packer_of(is_gguf(path))
+    size = sum(file.stat().st_size for file in checkpoint.files)
+    wanted = fitting_dtype(checkpoint.config, checkpoint.dtype, packer, size)
     tokenizer = checkpoint.tokenizer()
     if packer is None:
         network, pack = load_model(checkpoint, dtype=wanted), None
     else:
         if stream_experts:
-            free = memory()[1] - packer.resident_bytes(checkpoint.config, experts=False)
+            free = memory()[1] - packer.resident_bytes(checkpoint.config, size, experts=False)
             cpu.limit_experts(int(EXPERTS_SHARE * free) if expert_memory is None else expert_memory)
         network, pack = load_packed(
             checkpoint, wanted, packer.weight_format, stream_experts=stream_experts
@@ -122,8 +137,13 @@ def _refuse_if_too_large(parameters: int, dtype: torch.dtype, available: int) ->
         )
 
 
-def packer_for(backend: str | None, quantize: str | None) -> Packer | None:
+def packer_for(backend: str | None, quantize: str | None, in_gguf: bool) -> Packer | None:
     """Return what packs the weights for the native kernels; None for PyTorch.
+
+    Args:
+        backend: as for `load`.
+        quantize: as for `load`.
+        in_gguf: whether the weights stand in GGUF, whose own numbers are kept.
 
     Raises:
         UserError: there is no such backend or format, or the two do not go together.
@@ -134,7 +154,8 @@ def packer_for(backend: str | None, quantize: str | None) -> Packer | None:
         raise UserError(f'quantize is {quantize!r}, but backend "torch" rounds nothing; use "cpu"')
     if backend != "cpu" and quantize is None:
         return None
-    return Packer(quantize or "int8")
+    own = in_gguf and quantize is None and cpu.available()
+    return Packer(None if own else quantize or "int8")
 
 
 def locate(name_or_path: str | Path, refuse: Callable[[Headers], object] | None = None) -> Path:

@@ -13,6 +13,7 @@ from moescope.families import save_config
 from moescope.formats.gguf.model import GgufModel, is_gguf
 from moescope.formats.safetensors import WIDE, SafetensorsModel, save_tensors
 from moescope.formats.source import WeightSource
+from moescope.kernels.blocks import Blocks
 from moescope.model.decoder import CausalLM, without_numbers
 from moescope.model.rope import RotaryEmbedding
 from moescope.model.routing import Hash, TokenTable
@@ -61,7 +62,12 @@ class WeightPacker(Protocol):
         """Return the names of the weights that it reads itself, or that no one needs."""
         ...
 
-    def pack(self, model: CausalLM, read: Callable[[str], Tensor]) -> None:
+    def pack(
+        self,
+        model: CausalLM,
+        tensor: Callable[[str], Tensor],
+        blocks: Callable[[str], Blocks | None],
+    ) -> None:
         """Read those weights by name and replace the modules that they belong to."""
         ...
 
@@ -135,7 +141,7 @@ def load_model(
     )
     _make_fixed_buffers(model, device)
     if packer is not None:
-        packer.pack(model, read_finite)
+        packer.pack(model, read_finite, source.blocks)
     if packer is None or packer.reads_all:
         source.refuse_unread()
     return model.eval()

@@ -144,7 +144,7 @@ def test_a_model_comes_back(saved: Any) -> None:
 
 
 @pytest.mark.skipif(llama_cpp is None, reason="llama-cpp-python is not installed")
-def test_logits_are_those_of_llama_cpp(saved: Any) -> None:
+def test_logits_are_those_of_llama_cpp(saved: Any, record_property: Any) -> None:
     made, path, variant = saved
     assert llama_cpp is not None
     runner = llama_cpp.Llama(
@@ -161,7 +161,8 @@ def test_logits_are_those_of_llama_cpp(saved: Any) -> None:
     expected = torch.from_numpy(np.array(runner.scores[: IDS.shape[1]])).float()
     with torch.inference_mode():
         found = made.logits(made(IDS))[0]
-    assert relative(found, expected) < 1e-4, variant
+    record_property("gguf parity", (variant, relative(found, expected)))
+    assert relative(found, expected) < 1e-4
 
 
 def test_every_architecture_is_tested() -> None:

@@ -278,6 +278,9 @@ class SafetensorsModel:
         turned = self._files.read(published, torch.Size((shape[0], shape[2], shape[1])), dtype)
         return _turned_back(turned, published.endswith(DOWN))
 
+    def blocks(self, name: str) -> None:
+        """Return nothing: safetensors hold no blocks that the kernels know."""
+
     def refuse_unread(self) -> None:
         """Refuse tensors that nothing in the network takes.
 

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from moescope.config import ModelConfig
+from moescope.kernels.blocks import Blocks
 from moescope.text.generation import GenerationDefaults
 from moescope.text.tokenizer import Tokenizer
 
@@ -31,6 +32,16 @@ class WeightSource(Protocol):
 
     def read(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
         """Return a tensor in `dtype`; None takes the narrower of bf16 and float32 that is exact."""
+        ...
+
+    def blocks(self, name: str) -> Blocks | None:
+        """Return what the file holds of a weight; None where it holds it in another arrangement.
+
+        Args:
+            name: of a matrix in the network, of routed experts' `gate_proj` or `up_proj` alone, or
+                of the halves of latent attention's `kv_b_proj`: `k_b_proj`, turned round, and
+                `v_b_proj`.
+        """
         ...
 
     def refuse_unread(self) -> None:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import statistics
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cache
 from typing import TYPE_CHECKING
@@ -129,10 +129,6 @@ def measure_read_bandwidth(
 @cache
 def _read_probe(size: int, huge_pages: bool) -> ReadProbe:
     return _native.ReadProbe(size, huge_pages)
-
-
-Pack = Callable[[Tensor], "Weights"]
-"""Packs matrices into one format, or hands out what was packed before."""
 
 
 def pack(matrices: Tensor, weight_format: str) -> Weights:
@@ -295,13 +291,6 @@ def linear(weights: Weights, outputs: int, x: Tensor, bias: Tensor | None = None
     return out.view(*x.shape[:-1], outputs)
 
 
-def expert_weights(
-    gate_proj: Tensor, up_proj: Tensor, down_proj: Tensor, pack: Pack
-) -> tuple[Weights, Weights, Weights]:
-    """Pack experts' matrices: `(experts, intermediate, hidden)` twice, and the transposed shape."""
-    return pack(gate_proj), pack(up_proj), pack(down_proj)
-
-
 def feed_forward_layer(
     routed: tuple[Weights, Weights, Weights] | None,
     shared: tuple[Weights, Weights, Weights] | None,
@@ -361,11 +350,15 @@ def feed_forward(
     return out.view(hidden_states.shape)
 
 
-def absorbed_attention(kv_b_proj: Tensor, nope: int, scale: float, pack: Pack) -> AbsorbedAttention:
-    """Pack `kv_b_proj` `(heads, nope + v_head_dim, kv_lora_rank)` for `attend_absorbed`."""
-    up_key = kv_b_proj[:, :nope].mT.contiguous()  # (heads, rank, nope)
-    up_value = kv_b_proj[:, nope:].contiguous()  # (heads, v_head_dim, rank)
-    return _native.AbsorbedAttention(pack(up_key), pack(up_value), scale)
+def absorbed_attention(up_key: Weights, up_value: Weights, scale: float) -> AbsorbedAttention:
+    """Join the halves of `kv_b_proj` for `attend_absorbed`.
+
+    Args:
+        up_key: `(heads, kv_lora_rank, qk_nope_head_dim)`.
+        up_value: `(heads, v_head_dim, kv_lora_rank)`.
+        scale: of the attention logits.
+    """
+    return _native.AbsorbedAttention(up_key, up_value, scale)
 
 
 def attend_absorbed(

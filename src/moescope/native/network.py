@@ -18,7 +18,8 @@ from moescope.catalog import count_parameters
 from moescope.config import ModelConfig
 from moescope.errors import UserError
 from moescope.kernels import cpu
-from moescope.kernels.quantize import rounded
+from moescope.kernels.blocks import Blocks
+from moescope.kernels.quantize import rounded as round_to
 from moescope.model.attention import GroupedQueryAttention, KVCache, LatentAttention
 from moescope.model.cache import Cache
 from moescope.model.compressed_attention import GroupedLinear
@@ -38,20 +39,20 @@ from moescope.model.routing import (
 )
 from moescope.model.steering import SteeredRouter
 from moescope.native.pack_file import NewPack, PackSource
+from moescope.native.reader import Matrices, WeightReader
 from moescope.native.weight_format import FORMATS, WEIGHT_FORMATS
 
 EMBEDDING = "model.embed_tokens.weight"
-BITS_PER_WEIGHT = {name: WEIGHT_FORMATS[name].bits_per_weight for name in FORMATS}
 
-Read = Callable[[str], Tensor]
-"""Returns the weight of a name in the network's state dict."""
+Pack = Callable[[Matrices], "cpu.Weights"]
+"""Packs matrices, or hands out what was packed before."""
 
 
 class Packer:
-    """Turns a network's matrices into `int8`, `int4` or `bf16`, one module at a time.
+    """Lays a network's matrices out for the kernels, one module at a time.
 
     Args:
-        weight_format: `int8`, `int4` or `bf16`.
+        weight_format: `int8`, `int4` or `bf16`; None keeps each matrix as its file holds it.
         source: where packed weights come from; None packs them.
 
     Attributes:
@@ -61,41 +62,58 @@ class Packer:
         UserError: there is no such format.
     """
 
-    def __init__(self, weight_format: str, source: PackSource | None = None) -> None:
-        if weight_format not in FORMATS:
+    def __init__(self, weight_format: str | None, source: PackSource | None = None) -> None:
+        if weight_format not in (None, *FORMATS):
             raise UserError(f"quantize is {weight_format!r}; choose from {', '.join(FORMATS)}")
         self.weight_format = weight_format
         self._source = source or NewPack()
         self.reads_all = not self._source.from_file
 
-    def resident_bytes(self, config: ModelConfig, *, experts: bool = True) -> int:
-        """Return what the packed network takes, with or without its routed experts."""
+    def resident_bytes(
+        self, config: ModelConfig, stored: int | None = None, *, experts: bool = True
+    ) -> int:
+        """Return what the packed network takes, with or without its routed experts.
+
+        Args:
+            config: the network's.
+            stored: bytes of the file's tensors, for a packer that keeps them as they are.
+            experts: whether routed experts count.
+        """
         parameters = count_parameters(config)
         matrices = parameters.total - parameters.embedding
-        if not experts:
-            matrices -= parameters.routed_experts
-        bits = BITS_PER_WEIGHT[self.weight_format]
-        return int(matrices * bits / 8 + 2 * parameters.embedding)
+        share = 1.0 if experts else 1 - parameters.routed_experts / matrices
+        if self.weight_format is None:
+            return int((stored or 0) * share + 4 * parameters.embedding)
+        bits = WEIGHT_FORMATS[self.weight_format].bits_per_weight
+        return int(matrices * share * bits / 8 + 2 * parameters.embedding)
 
     def refuse_if_too_large(
-        self, config: ModelConfig, available: int, *, experts: bool = True
+        self,
+        config: ModelConfig,
+        available: int,
+        stored: int | None = None,
+        *,
+        experts: bool = True,
     ) -> None:
         """Compare what the packed network takes with the bytes that are free.
 
         Args:
             config: the network's.
             available: bytes.
+            stored: bytes of the file's tensors, for a packer that keeps them as they are.
             experts: whether routed experts have to fit, too.
 
         Raises:
             UserError: it does not fit; the sentence has the sizes.
         """
-        needed = self.resident_bytes(config, experts=experts)
+        needed = self.resident_bytes(config, stored, experts=experts)
         if needed > available:
+            own = self.weight_format is None
+            how = "at its file's own precision" if own else f"in {self.weight_format}"
             what = "the model" if experts else "the model without its experts"
             way_out = ", or leave its experts on the disk (--stream-experts)" if experts else ""
             raise UserError(
-                f"{what} takes {needed / 2**30:.1f} GiB in {self.weight_format}, but "
+                f"{what} takes {needed / 2**30:.1f} GiB {how}, but "
                 f"{available / 2**30:.1f} GiB are free; close other programs, choose a smaller "
                 f"format or a smaller model{way_out}"
             )
@@ -109,16 +127,32 @@ class Packer:
             wanted |= {f"{prefix}.{name}" for name in names}
         return wanted | {EMBEDDING} if cpu.available() else wanted
 
-    def pack(self, model: CausalLM, read: Read) -> None:
-        """Replace the modules of a network of which everything else is loaded, in place."""
+    def pack(
+        self,
+        model: CausalLM,
+        tensor: Callable[[str], Tensor],
+        blocks: Callable[[str], Blocks | None],
+    ) -> None:
+        """Replace the modules of a network of which everything else is loaded, in place.
+
+        Args:
+            model: the network.
+            tensor: returns a weight by its name, in the exact type.
+            blocks: returns what the file holds of a weight, None where it holds it otherwise.
+        """
         model.mtp = None
         if not cpu.available():
-            self._round(model, read)
+            self._round(model, tensor)
             return
-        read = _shapes(model) if self._source.from_file else read
+        if self._source.from_file:
+            read = WeightReader(_shapes(model))
+        elif self.weight_format is None:
+            read = WeightReader(tensor, blocks)
+        else:
+            read = WeightReader(tensor)
         pack = partial(self._source.weights, weight_format=self.weight_format)
         pack_experts = partial(pack, of_experts=True)
-        embedding = read(EMBEDDING)
+        embedding = read.tensor(EMBEDDING)
         if model.model.norm.weight.dtype == torch.bfloat16:
             embedding = embedding.bfloat16()
         embedding = nn.Parameter(self._source.tensor(embedding), requires_grad=False)
@@ -138,7 +172,7 @@ class Packer:
             elif isinstance(mlp, MLP):
                 layer.mlp = NativeMLP(mlp, f"{at}.mlp", read, pack)
         tied = model.config.tie_word_embeddings
-        head = embedding if tied else read("lm_head.weight")
+        head = read.matrix(EMBEDDING if tied else "lm_head.weight")
         model.lm_head = PackedLinear(head, None, pack)
         if tied:
             model.lm_head.weight = embedding
@@ -149,29 +183,30 @@ class Packer:
                 setattr(model.get_submodule(parent), child, NativeRMSNorm(module))
         model.model = NativeDecoder(model.model)
 
-    def _pack_linears(self, parent: nn.Module, at: str, read: Read, pack: "cpu.Pack") -> None:
+    def _pack_linears(self, parent: nn.Module, at: str, read: WeightReader, pack: Pack) -> None:
         for name, child in list(parent.named_children()):
             if isinstance(child, GroupedLinear):
-                weight = read(f"{at}.{name}.weight")
+                weight = read.tensor(f"{at}.{name}.weight")
                 setattr(parent, name, NativeGroupedLinear(weight, child.groups, pack))
             elif isinstance(child, nn.Linear):
                 if name != "kv_b_proj":
-                    weight = read(f"{at}.{name}.weight")
+                    weight = read.matrix(f"{at}.{name}.weight")
                     setattr(parent, name, PackedLinear(weight, child.bias, pack))
             elif isinstance(child, nn.LayerNorm):
                 child.float()
             else:  # an indexer or compressor
                 self._pack_linears(child, f"{at}.{name}", read, pack)
 
-    def _round(self, model: CausalLM, read: Read) -> None:
+    def _round(self, model: CausalLM, read: Callable[[str], Tensor]) -> None:
         dtype = model.model.norm.weight.dtype
+        rounded = partial(round_to, weight_format=self.weight_format or "f32")
         for name in self.wants(model):
             parent, _, child = name.rpartition(".")
-            weight = rounded(read(name), self.weight_format).to(dtype)
+            weight = rounded(read(name)).to(dtype)
             weight = nn.Parameter(weight, requires_grad=False)
             setattr(model.get_submodule(parent), child, weight)
         if model.config.tie_word_embeddings:  # the embedding stays as it is
-            head = rounded(model.model.embed_tokens.weight, self.weight_format).to(dtype)
+            head = rounded(model.model.embed_tokens.weight).to(dtype)
             model.lm_head.weight = nn.Parameter(head, requires_grad=False)
 
 
@@ -184,7 +219,7 @@ def _packable(model: CausalLM) -> Iterator[tuple[str, nn.Module]]:
             yield name, module
 
 
-def _shapes(model: CausalLM) -> Read:
+def _shapes(model: CausalLM) -> Callable[[str], Tensor]:
     """Return what reads shapes without numbers."""
     shapes = {name: slot.shape for name, slot in model.state_dict().items()}
     return lambda name: torch.empty(shapes[name], device="meta")
@@ -213,7 +248,7 @@ def _unpacked_shapes(module: nn.Module) -> None:
 class PackedLinear(nn.Linear):
     """A linear map with packed weights, `(outputs, columns)` or `(matrices, outputs, columns)`."""
 
-    def __init__(self, weight: Tensor, bias: Tensor | None, pack: "cpu.Pack") -> None:
+    def __init__(self, weight: Matrices, bias: Tensor | None, pack: Pack) -> None:
         outputs, columns = weight.shape[:-1].numel(), weight.shape[-1]
         super().__init__(columns, outputs, bias=False, device="meta")
         self.weight = _stand_in(outputs, columns)
@@ -228,7 +263,7 @@ class PackedLinear(nn.Linear):
 class NativeGroupedLinear(nn.Module):
     """A packed map of each group by itself."""
 
-    def __init__(self, weight: Tensor, groups: int, pack: "cpu.Pack") -> None:
+    def __init__(self, weight: Tensor, groups: int, pack: Pack) -> None:
         super().__init__()
         self.maps = nn.ModuleList(PackedLinear(part, None, pack) for part in weight.chunk(groups))
 
@@ -241,18 +276,17 @@ class NativeGroupedLinear(nn.Module):
 class NativeMLP(MLP):
     """A feed-forward block in one call."""
 
-    def __init__(self, mlp: MLP, at: str, read: Read, pack: "cpu.Pack") -> None:
+    def __init__(self, mlp: MLP, at: str, read: WeightReader, pack: Pack) -> None:
         with torch.device("meta"):
             super().__init__(
                 mlp.gate_proj.in_features, mlp.gate_proj.out_features, mlp.activation.limit
             )
         _unpacked_shapes(self)
-        self.packed = cpu.expert_weights(
-            read(f"{at}.gate_proj.weight"),
-            read(f"{at}.up_proj.weight"),
-            read(f"{at}.down_proj.weight"),
-            pack,
+        gate, up, down = (
+            pack(read.matrix(f"{at}.{name}.weight"))
+            for name in ("gate_proj", "up_proj", "down_proj")
         )
+        self.packed = gate, up, down
         self.layer = cpu.feed_forward_layer(None, self.packed, shared_limit=mlp.activation.limit)
 
     def forward(self, hidden_states: Tensor) -> Tensor:
@@ -268,14 +302,14 @@ class NativeExperts(GroupedExperts):
         config: ModelConfig,
         experts: GroupedExperts,
         at: str,
-        read: Read,
-        pack: "cpu.Pack",
+        read: WeightReader,
+        pack: Pack,
     ) -> None:
         with torch.device("meta"):
             super().__init__(config)
         _unpacked_shapes(self)
-        gate_proj, up_proj = read(f"{at}.gate_up_proj").chunk(2, dim=1)
-        self.packed = cpu.expert_weights(gate_proj, up_proj, read(f"{at}.down_proj"), pack)
+        gate, up, down = map(pack, read.experts(at))
+        self.packed = gate, up, down
         self.gate_up_proj_bias = _wide(experts.gate_up_proj_bias)
         self.down_proj_bias = _wide(experts.down_proj_bias)
         self.layer = self.joined(None)
@@ -308,9 +342,9 @@ class NativeMoE(MoE):
         config: ModelConfig,
         moe: MoE,
         at: str,
-        read: Read,
-        pack: "cpu.Pack",
-        pack_experts: "cpu.Pack",
+        read: WeightReader,
+        pack: Pack,
+        pack_experts: Pack,
     ) -> None:
         nn.Module.__init__(self)
         self.layer_idx = moe.layer_idx
@@ -340,16 +374,16 @@ class NativeLatentAttention(LatentAttention):
         config: ModelConfig,
         attention: LatentAttention,
         at: str,
-        read: Read,
-        pack: "cpu.Pack",
+        read: WeightReader,
+        pack: Pack,
     ) -> None:
         with torch.device("meta"):
             super().__init__(config, attention.layer_idx)
         for name, child in attention.named_children():
             setattr(self, name, child)
-        weight = read(f"{at}.kv_b_proj.weight").unflatten(0, (self.heads, -1))
-        self.kv_b_proj = PackedLinear(weight, attention.kv_b_proj.bias, pack)
-        self.absorbed = cpu.absorbed_attention(weight, self.nope, self.scale, pack)
+        expand, up_key, up_value = read.latent(at, self.heads, self.nope)
+        self.kv_b_proj = PackedLinear(expand, attention.kv_b_proj.bias, pack)
+        self.absorbed = cpu.absorbed_attention(pack(up_key), pack(up_value), self.scale)
 
     @property
     def slot_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:

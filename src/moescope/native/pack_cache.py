@@ -56,14 +56,18 @@ log = logging.getLogger(__name__)
 
 
 def load_packed(
-    source: WeightSource, dtype: torch.dtype, weight_format: str, *, stream_experts: bool = False
+    source: WeightSource,
+    dtype: torch.dtype,
+    weight_format: str | None,
+    *,
+    stream_experts: bool = False,
 ) -> tuple[CausalLM, Path | None]:
     """Make a network with packed weights: from an earlier start's pack, if there is one that fits.
 
     Args:
         source: an open checkpoint.
         dtype: of what is not packed.
-        weight_format: `int8` or `int4`.
+        weight_format: `int8`, `int4` or `bf16`; None keeps what the file holds.
         stream_experts: leave experts in the pack, which is made first if there is none.
 
     Returns:
@@ -95,12 +99,13 @@ class PackCache:
 
     Args:
         files: config and weights, the first of which names the checkpoint's folder.
-        weight_format: `int8` or `int4`.
+        weight_format: `int8`, `int4` or `bf16`; None keeps what the file holds.
         dtype: that of the tensors that are not packed.
     """
 
-    def __init__(self, files: Sequence[Path], weight_format: str, dtype: str) -> None:
+    def __init__(self, files: Sequence[Path], weight_format: str | None, dtype: str) -> None:
         self._files = list(files)
+        weight_format = weight_format or "own"
         self._recipe = [weight_format, dtype]
         first = self._files[0]
         stem = "moescope" if first.name == "config.json" else first.stem

@@ -23,6 +23,9 @@ from torch import Tensor
 
 from moescope.files import atomic_path
 from moescope.kernels import cpu
+from moescope.kernels.blocks import Blocks
+from moescope.native.reader import Matrices
+from moescope.native.weight_format import BLOCK_FORMATS
 
 if TYPE_CHECKING:
     import numpy as np
@@ -55,9 +58,15 @@ class PackSource(Protocol):
     from_file: bool
 
     def weights(
-        self, matrices: Tensor, weight_format: str, *, of_experts: bool = False
+        self, matrices: Matrices, weight_format: str | None, *, of_experts: bool = False
     ) -> "Weights":
-        """Return `(matrices, outputs, columns)` or `(outputs, columns)` packed."""
+        """Return `(matrices, outputs, columns)` or `(outputs, columns)` packed.
+
+        Args:
+            matrices: numbers, or a file's own blocks.
+            weight_format: to round numbers to; None rounds nothing.
+            of_experts: whether they may stay in a file, from which they are streamed.
+        """
         ...
 
     def tensor(self, tensor: Tensor) -> Tensor:
@@ -95,11 +104,11 @@ class NewPack:
         self._made: list[tuple[str, tuple[int, ...], Weights | Tensor]] = []
 
     def weights(
-        self, matrices: Tensor, weight_format: str, *, of_experts: bool = False
+        self, matrices: Matrices, weight_format: str | None, *, of_experts: bool = False
     ) -> "Weights":
         """Round and lay out."""
-        packed = cpu.pack(matrices, weight_format)
-        self._made.append((weight_format, _shape(matrices), packed))
+        kind, packed = _packed(matrices, weight_format)
+        self._made.append((kind, _shape(matrices), packed))
         return packed
 
     def tensor(self, tensor: Tensor) -> Tensor:
@@ -179,19 +188,19 @@ class StoredPack:
         self._entries = iter(header.entries)
 
     def weights(
-        self, matrices: Tensor, weight_format: str, *, of_experts: bool = False
+        self, matrices: Matrices, weight_format: str | None, *, of_experts: bool = False
     ) -> "Weights":
-        """Read the next entry, which must be of this shape and format.
+        """Read the next entry, which must be of this shape and, if it is given, this format.
 
         Raises:
             StalePack: it is another, or damaged; streamed experts are not summed for that.
         """
         shape = _shape(matrices)
-        entry = self._next((weight_format,), shape)
+        entry = self._next(None if weight_format is None else (weight_format,), shape)
         if of_experts and self._streams_experts:
-            return _streamed(self._fd, self._start + entry.offset, entry.size, weight_format, shape)
+            return _streamed(self._fd, self._start + entry.offset, entry.size, entry.kind, shape)
         return self._checked(
-            entry, lambda at: cpu.read_weights(self._fd, at, entry.size, weight_format, shape)
+            entry, lambda at: cpu.read_weights(self._fd, at, entry.size, entry.kind, shape)
         )
 
     def tensor(self, tensor: Tensor) -> Tensor:
@@ -217,10 +226,13 @@ class StoredPack:
             raise StalePack("it holds more than the network")
         cpu.settle()
 
-    def _next(self, kinds: Collection[str], shape: tuple[int, ...]) -> Entry:
+    def _next(self, kinds: Collection[str] | None, shape: tuple[int, ...]) -> Entry:
+        """Return the next entry, if it is of this shape and one of these kinds (None: of any)."""
         entry = next(self._entries, None)
-        if entry is None or entry.kind not in kinds or entry.shape != shape:
-            raise StalePack(f"{' or '.join(kinds)} of the shape {shape} does not come next")
+        fits = entry is not None and (kinds is None or entry.kind in kinds)
+        if entry is None or not fits or entry.shape != shape:
+            what = " or ".join(kinds or ["weights"])
+            raise StalePack(f"{what} of the shape {shape} does not come next")
         return entry
 
     def _checked(self, entry: Entry, read: Callable[[int], tuple[T, int]]) -> T:
@@ -248,17 +260,17 @@ class WrittenPack:
         self._entries: list[Entry] = []
 
     def weights(
-        self, matrices: Tensor, weight_format: str, *, of_experts: bool = False
+        self, matrices: Matrices, weight_format: str | None, *, of_experts: bool = False
     ) -> "Weights":
         """Round, lay out and write; return experts as `stream_weights` does."""
-        packed = cpu.pack(matrices, weight_format)
+        kind, packed = _packed(matrices, weight_format)
         shape = _shape(matrices)
-        entry = self._write(weight_format, shape, cpu.stored_bytes(packed))
+        entry = self._write(kind, shape, cpu.stored_bytes(packed))
         if not of_experts:
             return packed
         del packed
         at = self._start + entry.offset
-        return _streamed(self._file.fileno(), at, entry.size, weight_format, shape)
+        return _streamed(self._file.fileno(), at, entry.size, kind, shape)
 
     def tensor(self, tensor: Tensor) -> Tensor:
         """Write it and return it."""
@@ -328,9 +340,18 @@ def _read_header(file: BinaryIO) -> tuple[Header, int]:
         raise StalePack("its header has another form") from error
 
 
-def _shape(matrices: Tensor) -> tuple[int, int, int]:
+def _packed(matrices: Matrices, weight_format: str | None) -> "tuple[str, Weights]":
+    """Round and lay out; return the format, too."""
+    if isinstance(matrices, Blocks):
+        packed = cpu.pack_blocks(matrices.data, matrices.kind, _shape(matrices))
+        return BLOCK_FORMATS[matrices.kind], packed
+    kind = weight_format or ("bf16" if matrices.dtype == torch.bfloat16 else "f32")
+    return kind, cpu.pack(matrices, kind)
+
+
+def _shape(matrices: Matrices) -> tuple[int, int, int]:
     outputs, columns = matrices.shape[-2:]
-    return matrices.shape[0] if matrices.ndim == 3 else 1, outputs, columns
+    return matrices.shape[0] if len(matrices.shape) == 3 else 1, outputs, columns
 
 
 def _name(dtype: torch.dtype) -> str:

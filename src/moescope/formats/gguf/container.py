@@ -21,6 +21,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moescope.errors import UserError
+from moescope.kernels.blocks import Blocks
 
 MAGIC = b"GGUF"
 VERSIONS = (2, 3)
@@ -67,8 +68,20 @@ _KINDS = {
     12: "Q4_K",
     13: "Q5_K",
     14: "Q6_K",
+    16: "IQ2_XXS",
+    17: "IQ2_XS",
+    18: "IQ3_XXS",
+    19: "IQ1_S",
     20: "IQ4_NL",
+    21: "IQ3_S",
+    22: "IQ2_S",
+    23: "IQ4_XS",
+    29: "IQ1_M",
     30: "BF16",
+    34: "TQ1_0",
+    35: "TQ2_0",
+    39: "MXFP4",
+    40: "NVFP4",
 }
 """Tensor types by number. `Q4_K_M` and its like are mixtures of them."""
 
@@ -127,6 +140,12 @@ class GgufFile:
     def exact(self, name: str) -> torch.dtype:
         """Return the narrower of bf16 and float32 that loses nothing of a tensor."""
         return torch.bfloat16 if self.tensors[name].kind == "BF16" else torch.float32
+
+    def blocks(self, name: str) -> Blocks:
+        """Return a tensor of two or more dimensions as it stands in the file, uncopied."""
+        info = self.tensors[name]
+        raw = np.frombuffer(self._bytes, np.uint8, count=info.size, offset=info.start)
+        return Blocks(info.kind, torch.Size(info.shape), raw.reshape(prod(info.shape[:-1]), -1))
 
     def read(self, name: str, dtype: torch.dtype | None = None, entry: int | None = None) -> Tensor:
         """Return a tensor, multiplied out.

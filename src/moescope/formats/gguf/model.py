@@ -8,6 +8,7 @@ have their rows in another order.
 """
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -19,6 +20,7 @@ from moescope.formats.gguf.generation import generation_defaults
 from moescope.formats.gguf.metadata import IN_LAYER, Fields, architecture_of, model_config
 from moescope.formats.gguf.names import PERMUTED, ROPE_FACTORS, SPLIT, stored_name
 from moescope.formats.gguf.vocabulary import has_vocabulary, knows_vocabulary, tokenizer
+from moescope.kernels.blocks import Blocks
 from moescope.text.generation import GenerationDefaults
 from moescope.text.tokenizer import Tokenizer
 
@@ -109,6 +111,32 @@ class GgufModel:
         if stored == "attn_kv_b.weight":
             return self._joined_kv_b(first, second, shape, dtype)
         return self._joined_experts(first, second, shape, dtype)
+
+    def blocks(self, name: str) -> Blocks | None:
+        """Return what the file holds of a weight; None where it holds it in another arrangement.
+
+        Args:
+            name: as for `formats.source.WeightSource.blocks`.
+        """
+        prefix, stored = stored_name(name, self._gguf)
+        if prefix + stored not in self._holders:
+            fused = prefix + "ffn_gate_up_exps.weight"
+            if stored not in ("ffn_gate_exps.weight", "ffn_up_exps.weight") or (
+                fused not in self._holders
+            ):
+                return None
+            both = self._whole_blocks(fused)
+            half = both.shape[1] // 2
+            return both.rows(0, half) if "gate" in stored else both.rows(half, 2 * half)
+        found = self._whole_blocks(prefix + stored)
+        if not self._permutes(name):
+            return found
+        rows = torch.arange(len(found.data))
+        return replace(found, data=found.data[self._in_order(name, rows).numpy()])
+
+    def _whole_blocks(self, stored: str) -> Blocks:
+        self._unread.discard(stored)
+        return self._holders[stored].blocks(stored)
 
     def _permutes(self, name: str) -> bool:
         """Whether a tensor's rows stand so that rotated pairs are neighbours."""

@@ -34,6 +34,8 @@ _IN_LAYER = {
 """Without `.weight` or `.bias`, which are the same on both sides."""
 _WHOLE = {
     "self_attn.sinks": "attn_sinks.weight",
+    "self_attn.k_b_proj": "attn_k_b.weight",
+    "self_attn.v_b_proj": "attn_v_b.weight",
     "mlp.gate.e_score_correction_bias": "exp_probs_b.bias",
     "mlp.experts.gate_up_proj": "ffn_gate_up_exps.weight",
     "mlp.experts.gate_proj": "ffn_gate_exps.weight",

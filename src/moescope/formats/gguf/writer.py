@@ -153,7 +153,11 @@ def _entries(
     def neighbours(kv: bool) -> Callable[[Tensor], Tensor]:
         """Put the rows of rotated pairs beside each other."""
         count = config.num_key_value_heads if kv else heads
-        return lambda rows: rows.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+        def in_pairs(rows: Tensor) -> Tensor:
+            return rows.unflatten(0, (count, 2, -1)).transpose(1, 2).flatten(0, 2)
+
+        return in_pairs
 
     gguf_family = architecture_of(config)
     for source, shape in shapes.items():
