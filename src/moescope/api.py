@@ -363,8 +363,8 @@ class Model:
         """
         if isinstance(self.network.lm_head, PackedLinear):
             raise UserError(
-                "a packed model holds rounded weights only; open it without backend and quantize "
-                "to save it"
+                "a model on the native kernels holds packed weights only; open it with the backend "
+                '"torch" to save it'
             )
         if not self.steering.changes_nothing:
             raise UserError("a checkpoint cannot hold steering; save the model before `steer`")

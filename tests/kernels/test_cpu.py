@@ -22,6 +22,7 @@ from native_kernels import (
     needs_extension,
     whole_numbers,
 )
+from packing import Pack, expert_weights
 from torch import Tensor
 
 from moescope.errors import UserError
@@ -37,7 +38,7 @@ def test_the_extension_is_there_wherever_it_can_be_built() -> None:
     assert BUILT or shutil.which("g++") is None, "run `python csrc/build.py`"
 
 
-def packer(weight_format: str) -> cpu.Pack:
+def packer(weight_format: str) -> Pack:
     return partial(cpu.pack, weight_format=weight_format)
 
 
@@ -148,7 +149,7 @@ def test_the_mixture_equals_the_reference(
         ]
 
     routed = matrices(experts, intermediate)
-    packed = cpu.expert_weights(*routed, packer(weight_format))
+    packed = expert_weights(*routed, packer(weight_format))
     topk_ids = torch.randint(experts, (tokens, slots), generator=generator)
     topk_ids[torch.rand(tokens, slots, generator=generator) < unused] = UNUSED
     topk_weights = torch.rand(tokens, slots, generator=generator)
@@ -165,7 +166,7 @@ def test_the_mixture_equals_the_reference(
     packed_shared = None
     if shared:
         shared_matrices = matrices(1, shared)
-        packed_shared = cpu.expert_weights(*shared_matrices, packer(weight_format))
+        packed_shared = expert_weights(*shared_matrices, packer(weight_format))
         gate, up, down = held(packed_shared, shared_matrices)
         exact += reference.swiglu(x.double() @ gate[0].T, x.double() @ up[0].T) @ down[0].T
         room += half_steps(x, gate[0], up[0], down[0])
@@ -220,7 +221,9 @@ def test_absorbed_attention_equals_softmax_over_expanded_keys(
     k_rope = normal(batch, slots + 3, rope)[:, :slots]
     lengths = torch.randint(1, slots + 1, (batch,), generator=generator)
     scale = (nope + rope) ** -0.5
-    packed = cpu.absorbed_attention(kv_b_proj, nope, scale, packer(weight_format))
+    pack = packer(weight_format)
+    halves = kv_b_proj[:, :nope].mT.contiguous(), kv_b_proj[:, nope:].contiguous()
+    packed = cpu.absorbed_attention(*map(pack, halves), scale)
     output = cpu.attend_absorbed(packed, q_nope, q_rope, latents, k_rope, lengths, width)
 
     up_key = rounded(kv_b_proj[:, :nope].mT.contiguous(), weight_format).mT.double()
@@ -278,12 +281,12 @@ def test_shapes_that_do_not_fit_are_refused() -> None:
         cpu.linear(packed, 20, torch.ones(2, 41))
     with pytest.raises(ValueError, match="one of int8, int4, bf16"):
         cpu.pack(torch.ones(2, 2), "int3")
-    weights = cpu.expert_weights(
+    weights = expert_weights(
         torch.ones(2, 8, 16), torch.ones(2, 8, 16), torch.ones(2, 16, 9), packer("int8")
     )
     with pytest.raises(ValueError, match="do not fit together"):
         cpu.feed_forward_layer(weights, None)
-    weights = cpu.expert_weights(
+    weights = expert_weights(
         torch.ones(2, 8, 16), torch.ones(2, 8, 16), torch.ones(2, 16, 8), packer("int8")
     )
     layer = cpu.feed_forward_layer(weights, None)

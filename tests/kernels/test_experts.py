@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from packing import expert_weights
 from torch import Tensor
 from transformers import DeepseekV4Config, GptOssConfig
 from transformers.models.deepseek_v4.modeling_deepseek_v4 import DeepseekV4Experts
@@ -88,8 +89,8 @@ def test_switched_mixtures_equal_plain_loops(
         widths = (intermediate, intermediate, hidden)
         biases = tuple(torch.randn(experts, width, generator=generator) for width in widths)
     layer = cpu.feed_forward_layer(
-        cpu.expert_weights(*routed, pack),
-        None if beside is None else cpu.expert_weights(*beside, pack),
+        expert_weights(*routed, pack),
+        None if beside is None else expert_weights(*beside, pack),
         biases=biases,
         act=act,
         limit=limit,
@@ -129,7 +130,7 @@ def test_experts_of_gpt_oss_equal_transformers(isa: str) -> None:
     gate_up, down = theirs.gate_up_proj.detach().mT, theirs.down_proj.detach().mT
     gate_up_bias, down_bias = theirs.gate_up_proj_bias.detach(), theirs.down_proj_bias.detach()
     layer = cpu.feed_forward_layer(
-        cpu.expert_weights(
+        expert_weights(
             gate_up[:, ::2].contiguous(), gate_up[:, 1::2].contiguous(), down.contiguous(), pack
         ),
         None,
@@ -156,7 +157,7 @@ def test_clamped_experts_equal_transformers(isa: str) -> None:
     for parameter in theirs.parameters():
         parameter.data = held(*parameter.shape, generator=generator, size=4)
     gate, up = theirs.gate_up_proj.detach().chunk(2, dim=1)
-    weights = cpu.expert_weights(gate, up, theirs.down_proj.detach(), pack)
+    weights = expert_weights(gate, up, theirs.down_proj.detach(), pack)
     layer = cpu.feed_forward_layer(weights, None, limit=1.0)
     x = torch.randn(30, 72, generator=generator)
     topk_ids = torch.rand(30, theirs.num_experts, generator=generator).topk(2).indices
@@ -168,9 +169,7 @@ def test_clamped_experts_equal_transformers(isa: str) -> None:
 
 
 def test_biases_of_another_shape_are_refused() -> None:
-    weights = cpu.expert_weights(
-        torch.ones(2, 8, 16), torch.ones(2, 8, 16), torch.ones(2, 16, 8), pack
-    )
+    weights = expert_weights(torch.ones(2, 8, 16), torch.ones(2, 8, 16), torch.ones(2, 16, 8), pack)
     with pytest.raises(ValueError, match="biases do not fit"):
         cpu.feed_forward_layer(
             weights, None, biases=(torch.ones(2, 8), torch.ones(2, 8), torch.ones(2, 8))

@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moescope.config import ModelConfig
-from moescope.lab.plan import STORED, Fit, Plan
+from moescope.lab.plan import Fit, Plan
 from moescope.lab.speed import Prediction
 from moescope.lab.stored import Stored
 from moescope.lab.units import of_bytes, of_flops, of_parameters
@@ -136,27 +136,13 @@ def _fits(plan: Plan, fits: Sequence[Fit]) -> Table:
     for fit in fits:
         table.add_row(
             FORMATS[fit.format],
-            of_bytes(_weights(plan, fit.format)),
+            of_bytes(plan.weights_in(fit.format)),
             of_bytes(fit.needed),
             "yes" if fit.fits else "no",
             f"{fit.longest_context:,}" if fit.longest_context else "-",
-            of_bytes(_read(plan, fit.format)),
+            of_bytes(plan.bytes_read_in(fit.format)),
         )
     return table
-
-
-def _weights(plan: Plan, weight_format: str) -> int:
-    if plan.stored is not None and weight_format == STORED:
-        return plan.stored.bytes
-    return getattr(plan.weights, weight_format)
-
-
-def _read(plan: Plan, weight_format: str) -> int:
-    """Bytes that memory has to deliver for a token."""
-    if plan.stored is not None and weight_format == STORED:
-        cached = plan.cache.engine_bytes_per_token[STORED] * plan.work.context
-        return plan.stored.active_bytes + cached
-    return getattr(plan.work.bytes_read, weight_format)
 
 
 def _work(plan: Plan) -> Table:

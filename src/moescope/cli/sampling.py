@@ -8,9 +8,9 @@ from moescope.cli import command
 
 ModelName = Annotated[str, typer.Option(help='"tiny", a folder, a .gguf file or a Hub name.')]
 Backend = Annotated[
-    str | None, typer.Option(help='"torch", or "cpu": native kernels on rounded weights.')
+    str | None, typer.Option(help='"torch", or "cpu": native kernels, as for GGUF.')
 ]
-Quantize = Annotated[str | None, typer.Option(help='Weights of "cpu": "int8", "int4" or "bf16".')]
+Quantize = Annotated[str | None, typer.Option(help='Round to "int8", "int4" or "bf16", for "cpu".')]
 StreamExperts = Annotated[
     bool,
     typer.Option(

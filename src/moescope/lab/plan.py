@@ -163,6 +163,19 @@ class Plan(Saved):
     speed: Prediction | None = None
     command: str = ""
 
+    def weights_in(self, weight_format: str) -> int:
+        """Return the bytes of all weights in a format: `stored`, or one of `Bytes`."""
+        if self.stored is not None and weight_format == STORED:
+            return self.stored.bytes
+        return getattr(self.weights, weight_format)
+
+    def bytes_read_in(self, weight_format: str) -> int:
+        """Return the bytes that memory has to deliver for a token, by the format of the weights."""
+        if self.stored is not None and weight_format == STORED:
+            cached = self.cache.engine_bytes_per_token[STORED] * self.work.context
+            return self.stored.active_bytes + cached
+        return getattr(self.work.bytes_read, weight_format)
+
     def to_dict(self) -> dict[str, Any]:
         """Return everything as plain data."""
         return {**dataclasses.asdict(self), "config": config_fields(self.config)}

@@ -226,13 +226,13 @@ def _fits(found: Plan, words: Words) -> Table:
     told = words.plan_costs
     rows = [
         [
-            fit.format,
-            of_bytes(getattr(found.weights, fit.format)),
+            told.get(fit.format, fit.format),
+            of_bytes(found.weights_in(fit.format)),
             of_bytes(fit.needed),
             f"{told['yes' if fit.fits else 'no']} ({of_bytes(fit.room)}, "
             f"{told.get(fit.place, fit.place)})",
             f"{fit.longest_context:,}" if fit.longest_context else "-",
-            of_bytes(getattr(found.work.bytes_read, fit.format)),
+            of_bytes(found.bytes_read_in(fit.format)),
         ]
         for fit in found.fits
     ]

@@ -38,7 +38,7 @@ from moescope.model.decoder import CausalLM
 from moescope.model.moe import MoE
 from moescope.model.rope import RotaryEmbedding
 from moescope.native.network import Packer
-from moescope.native.weight_format import FORMATS, WEIGHT_FORMATS
+from moescope.native.weight_format import WEIGHT_FORMATS
 
 PROMPT = 512
 """Tokens of the prompt that is read, and so of the context in which is generated."""
@@ -46,7 +46,7 @@ SAMPLE_WEIGHTS = 1 << 27
 """Weights of a sample's routed experts, about: they are made and packed within a second."""
 CACHES_READ = 2
 """A token reads so many times the last-level cache, or everything."""
-BITS = {name: WEIGHT_FORMATS[name].bits_per_weight for name in FORMATS}
+BITS = {name: WEIGHT_FORMATS[name].bits_per_weight for name in ("bf16", "int8", "int4")}
 CACHE_BYTES = {"bf16": 2, "int8": 4, "int4": 4}
 """Of a number in the key-value cache: the native kernels keep float32."""
 LEAST_PROMPTS, MOST_PROMPTS = 3, 10
@@ -251,7 +251,7 @@ def random_model(config: ModelConfig, weight_format: str) -> CausalLM:
     model.load_state_dict(weights, strict=False, assign=True)
     model.model.rotary_emb = RotaryEmbedding(config)
     if packer is not None:
-        packer.pack(model, weight, lambda _: None)
+        packer.pack(model, weight)
     return model.eval()
 
 

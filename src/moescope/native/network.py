@@ -39,7 +39,7 @@ from moescope.model.routing import (
 )
 from moescope.model.steering import SteeredRouter
 from moescope.native.pack_file import NewPack, PackSource
-from moescope.native.reader import Matrices, WeightReader
+from moescope.native.reader import Matrices, WeightReader, no_blocks
 from moescope.native.weight_format import FORMATS, WEIGHT_FORMATS
 
 EMBEDDING = "model.embed_tokens.weight"
@@ -131,7 +131,7 @@ class Packer:
         self,
         model: CausalLM,
         tensor: Callable[[str], Tensor],
-        blocks: Callable[[str], Blocks | None],
+        blocks: Callable[[str], Blocks | None] = no_blocks,
     ) -> None:
         """Replace the modules of a network of which everything else is loaded, in place.
 

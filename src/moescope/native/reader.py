@@ -15,6 +15,10 @@ SUBSTITUTE = "Q8_0"
 log = logging.getLogger(__name__)
 
 
+def no_blocks(name: str) -> None:
+    """Say of every weight that no file holds it in blocks."""
+
+
 class WeightReader:
     """Reads weights by the network's names.
 
@@ -27,7 +31,7 @@ class WeightReader:
     def __init__(
         self,
         tensor: Callable[[str], Tensor],
-        blocks: Callable[[str], Blocks | None] = lambda _: None,
+        blocks: Callable[[str], Blocks | None] = no_blocks,
     ) -> None:
         self.tensor, self._blocks = tensor, blocks
         self._replaced: set[str] = set()

@@ -21,6 +21,9 @@ GATING = {1: "softmax", 2: "sigmoid"}
 LOG_MULTIPLIER = 0.1
 """`yarn_log_multiplier` is `mscale_all_dim` times this, so that it multiplies a logarithm."""
 
+MAX_LAYERS = 1024
+"""Far above any model: nothing that a damaged file announces takes long."""
+
 IN_LAYER = re.compile(r"blk\.(\d{1,9})\.")
 
 Kind = TypeVar("Kind", int, float, str, bool)
@@ -131,6 +134,8 @@ def model_config(
     tokens = metadata.get("tokenizer.ggml.tokens")
     blocks, predicting = own.get("block_count", int), own.get("nextn_predict_layers", int, 0)
     layers = blocks - predicting
+    if not 0 < layers <= MAX_LAYERS or not 0 <= predicting <= blocks:
+        raise damaged(path, f"it announces {blocks} layers, {predicting} of them to predict more")
     heads = own.sizes("attention.head_count")
     hidden = own.get("embedding_length", int)
     head_dim = own.get("attention.key_length", int, hidden // max(heads, 1))
@@ -144,7 +149,7 @@ def model_config(
         "num_attention_heads": heads,
         "num_key_value_heads": own.sizes("attention.head_count_kv", heads),
         "head_dim": head_dim,
-        "partial_rotary_factor": own.get("rope.dimension_count", int, head_dim) / head_dim,
+        "partial_rotary_factor": own.get("rope.dimension_count", int, head_dim) / max(head_dim, 1),
         "max_position_embeddings": own.get("context_length", int),
         "rms_norm_eps": _short(own.get("attention.layer_norm_rms_epsilon", float)),
         "rope_theta": _short(own.get("rope.freq_base", float, 10000.0)),
