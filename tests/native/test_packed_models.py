@@ -283,7 +283,7 @@ def test_a_packed_model_does_all_that_a_model_does(model: Model, tmp_path: Path)
         expected = prefill(nobody.network, ids)
         assert difference(token_by_token(nobody.network, ids, 2), expected) < 0.2
         if cpu.available():
-            with pytest.raises(UserError, match="rounded weights only"):
+            with pytest.raises(UserError, match="packed weights only"):
                 opened.save(tmp_path / "again")
 
 
