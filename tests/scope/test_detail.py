@@ -10,6 +10,8 @@ import torch.nn.functional as F
 from moescope.api import Model, sampling_params
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
+from moescope.families import read_config
+from moescope.model.decoder import CausalLM, initialise
 from moescope.scope.detail import Reading
 from moescope.scope.steps import read
 
@@ -105,6 +107,45 @@ def test_an_expert_at_work_gives_its_contribution(reading: Reading) -> None:
         expected = F.silu(torch.tensor(work.gate)) * torch.tensor(work.up)
         torch.testing.assert_close(torch.tensor(work.activated), expected)
         assert (len(work.gate), len(work.output)) == (16, 32)
+
+
+@pytest.mark.parametrize("family", ["granitemoe", "gpt_oss"])
+def test_other_families_are_taken_apart_by_their_own_rules(model: Model, family: str) -> None:
+    """Multipliers, biases and another activation: what is shown adds up to what the layer did."""
+    fields = {
+        "model_type": family,
+        "vocab_size": 300,
+        "hidden_size": 32,
+        "intermediate_size": 16,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "num_local_experts": 6,
+        "num_experts_per_tok": 2,
+        "residual_multiplier": 0.25,
+        "attention_multiplier": 0.125,
+        "initializer_range": 0.3,
+    }
+    network = CausalLM(read_config(fields)).eval().requires_grad_(False)
+    initialise(network, seed=0)
+    for name, parameter in network.named_parameters():
+        if name.endswith("_proj_bias"):
+            parameter.normal_(generator=torch.Generator().manual_seed(1))
+    other = Model(family, network, model.tokenizer)
+    reading = reading_of(other)
+    detail = reading.token(5, 1, GREEDY)
+    assert detail.merge is not None
+    seen: list[torch.Tensor] = []
+    layer: Any = network.model.layers[1]
+    hook = layer.mlp.register_forward_hook(lambda *given: seen.append(given[2][0, 5]))
+    other.logits(torch.tensor([reading.ids]))
+    hook.remove()
+    assert detail.merge.output_norm == pytest.approx(float(seen[-1].norm()), rel=1e-5)
+    for part in detail.merge.contributions:
+        assert part.expert is not None
+        alone = torch.tensor(reading.expert(5, 1, part.expert).output)
+        assert float(alone.norm()) * part.weight == pytest.approx(part.norm, rel=1e-4)
 
 
 def test_a_layer_whose_router_chose_nobody_is_only_shared(model: Model) -> None:

@@ -227,9 +227,13 @@ class Reading:
             raise UserError("packed experts cannot be looked into; open the model unquantized")
         attended, _ = self._attend(layer_idx)
         given = self._normed(layer_idx, attended[index])  # (hidden,)
-        gate, up = F.linear(given, experts.gate_up_proj[expert]).chunk(2)
-        activated = F.silu(gate) * up
-        output = F.linear(activated, experts.down_proj[expert])
+        first, second = (
+            None if bias is None else bias[expert]
+            for bias in (experts.gate_up_proj_bias, experts.down_proj_bias)
+        )
+        gate, up = F.linear(given, experts.gate_up_proj[expert], first).chunk(2)
+        activated = experts.activation(gate, up)
+        output = F.linear(activated, experts.down_proj[expert], second)
         return ExpertDetail(gate.tolist(), up.tolist(), activated.tolist(), output.tolist())
 
     def _check(self, index: int, layer_idx: int) -> None:
@@ -255,7 +259,8 @@ class Reading:
         rotation = self.model.model.rotary_emb(positions, before.dtype)
         recorder = _AttentionRecorder()
         normed = layer.input_layernorm(before)
-        after = before + layer.self_attn(normed, rotation, positions, None, recorder)
+        added = layer.self_attn(normed, rotation, positions, None, recorder)
+        after = before + layer.scaled(added)
         return after[0], recorder.probabilities
 
     def _normed(self, layer_idx: int, attended: Tensor) -> Tensor:
