@@ -258,3 +258,34 @@ def test_a_full_disk_keeps_the_old_weights(
         save_weights(network, folder)
     assert (folder / WEIGHTS).read_bytes() == before
     assert {path.name for path in folder.iterdir()} == {WEIGHTS, "config.json"}
+
+
+def test_the_text_part_of_a_larger_model_opens(tmp_path: Path) -> None:
+    """As Kimi-K2.5 has it: a nested config, a prefix, and a part that sees pictures."""
+    fields = {
+        "model_type": "kimi_k2",
+        "vocab_size": 50,
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "moe_intermediate_size": 8,
+        "num_hidden_layers": 2,
+        "num_attention_heads": 2,
+        "n_routed_experts": 4,
+        "num_experts_per_tok": 2,
+        "first_k_dense_replace": 1,
+        "kv_lora_rank": 8,
+        "qk_nope_head_dim": 6,
+        "qk_rope_head_dim": 4,
+        "v_head_dim": 6,
+    }
+    made = CausalLM(read_config(fields))
+    initialise(made, seed=0)
+    save_weights(made, tmp_path)
+    tensors = {
+        f"language_model.{name}": tensor for name, tensor in load_file(tmp_path / WEIGHTS).items()
+    }
+    tensors["vision_tower.patch.weight"] = torch.zeros(3, 3)
+    save_file(tensors, tmp_path / WEIGHTS, metadata={"format": "pt"})
+    config = {"model_type": "kimi_k25", "text_config": config_fields(made.config)}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    assert_same(load_model(tmp_path), made)
