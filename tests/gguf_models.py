@@ -3,7 +3,9 @@
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor
 
 from moescope.families import read_config
 from moescope.formats.gguf.writer import Vocabulary, write_gguf
@@ -77,3 +79,22 @@ def write(
         **layout,
     )
     return path
+
+
+def logits_of_llama_cpp(path: Path, ids: Tensor, **options: Any) -> Tensor:
+    """Logits of llama.cpp for `(1, seq)` ids, `(seq, vocab)`; its cache is float32."""
+    import llama_cpp
+
+    runner = llama_cpp.Llama(
+        str(path),
+        n_ctx=128,
+        n_batch=128,
+        n_threads=1,
+        logits_all=True,
+        type_k=llama_cpp.GGML_TYPE_F32,
+        type_v=llama_cpp.GGML_TYPE_F32,
+        verbose=False,
+        **options,
+    )
+    runner.eval(ids[0].tolist())
+    return torch.from_numpy(np.array(runner.scores[: ids.shape[1]])).float()

@@ -13,7 +13,15 @@ import gguf
 import numpy as np
 import pytest
 import torch
-from gguf_models import V2, V3, VARIANTS, Vocabulary, network, write
+from gguf_models import (
+    V2,
+    V3,
+    VARIANTS,
+    Vocabulary,
+    logits_of_llama_cpp,
+    network,
+    write,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import Tokenizer as BackendTokenizer
@@ -43,21 +51,7 @@ IDS = torch.randint(0, 320, (1, 100), generator=torch.Generator().manual_seed(0)
 
 
 def theirs(path: Path, **options: Any) -> Tensor:
-    """Logits of llama.cpp for `IDS`, `(seq, vocab)`; its cache is float32."""
-    assert llama_cpp is not None
-    runner = llama_cpp.Llama(
-        str(path),
-        n_ctx=128,
-        n_batch=128,
-        n_threads=1,
-        logits_all=True,
-        type_k=llama_cpp.GGML_TYPE_F32,
-        type_v=llama_cpp.GGML_TYPE_F32,
-        verbose=False,
-        **options,
-    )
-    runner.eval(IDS[0].tolist())
-    return torch.from_numpy(np.array(runner.scores[: IDS.shape[1]])).float()
+    return logits_of_llama_cpp(path, IDS, **options)
 
 
 def ours(path: Path) -> Tensor:

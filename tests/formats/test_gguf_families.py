@@ -2,10 +2,9 @@
 
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from gguf_models import network, write
+from gguf_models import logits_of_llama_cpp, network, write
 from torch import Tensor
 
 import moescope
@@ -146,19 +145,7 @@ def test_a_model_comes_back(saved: Any) -> None:
 @pytest.mark.skipif(llama_cpp is None, reason="llama-cpp-python is not installed")
 def test_logits_are_those_of_llama_cpp(saved: Any, record_property: Any) -> None:
     made, path, variant = saved
-    assert llama_cpp is not None
-    runner = llama_cpp.Llama(
-        str(path),
-        n_ctx=128,
-        n_batch=128,
-        n_threads=1,
-        logits_all=True,
-        type_k=llama_cpp.GGML_TYPE_F32,
-        type_v=llama_cpp.GGML_TYPE_F32,
-        verbose=False,
-    )
-    runner.eval(IDS[0].tolist())
-    expected = torch.from_numpy(np.array(runner.scores[: IDS.shape[1]])).float()
+    expected = logits_of_llama_cpp(path, IDS)
     with torch.inference_mode():
         found = made.logits(made(IDS))[0]
     record_property("gguf parity", (variant, relative(found, expected)))

@@ -41,7 +41,7 @@ def test_a_sample_reads_more_than_the_caches_hold_or_is_whole(name: str, weight_
     config = catalog()[name].config
     sample = sample_shape(config, weight_format, CACHE)
     parameters = count_parameters(sample)
-    read = parameters.active_without_embedding * module.BITS[weight_format] / 8
+    read = parameters.active_without_embedding * module.BITS_PER_WEIGHT[weight_format] / 8
     assert read >= 2 * CACHE or sample.num_hidden_layers == config.num_hidden_layers
     assert parameters.total < 2e9
     if config.n_routed_experts is not None:

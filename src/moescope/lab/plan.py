@@ -21,6 +21,7 @@ from moescope.lab.speed import CACHE_BYTES, PROMPT, Prediction, predict
 from moescope.lab.stored import Stored, local_headers
 from moescope.lab.widths import cached_numbers, cached_width, expanded_width, plain_numbers
 from moescope.machine import Machine
+from moescope.native.weight_format import BITS_PER_WEIGHT
 from moescope.scope.saved import Saved
 
 CONTEXT = 4096
@@ -30,14 +31,14 @@ PUBLISHED_CACHE_BYTES = CACHE_BYTES["bf16"]
 STORED = "stored"
 """The format that a checkpoint's own types are called, which the native kernels compute with."""
 STORED_CACHE_BYTES = CACHE_BYTES["int8"]
-BITS_PER_WEIGHT = {"bf16": 16.0, "int8": 8.0, "int4": 4.5}
-"""int8 stands for fp8 too; its scales, one a row or a block, weigh under 1 % and are not counted.
-int4 has a 16-bit scale for each 32 weights."""
 
 
 @dataclass(frozen=True)
 class Bytes:
-    """A number of bytes for each format of the weights."""
+    """A number of bytes for each format of the weights.
+
+    int8 stands for fp8 too; its scales, one a row or a block, weigh under 1 % and are not counted.
+    """
 
     bf16: int
     int8: int

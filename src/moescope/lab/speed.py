@@ -38,7 +38,7 @@ from moescope.model.decoder import CausalLM
 from moescope.model.moe import MoE
 from moescope.model.rope import RotaryEmbedding
 from moescope.native.network import Packer
-from moescope.native.weight_format import WEIGHT_FORMATS
+from moescope.native.weight_format import BITS_PER_WEIGHT
 
 PROMPT = 512
 """Tokens of the prompt that is read, and so of the context in which is generated."""
@@ -46,7 +46,6 @@ SAMPLE_WEIGHTS = 1 << 27
 """Weights of a sample's routed experts, about: they are made and packed within a second."""
 CACHES_READ = 2
 """A token reads so many times the last-level cache, or everything."""
-BITS = {name: WEIGHT_FORMATS[name].bits_per_weight for name in ("bf16", "int8", "int4")}
 CACHE_BYTES = {"bf16": 2, "int8": 4, "int4": 4}
 """Of a number in the key-value cache: the native kernels keep float32."""
 LEAST_PROMPTS, MOST_PROMPTS = 3, 10
@@ -120,7 +119,7 @@ def predict(config: ModelConfig, prompt: int = PROMPT) -> Prediction:
     """
     start = time.perf_counter()
     machine = Machine.detect()
-    formats = [name for name in BITS if name == "bf16" or cpu.available()]
+    formats = [name for name in BITS_PER_WEIGHT if name == "bf16" or cpu.available()]
     bandwidth = measure_read_bandwidth(PROBE_SECONDS)
     peaks = {
         name: measure_gemm_peak(torch.bfloat16, PROBE_SECONDS)
@@ -195,7 +194,7 @@ def sample_shape(config: ModelConfig, weight_format: str, cache: int) -> ModelCo
         cache: bytes of the last-level cache.
     """
     parameters = count_parameters(config)
-    bytes_of_one = BITS[weight_format] / 8
+    bytes_of_one = BITS_PER_WEIGHT[weight_format] / 8
     vocab_size = min(config.vocab_size, int(CACHES_READ * cache / config.hidden_size))
     mixtures = _mixtures(config)
     dense = config.num_hidden_layers - mixtures
@@ -393,4 +392,4 @@ def _weight_bytes(parameters: Parameters, count: int, weight_format: str) -> flo
     """Bytes of `count` weights, the head and the routers among them."""
     router_bytes = 2 if weight_format == "bf16" else 4
     matrices = count - parameters.router
-    return matrices * BITS[weight_format] / 8 + parameters.router * router_bytes
+    return matrices * BITS_PER_WEIGHT[weight_format] / 8 + parameters.router * router_bytes

@@ -49,3 +49,6 @@ BLOCK_FORMATS = {
     known.gguf_type: name for name, known in WEIGHT_FORMATS.items() if known.gguf_type is not None
 }
 """The format that holds a GGUF type's own numbers, by the type's name."""
+
+BITS_PER_WEIGHT = {name: WEIGHT_FORMATS[name].bits_per_weight for name in ("bf16", "int8", "int4")}
+"""Of the formats that any model can be held in, the widest first."""
