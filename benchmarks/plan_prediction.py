@@ -28,7 +28,7 @@ from moescope.lab.speed import PROMPT, predict_format
 from moescope.machine import Machine
 from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM
-from moescope.native.network import FORMATS
+from moescope.native.weight_format import FORMATS
 
 MID = COMMON | {
     "vocab_size": 32000,

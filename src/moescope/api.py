@@ -23,7 +23,8 @@ from moescope.kernels import cpu
 from moescope.machine import memory
 from moescope.model.decoder import CausalLM
 from moescope.model.steering import Steering, steered
-from moescope.native.network import PackedLinear, Packer
+from moescope.native.linear import PackedLinear
+from moescope.native.network import Packer
 from moescope.native.pack_cache import load_packed
 from moescope.scope.recording import record
 from moescope.scope.trace import Trace

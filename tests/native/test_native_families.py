@@ -13,7 +13,8 @@ from moescope.kernels import cpu
 from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM
 from moescope.model.steering import Steering, moe_layers, steered
-from moescope.native.network import NativeDecoder, Packer
+from moescope.native.decoder import NativeDecoder
+from moescope.native.network import Packer
 
 pytestmark = pytest.mark.skipif(
     not cpu.available(), reason="tests/kernels/test_cpu.py says why this is fine"

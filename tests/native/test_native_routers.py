@@ -13,7 +13,7 @@ from moescope.families import read_config
 from moescope.kernels import cpu
 from moescope.model.routing import ROUTERS, UNUSED, ReLU, Router
 from moescope.model.steering import SteeredRouter, Steering
-from moescope.native.network import native_router
+from moescope.native.router import native_router
 
 pytestmark = pytest.mark.skipif(
     not cpu.available(), reason="tests/kernels/test_cpu.py says why this is fine"

@@ -14,7 +14,7 @@ import moescope
 from moescope.formats.gguf.container import GgufFile
 from moescope.kernels import cpu
 from moescope.kernels.blocks import Blocks, requantized
-from moescope.native.network import NativeDecoder
+from moescope.native.decoder import NativeDecoder
 from moescope.native.weight_format import BLOCK_FORMATS
 
 pytestmark = pytest.mark.skipif(

@@ -25,7 +25,9 @@ from moescope.kernels import cpu
 from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM, Decoder, initialise
 from moescope.model.steering import Steering, steered
-from moescope.native.network import NativeDecoder, NativeMoE, Packer
+from moescope.native.decoder import NativeDecoder
+from moescope.native.experts import NativeMoE
+from moescope.native.network import Packer
 
 ROOT = Path(__file__).parents[2]
 SMALL: dict[str, Any] = {

@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM
 from moescope.model.recorder import Recorder
-from moescope.native.network import NativeExperts, NativeMLP, PackedLinear, is_stand_in
+from moescope.native.experts import NativeExperts, NativeMLP
+from moescope.native.linear import PackedLinear, is_stand_in
 
 
 class NotFinite(UserError):

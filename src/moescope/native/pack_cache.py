@@ -27,7 +27,6 @@ from moescope.formats.gguf import container, model
 from moescope.formats.source import WeightSource
 from moescope.kernels import cpu, quantize
 from moescope.model.decoder import CausalLM
-from moescope.native import network
 from moescope.native.network import Packer
 from moescope.native.pack_file import (
     NewPack,
@@ -230,11 +229,12 @@ def _fingerprint(file: Path) -> list[str | int]:
 def _code() -> str:
     """Hash the source of all that stands between a checkpoint and its packed weights."""
     digest = hashlib.sha256()
-    for module in (checkpoint, safetensors, container, model, quantize, cpu, network):
+    for module in (checkpoint, safetensors, container, model, quantize, cpu):
         assert module.__file__ is not None
         digest.update(Path(module.__file__).read_bytes())
-    for file in sorted(Path(families.__path__[0]).glob("*.py")):
-        digest.update(file.read_bytes())
+    for folder in (Path(families.__path__[0]), Path(__file__).parent):
+        for file in sorted(folder.glob("*.py")):
+            digest.update(file.read_bytes())
     return digest.hexdigest()
 
 

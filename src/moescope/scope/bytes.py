@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from moescope.model.decoder import CausalLM
 from moescope.model.moe import GroupedExperts, MoE
 from moescope.model.routing import UNUSED, Routing
-from moescope.native.network import NativeExperts, NativeLatentAttention, NativeMLP, PackedLinear
+from moescope.native.experts import NativeExperts, NativeMLP
+from moescope.native.latent_attention import NativeLatentAttention
+from moescope.native.linear import PackedLinear
 
 
 @dataclass(frozen=True)

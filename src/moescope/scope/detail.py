@@ -18,7 +18,7 @@ from moescope.model.layer import DecoderLayer
 from moescope.model.moe import MoE
 from moescope.model.recorder import Recorder
 from moescope.model.steering import SteeredRouter, Steering, moe_layers
-from moescope.native.network import NativeExperts
+from moescope.native.experts import NativeExperts
 from moescope.scope.recording import TraceRecorder, chosen
 from moescope.scope.steps import TokenStep, describe, spell
 from moescope.scope.trace import Candidate

@@ -1,0 +1,104 @@
+"""All layers in one call."""
+
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from moescope.kernels import cpu
+from moescope.model.attention import KVCache, LatentAttention
+from moescope.model.cache import Cache
+from moescope.model.decoder import Decoder
+from moescope.model.layer import DecoderLayer
+from moescope.model.moe import MoE
+from moescope.model.recorder import Recorder
+from moescope.model.routing import Router
+from moescope.native.experts import NativeMLP, NativeMoE
+from moescope.native.grouped_attention import NativeGroupedAttention
+from moescope.native.latent_attention import NativeLatentAttention
+from moescope.native.router import native_router
+
+NativeAttention = NativeLatentAttention | NativeGroupedAttention
+
+
+class NativeDecoder(Decoder):
+    """All layers in one call, unless somebody looks on or a part is PyTorch's alone.
+
+    Such are some routers' rules, indexers, compressed attention and residuals of several streams:
+    their layers run one by one, with projections and experts on the kernels.
+    """
+
+    def __init__(self, decoder: Decoder) -> None:
+        nn.Module.__init__(self)
+        for name, child in decoder.named_children():
+            setattr(self, name, child)
+        self.embedding_multiplier = decoder.embedding_multiplier
+        self.streams, self.hc_head = decoder.streams, decoder.hc_head
+        self.attention: list[cpu.Attention] = []
+        layers = self._layers()
+        halves = [layer.self_attn for layer in layers]
+        known = [half for half in halves if isinstance(half, NativeAttention)]
+        sparse = any(isinstance(half, LatentAttention) and half.sparse for half in known)
+        if len(known) == len(layers) and not sparse:
+            self.slot_shapes = known[0].slot_shapes
+            self.attention = [
+                attention.block(layer.input_layernorm, layer.residual_multiplier)
+                for layer, attention in zip(layers, known, strict=True)
+            ]
+        self._join(self._gates())
+
+    def forward(
+        self,
+        input_ids: Tensor,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """Run all layers over `(batch, seq)` ids; return `(batch, seq, hidden)` before the norm."""
+        slots = Cache() if cache is None else cache
+        gates = self._gates()
+        if gates != self.joined_gates:  # a copy was given others, as steering does
+            self._join(gates)
+        if recorder is not None or not isinstance(slots, Cache) or self.all_layers is None:
+            return super().forward(input_ids, positions, cache, recorder)
+        if positions is None:
+            positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
+        length = int(positions.max()) + 1
+        held = slots.reserve(
+            len(self.layers), len(input_ids), self.slot_shapes, length, cpu.cache_slots
+        )
+        width = self.embed_tokens.embedding_dim
+        return cpu.run_decoder(self.all_layers, input_ids, width, positions, held)
+
+    def _layers(self) -> "list[DecoderLayer]":
+        return cast("list[DecoderLayer]", list(self.layers))
+
+    def _gates(self) -> list[Router | None]:
+        """The routers by layer, None where one is dense."""
+        return [layer.mlp.gate if isinstance(layer.mlp, MoE) else None for layer in self._layers()]
+
+    def _join(self, gates: list[Router | None]) -> None:
+        """Put all layers into one call; there is none where a router is not the kernels'."""
+        self.joined_gates = gates
+        self.all_layers: cpu.Decoder | None = None
+        if not self.attention:
+            return
+        rules = [None if gate is None else native_router(gate) for gate in gates]
+        if any(gate is not None and rule is None for gate, rule in zip(gates, rules, strict=True)):
+            return
+        blocks: list[cpu.FeedForwardBlock] = []
+        for layer, rule in zip(self._layers(), rules, strict=True):
+            norm = layer.post_attention_layernorm
+            experts = cast("NativeMLP | NativeMoE", layer.mlp).layer
+            blocks.append(
+                cpu.feed_forward_block(
+                    (norm.weight, norm.eps), rule, experts, layer.residual_multiplier
+                )
+            )
+        self.all_layers = cpu.decoder(
+            self.embed_tokens.weight,
+            self.attention,
+            blocks,
+            (self.rotary_emb.inv_freq, self.rotary_emb.attention_factor),
+            self.embedding_multiplier,
+        )
