@@ -113,6 +113,7 @@ constexpr GgufType kGgufTypes[] = {
     {"Q4_K", "q4_k", 256, 144, read_q4_k},   {"Q5_K", "q5_k", 256, 176, read_q5_k},
     {"Q6_K", "q6_k", 256, 210, read_q6_k},   {"IQ4_NL", "iq4_nl", 32, 18, read_q4_0},
     {"IQ4_XS", "iq4_xs", 256, 136, read_iq4_xs}, {"MXFP4", "mxfp4", 32, 17, read_mxfp4},
+    {"F8_E4M3", "fp8", kFloatGroup, 4 + kFloatGroup, nullptr},
 };
 
 }  // namespace

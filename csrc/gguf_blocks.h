@@ -1,5 +1,5 @@
-// The blocks of GGUF files, as ggml defines them: read into parts that records keep, without
-// rounding anything again.
+// The blocks of GGUF files, as ggml defines them, and FP8's: read into parts that records keep,
+// without rounding anything again.
 #pragma once
 #include <cstdint>
 #include <string>
@@ -19,7 +19,8 @@ struct GgufType {
   const char* name;    // as ggml has it
   const char* format;  // that holds it
   int columns, bytes;
-  void (*read)(const uint8_t* bytes, Block& block);  // null where a block is a number
+  // Null for numbers, of which those that share a float32 scale have it in front of them.
+  void (*read)(const uint8_t* bytes, Block& block);
 };
 
 // The type of a name; throws std::invalid_argument where it is unknown.

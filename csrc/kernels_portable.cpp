@@ -153,8 +153,15 @@ void add_integers(const uint8_t* record, const int16_t* values, int64_t columns,
 
 template <int F>
 void add_floats(const uint8_t* record, int64_t columns, const float* x, float* out) {
-  for (int64_t k = 0; k < columns; ++k)
-    for (int n = 0; n < kPanel; ++n) out[n] += float_at(kWeightFormats[F], record, k, n) * x[k];
+  static constexpr WeightFormat f = kWeightFormats[F];
+  for (int64_t first = 0; first < columns; first += kFloatGroup) {
+    const int64_t last = first + kFloatGroup < columns ? first + kFloatGroup : columns;
+    float sums[kPanel] = {};
+    for (int64_t k = first; k < last; ++k)
+      for (int n = 0; n < kPanel; ++n) sums[n] += float_at(f, record, k, n) * x[k];
+    for (int n = 0; n < kPanel; ++n)
+      out[n] += sums[n] * float_scale_of(f, record, columns, first / kFloatGroup, n);
+  }
 }
 
 template <int F>

@@ -215,47 +215,70 @@ MOESCOPE_INLINE inline void add_integers(const Part& at, const Activations& a) {
   }
 }
 
+// A column of 16 outputs; of those with a scale, a 256th, which `add_floats` makes good.
+template <int F>
+MOESCOPE_INLINE inline void read_floats(const uint8_t* from, __m256 (&weights)[2]) {
+  constexpr Values kValues = kWeightFormats[F].values;
+  if constexpr (kValues == Values::e4m3) {  // the sign, and 7 bits that are an f16's but for its bias
+    const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load_half(from)), 7);
+    const __m256i halves = _mm256_and_si256(wide, _mm256_set1_epi16(-0x4080));
+    weights[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
+    weights[1] = _mm256_cvtph_ps(_mm256_extracti128_si256(halves, 1));
+  } else if constexpr (kValues == Values::f16) {
+    weights[0] = f16_at(from), weights[1] = f16_at(from + 16);
+  } else {
+    weights[0] = _mm256_castsi256_ps(load(from)), weights[1] = _mm256_castsi256_ps(load(from + 32));
+  }
+}
+
 template <int F, int M>
 MOESCOPE_INLINE inline void add_floats(const Part& at, const Activations& a) {
+  static constexpr bool kScaled = kWeightFormats[F].scales == Scales::f32;
   static constexpr int kWays = M == 1 ? 4 : M == 2 ? 2 : 1;  // sums of a row, so that they need not wait
   static constexpr int kBytes = kWeightFormats[F].bits / 8;
-  __m256 sums[M][kWays][2];
+  const int64_t group = kScaled ? kFloatGroup : at.columns;
+  const uint8_t* scales = at.record + value_bytes(kWeightFormats[F], at.columns);
   const float* x[M];
   each<M>([&](auto m) MOESCOPE_INLINE {
     x[m] = a.numbers + at.row[m] * a.columns + at.first_column;
-    each<kWays>([&](auto way) MOESCOPE_INLINE {
-      for (int half = 0; half < 2; ++half)
-        sums[m][way][half] =
-            way == 0 ? _mm256_loadu_ps(at.out[m] + half * 8) : _mm256_setzero_ps();
-    });
   });
-  for (int64_t k = 0; k < at.columns; k += kWays)
-    each<kWays>([&](auto way) MOESCOPE_INLINE {
-      const uint8_t* from = at.record + (k + way) * (kPanel * kBytes);
-      if (at.ahead != nullptr)
-        _mm_prefetch(reinterpret_cast<const char*>(at.ahead + (k + way) * (kPanel * kBytes)),
-                     _MM_HINT_T1);
-      each<2>([&](auto half) MOESCOPE_INLINE {
-        __m256 weights;
-        if constexpr (kWeightFormats[F].values == Values::f16)
-          weights = f16_at(from + half * 16);
-        else
-          weights = _mm256_castsi256_ps(load(from + half * 32));
+  for (int64_t first = 0; first < at.columns; first += group, scales += kPanel * sizeof(float)) {
+    const int64_t last = first + group < at.columns ? first + group : at.columns;
+    __m256 sums[M][kWays][2];
+    each<M>([&](auto m) MOESCOPE_INLINE {
+      each<kWays>([&](auto way) MOESCOPE_INLINE {
+        sums[m][way][0] = sums[m][way][1] = _mm256_setzero_ps();
+      });
+    });
+    for (int64_t k = first; k < last; k += kWays)
+      each<kWays>([&](auto way) MOESCOPE_INLINE {
+        const int64_t offset = (k + way) * (kPanel * kBytes);
+        if constexpr (way * kPanel * kBytes % 64 == 0 || M > 2)
+          if (at.ahead != nullptr)
+            _mm_prefetch(reinterpret_cast<const char*>(at.ahead + offset), _MM_HINT_T1);
+        __m256 weights[2];
+        read_floats<F>(at.record + offset, weights);
         each<M>([&](auto m) MOESCOPE_INLINE {
-          sums[m][way][half] = _mm256_fmadd_ps(_mm256_broadcast_ss(x[m] + k + way), weights,
-                                               sums[m][way][half]);
+          const __m256 factor = _mm256_broadcast_ss(x[m] + k + way);
+          each<2>([&](auto half) MOESCOPE_INLINE {
+            sums[m][way][half] = _mm256_fmadd_ps(factor, weights[half], sums[m][way][half]);
+          });
         });
       });
-    });
-  each<M>([&](auto m) MOESCOPE_INLINE {
     each<2>([&](auto half) MOESCOPE_INLINE {
-      __m256 sum = sums[m][0][half];
-      each<kWays - 1>([&](auto way) MOESCOPE_INLINE {
-        sum = _mm256_add_ps(sum, sums[m][way + 1][half]);
+      __m256 scale = _mm256_set1_ps(1);
+      if constexpr (kScaled)
+        scale = _mm256_mul_ps(_mm256_set1_ps(256), _mm256_castsi256_ps(load(scales + half * 32)));
+      each<M>([&](auto m) MOESCOPE_INLINE {
+        __m256 sum = sums[m][0][half];
+        each<kWays - 1>([&](auto way) MOESCOPE_INLINE {
+          sum = _mm256_add_ps(sum, sums[m][way + 1][half]);
+        });
+        float* to = at.out[m] + half * 8;
+        _mm256_storeu_ps(to, _mm256_fmadd_ps(scale, sum, _mm256_loadu_ps(to)));
       });
-      _mm256_storeu_ps(at.out[m] + half * 8, sum);
     });
-  });
+  }
 }
 
 template <int F, bool Plain, int M>

@@ -80,12 +80,19 @@ void quantize_blocks(const Floats<2>& rows, const std::string& name,
 SharedWeights pack_blocks(const Bytes& blocks, const std::string& type, int64_t matrices,
                           int64_t outputs, int64_t columns) {
   const GgufType& of = gguf_type(type);
-  require(matrices > 0 && outputs > 0 && columns > 0 && columns % of.columns == 0 &&
-              static_cast<int64_t>(blocks.size()) ==
-                  matrices * outputs * (columns / of.columns) * of.bytes,
+  const int64_t of_row = (columns + of.columns - 1) / of.columns;
+  require(matrices > 0 && outputs > 0 && columns > 0 &&
+              (columns % of.columns == 0 || of.read == nullptr) &&
+              static_cast<int64_t>(blocks.size()) == matrices * outputs * of_row * of.bytes,
           "blocks of this shape are not of this size");
   nb::gil_scoped_release unlocked;
   return std::make_shared<Weights>(of, matrices, outputs, columns, blocks.data());
+}
+
+SharedWeights empty_weights(const std::string& format, int64_t matrices, int64_t outputs,
+                            int64_t columns) {
+  require(matrices > 0 && outputs > 0 && columns > 0, "there are no weights");
+  return std::make_shared<Weights>(format_of(format), matrices, outputs, columns);
 }
 
 uint64_t checksum_of(const Bytes& data) {
@@ -540,6 +547,7 @@ NB_MODULE(_native, m) {
 
   nb::class_<Weights>(m, "Weights")
       .def_prop_ro("matrix_bytes", &Weights::matrix_bytes)
+      .def("put", &Weights::put, "matrix"_a, "one"_a)
       .def_prop_ro("stored", &stored_bytes)
       .def("__deepcopy__", &same)
       .def("unpack", &unpack, "out"_a)
@@ -547,6 +555,7 @@ NB_MODULE(_native, m) {
   m.def("pack", &pack, "matrices"_a, "format"_a);
   m.def("quantize_blocks", &quantize_blocks, "rows"_a, "type"_a, "out"_a);
   m.def("pack_blocks", &pack_blocks, "blocks"_a, "type"_a, "matrices"_a, "outputs"_a, "columns"_a);
+  m.def("empty_weights", &empty_weights, "format"_a, "matrices"_a, "outputs"_a, "columns"_a);
   m.def("layout", &Weights::layout);
   m.def("checksum", &checksum_of, "data"_a);
   m.def("read_bytes", &read_bytes, "descriptor"_a, "offset"_a, "out"_a);

@@ -31,6 +31,12 @@ static inline float float_of_e8m0(uint8_t exponent) {
   return float_of_bits(exponent < 2 ? 0x00200000u << exponent : (exponent - 1u) << 23);
 }
 
+// E4M3 as OCP's FP8 has it, but for its NaNs, which packing refuses: a finite f16 times 256.
+static inline float float_of_e4m3(uint8_t bits) {
+  const uint32_t widened = static_cast<uint32_t>(bits & 0x80) << 8 | (bits & 0x7fu) << 7;
+  return 256 * float_of_f16(static_cast<uint16_t>(widened));
+}
+
 static inline uint16_t u16_at(const uint8_t* from) {
   uint16_t bits;
   memcpy(&bits, from, sizeof bits);
@@ -80,8 +86,15 @@ static inline int integer_of(const WeightFormat& f, int stored) {
 
 static inline float float_at(const WeightFormat& f, const uint8_t* record, int64_t k, int n) {
   const int64_t at = k * kPanel + n;
+  if (f.values == Values::e4m3) return float_of_e4m3(record[at]);
   if (f.values == Values::f16) return float_of_f16(u16_at(record + 2 * at));
   return float_of_bits(u32_at(record + 4 * at));
+}
+
+static inline float float_scale_of(const WeightFormat& f, const uint8_t* record, int64_t columns,
+                                   int64_t g, int n) {
+  if (f.scales == Scales::none) return 1;
+  return float_of_bits(u32_at(record + value_bytes(f, columns) + (g * kPanel + n) * 4));
 }
 
 // The scale of a group, or its minimum where `at` is where those begin.
@@ -117,7 +130,8 @@ static inline float minimum_of(const WeightFormat& f, const uint8_t* record, int
 
 static inline float weight_at(const WeightFormat& f, const uint8_t* record, int64_t columns,
                               int64_t k, int n) {
-  if (is_float(f)) return float_at(f, record, k, n);
+  if (is_float(f))
+    return float_at(f, record, k, n) * float_scale_of(f, record, columns, k / kFloatGroup, n);
   const int64_t g = k / f.group;
   const float value = static_cast<float>(integer_of(f, stored_value(f, record, k, n)));
   return scale_of(f, record, columns, g, n) * value + minimum_of(f, record, columns, g, n);

@@ -10,9 +10,10 @@ constexpr int kPanels = 4;               // panels in a tile
 constexpr int kTile = kPanel * kPanels;  // outputs that one call computes
 constexpr int kChunk = 32;               // columns are padded to a multiple of this
 constexpr int kRecord = 256;             // columns of a panel that lie together at most
+constexpr int kFloatGroup = 128;         // columns of floating point that share a scale
 
 // What a weight's bits are.
-enum class Values { integer, code, bf16, f16, f32 };
+enum class Values { integer, code, e4m3, bf16, f16, f32 };
 
 // How the scales of a format are held, and its minimums if it has any.
 enum class Scales {
@@ -20,6 +21,7 @@ enum class Scales {
   row,      // float32, one a row
   bf16,     // one a group
   f16,      // one a group
+  f32,      // one for 128 columns of floating point (DeepSeek-V3, section 3.3.2)
   e8m0,     // an exponent a group, of half the weights' scale as OCP's microscaling has it
   f16_u8,   // an unsigned byte a group, times one f16 for 256 columns
   f16_i8,   // a signed byte a group, times one f16 for 256 columns
@@ -54,6 +56,7 @@ constexpr WeightFormat kWeightFormats[] = {
     {"int8", Values::integer, 8, 128, 64, Scales::row, false, Order::tile, nullptr},
     {"int4", Values::integer, 4, 8, 32, Scales::bf16, false, Order::tile, nullptr},
     {"bf16", Values::bf16, 16, 0, 0, Scales::none, false, Order::tile, nullptr},
+    {"fp8", Values::e4m3, 8, 0, 0, Scales::f32, false, Order::record, nullptr},
     {"f16", Values::f16, 16, 0, 0, Scales::none, false, Order::record, nullptr},
     {"f32", Values::f32, 32, 0, 0, Scales::none, false, Order::record, nullptr},
     {"q8_0", Values::integer, 8, 128, 32, Scales::f16, false, Order::record, nullptr},
@@ -93,6 +96,7 @@ static constexpr int scale_bytes(const WeightFormat& f) {
     case Scales::row: return 0;
     case Scales::bf16:
     case Scales::f16: return 2;
+    case Scales::f32: return 4;
     default: return 1;
   }
 }
@@ -103,7 +107,8 @@ static constexpr int64_t value_bytes(const WeightFormat& f, int64_t columns) {
   return columns * kPanel * f.bits / 8;
 }
 static constexpr int64_t scales_size(const WeightFormat& f, int64_t columns) {
-  return is_float(f) ? 0 : columns / f.group * kPanel * scale_bytes(f);
+  const int64_t group = is_float(f) ? kFloatGroup : f.group;
+  return (columns + group - 1) / group * kPanel * scale_bytes(f);
 }
 static constexpr int64_t minimums_at(const WeightFormat& f, int64_t columns) {
   return value_bytes(f, columns) + scales_size(f, columns);

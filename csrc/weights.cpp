@@ -133,7 +133,7 @@ Weights::Weights(int format, int64_t matrices, int64_t outputs, int64_t columns,
 Weights::Weights(const GgufType& type, int64_t matrices, int64_t outputs, int64_t columns,
                  const uint8_t* blocks)
     : Weights(format_named(type.format), matrices, outputs, columns) {
-  if (columns % type.columns != 0)
+  if (columns % type.columns != 0 && type.read != nullptr)
     throw std::invalid_argument("the columns are no multiple of a block's");
   parallel(matrices * tiles(),
            [&](int64_t task) { pack_blocks(task / tiles(), task % tiles(), type, blocks); });
@@ -172,15 +172,21 @@ void Weights::pack_blocks(int64_t matrix, int64_t index, const GgufType& type,
                           const uint8_t* blocks) {
   const WeightFormat& f = format();
   const Tile target = tile(matrix, index);
-  const int64_t row_bytes = columns_ / type.columns * type.bytes;
+  const int64_t row_bytes = (columns_ + type.columns - 1) / type.columns * type.bytes;
+  const int64_t number_bytes = f.bits / 8, shared_bytes = f.scales == Scales::f32 ? 4 : 0;
   const int64_t width = std::min<int64_t>(kTile, outputs_ - index * kTile);
   const int64_t group_bytes = scale_bytes(f);
   for (int64_t output = 0; output < width; ++output) {
     const uint8_t* row = blocks + (matrix * outputs_ + index * kTile + output) * row_bytes;
     const int n = static_cast<int>(output % kPanel);
     if (type.read == nullptr) {
-      for (int64_t k = 0; k < columns_; ++k)
-        std::memcpy(number(target, output, k), row + k * type.bytes, type.bytes);
+      for (int64_t start = 0; start < columns_; start += type.columns, row += type.bytes) {
+        const int64_t end = std::min(columns_, start + type.columns);
+        for (int64_t k = start; k < end; ++k)
+          std::memcpy(number(target, output, k), row + shared_bytes + (k - start) * number_bytes,
+                      number_bytes);
+        if (shared_bytes != 0) std::memcpy(float_scale(target, output, start), row, shared_bytes);
+      }
       continue;
     }
     for (int64_t start = 0; start < columns_; start += type.columns, row += type.bytes) {
@@ -211,6 +217,12 @@ uint8_t* Weights::number(const Tile& of, int64_t output, int64_t k) const {
     return const_cast<uint8_t*>(of.weights) +
            ((k / 2 * of.panels * kPanel + output) * 2 + k % 2) * bytes;
   return const_cast<uint8_t*>(record(of, output, k / kRecord)) + (k % kRecord * kPanel + n) * bytes;
+}
+
+uint8_t* Weights::float_scale(const Tile& of, int64_t output, int64_t k) const {
+  const int64_t index = k / kRecord, columns = std::min<int64_t>(kRecord, padded_ - index * kRecord);
+  return const_cast<uint8_t*>(record(of, output, index)) + value_bytes(format(), columns) +
+         (k % kRecord / kFloatGroup * kPanel + output % kPanel) * sizeof(float);
 }
 
 void Weights::pack_tile(int64_t matrix, int64_t index, const Source& source) {
@@ -279,6 +291,16 @@ float Weights::weight(const Tile& from, int64_t output, int64_t k) const {
   const uint8_t both = chunk[(inside / 4 * width + output) * 4 + inside % 4];
   const int q = (k % kChunk < kChunk / 2 ? both & 15 : both >> 4) - f.zero;
   return static_cast<float>(q) * float_of_bf16(u16_at(chunk + width * (kChunk / 2) + 2 * output));
+}
+
+void Weights::put(int64_t matrix, const Weights& one) {
+  if (one.format_ != format_ || one.outputs_ != outputs_ || one.columns_ != columns_ ||
+      one.matrices_ != 1 || matrix < 0 || matrix >= matrices_)
+    throw std::invalid_argument("the matrix is not like the others");
+  const int64_t scales = static_cast<int64_t>(one.packed_.size()) - matrix_bytes_;
+  std::memcpy(packed_.data() + matrix * matrix_bytes_, one.packed_.data(), matrix_bytes_);
+  std::memcpy(packed_.data() + matrices_ * matrix_bytes_ + matrix * scales,
+              one.packed_.data() + matrix_bytes_, scales);
 }
 
 void Weights::unpack(float* out) const {

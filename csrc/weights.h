@@ -33,7 +33,7 @@ class Weights {
  public:
   // Rounds to int8, int4, bf16, f16 or f32; throws std::invalid_argument for other formats.
   Weights(int format, int64_t matrices, int64_t outputs, int64_t columns, const Source& source);
-  // Lays out blocks, rows after rows; columns are a multiple of a block's.
+  // Lays out blocks, rows after rows; columns are a multiple of a block's, unless it holds numbers.
   Weights(const GgufType& type, int64_t matrices, int64_t outputs, int64_t columns,
           const uint8_t* blocks);
   // Zeros, whose `stored` is there to be filled with what another's was.
@@ -61,6 +61,10 @@ class Weights {
                 const int32_t* rows, int count, float* out, const uint8_t* next = nullptr) const;
   const uint8_t* start(int64_t matrix, int64_t index) const { return tile(matrix, index).weights; }
 
+  // Replace a matrix by the only one of other weights; throws std::invalid_argument where their
+  // format or shape is another.
+  void put(int64_t matrix, const Weights& one);
+
   // The weights as the kernels see them, (matrices, outputs, columns).
   void unpack(float* out) const;
 
@@ -70,6 +74,8 @@ class Weights {
   const uint8_t* record(const Tile& of, int64_t output, int64_t index) const;
   // Where a number of floating point lies.
   uint8_t* number(const Tile& of, int64_t output, int64_t k) const;
+  // Where the scale of its group lies, if it has one.
+  uint8_t* float_scale(const Tile& of, int64_t output, int64_t k) const;
   float weight(const Tile& from, int64_t output, int64_t k) const;
   void pack_tile(int64_t matrix, int64_t index, const Source& source);
   void pack_blocks(int64_t matrix, int64_t index, const GgufType& type, const uint8_t* blocks);

@@ -63,10 +63,10 @@ def load(
         dtype: `float32` or `bfloat16`, of the backend `torch`; None takes float32 for models of up
             to 500M parameters, and above it the type of a folder's norms, bfloat16 for GGUF.
         backend: `torch` computes with PyTorch, `cpu` with the native kernels, whose activations are
-            float32. None means `cpu` for GGUF, unless `dtype` is given, and where `quantize` is
-            given; else `torch`.
+            float32. None means `cpu` for GGUF and for folders of FP8 or MXFP4, unless `dtype` is
+            given, and where `quantize` is given; else `torch`.
         quantize: what weights are rounded to for the backend `cpu`: `int8`, `int4` or `bf16`. None
-            keeps a GGUF file's own numbers, and means `int8` for a folder.
+            keeps the own numbers of GGUF, FP8 and MXFP4, and means `int8` for other folders.
         stream_experts: leave routed experts on the disk, packed for the native kernels; each is
             read when a token visits it, and dropped when others need its place.
         expert_memory: bytes of such experts that may be in memory at a time; None takes three
@@ -83,10 +83,11 @@ def load(
     if stream_experts and backend == "torch":
         raise UserError('backend "torch" holds all experts in memory; stream them with "cpu"')
 
-    def packer_of(in_gguf: bool) -> Packer | None:
-        if in_gguf and backend is None and quantize is None and dtype is None and cpu.available():
+    def packer_of(has_blocks: bool) -> Packer | None:
+        unasked = backend is None and quantize is None and dtype is None
+        if has_blocks and unasked and cpu.available():
             return Packer(None)
-        return packer_for(backend, quantize, in_gguf)
+        return packer_for(backend, quantize, has_blocks)
 
     def fitting_dtype(
         config: ModelConfig, stored: torch.dtype, packer: Packer | None, size: int
@@ -103,14 +104,14 @@ def load(
         return wanted
 
     def refuse_before_download(headers: Headers) -> None:
-        packer = packer_of("token_embd.weight" in headers.tensors)
+        packer = packer_of(headers.has_blocks)
         size = sum(held.size for held in headers.tensors.values())
         fitting_dtype(headers.config, headers.dtype, packer, size)
 
     packer_for(backend, quantize, False)  # refuses what can never be
     path = locate(name_or_path, refuse_before_download)
     checkpoint = open_checkpoint(path)
-    packer = packer_of(is_gguf(path))
+    packer = packer_of(checkpoint.has_blocks)
     size = sum(file.stat().st_size for file in checkpoint.files)
     wanted = fitting_dtype(checkpoint.config, checkpoint.dtype, packer, size)
     tokenizer = checkpoint.tokenizer()
@@ -138,13 +139,13 @@ def _refuse_if_too_large(parameters: int, dtype: torch.dtype, available: int) ->
         )
 
 
-def packer_for(backend: str | None, quantize: str | None, in_gguf: bool) -> Packer | None:
+def packer_for(backend: str | None, quantize: str | None, has_blocks: bool) -> Packer | None:
     """Return what packs the weights for the native kernels; None for PyTorch.
 
     Args:
         backend: as for `load`.
         quantize: as for `load`.
-        in_gguf: whether the weights stand in GGUF, whose own numbers are kept.
+        has_blocks: whether the weights stand in GGUF, in FP8 or in MXFP4, whose numbers are kept.
 
     Raises:
         UserError: there is no such backend or format, or the two do not go together.
@@ -155,7 +156,7 @@ def packer_for(backend: str | None, quantize: str | None, in_gguf: bool) -> Pack
         raise UserError(f'quantize is {quantize!r}, but backend "torch" rounds nothing; use "cpu"')
     if backend != "cpu" and quantize is None:
         return None
-    own = in_gguf and quantize is None and cpu.available()
+    own = has_blocks and quantize is None and cpu.available()
     return Packer(None if own else quantize or "int8")
 
 

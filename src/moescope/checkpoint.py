@@ -12,8 +12,7 @@ from moescope.errors import UserError
 from moescope.families import save_config
 from moescope.formats.gguf.model import GgufModel, is_gguf
 from moescope.formats.safetensors import WIDE, SafetensorsModel, save_tensors
-from moescope.formats.source import WeightSource
-from moescope.kernels.blocks import Blocks
+from moescope.formats.source import ReadBlocks, ReadExpert, WeightSource
 from moescope.model.decoder import CausalLM, without_numbers
 from moescope.model.rope import RotaryEmbedding
 from moescope.model.routing import Hash, TokenTable
@@ -66,7 +65,8 @@ class WeightPacker(Protocol):
         self,
         model: CausalLM,
         tensor: Callable[[str], Tensor],
-        blocks: Callable[[str], Blocks | None],
+        expert: ReadExpert,
+        blocks: ReadBlocks,
     ) -> None:
         """Read those weights by name and replace the modules that they belong to."""
         ...
@@ -127,6 +127,11 @@ def load_model(
         _refuse_if_not_finite(name, weight)
         return weight
 
+    def read_expert(name: str, expert: int, shape: torch.Size) -> Tensor:
+        weight = source.read_expert(name, expert, shape, None).to(device)
+        _refuse_if_not_finite(f"{name} of expert {expert}", weight)
+        return weight
+
     weights = {
         name: read(name)
         for name in shapes
@@ -141,7 +146,7 @@ def load_model(
     )
     _make_fixed_buffers(model, device)
     if packer is not None:
-        packer.pack(model, read_finite, source.blocks)
+        packer.pack(model, read_finite, read_expert, source.blocks)
     if packer is None or packer.reads_all:
         source.refuse_unread()
     return model.eval()

@@ -1,4 +1,4 @@
-"""Weights in a GGUF file's own numbers: the same as gguf's, and products with them."""
+"""Weights in a file's own numbers: the same as gguf's, or torch's FP8, and products with them."""
 
 import gguf
 import numpy as np
@@ -34,32 +34,53 @@ GROUP = {"Q6_K": 16}
 """Columns of activations that share a scale, where it is not 32."""
 
 
+FLOATS = ("F32", "F16", "BF16", "F8_E4M3")
+
+
+def block_of(kind: str) -> tuple[int, int]:
+    """Columns of a block, and its bytes."""
+    if kind == "F8_E4M3":
+        return 128, 4 + 128
+    return gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+
+
 def random_blocks(kind: str, rows: int, columns: int, seed: int) -> NDArray[np.uint8]:
     """Blocks of any bytes, rows after rows, whose scales are numbers of a usual size."""
     chance = np.random.default_rng(seed)
-    block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    block, size = block_of(kind)
     if block == 1:
         numbers = chance.standard_normal((rows, columns)).astype(np.float32)
         return quants.quantize(numbers, GGMLQuantizationType[kind]).view(np.uint8).reshape(-1)
-    data = chance.integers(0, 256, (rows * columns // block, size), dtype=np.uint8)
+    data = chance.integers(0, 256, (rows * -(-columns // block), size), dtype=np.uint8)
     for at in F16_AT.get(kind, ()):
         scales = (chance.standard_normal(len(data)) * 0.01).astype(np.float16)
         data[:, at : at + 2] = scales.view(np.uint8).reshape(-1, 2)
     if kind == "MXFP4":
         data[:, 0] = chance.integers(115, 125, len(data))
+    if kind == "F8_E4M3":
+        data[(data & 0x7F) == 0x7F] = 0  # NaN
+        scales = (chance.standard_normal(len(data)) * 1e-4).astype(np.float32)
+        data[:, :4] = scales[:, None].view(np.uint8)
     return data.reshape(-1)
 
 
 def dequantized(kind: str, data: NDArray[np.uint8], shape: tuple[int, ...]) -> Tensor:
-    block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
-    rows = data.reshape(-1, shape[-1] // block * size)
+    block, size = block_of(kind)
+    rows = data.reshape(-1, -(-shape[-1] // block) * size)
+    if kind == "F8_E4M3":
+        blocks = torch.from_numpy(rows.reshape(len(rows), -1, size).copy())
+        scales = blocks[:, :, :4].contiguous().view(torch.float32)
+        codes = blocks[:, :, 4:].contiguous().view(torch.float8_e4m3fn)
+        return (codes.float() * scales).flatten(1)[:, : shape[-1]].reshape(shape)
     numbers = quants.dequantize(rows, GGMLQuantizationType[kind])
     return torch.from_numpy(numbers.astype(np.float32).reshape(shape))
 
 
 def block_columns(kind: str, width: int) -> int:
     """A number of columns that a file may have, `width` or some more."""
-    block, _ = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    if kind == "F8_E4M3":  # whose last block may be a part
+        return width
+    block, _ = block_of(kind)
     return -(-width // block) * block
 
 
@@ -103,7 +124,7 @@ def test_blocks_that_gguf_quantised(kind: str) -> None:
 def test_tiny_and_negative_scales(kind: str) -> None:
     shape = 1, 20, 256
     data = random_blocks(kind, 20, 256, 0)
-    block, size = gguf.GGML_QUANT_SIZES[GGMLQuantizationType[kind]]
+    block, size = block_of(kind)
     if block == 1:
         pytest.skip("numbers have no scales")
     blocks = data.reshape(-1, size)
@@ -144,7 +165,7 @@ def test_products_are_those_of_rounded_activations(
     bias = torch.randn(outputs, generator=generator) if biased else None
     product = cpu.linear(packed, outputs, x, bias)
     taken, half_step = x.double(), torch.zeros(x.shape, dtype=torch.float64)
-    if kind not in ("F32", "F16", "BF16"):
+    if kind not in FLOATS:
         taken, half_step = rounded_rows(x, GROUP.get(kind, 32))
     exact = taken @ held.T + (0 if bias is None else bias)
     # float32 sums of some hundreds of products, each of which may be as large as this

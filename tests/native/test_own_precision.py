@@ -46,6 +46,7 @@ MODELS: dict[str, dict[str, Any]] = {
     },
     "deepseek_v3": V3 | WIDE | {"moe_intermediate_size": 256, "q_lora_rank": 256},
 }
+GGUF_TYPES = sorted(set(BLOCK_FORMATS) - {"F8_E4M3"})
 ROUNDABLE = ("F32", "F16", "BF16", "Q8_0", "Q4_0", "Q4_1", "Q5_0", "Q5_1")
 """Types that the `gguf` library can round to."""
 
@@ -112,7 +113,7 @@ def difference(found: Tensor, expected: Tensor) -> float:
     return float(((found - expected).norm(dim=-1) / expected.norm(dim=-1)).median())
 
 
-@pytest.mark.parametrize("kind", sorted(BLOCK_FORMATS))
+@pytest.mark.parametrize("kind", GGUF_TYPES)
 def test_a_file_is_computed_from_its_own_numbers(wide: Path, kind: str, tmp_path: Path) -> None:
     path = in_type(wide, tmp_path / "model.gguf", kind)
     native = moescope.load(path)
@@ -126,7 +127,7 @@ def test_a_file_is_computed_from_its_own_numbers(wide: Path, kind: str, tmp_path
     assert difference(logits(native), logits(exact)) < 1.2 * again, "int4 rounds once more"
 
 
-@pytest.mark.parametrize("kind", sorted(BLOCK_FORMATS))
+@pytest.mark.parametrize("kind", GGUF_TYPES)
 def test_weights_are_the_files_to_the_last_bit(wide: Path, kind: str, tmp_path: Path) -> None:
     path = in_type(wide, tmp_path / "model.gguf", kind)
     native, file = moescope.load(path), GgufFile(path)

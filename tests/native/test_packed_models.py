@@ -180,8 +180,8 @@ def test_prompts_in_parts_equal_prompts_layer_by_layer(
         found, expected = (in_parts(m, ids, [first, second, 1, 1]) for m in (joined, apart))
     finally:
         cpu.use_instruction_set(before)
-    # A last bit may round one activation to the neighbouring integer, which later tokens look back to;
-    # all the same the two stay nearer to each other than int8 is to float32.
+    # A last bit may round one activation to the neighbouring integer, which later tokens look back
+    # to; all the same the two stay nearer to each other than int8 is to float32.
     assert difference(found, expected) < 0.03
 
 

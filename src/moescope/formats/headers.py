@@ -6,9 +6,9 @@ The files may lie in a folder or on the Hub; of either, no weight is read.
 import json
 import re
 import struct
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any, Protocol, cast
@@ -77,6 +77,12 @@ class Headers:
 
     config: ModelConfig
     tensors: dict[str, StoredTensor]
+
+    @property
+    def has_blocks(self) -> bool:
+        """Whether the native kernels hold its weights as they are stored."""
+        kinds = {held.kind for held in self.tensors.values()}
+        return "token_embd.weight" in self.tensors or bool(kinds & {"F8_E4M3", "MXFP4"})
 
     @property
     def dtype(self) -> torch.dtype:
@@ -212,15 +218,25 @@ def _safetensors_header(files: Files, name: str) -> dict[str, StoredTensor]:
         if end > len(data):
             data += files.read(name, len(data), end)
         entries: dict[str, Any] = json.loads(data[8:end])
-        return {
+        found = {
             tensor: _stored(tensor, entry, size - end)
             for tensor, entry in entries.items()
             if tensor != "__metadata__"
         }
+        return found | dict(_fp4(found))
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError, struct.error) as error:
         raise UserError(
             f"{files.shown(name)} is no intact safetensors file ({error}); fetch the model again"
         ) from error
+
+
+def _fp4(tensors: dict[str, StoredTensor]) -> Iterator[tuple[str, StoredTensor]]:
+    """Yield DeepSeek-V4's experts, two numbers of MXFP4 in an I8, with their scales."""
+    for name, held in tensors.items():
+        scale = name.removesuffix("weight") + "scale"
+        if held.kind == "I8" and scale in tensors and tensors[scale].kind == "F8_E8M0":
+            yield name, replace(held, kind="MXFP4")
+            yield scale, replace(tensors[scale], kind="MXFP4")
 
 
 def _stored(name: str, entry: dict[str, Any], room: int) -> StoredTensor:

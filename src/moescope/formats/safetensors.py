@@ -19,7 +19,17 @@ from moescope.errors import UserError
 from moescope.families import FAMILIES, open_config
 from moescope.families.family import ExpertTensors, Tensors
 from moescope.files import atomic_path, write_text
-from moescope.formats.source import DOWN, GATE_UP, GATE_UP_BIAS
+from moescope.formats.scaled import (
+    FP4_BLOCK,
+    FP8_BLOCK,
+    dequantize_fp4,
+    dequantize_fp8,
+    exponents,
+    fp8_blocks,
+    mxfp4_blocks,
+)
+from moescope.formats.source import DOWN, GATE, GATE_UP, GATE_UP_BIAS
+from moescope.kernels.blocks import Blocks
 from moescope.kernels.quantize import dequantize_int8, quantize_int8
 from moescope.text.generation import GenerationDefaults
 from moescope.text.tokenizer import Tokenizer
@@ -30,8 +40,8 @@ STREAMS = tuple(f"{at}{part}" for at in ("_hc.", "hc_head.hc_") for part in ("fn
 WIDE = (CORRECTION_BIAS, "sinks", "position_bias", *STREAMS)
 """How names of small tensors end that are kept in float32 whatever the type of the others."""
 INT8_SCALE, FP8_SCALE = "_scale", "_scale_inv"
-FP8_BLOCK, FP4_BLOCK = 128, 32
-E2M1 = (0.0, 0.5, 1.0, 1.5, 2.0, 3.0, 4.0, 6.0)
+FP4_BLOCKS, FP4_SCALES = "_blocks", "_scales"
+"""How the names of gpt-oss's experts in MXFP4, and of their scales, end."""
 
 
 def save_tensors(
@@ -177,25 +187,6 @@ def _encode(name: str, tensor: Tensor, dtype: torch.dtype | None) -> dict[str, T
     return {name: integers, name + INT8_SCALE: scale}
 
 
-def _dequantize_fp8(weight: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply out blocks of 128 x 128 with one scale each (DeepSeek-V3, section 3.3.2)."""
-    rows, columns = weight.shape
-    scale = scale.float().repeat_interleave(FP8_BLOCK, dim=0)[:rows]
-    scale = scale.repeat_interleave(FP8_BLOCK, dim=1)[:, :columns]
-    return (weight.float() * scale).to(dtype)
-
-
-def _dequantize_fp4(packed: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
-    """Multiply out DeepSeek-V4's experts: E2M1, two in a byte, the first in its lower half.
-
-    Each 32 numbers of a row have one scale, a power of two (OCP Microscaling v1.0, MXFP4).
-    """
-    codes = packed.view(torch.uint8)
-    codes = torch.stack([codes & 0xF, codes >> 4], dim=-1).flatten(1).int()
-    weight = torch.tensor(E2M1 + tuple(-value for value in E2M1))[codes]
-    return (weight * scale.float().repeat_interleave(FP4_BLOCK, dim=1)).to(dtype)
-
-
 def _block_scale(name: str, names: "_WeightFiles") -> str:
     """Return the name of the scales of a weight's blocks, as V3 or as V4 calls them."""
     short = name.removesuffix("weight") + "scale"
@@ -271,6 +262,9 @@ class SafetensorsModel:
         part = published.removeprefix(_layer_of(published))
         if part in self._layout.leading and published in self._files:
             return self._files.read(published, torch.Size((1, *shape)), dtype)[0]
+        if experts and published + FP4_BLOCKS in self._files:
+            tensor = self._files.read_mxfp4(published, shape, dtype)
+            return tensor if published.endswith(DOWN) else _one_after_another(tensor)
         if not experts or not self._layout.experts.transposed:
             tensor = self._files.read(published, shape, dtype)
             turns = self._layout.experts.transposed and published.endswith(GATE_UP_BIAS)
@@ -278,8 +272,63 @@ class SafetensorsModel:
         turned = self._files.read(published, torch.Size((shape[0], shape[2], shape[1])), dtype)
         return _turned_back(turned, published.endswith(DOWN))
 
-    def blocks(self, name: str) -> None:
-        """Return nothing: safetensors hold no blocks that the kernels know."""
+    @property
+    def has_blocks(self) -> bool:
+        """Whether `blocks` returns some of the weights: those in FP8 and MXFP4."""
+        return self._files.has_blocks()
+
+    def blocks(self, name: str, expert: int | None = None) -> Blocks | None:
+        """Return FP8 and MXFP4 as they are; None for weights of other types.
+
+        Args:
+            name: as for `formats.source.WeightSource.blocks`.
+            expert: its number, where the name is that of routed experts.
+        """
+        if expert is None:
+            return self._files.blocks(published_name(name, self.config))
+        place = self._expert(name, expert)
+        if isinstance(place, str):
+            return self._files.blocks(place)
+        stacked, part = place
+        return self._files.stacked_blocks(stacked, expert, part)
+
+    def read_expert(
+        self, name: str, expert: int, shape: torch.Size, dtype: torch.dtype | None
+    ) -> Tensor:
+        """Return one routed expert's matrix.
+
+        Args:
+            name: ends in `gate_proj`, `up_proj` or `down_proj`.
+            expert: its number.
+            shape: `(outputs, columns)` that it must have.
+            dtype: as for `read`.
+
+        Raises:
+            UserError: as for `read`.
+        """
+        place = self._expert(name, expert)
+        if isinstance(place, str):
+            return self._files.read(place, shape, dtype)
+        stacked, part = place
+        transposed = self._layout.experts.transposed
+        return self._files.read_stacked(stacked, expert, part, shape, dtype, transposed)
+
+    def _expert(self, name: str, expert: int) -> "str | tuple[str, slice]":
+        """Return an expert's own tensor, or that of all experts and its rows in there."""
+        at, _, part = name.rpartition(".")
+        is_down = f".experts.{part}" == DOWN
+        own = published_name(at + (".down_proj" if is_down else ".gate_up_proj"), self.config)
+        layout, layer = self._layout.experts, _layer_of(own)
+        if own not in self._files:
+            if layout.gate_up is None:
+                pattern = {GATE: layout.gate, DOWN: layout.down}.get(f".experts.{part}", layout.up)
+                return layer + pattern.format(expert=expert)
+            own = layer + (layout.down if is_down else layout.gate_up)
+        if is_down:
+            return own, slice(None)
+        is_up, count = part == "up_proj", self.config.required("moe_intermediate_size")
+        turns = slice(int(is_up), None, 2)
+        return own, turns if layout.transposed else slice(is_up * count, (is_up + 1) * count)
 
     def refuse_unread(self) -> None:
         """Refuse tensors that nothing in the network takes.
@@ -347,6 +396,8 @@ class _WeightFiles:
 
     def exact(self, name: str) -> torch.dtype:
         """Return the narrower of bf16 and float32 that loses nothing of a tensor."""
+        if name not in self:
+            return torch.float32
         is_bf16 = self._get(name).dtype == torch.bfloat16
         return torch.bfloat16 if is_bf16 else torch.float32
 
@@ -360,7 +411,7 @@ class _WeightFiles:
             columns = 2 * tensor.shape[1]
             if columns == shape[1]:
                 scale = self._scale(_block_scale(name, self), (shape[0], columns // FP4_BLOCK))
-                return _dequantize_fp4(tensor, scale, dtype)
+                return dequantize_fp4(tensor, scale, dtype)
         if tensor.shape != shape:
             raise UserError(
                 f"{self._folder}: the tensor {name} has the shape {tuple(tensor.shape)}, but "
@@ -370,13 +421,93 @@ class _WeightFiles:
             return dequantize_int8(tensor, self._scale(name + INT8_SCALE, (len(tensor), 1)), dtype)
         if tensor.dtype == torch.float8_e4m3fn and tensor.ndim == 2:
             blocks = tuple(-(-size // FP8_BLOCK) for size in tensor.shape)
-            return _dequantize_fp8(tensor, self._scale(_block_scale(name, self), blocks), dtype)
+            return dequantize_fp8(tensor, self._scale(_block_scale(name, self), blocks), dtype)
         if not tensor.is_floating_point():
             raise UserError(
                 f"{self._folder}: the tensor {name} holds {tensor.dtype}, which is no weight "
                 "that moescope reads"
             )
         return tensor.to(dtype)
+
+    def has_blocks(self) -> bool:
+        """Whether some weights are FP8 or MXFP4."""
+        if any(name.endswith(FP4_BLOCKS) for name in self._handles):
+            return True
+        slices = (handle.get_slice(stored) for handle, stored in self._handles.values())
+        return any(held.get_dtype() in ("F8_E4M3", "F8_E8M0") for held in slices)
+
+    def blocks(self, name: str) -> Blocks | None:
+        """Return a matrix in FP8 or MXFP4 as it is stored; None for others."""
+        if name not in self._handles:
+            return None
+        handle, stored = self._handles[name]
+        kind = handle.get_slice(stored).get_dtype()
+        if kind not in ("F8_E4M3", "I8"):
+            return None
+        weight = self._get(name)
+        scale = _block_scale(name, self)
+        if weight.ndim != 2 or scale not in self:
+            return None
+        rows, columns = weight.shape
+        if kind == "I8":
+            return mxfp4_blocks(weight, self._scale(scale, (rows, 2 * columns // FP4_BLOCK)))
+        shape = -(-rows // FP8_BLOCK), -(-columns // FP8_BLOCK)
+        return fp8_blocks(weight, self._scale(scale, shape))
+
+    def stacked_blocks(self, name: str, expert: int, rows: slice) -> Blocks | None:
+        """Return some rows of one of the experts that a tensor of MXFP4 holds."""
+        if name + FP4_BLOCKS not in self:
+            return None
+        packed, scale = self._mxfp4(name, expert)
+        return mxfp4_blocks(packed[rows].flatten(1), scale[rows])
+
+    def read_stacked(
+        self,
+        name: str,
+        expert: int,
+        rows: slice,
+        shape: torch.Size,
+        dtype: torch.dtype | None,
+        transposed: bool,
+    ) -> Tensor:
+        """Return some rows of one of the experts that a tensor holds."""
+        if name + FP4_BLOCKS in self:
+            packed, scale = self._mxfp4(name, expert)
+            matrix = dequantize_fp4(packed.flatten(1), exponents(scale), dtype or torch.float32)
+        else:
+            matrix = self._get(name, expert)
+            if not matrix.is_floating_point() or matrix.ndim != 2:
+                raise UserError(
+                    f"{self._folder}: the tensor {name} holds {matrix.dtype} of the shape "
+                    f"{tuple(matrix.shape)} an expert, which is no weight that moescope reads"
+                )
+            matrix = (matrix.mT if transposed else matrix).to(dtype or self.exact(name))
+        if matrix[rows].shape != shape:
+            raise UserError(
+                f"{self._folder}: an expert of the tensor {name} has the shape "
+                f"{tuple(matrix[rows].shape)}, but config.json makes it {tuple(shape)}; the two "
+                "belong to different models"
+            )
+        return matrix[rows].contiguous()
+
+    def read_mxfp4(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
+        """Return all experts of a tensor of MXFP4, multiplied out, rows as they are stored."""
+        stacked = torch.empty(shape, dtype=dtype or torch.float32)
+        for expert, place in enumerate(stacked):
+            rows = self.read_stacked(name, expert, slice(None), place.shape, place.dtype, False)
+            place.copy_(rows)
+        return stacked
+
+    def _mxfp4(self, name: str, expert: int) -> tuple[Tensor, Tensor]:
+        """Return an expert's `(outputs, groups, 16)` bytes of numbers and `(outputs, groups)`."""
+        packed, scale = (self._get(name + end, expert) for end in (FP4_BLOCKS, FP4_SCALES))
+        bytes_alone = packed.dtype == scale.dtype == torch.uint8
+        if not bytes_alone or packed.shape != (*scale.shape, FP4_BLOCK // 2):
+            raise UserError(
+                f"{self._folder}: the tensors {name}{FP4_BLOCKS} and {name}{FP4_SCALES} do not "
+                "belong together; fetch the model again"
+            )
+        return packed, scale
 
     def _scale(self, name: str, shape: tuple[int, ...]) -> Tensor:
         scale = self._get(name)
@@ -407,7 +538,8 @@ class _WeightFiles:
                 "and weights belong together"
             )
 
-    def _get(self, name: str) -> Tensor:
+    def _get(self, name: str, entry: int | None = None) -> Tensor:
+        """Read a tensor, or one entry of its first dimension."""
         if name not in self._handles:
             raise UserError(
                 f"{self._folder} lacks the tensor {name}, which its config.json calls for; the "
@@ -416,8 +548,10 @@ class _WeightFiles:
         self._unread.discard(name)
         try:
             handle, stored = self._handles[name]
-            return handle.get_tensor(stored)
-        except (SafetensorError, OSError) as error:
+            if entry is None:
+                return handle.get_tensor(stored)
+            return handle.get_slice(stored)[entry]
+        except (SafetensorError, OSError, IndexError) as error:
             raise UserError(
                 f"{self._folder}: the tensor {name} cannot be read ({error}); fetch the model again"
             ) from error

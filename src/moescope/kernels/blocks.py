@@ -1,4 +1,4 @@
-"""A tensor's numbers as a GGUF file holds them: quantised blocks, or plain numbers."""
+"""A tensor's numbers as a file holds them: quantised blocks, or plain numbers."""
 
 from dataclasses import dataclass, replace
 
@@ -14,7 +14,7 @@ class Blocks:
     """Matrices whose rows are whole blocks.
 
     Attributes:
-        kind: the type, such as `Q4_K`.
+        kind: the type as GGUF names it, such as `Q4_K`; `F8_E4M3` for DeepSeek-V3's FP8.
         shape: `(matrices, outputs, columns)` or `(outputs, columns)`.
         data: `(rows, bytes of a row)`, all matrices' rows one after another.
     """
@@ -29,6 +29,12 @@ class Blocks:
         data = self.data.reshape(matrices, outputs, -1)[:, first:last]
         shape = torch.Size((matrices, last - first, columns))
         return Blocks(self.kind, shape, data.reshape(matrices * (last - first), -1))
+
+    def matrix(self, index: int) -> "Blocks":
+        """Return one of several matrices."""
+        _, outputs, columns = self.shape
+        rows = self.data[index * outputs : (index + 1) * outputs]
+        return Blocks(self.kind, torch.Size((outputs, columns)), rows)
 
     def in_matrices(self, count: int) -> "Blocks":
         """Return the rows of one matrix as those of `count`."""

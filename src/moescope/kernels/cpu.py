@@ -166,13 +166,24 @@ def pack_blocks(data: NDArray[np.uint8], kind: str, shape: tuple[int, int, int])
 
     Args:
         data: whole blocks, rows after rows, matrices after matrices; of numbers, their bytes.
-        kind: the tensor's type as GGUF names it (`Q4_K`, `MXFP4`, `F16` ...).
+        kind: the tensor's type as GGUF names it (`Q4_K`, `MXFP4`, `F16` ...); for `F8_E4M3`, 128
+            columns and, in front of them, their float32 scale make a block, the last one padded.
         shape: `(matrices, outputs, columns)`.
 
     Raises:
         ValueError: the type is none of `BLOCK_FORMATS`, or such a shape takes another size.
     """
     return _native.pack_blocks(data.reshape(-1), kind, *shape)
+
+
+def empty_weights(weight_format: str, shape: tuple[int, int, int]) -> Weights:
+    """Return zeros, whose matrices `put` replaces: `put(index, packed)`, of one matrix.
+
+    Args:
+        weight_format: any of `WEIGHT_FORMATS`.
+        shape: `(matrices, outputs, columns)`.
+    """
+    return _native.empty_weights(weight_format, *shape)
 
 
 def layout() -> str:

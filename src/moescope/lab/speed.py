@@ -250,7 +250,7 @@ def random_model(config: ModelConfig, weight_format: str) -> CausalLM:
     model.load_state_dict(weights, strict=False, assign=True)
     model.model.rotary_emb = RotaryEmbedding(config)
     if packer is not None:
-        packer.pack(model, weight)
+        packer.pack(model, weight, lambda name, expert, shape: _random(shape))
     return model.eval()
 
 

@@ -46,7 +46,7 @@ class NativeExperts(GroupedExperts):
         with torch.device("meta"):
             super().__init__(config)
         drop_parameters(self)
-        gate, up, down = map(pack, read.experts(at))
+        gate, up, down = map(pack, read.experts(at, experts.gate_up_proj.shape))
         self.packed = gate, up, down
         self.gate_up_proj_bias = wide(experts.gate_up_proj_bias)
         self.down_proj_bias = wide(experts.down_proj_bias)

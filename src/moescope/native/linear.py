@@ -7,9 +7,9 @@ import torch
 from torch import Tensor, nn
 
 from moescope.kernels import cpu
-from moescope.native.reader import Matrices
+from moescope.native.reader import Matrices, Stack
 
-Pack = Callable[[Matrices], "cpu.Weights"]
+Pack = Callable[[Matrices | Stack], "cpu.Weights"]
 """Packs matrices, or hands out what was packed before."""
 
 

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from moescope.catalog import count_parameters
 from moescope.config import ModelConfig
 from moescope.errors import UserError
+from moescope.formats.source import ReadBlocks, ReadExpert
 from moescope.kernels import cpu
-from moescope.kernels.blocks import Blocks
 from moescope.kernels.quantize import rounded as round_to
 from moescope.model.attention import GroupedQueryAttention, LatentAttention
 from moescope.model.compressed_attention import GroupedLinear
@@ -120,13 +120,15 @@ class Packer:
         self,
         model: CausalLM,
         tensor: Callable[[str], Tensor],
-        blocks: Callable[[str], Blocks | None] = no_blocks,
+        expert: ReadExpert,
+        blocks: ReadBlocks = no_blocks,
     ) -> None:
         """Replace the modules of a network of which everything else is loaded, in place.
 
         Args:
             model: the network.
             tensor: returns a weight by its name, in the exact type.
+            expert: returns one routed expert's matrix likewise.
             blocks: returns what the file holds of a weight, None where it holds it otherwise.
         """
         model.mtp = None
@@ -134,11 +136,11 @@ class Packer:
             self._round(model, tensor)
             return
         if self._source.from_file:
-            read = WeightReader(_shapes(model))
+            read = WeightReader(_shapes(model), expert)
         elif self.weight_format is None:
-            read = WeightReader(tensor, blocks)
+            read = WeightReader(tensor, expert, blocks)
         else:
-            read = WeightReader(tensor)
+            read = WeightReader(tensor, expert)
         pack = partial(self._source.weights, weight_format=self.weight_format)
         pack_experts = partial(pack, of_experts=True)
         embedding = read.tensor(EMBEDDING)

@@ -12,23 +12,24 @@ pages they are read faster for as long as the model runs (docs/decisions).
 
 import hashlib
 import os
-from collections.abc import Callable, Collection, Generator
+from collections.abc import Callable, Collection, Generator, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
 from torch import Tensor
 
+from moescope.errors import UserError
 from moescope.files import atomic_path
 from moescope.kernels import cpu
 from moescope.kernels.blocks import Blocks
-from moescope.native.reader import Matrices
+from moescope.native.reader import Matrices, Stack
 from moescope.native.weight_format import BLOCK_FORMATS
 
 if TYPE_CHECKING:
-    import numpy as np
     from numpy.typing import NDArray
 
     from moescope.kernels.cpu import Weights
@@ -58,12 +59,12 @@ class PackSource(Protocol):
     from_file: bool
 
     def weights(
-        self, matrices: Matrices, weight_format: str | None, *, of_experts: bool = False
+        self, matrices: Matrices | Stack, weight_format: str | None, *, of_experts: bool = False
     ) -> "Weights":
         """Return `(matrices, outputs, columns)` or `(outputs, columns)` packed.
 
         Args:
-            matrices: numbers, or a file's own blocks.
+            matrices: numbers, or a file's own blocks; of experts, one at a time.
             weight_format: to round numbers to; None rounds nothing.
             of_experts: whether they may stay in a file, from which they are streamed.
         """
@@ -104,7 +105,7 @@ class NewPack:
         self._made: list[tuple[str, tuple[int, ...], Weights | Tensor]] = []
 
     def weights(
-        self, matrices: Matrices, weight_format: str | None, *, of_experts: bool = False
+        self, matrices: Matrices | Stack, weight_format: str | None, *, of_experts: bool = False
     ) -> "Weights":
         """Round and lay out."""
         kind, packed = _packed(matrices, weight_format)
@@ -188,7 +189,7 @@ class StoredPack:
         self._entries = iter(header.entries)
 
     def weights(
-        self, matrices: Matrices, weight_format: str | None, *, of_experts: bool = False
+        self, matrices: Matrices | Stack, weight_format: str | None, *, of_experts: bool = False
     ) -> "Weights":
         """Read the next entry, which must be of this shape and, if it is given, this format.
 
@@ -260,17 +261,17 @@ class WrittenPack:
         self._entries: list[Entry] = []
 
     def weights(
-        self, matrices: Matrices, weight_format: str | None, *, of_experts: bool = False
+        self, matrices: Matrices | Stack, weight_format: str | None, *, of_experts: bool = False
     ) -> "Weights":
         """Round, lay out and write; return experts as `stream_weights` does."""
-        kind, packed = _packed(matrices, weight_format)
         shape = _shape(matrices)
-        entry = self._write(kind, shape, cpu.stored_bytes(packed))
-        if not of_experts:
-            return packed
-        del packed
-        at = self._start + entry.offset
-        return _streamed(self._file.fileno(), at, entry.size, kind, shape)
+        if of_experts and isinstance(matrices, Stack):
+            entry = self._write_one_by_one(matrices, weight_format)
+            at = self._start + entry.offset
+            return _streamed(self._file.fileno(), at, entry.size, entry.kind, shape)
+        kind, packed = _packed(matrices, weight_format)
+        self._write(kind, shape, cpu.stored_bytes(packed))
+        return packed
 
     def tensor(self, tensor: Tensor) -> Tensor:
         """Write it and return it."""
@@ -296,11 +297,34 @@ class WrittenPack:
         )
         self._file.seek(self._start + self._offset)
         self._file.write(data.data)
+        self._append(entry)
+        return entry
+
+    def _write_one_by_one(self, stack: Stack, weight_format: str | None) -> Entry:
+        """Write matrices as they would lie together: their rows' scales, if any, behind all."""
+        start, size, kinds = self._start + self._offset, 0, set[str]()
+        for index, (kind, one) in enumerate(_one_by_one(stack, weight_format)):
+            kinds.add(kind)
+            data, held = cpu.stored_bytes(one), one.matrix_bytes
+            scales = len(data) - held
+            size = stack.shape[0] * len(data)
+            self._file.seek(start + index * held)
+            self._file.write(data[:held].data)
+            self._file.seek(start + stack.shape[0] * held + index * scales)
+            self._file.write(data[held:].data)
+        self._file.flush()
+        written = np.memmap(self._file, np.uint8, "r", start, size)
+        shape, checksum = _shape(stack), cpu.checksum(written)
+        (kind,) = kinds
+        entry = Entry(kind=kind, shape=shape, offset=self._offset, size=size, checksum=checksum)
+        self._append(entry)
+        return entry
+
+    def _append(self, entry: Entry) -> None:
         self._file.flush()
         self._entries.append(entry)
-        self._offset += _aligned(len(data))
+        self._offset += _aligned(entry.size)
         self._file.truncate(self._start + self._offset)
-        return entry
 
 
 @contextmanager
@@ -340,8 +364,16 @@ def _read_header(file: BinaryIO) -> tuple[Header, int]:
         raise StalePack("its header has another form") from error
 
 
-def _packed(matrices: Matrices, weight_format: str | None) -> "tuple[str, Weights]":
+def _packed(matrices: Matrices | Stack, weight_format: str | None) -> "tuple[str, Weights]":
     """Round and lay out; return the format, too."""
+    if isinstance(matrices, Stack):
+        whole: Weights | None = None
+        kind = ""
+        for index, (kind, one) in enumerate(_one_by_one(matrices, weight_format)):
+            whole = whole or cpu.empty_weights(kind, _shape(matrices))
+            whole.put(index, one)
+        assert whole is not None
+        return kind, whole
     if isinstance(matrices, Blocks):
         packed = cpu.pack_blocks(matrices.data, matrices.kind, _shape(matrices))
         return BLOCK_FORMATS[matrices.kind], packed
@@ -349,7 +381,25 @@ def _packed(matrices: Matrices, weight_format: str | None) -> "tuple[str, Weight
     return kind, cpu.pack(matrices, kind)
 
 
-def _shape(matrices: Matrices) -> tuple[int, int, int]:
+def _one_by_one(stack: Stack, weight_format: str | None) -> "Iterator[tuple[str, Weights]]":
+    """Read, round and lay out matrix by matrix.
+
+    Raises:
+        UserError: they are of several types.
+    """
+    first = ""
+    for index in range(stack.shape[0]):
+        kind, packed = _packed(stack.matrix(index), weight_format)
+        first = first or kind
+        if kind != first:
+            raise UserError(
+                f"experts of one layer are stored as {first} and as {kind}, which the kernels "
+                'cannot hold together; round them to one format, such as quantize="int8"'
+            )
+        yield kind, packed
+
+
+def _shape(matrices: Matrices | Stack) -> tuple[int, int, int]:
     outputs, columns = matrices.shape[-2:]
     return matrices.shape[0] if len(matrices.shape) == 3 else 1, outputs, columns
 

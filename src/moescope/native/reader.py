@@ -2,9 +2,13 @@
 
 import logging
 from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
+from moescope.formats.source import ReadBlocks, ReadExpert
 from moescope.kernels.blocks import Blocks, requantized
 from moescope.native.weight_format import BLOCK_FORMATS
 
@@ -15,7 +19,20 @@ SUBSTITUTE = "Q8_0"
 log = logging.getLogger(__name__)
 
 
-def no_blocks(name: str) -> None:
+@dataclass(frozen=True)
+class Stack:
+    """Matrices that are read one at a time, when they are packed.
+
+    Attributes:
+        shape: `(matrices, outputs, columns)`.
+        matrix: returns one of them, by its number.
+    """
+
+    shape: torch.Size
+    matrix: Callable[[int], Matrices]
+
+
+def no_blocks(name: str, expert: int | None) -> None:
     """Say of every weight that no file holds it in blocks."""
 
 
@@ -24,6 +41,7 @@ class WeightReader:
 
     Args:
         tensor: returns a weight of the network's state dict in the exact type.
+        expert: returns a matrix of one routed expert likewise.
         blocks: returns what the file holds of a weight, None where it holds it otherwise; left
             out where weights are to be rounded anyway.
     """
@@ -31,23 +49,35 @@ class WeightReader:
     def __init__(
         self,
         tensor: Callable[[str], Tensor],
-        blocks: Callable[[str], Blocks | None] = no_blocks,
+        expert: ReadExpert,
+        blocks: ReadBlocks = no_blocks,
     ) -> None:
-        self.tensor, self._blocks = tensor, blocks
+        self.tensor, self._expert, self._blocks = tensor, expert, blocks
         self._replaced: set[str] = set()
 
     def matrix(self, name: str) -> Matrices:
         """Return a weight, `(outputs, columns)`."""
         return self._stored(name) or self.tensor(name)
 
-    def experts(self, at: str) -> tuple[Matrices, Matrices, Matrices]:
-        """Return gate and up `(experts, intermediate, hidden)`, down `(experts, hidden, ...)`."""
-        down = self._stored(f"{at}.down_proj") or self.tensor(f"{at}.down_proj")
-        gate, up = self._stored(f"{at}.gate_proj"), self._stored(f"{at}.up_proj")
-        if gate is not None and up is not None:
-            return gate, up, down
-        gate_proj, up_proj = self.tensor(f"{at}.gate_up_proj").chunk(2, dim=1)
-        return gate_proj, up_proj, down
+    def experts(self, at: str, gate_up: torch.Size) -> tuple[Stack, Stack, Stack]:
+        """Return gate and up `(experts, intermediate, hidden)`, down `(experts, hidden, ...)`.
+
+        Args:
+            at: the module that they belong to.
+            gate_up: shape of gate and up together.
+        """
+        experts, both, hidden = gate_up
+        inwards = torch.Size((experts, both // 2, hidden))
+        outwards = torch.Size((experts, hidden, both // 2))
+        shapes = {"gate_proj": inwards, "up_proj": inwards, "down_proj": outwards}
+        gate, up, down = (
+            Stack(shape, partial(self._one_expert, f"{at}.{name}", shape[1:]))
+            for name, shape in shapes.items()
+        )
+        return gate, up, down
+
+    def _one_expert(self, name: str, shape: torch.Size, expert: int) -> Matrices:
+        return self._stored(name, expert) or self._expert(name, expert, shape)
 
     def latent(self, at: str, heads: int, nope: int) -> tuple[Matrices, Matrices, Matrices]:
         """Return what expands latents, for all heads and in the two arrangements that are used.
@@ -73,9 +103,9 @@ class WeightReader:
             v_b or numbers[:, nope:].contiguous(),
         )
 
-    def _stored(self, name: str) -> Blocks | None:
+    def _stored(self, name: str, expert: int | None = None) -> Blocks | None:
         """Return the file's own blocks, in another type where the kernels do not know theirs."""
-        blocks = self._blocks(name)
+        blocks = self._blocks(name, expert)
         if blocks is None or blocks.kind in BLOCK_FORMATS:
             return blocks
         if blocks.kind not in self._replaced:

@@ -13,7 +13,8 @@ class WeightFormat:
 
     Attributes:
         bits_per_weight: in memory, scales included but for int8's, of which a row has one.
-        gguf_type: the type of a GGUF file's tensors that is held in it without rounding.
+        gguf_type: the type of a GGUF file's tensors that is held in it without rounding; for FP8
+            that of safetensors, with its blocks' scales.
         quantize: whether matrices of floating point can be rounded to it.
     """
 
@@ -26,6 +27,7 @@ WEIGHT_FORMATS = {
     "int8": WeightFormat(8.0, quantize=True),
     "int4": WeightFormat(4.5, quantize=True),
     "bf16": WeightFormat(16.0, "BF16", quantize=True),
+    "fp8": WeightFormat(8.25, "F8_E4M3"),
     "f16": WeightFormat(16.0, "F16"),
     "f32": WeightFormat(32.0, "F32"),
     "q8_0": WeightFormat(8.5, "Q8_0"),

@@ -26,6 +26,8 @@ from moescope.text.tokenizer import Tokenizer
 
 SUFFIX = ".gguf"
 MOST_PARTS = 1000
+FUSED = "ffn_gate_up_exps.weight"
+"""Gate and up of all experts in one tensor."""
 
 
 def is_gguf(path: Path) -> bool:
@@ -44,6 +46,8 @@ class GgufModel:
     Raises:
         UserError: a file is missing, damaged, or of a kind that moescope does not know.
     """
+
+    has_blocks = True
 
     def __init__(self, path: Path) -> None:
         self._path = path
@@ -112,15 +116,44 @@ class GgufModel:
             return self._joined_kv_b(first, second, shape, dtype)
         return self._joined_experts(first, second, shape, dtype)
 
-    def blocks(self, name: str) -> Blocks | None:
+    def read_expert(
+        self, name: str, expert: int, shape: torch.Size, dtype: torch.dtype | None
+    ) -> Tensor:
+        """Return one routed expert's matrix.
+
+        Args:
+            name: ends in `gate_proj`, `up_proj` or `down_proj`.
+            expert: its number.
+            shape: `(outputs, columns)` that it must have.
+            dtype: as for `read`.
+
+        Raises:
+            UserError: as for `read`.
+        """
+        prefix, stored = stored_name(name, self._gguf)
+        count = self.config.required("n_routed_experts")
+        fused = prefix + FUSED
+        if prefix + stored in self._holders or fused not in self._holders:
+            file = self._holder(prefix + stored, torch.Size((count, *shape)))
+            return file.read(prefix + stored, dtype, expert)
+        file = self._holder(fused, torch.Size((count, 2 * shape[0], shape[1])))
+        both = file.read(fused, dtype, expert)
+        return both[: shape[0]] if "gate" in stored else both[shape[0] :]
+
+    def blocks(self, name: str, expert: int | None = None) -> Blocks | None:
         """Return what the file holds of a weight; None where it holds it in another arrangement.
 
         Args:
             name: as for `formats.source.WeightSource.blocks`.
+            expert: likewise.
         """
+        found = self._blocks(name)
+        return found if found is None or expert is None else found.matrix(expert)
+
+    def _blocks(self, name: str) -> Blocks | None:
         prefix, stored = stored_name(name, self._gguf)
         if prefix + stored not in self._holders:
-            fused = prefix + "ffn_gate_up_exps.weight"
+            fused = prefix + FUSED
             if stored not in ("ffn_gate_exps.weight", "ffn_up_exps.weight") or (
                 fused not in self._holders
             ):
