@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from moescope.text.answers.pieces import held_back
+
 
 class StopFinder:
     """Let text through until a stop text appears, holding back what may yet become one."""
@@ -26,12 +28,3 @@ class StopFinder:
         keep = 0 if final else held_back(text, self._stop)
         self._held = text[len(text) - keep :]
         return text[: len(text) - keep]
-
-
-def held_back(text: str, awaited: Sequence[str]) -> int:
-    """Length of the longest end of `text` with which one of the `awaited` texts begins."""
-    longest = max((len(one) for one in awaited), default=1) - 1
-    for length in range(min(longest, len(text)), 0, -1):
-        if any(one.startswith(text[-length:]) for one in awaited):
-            return length
-    return 0

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Literal
 
 from moescope.engine.batch import Token
-from moescope.engine.stopping import held_back
+from moescope.text.answers.pieces import held_back
 from moescope.text.tokenizer import Tokenizer
 
 BEGIN, END = "<think>", "</think>"
