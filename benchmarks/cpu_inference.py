@@ -96,7 +96,7 @@ def build(engine: str, config: ModelConfig, shape: str, folder: Path) -> Runner:
         path = folder / f"{shape}-{LLAMA[engine]}.gguf"
         if not path.exists():
             unfinished = path.with_suffix(".part")
-            shapes = _weight_shapes(config)
+            shapes = weight_shapes(config)
             write_gguf(
                 config, shapes, lambda n: random_weights(shapes[n]), unfinished, LLAMA[engine]
             )
@@ -108,7 +108,7 @@ def build(engine: str, config: ModelConfig, shape: str, folder: Path) -> Runner:
     return kind.reference(config)
 
 
-def _weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
+def weight_shapes(config: ModelConfig) -> dict[str, torch.Size]:
     from moescope.model.decoder import CausalLM
 
     with torch.device("meta"):

@@ -71,7 +71,11 @@ class Moescope:
         }
         model.load_state_dict(kept, strict=False, assign=True)
         model.model.rotary_emb = RotaryEmbedding(config)
-        packer.pack(model, lambda name: random_weights(shapes[name]))
+        packer.pack(
+            model,
+            lambda name: random_weights(shapes[name]),
+            lambda name, expert, shape: random_weights(shape),
+        )
         return cls(model)
 
     @classmethod

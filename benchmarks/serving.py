@@ -32,7 +32,7 @@ from typing import Any
 
 import httpx2 as httpx
 import torch
-from cpu_inference import SHAPES, _weight_shapes
+from cpu_inference import SHAPES, weight_shapes
 from gguf import TokenType
 from peers import random_weights
 from rich.console import Console
@@ -248,7 +248,7 @@ def main() -> None:
         folder.mkdir(parents=True, exist_ok=True)
         model = folder / f"words-{given.shape}-{FORMATS[given.format]}.gguf"
         if not model.exists():
-            shapes = _weight_shapes(config)
+            shapes = weight_shapes(config)
             write_gguf(
                 config,
                 shapes,

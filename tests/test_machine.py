@@ -49,6 +49,31 @@ def test_a_containers_limit_bounds_memory(tmp_path: Path, limit_file, used_file)
     assert memory(tmp_path) == (GIBIBYTE, GIBIBYTE * 7 // 8)
 
 
+@pytest.mark.parametrize(
+    ("line", "folder", "limit_file", "used_file"),
+    [
+        ("0::/user.slice/run.scope", "user.slice/run.scope", "memory.max", "memory.current"),
+        (
+            "4:memory:/outer/inner",
+            "memory/outer/inner",
+            "memory.limit_in_bytes",
+            "memory.usage_in_bytes",
+        ),
+    ],
+)
+def test_the_narrowest_of_a_processs_groups_counts(
+    tmp_path: Path, line: str, folder: str, limit_file: str, used_file: str
+) -> None:
+    write(tmp_path / "proc/self", {"cgroup": f"9:name=systemd:/\n{line}\n"})
+    inner = tmp_path / "sys/fs/cgroup" / folder
+    write(inner, {limit_file: f"{GIBIBYTE}\n", used_file: f"{GIBIBYTE // 4}\n"})
+    outer = {limit_file: f"{2 * GIBIBYTE}\n", used_file: f"{GIBIBYTE // 2}\n"}
+    write(inner.parent, outer)
+    assert memory(tmp_path) == (GIBIBYTE, GIBIBYTE * 3 // 4)
+    write(inner.parent, {used_file: f"{GIBIBYTE * 7 // 4}\n"})
+    assert memory(tmp_path) == (GIBIBYTE, GIBIBYTE // 4)
+
+
 def test_a_container_without_limit_changes_nothing(tmp_path: Path) -> None:
     write(tmp_path / "sys/fs/cgroup", {"memory.max": "max\n", "memory.current": "5\n"})
     total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")

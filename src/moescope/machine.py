@@ -3,7 +3,7 @@
 import os
 import statistics
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -207,22 +207,37 @@ def memory(root: Path = Path("/")) -> tuple[int, int]:
     Args:
         root: where the kernel's `proc` and `sys` folders are found.
     """
-    total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
-    available = total
+    physical = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    total = available = physical
     meminfo = root / "proc/meminfo"
     if meminfo.exists():
         fields = dict(line.split(":", 1) for line in meminfo.read_text().splitlines())
         available = int(fields["MemAvailable"].split()[0]) * 1024
-    cgroup = root / "sys/fs/cgroup"
-    for limit_file, used_file, stat_file in (
-        ("memory.max", "memory.current", "memory.stat"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes", "memory/memory.stat"),
-    ):
-        limit, used = _integer_in(cgroup / limit_file), _integer_in(cgroup / used_file)
-        if limit is not None and used is not None and limit < total:
-            used -= _cached_files(cgroup / stat_file)
-            return limit, min(available, max(0, limit - used))
+    for group in _control_groups(root):
+        for limit_file, used_file in (
+            ("memory.max", "memory.current"),
+            ("memory.limit_in_bytes", "memory.usage_in_bytes"),
+        ):
+            limit, used = _integer_in(group / limit_file), _integer_in(group / used_file)
+            if limit is not None and used is not None and limit < physical:
+                used -= _cached_files(group / "memory.stat")
+                total, available = min(total, limit), min(available, max(0, limit - used))
     return total, available
+
+
+def _control_groups(root: Path) -> Iterator[Path]:
+    """Yield the folders of this process's memory group and of those around it, of v2 and v1."""
+    mounted = {"": root / "sys/fs/cgroup", "memory": root / "sys/fs/cgroup/memory"}
+    places = dict.fromkeys(mounted, "/")
+    own = root / "proc/self/cgroup"
+    for line in own.read_text().splitlines() if own.exists() else ():
+        _, controllers, place = line.split(":", 2)
+        if "memory" in controllers.split(",") or not controllers:
+            places[controllers and "memory"] = place
+    for kind, place in places.items():
+        group = mounted[kind] / place.lstrip("/")
+        yield from (folder for folder in (group, *group.parents) if mounted[kind] in folder.parents)
+        yield mounted[kind]
 
 
 def _cached_files(stat: Path) -> int:

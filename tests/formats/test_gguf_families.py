@@ -82,14 +82,14 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "q_lora_rank": 32,
         "kv_lora_rank": 32,
         "qk_nope_head_dim": 16,
-        "qk_rope_head_dim": 16,
+        "qk_rope_head_dim": 64,
         "v_head_dim": 32,
         "n_routed_experts": 8,
         "n_shared_experts": 1,
         "first_k_dense_replace": 1,
-        "index_n_heads": 4,
-        "index_head_dim": 128,  # narrower ones abort llama.cpp
-        "index_topk": 64,  # beyond so many tokens llama.cpp gives other logits
+        "index_n_heads": 32,  # of few, all score a token zero so often that ties decide
+        "index_head_dim": 128,  # llama.cpp wants twice the rotated width, and no less than 128
+        "index_topk": 8,
         "num_nextn_predict_layers": 0,
     },
     "ernie4_5_moe": MOE
