@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from family_models import VARIANTS, published
+from packing import expert_reader
 from torch import Tensor
 
 from moescope.checkpoint import load_model
@@ -47,7 +48,7 @@ def test_native_logits_are_those_of_transformers(variant: str, tmp_path: Path) -
     expected = theirs(IDS).logits
     native, plain = load_model(tmp_path).eval(), load_model(tmp_path).eval()
     weights = dict(plain.state_dict())
-    Packer("bf16").pack(native, weights.__getitem__)
+    Packer("bf16").pack(native, weights.__getitem__, expert_reader(weights))
     in_one_call = native.config.index_topk is None  # an indexer is PyTorch's
     assert isinstance(native.model, NativeDecoder)
     assert (native.model.all_layers is not None) == in_one_call

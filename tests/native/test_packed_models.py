@@ -13,6 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from packing import expert_reader
 from torch import Tensor
 
 from moescope.api import Model, load
@@ -82,7 +83,7 @@ def network(family: str, seed: int = 0) -> CausalLM:
 def packed(model: CausalLM, weight_format: str) -> CausalLM:
     weights = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     packer, made = Packer(weight_format), copy.deepcopy(model)
-    packer.pack(made, weights.__getitem__)
+    packer.pack(made, weights.__getitem__, expert_reader(weights))
     return made
 
 

@@ -14,6 +14,7 @@ import openai
 import pytest
 import torch
 import uvicorn
+from packing import expert_reader
 from starlette.testclient import TestClient
 
 from moescope.api import Model, sampling_params
@@ -496,13 +497,7 @@ def test_the_weight_bytes_read_are_what_the_routing_says(
     packer = Packer("int8")
     state = network.state_dict()
 
-    def expert_of(name: str, expert: int, shape: torch.Size) -> torch.Tensor:
-        at, _, part = name.rpartition(".")
-        if part == "down_proj":
-            return state[name][expert]
-        return state[f"{at}.gate_up_proj"][expert].chunk(2)[part == "up_proj"]
-
-    packer.pack(network, lambda name: state[name], expert_of)
+    packer.pack(network, lambda name: state[name], expert_reader(state))
     packed = Model("small", network, talker.tokenizer)
     ids = packed.engine.encode(PROMPT)
     trace = packed.trace(PROMPT, max_tokens=5, temperature=0.0)
