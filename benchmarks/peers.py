@@ -180,9 +180,13 @@ class LlamaCpp:
         threads: that share the work.
         batch: most sequences at once.
         context: most tokens of a sequence.
+        mapped: leave weights in the mapped file, instead of laying them out for the processor in
+            memory of their own.
     """
 
-    def __init__(self, path: Path, threads: int, batch: int, context: int) -> None:
+    def __init__(
+        self, path: Path, threads: int, batch: int, context: int, *, mapped: bool = False
+    ) -> None:
         import llama_cpp
 
         self.c = llama_cpp
@@ -191,6 +195,7 @@ class LlamaCpp:
         self.quiet = quiet
         llama_cpp.llama_backend_init()
         model = llama_cpp.llama_model_default_params()
+        model.use_extra_bufts = not mapped
         self.model = llama_cpp.llama_model_load_from_file(str(path).encode(), model)
         if not self.model:
             raise SystemExit(f"llama.cpp cannot load {path}")

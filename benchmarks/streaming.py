@@ -89,7 +89,7 @@ def run(engine: str, path: Path, prompt_tokens: int, new_tokens: int) -> dict[st
     start = time.perf_counter()
     runner: Runner
     if engine == "llama.cpp":
-        runner = LlamaCpp(path, cpu.threads(), 1, prompt_tokens + new_tokens + 1)
+        runner = LlamaCpp(path, cpu.threads(), 1, prompt_tokens + new_tokens + 1, mapped=True)
     else:
         model = moescope.load(path, stream_experts=engine == "streamed")
         runner = Moescope(model.network)
