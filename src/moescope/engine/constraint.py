@@ -147,7 +147,7 @@ def _table(tokenizer: Tokenizer, vocab_size: int, end_ids: tuple[int, ...]) -> "
         eos_token_id = end_ids[0] if end_ids else 0
         bos_token_id = tokenizer.bos_id
         tokens = [tokenizer.made_bytes(token_id) for token_id in range(vocab_size)]  # noqa: RUF012
-        special_token_ids = sorted(tokenizer.special_ids)  # noqa: RUF012
+        special_token_ids = sorted(tokenizer.special_ids)
 
         def __call__(self, text: bytes) -> list[int]:
             return tokenizer.encode(text.decode())
