@@ -38,7 +38,8 @@ struct Activations {
 //                (panels * 16).
 //                int4: for each 32 columns, [4][panels][16 outputs][4 columns] bytes, whose low
 //                nibbles are the first 16 columns and whose high nibbles the others; then
-//                [panels][16] scales in bf16.
+//                [panels][16] bytes of scales and [panels][16] bytes of minimums, of which one
+//                counts eight times as much as one of a scale; `row_scales` as for int8.
 //                bf16: [columns / 2][panels][16 outputs][2 columns].
 struct Tile {
   const uint8_t* weights;

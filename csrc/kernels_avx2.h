@@ -13,7 +13,6 @@ namespace {
 
 constexpr int kRows = 4;
 constexpr WeightFormat kInt8 = kWeightFormats[format_named("int8")];
-constexpr WeightFormat kInt4 = kWeightFormats[format_named("int4")];
 constexpr int64_t kColumnBlock = 256;  // columns of a tile that stay in the first-level cache
 
 inline __m256i load(const void* from) {
@@ -24,6 +23,11 @@ inline __m256i broadcast(const int8_t* x) {
   int32_t four;
   memcpy(&four, x, sizeof four);
   return _mm256_set1_epi32(four);
+}
+
+inline __m256 bytes_at(const uint8_t* from) {
+  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
+  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
 }
 
 inline float sum_of(__m256 v) {
@@ -156,8 +160,7 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, int p, const Activations&
     if (Fetch) prefetch(ahead + 256);
     __m256i dots[M][2];
     for (int m = 0; m < M; ++m)
-      dots[m][0] = dots[m][1] =
-          _mm256_set1_epi32(start_of_dots(kInt4.zero, a.sums[row[m] * a.groups + g]));
+      dots[m][0] = dots[m][1] = _mm256_setzero_si256();
     for (int s = 0; s < 4; ++s) {
       if (Fetch) prefetch(ahead + s * 64);
       for (int half = 0; half < 2; ++half) {
@@ -171,16 +174,17 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, int p, const Activations&
         }
       }
     }
-    const uint8_t* scales = chunk + 4 * step + p * 32;
+    const uint8_t* scales = chunk + 4 * step + p * kPanel;
     for (int half = 0; half < 2; ++half) {
-      const __m128i bits =
-          _mm_loadu_si128(reinterpret_cast<const __m128i*>(scales + half * 16));
-      const __m256 weight_scale =
-          _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+      const __m256 scale = bytes_at(scales + half * 8);
+      const __m256 minimum = bytes_at(scales + tile.panels * kPanel + half * 8);
       for (int m = 0; m < M; ++m) {
-        const __m256 scale =
-            _mm256_mul_ps(weight_scale, _mm256_set1_ps(a.scales[row[m] * a.groups + g]));
-        sums[m][half] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dots[m][half]), sums[m][half]);
+        const int64_t group = row[m] * a.groups + g;
+        const float size = a.scales[group];
+        const float sum = size * static_cast<float>(kInt4Minimum * a.sums[group]);
+        sums[m][half] = _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_set1_ps(size)),
+                                        _mm256_cvtepi32_ps(dots[m][half]), sums[m][half]);
+        sums[m][half] = _mm256_fnmadd_ps(minimum, _mm256_set1_ps(sum), sums[m][half]);
       }
     }
   }
@@ -280,7 +284,7 @@ void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int c
     multiply_parts<F>(tile, a, rows, count, a.columns, 1, out);
   else
     multiply_parts<F>(tile, a, rows, count, a.groups, a.group, out);
-  if constexpr (f.scales == Scales::row)
+  if constexpr (has_row_scale(f))
     for (int r = 0; r < count; ++r)
       for (int n = 0; n < tile.panels * kPanel; ++n) out[r * kTile + n] *= tile.row_scales[n];
 }

@@ -14,7 +14,6 @@ constexpr int kRows = 6;                  // 6 x 4 sums, 4 weights and a broadca
 constexpr int64_t kColumnBlock = 256;     // columns of a tile that stay in the first-level cache
 constexpr int64_t kPrefetch = 4096;       // bytes ahead
 constexpr WeightFormat kInt8 = kWeightFormats[format_named("int8")];
-constexpr WeightFormat kInt4 = kWeightFormats[format_named("int4")];
 
 inline __m512i broadcast(const int8_t* x) {
   int32_t four;
@@ -53,6 +52,11 @@ void quantize(const float* x, int64_t columns, int64_t padded, int64_t group,
     scales[g] = most / 127;
     sums[g] = _mm512_reduce_add_epi32(sum);
   }
+}
+
+MOESCOPE_INLINE inline __m512 bytes_at(const uint8_t* from) {
+  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
+  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
 }
 
 // Where M rows x P panels of sums start: as if no zero point had been stored with the weights.
@@ -133,6 +137,16 @@ struct Sums {
       _mm512_storeu_ps(to, _mm512_fmadd_ps(scale, numbers, _mm512_loadu_ps(to)));
     }
   }
+  MOESCOPE_INLINE void add(int m, int p, __m512 scale, __m512i dots, __m512 minimum, __m512 sum) {
+    const __m512 numbers = _mm512_cvtepi32_ps(dots);
+    if constexpr (M == 1) {
+      single[p] = _mm512_fmadd_ps(scale, numbers, _mm512_fnmadd_ps(minimum, sum, single[p]));
+    } else {
+      float* to = out + m * kTile + p * kPanel;
+      const __m512 held = _mm512_fnmadd_ps(minimum, sum, _mm512_loadu_ps(to));
+      _mm512_storeu_ps(to, _mm512_fmadd_ps(scale, numbers, held));
+    }
+  }
   MOESCOPE_INLINE void finish() {
     if constexpr (M == 1)
       each<P>([&](auto p) MOESCOPE_INLINE { _mm512_storeu_ps(out + p * kPanel, single[p]); });
@@ -183,7 +197,9 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, con
     const uint8_t* ahead = F != Fetch::none ? ahead_of(tile, chunk, distance) : nullptr;
     for (int64_t line = P * 4; line * 64 < kChunkBytes; ++line) fetch<F>(ahead, 0, line, P * 4);
     __m512i dots[M][P];
-    start<kInt4.zero>(dots, a, row, g);
+    each<M>([&](auto m) MOESCOPE_INLINE {
+      each<P>([&](auto p) MOESCOPE_INLINE { dots[m][p] = _mm512_setzero_si512(); });
+    });
     for (int step = 0; step < 4; ++step) {
       const uint8_t* nibbles = chunk + step * P * 64;
       __m512i panel[P];
@@ -199,13 +215,14 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, con
       multiply_step(dots, panel, x, g * kChunk + step * 4 + 16);
     }
     each<P>([&](auto p) MOESCOPE_INLINE {
-      const __m256i bits =
-          _mm256_loadu_si256(reinterpret_cast<const __m256i*>(chunk + P * 256 + p * 32));
-      const __m512 weight_scale =
-          _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(bits), 16));
+      const __m512 scale = bytes_at(chunk + P * 256 + p * kPanel);
+      const __m512 minimum = bytes_at(chunk + P * (256 + kPanel) + p * kPanel);
       each<M>([&](auto m) MOESCOPE_INLINE {
-        const __m512 scale = _mm512_set1_ps(a.scales[row[m] * a.groups + g]);
-        sums.add(m, p, _mm512_mul_ps(weight_scale, scale), dots[m][p]);
+        const int64_t group = row[m] * a.groups + g;
+        const float size = a.scales[group];
+        const float sum = size * static_cast<float>(kInt4Minimum * a.sums[group]);
+        sums.add(m, p, _mm512_mul_ps(scale, _mm512_set1_ps(size)), dots[m][p], minimum,
+                 _mm512_set1_ps(sum));
       });
     });
   }
@@ -316,7 +333,7 @@ void multiply_panels(const Tile& tile, const Activations& a, const int32_t* rows
   constexpr int kGroup = is_float(f) ? 1 : f.group;
   multiply_parts<W, P>(tile, a, rows, count, is_float(f) ? a.columns : a.groups,
                        kColumnBlock / kGroup, P * panel_bytes(f, kGroup), out);
-  if constexpr (f.scales == Scales::row) {
+  if constexpr (has_row_scale(f)) {
     __m512 scale[P];
     for (int p = 0; p < P; ++p) scale[p] = _mm512_loadu_ps(tile.row_scales + p * kPanel);
     for (int r = 0; r < count; ++r)

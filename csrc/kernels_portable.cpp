@@ -11,7 +11,6 @@ namespace moescope {
 namespace {
 
 constexpr WeightFormat kInt8 = kWeightFormats[format_named("int8")];
-constexpr WeightFormat kInt4 = kWeightFormats[format_named("int4")];
 
 void quantize(const float* x, int64_t columns, int64_t padded, int64_t group,
               int8_t* values, float* scales, int32_t* sums) {
@@ -69,7 +68,7 @@ void multiply_int4(const Tile& tile, const Activations& a, const int32_t* rows, 
     memset(sums, 0, kTile * sizeof(float));
     for (int64_t g = 0; g < a.groups; ++g) {
       int32_t dots[kTile];
-      for (int n = 0; n < width; ++n) dots[n] = start_of_dots(kInt4.zero, a.sums[row * a.groups + g]);
+      memset(dots, 0, sizeof dots);
       const uint8_t* chunk = tile.weights + g * chunk_bytes;
       for (int step = 0; step < 4; ++step) {
         const int8_t* x = a.values + row * a.columns + g * kChunk + step * 4;
@@ -79,12 +78,13 @@ void multiply_int4(const Tile& tile, const Activations& a, const int32_t* rows, 
             dots[n] += (w[4 * n + j] & 15) * x[j] + (w[4 * n + j] >> 4) * x[16 + j];
       }
       const float scale = a.scales[row * a.groups + g];
-      for (int n = 0; n < width; ++n) {
-        uint16_t bits;
-        memcpy(&bits, chunk + width * 16 + 2 * n, sizeof bits);
-        sums[n] += scale * float_of_bf16(bits) * static_cast<float>(dots[n]);
-      }
+      const float sum = scale * static_cast<float>(kInt4Minimum * a.sums[row * a.groups + g]);
+      const uint8_t *scales = chunk + width * 16, *minimums = scales + width;
+      for (int n = 0; n < width; ++n)
+        sums[n] += scale * static_cast<float>(scales[n]) * static_cast<float>(dots[n]) -
+                   sum * static_cast<float>(minimums[n]);
     }
+    for (int n = 0; n < width; ++n) sums[n] *= tile.row_scales[n];
   }
 }
 

@@ -52,7 +52,8 @@ bool has_shape(const Array& array, std::initializer_list<int64_t> shape) {
   return true;
 }
 
-SharedWeights pack(const Matrices& matrices, const std::string& format) {
+SharedWeights pack(const Matrices& matrices, const std::string& format,
+                   const std::optional<Floats<1>>& importance) {
   const int kind = format_of(format);
   const nb::dlpack::dtype type = matrices.dtype();
   const bool bf16 = type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat);
@@ -60,8 +61,10 @@ SharedWeights pack(const Matrices& matrices, const std::string& format) {
   require(bf16 || f32, "weights must be float32 or bfloat16");
   require(matrices.size() > 0, "there are no weights");
   require(matrices.shape(2) == 1 || matrices.stride(2) == 1, "columns must lie side by side");
-  const Source source{matrices.data(), bf16, matrices.stride(0), matrices.stride(1)};
   const int64_t count = matrices.shape(0), outputs = matrices.shape(1), columns = matrices.shape(2);
+  require(!importance || has_shape(*importance, {columns}), "a column has one importance");
+  const Source source{matrices.data(), bf16, matrices.stride(0), matrices.stride(1),
+                      importance ? importance->data() : nullptr};
   nb::gil_scoped_release unlocked;
   return std::make_shared<Weights>(kind, count, outputs, columns, source);
 }
@@ -552,7 +555,7 @@ NB_MODULE(_native, m) {
       .def("__deepcopy__", &same)
       .def("unpack", &unpack, "out"_a)
       .def("linear", &apply_linear, "x"_a, "bias"_a.none(), "out"_a);
-  m.def("pack", &pack, "matrices"_a, "format"_a);
+  m.def("pack", &pack, "matrices"_a, "format"_a, "importance"_a.none());
   m.def("quantize_blocks", &quantize_blocks, "rows"_a, "type"_a, "out"_a);
   m.def("pack_blocks", &pack_blocks, "blocks"_a, "type"_a, "matrices"_a, "outputs"_a, "columns"_a);
   m.def("empty_weights", &empty_weights, "format"_a, "matrices"_a, "outputs"_a, "columns"_a);

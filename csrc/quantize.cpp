@@ -10,6 +10,7 @@
 
 #include "each.h"
 #include "pool.h"
+#include "weight_format.h"
 
 // Vectors never cross a call: everything is inlined into `quantize_row`.
 #pragma GCC diagnostic ignored "-Wpsabi"
@@ -378,9 +379,8 @@ MOESCOPE_INLINE inline void six_bits(const float* x, const float* w, uint8_t* ou
   }
 }
 
-MOESCOPE_CLONES void quantize_row(BlockType type, const float* x, int64_t columns, float* w,
-                                  uint8_t* out) {
-  const auto [weights, bytes_each] = shape_of(type);
+// How much an error in each weight of a row counts: its magnitude plus the row's root mean square.
+MOESCOPE_INLINE inline void weigh(const float* x, int64_t columns, float* w) {
   float squares[kLanes] = {};
   for (int64_t i = 0; i < columns; i += kLanes)
     for (int lane = 0; lane < kLanes; ++lane) squares[lane] += x[i + lane] * x[i + lane];
@@ -388,6 +388,12 @@ MOESCOPE_CLONES void quantize_row(BlockType type, const float* x, int64_t column
   for (float lane : squares) total += lane;
   const float rms = std::sqrt(total / static_cast<float>(columns));
   for (int64_t i = 0; i < columns; ++i) w[i] = std::fabs(x[i]) + rms;
+}
+
+MOESCOPE_CLONES void quantize_row(BlockType type, const float* x, int64_t columns, float* w,
+                                  uint8_t* out) {
+  const auto [weights, bytes_each] = shape_of(type);
+  weigh(x, columns, w);
   for (int64_t at = 0; at < columns; at += weights, out += bytes_each) {
     switch (type) {
       case BlockType::q4_0: symmetric<4>(x + at, w + at, out); break;
@@ -401,6 +407,38 @@ MOESCOPE_CLONES void quantize_row(BlockType type, const float* x, int64_t column
       case BlockType::q6_k: six_bits(x + at, w + at, out); break;
     }
   }
+}
+
+MOESCOPE_CLONES void int4_row(const float* x, int64_t columns, const float* w, Line* lines,
+                              uint8_t* q, uint8_t* scales, uint8_t* minimums, float* unit) {
+  constexpr float kTop = 15, kMost = 255;
+  float largest = 0;  // that a unit must reach
+  for (int64_t g = 0; g < columns / kGroup; ++g) {
+    lines[g] = fit_line<kGroup>({x + g * kGroup, w + g * kGroup}, kTop, true);
+    largest = std::max(largest, std::max(lines[g].scale, -lines[g].minimum / kInt4Minimum));
+  }
+  const float one = inverse(largest) > 0 ? largest / kMost : 0, per_one = inverse(one);
+  const float step = one * kInt4Minimum, per_step = inverse(step);
+  for (int64_t g = 0; g < columns / kGroup; ++g) {
+    const Group<kGroup> group(x + g * kGroup, w + g * kGroup);
+    const float scale = clamp(nearest(lines[g].scale * per_one), 0, kMost);
+    float minimum = clamp(nearest(-lines[g].minimum * per_step), 0, kMost);
+    const float per_scale = inverse(one * scale);
+    Vec level[Group<kGroup>::kVecs];
+    for (int round = 0; round <= kRefits; ++round) {
+      Vec ws{}, offs{};
+      for (int i = 0; i < Group<kGroup>::kVecs; ++i) {
+        level[i] = clamp(nearest((group.x[i] + minimum * step) * per_scale), 0, kTop);
+        ws += group.w[i], offs += group.w[i] * (level[i] * (one * scale) - group.x[i]);
+      }
+      if (round < kRefits)
+        minimum = clamp(nearest(total(offs) * inverse(total(ws)) * per_step), 0, kMost);
+    }
+    scales[g] = static_cast<uint8_t>(scale), minimums[g] = static_cast<uint8_t>(minimum);
+    for (int i = 0; i < kGroup; ++i)
+      q[g * kGroup + i] = static_cast<uint8_t>(level[i / kLanes][i % kLanes]);
+  }
+  *unit = one;
 }
 
 }  // namespace
@@ -437,6 +475,15 @@ void quantize(BlockType type, const float* rows, int64_t count, int64_t columns,
     for (int64_t row = first; row < last; ++row)
       quantize_row(type, rows + row * columns, columns, importance.data(), out + row * row_bytes);
   });
+}
+
+void quantize_int4(const float* row, const float* importance, int64_t columns, int64_t padded,
+                   uint8_t* q, uint8_t* scales, uint8_t* minimums, float* unit) {
+  std::vector<float> w(padded);
+  std::vector<Line> lines(padded / kGroup);
+  weigh(row, padded, w.data());
+  for (int64_t k = 0; importance != nullptr && k < columns; ++k) w[k] *= importance[k];
+  int4_row(row, padded, w.data(), lines.data(), q, scales, minimums, unit);
 }
 
 }  // namespace moescope

@@ -20,4 +20,12 @@ BlockShape shape_of(BlockType type);
 // weighted by its magnitude plus the root mean square of its row.
 void quantize(BlockType type, const float* rows, int64_t count, int64_t columns, uint8_t* out);
 
+// Round one row as int4 holds it: weight = unit * (scale * q - kInt4Minimum * minimum), with a scale and
+// a minimum for 32 columns, searched for likewise.
+//   importance: how much an error in each column counts beside that, or null
+//   columns, padded: of the row, which is filled up with zeros to a multiple of 32
+//   q (padded), scales and minimums (padded / 32), unit: what is found
+void quantize_int4(const float* row, const float* importance, int64_t columns, int64_t padded,
+                   uint8_t* q, uint8_t* scales, uint8_t* minimums, float* unit);
+
 }  // namespace moescope

@@ -103,7 +103,6 @@ static inline float part_of_group(const WeightFormat& f, const uint8_t* record, 
   const uint8_t* from = record + at + (g * kPanel + n) * scale_bytes(f);
   switch (f.scales) {
     case Scales::f16: return float_of_f16(u16_at(from));
-    case Scales::bf16: return float_of_bf16(u16_at(from));
     case Scales::e8m0: return float_of_e8m0(*from);
     case Scales::f16_u8:
       return float_of_f16(u16_at(record + super + 2 * n)) * static_cast<float>(*from);

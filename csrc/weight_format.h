@@ -19,7 +19,7 @@ enum class Values { integer, code, e4m3, bf16, f16, f32 };
 enum class Scales {
   none,     // the values stand for themselves
   row,      // float32, one a row
-  bf16,     // one a group
+  row_u8,   // an unsigned byte a group, times one float32 a row
   f16,      // one a group
   f32,      // one for 128 columns of floating point (DeepSeek-V3, section 3.3.2)
   e8m0,     // an exponent a group, of half the weights' scale as OCP's microscaling has it
@@ -46,6 +46,10 @@ struct WeightFormat {
   const int8_t* codebook;  // of 16 words
 };
 
+// What int4 takes off a group's weights counts so much more than its scale: a row has one number for
+// both. The lowest of 16 steps is 15 of them away at most, and seldom more than 8.
+constexpr int kInt4Minimum = 8;
+
 // IQ4's words and MXFP4's (e2m1, doubled), as ggml has them.
 constexpr int8_t kIq4Words[16] = {-127, -104, -83, -65, -49, -35, -22, -10,
                                   1,    13,   25,  38,  53,  69,  89,  113};
@@ -54,7 +58,7 @@ constexpr int8_t kMxfp4Words[16] = {0, 1, 2, 3, 4, 6, 8, 12, 0, -1, -2, -3, -4, 
 constexpr WeightFormat kWeightFormats[] = {
     // name, values, bits, zero, group, scales, minimum, order, codebook
     {"int8", Values::integer, 8, 128, 64, Scales::row, false, Order::tile, nullptr},
-    {"int4", Values::integer, 4, 8, 32, Scales::bf16, false, Order::tile, nullptr},
+    {"int4", Values::integer, 4, 0, 32, Scales::row_u8, true, Order::tile, nullptr},
     {"bf16", Values::bf16, 16, 0, 0, Scales::none, false, Order::tile, nullptr},
     {"fp8", Values::e4m3, 8, 0, 0, Scales::f32, false, Order::record, nullptr},
     {"f16", Values::f16, 16, 0, 0, Scales::none, false, Order::record, nullptr},
@@ -85,6 +89,10 @@ static constexpr int format_named(const char* name) {
 
 static constexpr bool is_float(const WeightFormat& f) { return f.group == 0; }
 
+static constexpr bool has_row_scale(const WeightFormat& f) {
+  return f.scales == Scales::row || f.scales == Scales::row_u8;
+}
+
 static constexpr bool has_super_scale(const WeightFormat& f) {
   return f.scales == Scales::f16_u8 || f.scales == Scales::f16_i8;
 }
@@ -94,7 +102,6 @@ static constexpr int scale_bytes(const WeightFormat& f) {
   switch (f.scales) {
     case Scales::none:
     case Scales::row: return 0;
-    case Scales::bf16:
     case Scales::f16: return 2;
     case Scales::f32: return 4;
     default: return 1;

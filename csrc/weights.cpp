@@ -8,6 +8,7 @@
 #include "expert_memory.h"
 #include "numbers.h"
 #include "pool.h"
+#include "quantize.h"
 #include "records.h"
 
 namespace moescope {
@@ -16,7 +17,7 @@ namespace {
 constexpr int kInt4ChunkBytes = kPanel * (kChunk / 2 + 2);  // of one panel
 
 int64_t scale_bytes_behind(const WeightFormat& format, int64_t padded_outputs) {
-  return format.scales == Scales::row ? padded_outputs * static_cast<int64_t>(sizeof(float)) : 0;
+  return has_row_scale(format) ? padded_outputs * static_cast<int64_t>(sizeof(float)) : 0;
 }
 
 uint16_t to_bf16(float value) {  // to nearest, ties to even; for finite values
@@ -62,37 +63,6 @@ float largest_magnitude(const float* x, int64_t n) {
   return largest;
 }
 
-// The scale for 32 weights, rounded to bf16. A weight's error counts as much as its magnitude plus
-// the root mean square of all, w. With q the integers that a candidate makes, the best scale for q
-// is sum(wxq) / sum(wqq), and its squared error sum(wxx) - sum(wxq)^2 / sum(wqq).
-uint16_t search_int4_scale(const float* x) {
-  float extreme = 0;
-  for (int k = 0; k < kChunk; ++k)
-    if (std::fabs(x[k]) > std::fabs(extreme)) extreme = x[k];
-  if (extreme == 0) return 0;
-  float squares = 0;
-  for (int k = 0; k < kChunk; ++k) squares += x[k] * x[k];
-  const float rms = std::sqrt(squares / kChunk);
-  float best = -1, best_scale = 0;
-  for (int step = 0; step < 12; ++step) {
-    const float inverse = -(6.6f + 0.2f * static_cast<float>(step)) / extreme;
-    if (!std::isfinite(inverse)) return 0;
-    float xq[8] = {}, qq[8] = {};
-    for (int k = 0; k < kChunk; k += 8)
-      for (int lane = 0; lane < 8; ++lane) {
-        const float q = clamp(nearest(x[k + lane] * inverse), -8, 7);
-        const float wq = (std::fabs(x[k + lane]) + rms) * q;
-        xq[lane] += x[k + lane] * wq;
-        qq[lane] += wq * q;
-      }
-    float sum_xq = 0, sum_qq = 0;
-    for (int lane = 0; lane < 8; ++lane) sum_xq += xq[lane], sum_qq += qq[lane];
-    const float explained = sum_qq > 0 ? sum_xq * (sum_xq / sum_qq) : 0;
-    if (explained > best) best = explained, best_scale = sum_qq > 0 ? sum_xq / sum_qq : 0;
-  }
-  return to_bf16(best_scale);
-}
-
 }  // namespace
 
 int format_of(const std::string& name) {
@@ -124,7 +94,7 @@ Weights::Weights(int format, int64_t matrices, int64_t outputs, int64_t columns,
                  const Source& source)
     : Weights(format, matrices, outputs, columns) {
   const Scales scales = this->format().scales;
-  if (scales != Scales::none && scales != Scales::row && scales != Scales::bf16)
+  if (scales != Scales::none && !has_row_scale(this->format()))
     throw std::invalid_argument(std::string(this->format().name) + " is made of blocks only");
   parallel(matrices * tiles(),
            [&](int64_t task) { pack_tile(task / tiles(), task % tiles(), source); });
@@ -144,7 +114,7 @@ const char* Weights::layout() { return MOESCOPE_LAYOUT; }
 Tile Weights::tile(int64_t matrix, int64_t index) const {
   const int64_t first = index * kTile;
   const uint8_t* all_scales = packed_.data() + matrices_ * matrix_bytes_;
-  const float* scales = format().scales == Scales::row
+  const float* scales = has_row_scale(format())
                             ? reinterpret_cast<const float*>(all_scales) +
                                   matrix * padded_outputs_ + first
                             : nullptr;
@@ -232,6 +202,7 @@ void Weights::pack_tile(int64_t matrix, int64_t index, const Source& source) {
   float* scales = const_cast<float*>(target.row_scales);
   const int64_t width = target.panels * kPanel;
   std::vector<float> row(padded_);
+  std::vector<uint8_t> q(padded_), group_scales(padded_ / kChunk), minimums(padded_ / kChunk);
   for (int64_t n = 0; n < width; ++n) {
     const bool real = index * kTile + n < outputs_;
     if (real)
@@ -258,18 +229,17 @@ void Weights::pack_tile(int64_t matrix, int64_t index, const Source& source) {
       }
       continue;
     }
-    for (int64_t start = 0; start < padded_; start += kChunk) {
-      uint8_t* chunk = bytes + start / kChunk * (target.panels * kInt4ChunkBytes);
-      const uint16_t bits = search_int4_scale(row.data() + start);
-      const float scale = float_of_bf16(bits);
-      uint8_t nibbles[kChunk];
-      for (int k = 0; k < kChunk; ++k) {
-        const float q = scale != 0 ? clamp(nearest(row[start + k] / scale), -8, 7) : 0;
-        nibbles[k] = static_cast<uint8_t>(static_cast<int>(q) + f.zero);
-      }
+    if (real)
+      quantize_int4(row.data(), source.importance, columns_, padded_, q.data(), group_scales.data(),
+                    minimums.data(), scales + n);
+    for (int64_t g = 0; real && g < padded_ / kChunk; ++g) {
+      uint8_t* chunk = bytes + g * (target.panels * kInt4ChunkBytes);
+      const uint8_t* from = q.data() + g * kChunk;
       for (int k = 0; k < kChunk / 2; ++k)
-        chunk[(k / 4 * width + n) * 4 + k % 4] = nibbles[k] | nibbles[k + kChunk / 2] << 4;
-      std::memcpy(chunk + width * (kChunk / 2) + 2 * n, &bits, sizeof bits);
+        chunk[(k / 4 * width + n) * 4 + k % 4] =
+            static_cast<uint8_t>(from[k] | from[k + kChunk / 2] << 4);
+      chunk[width * (kChunk / 2) + n] = group_scales[g];
+      chunk[width * (kChunk / 2 + 1) + n] = minimums[g];
     }
   }
 }
@@ -289,8 +259,9 @@ float Weights::weight(const Tile& from, int64_t output, int64_t k) const {
   const uint8_t* chunk = from.weights + k / kChunk * (from.panels * kInt4ChunkBytes);
   const int64_t inside = k % (kChunk / 2);
   const uint8_t both = chunk[(inside / 4 * width + output) * 4 + inside % 4];
-  const int q = (k % kChunk < kChunk / 2 ? both & 15 : both >> 4) - f.zero;
-  return static_cast<float>(q) * float_of_bf16(u16_at(chunk + width * (kChunk / 2) + 2 * output));
+  const int q = k % kChunk < kChunk / 2 ? both & 15 : both >> 4;
+  const uint8_t* scale = chunk + width * (kChunk / 2) + output;
+  return static_cast<float>(scale[0] * q - kInt4Minimum * scale[width]) * from.row_scales[output];
 }
 
 void Weights::put(int64_t matrix, const Weights& one) {

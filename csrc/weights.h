@@ -22,11 +22,12 @@ struct Source {
   const void* data;
   bool bf16;
   int64_t matrix_stride, row_stride;  // in numbers
+  const float* importance = nullptr;  // how much an error in a column counts, if they differ
 };
 
 // `matrices` matrices of one shape (one for a linear map, one an expert for a layer's experts).
-// int8 has one float32 scale a row: the largest magnitude over 127. int4 has one bf16 scale for 32
-// columns: of several candidates the one whose least-squares refit errs least. Floating point has
+// int8 has one float32 scale a row: the largest magnitude over 127. int4 has a scale and
+// a minimum for 32 columns, bytes that count in a float32 of the row (`quantize_int4`). Floating point has
 // none, and its products take activations as they are. The others come from a file's blocks, whose
 // numbers they keep.
 class Weights {

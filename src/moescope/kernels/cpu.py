@@ -1,9 +1,9 @@
 """The native CPU kernels (`csrc/`), called with tensors.
 
-Weights are int8 (a scale a row), int4 (a scale for 32 columns), the block types of GGUF files or
-floating point (`native/weight_format.py`); activations are float32. Products with integers and code
-words are taken in integers, the activations being rounded to int8 with a scale for 64 columns
-(int8), 16 (Q6_K) or 32; with floating point they are taken as they are.
+Weights are int8 (a scale a row), int4 (a scale and a minimum for 32 columns), the block types of
+GGUF files or floating point (`native/weight_format.py`); activations are float32. Products with
+integers and code words are taken in integers, the activations being rounded to int8 with a scale
+for 64 columns (int8), 16 (Q6_K) or 32; with floating point they are taken as they are.
 Where the extension was not built, `available()` says so and nothing else here may be called.
 """
 
@@ -131,18 +131,20 @@ def _read_probe(size: int, huge_pages: bool) -> ReadProbe:
     return _native.ReadProbe(size, huge_pages)
 
 
-def pack(matrices: Tensor, weight_format: str) -> Weights:
+def pack(matrices: Tensor, weight_format: str, importance: Tensor | None = None) -> Weights:
     """Round and lay out `(matrices, outputs, columns)` or `(outputs, columns)`.
 
     Args:
         matrices: float32 or bfloat16.
         weight_format: `int8`, `int4`, `bf16`, `f16` or `f32`.
+        importance: how much an error in each column counts in int4's search, `(columns,)`.
     """
     if matrices.ndim == 2:
         matrices = matrices[None]
     if matrices.dtype not in (torch.float32, torch.bfloat16):
         matrices = matrices.float()
-    return _native.pack(to_dlpack(matrices.detach()), weight_format)
+    counts = None if importance is None else importance.float()
+    return _native.pack(to_dlpack(matrices.detach()), weight_format, _optional(counts))
 
 
 def quantize_blocks(rows: Tensor, block_type: str) -> NDArray[np.uint8]:

@@ -164,7 +164,8 @@ class Packer:
                 layer.mlp = NativeMLP(mlp, f"{at}.mlp", read, pack)
         tied = model.config.tie_word_embeddings
         head = read.matrix(EMBEDDING if tied else "lm_head.weight")
-        model.lm_head = PackedLinear(head, None, pack)
+        counts = head_importance(model)
+        model.lm_head = PackedLinear(head, None, partial(pack, importance=counts))
         if tied:
             model.lm_head.weight = embedding
         model.model.embed_tokens = WideEmbedding(embedding)
@@ -193,12 +194,22 @@ class Packer:
         rounded = partial(round_to, weight_format=self.weight_format or "f32")
         for name in self.wants(model):
             parent, _, child = name.rpartition(".")
-            weight = rounded(read(name)).to(dtype)
+            counts = head_importance(model) if name == "lm_head.weight" else None
+            weight = rounded(read(name), importance=counts).to(dtype)
             weight = nn.Parameter(weight, requires_grad=False)
             setattr(model.get_submodule(parent), child, weight)
         if model.config.tie_word_embeddings:  # the embedding stays as it is
-            head = rounded(model.model.embed_tokens.weight).to(dtype)
+            counts = head_importance(model)
+            head = rounded(model.model.embed_tokens.weight, importance=counts).to(dtype)
             model.lm_head.weight = nn.Parameter(head, requires_grad=False)
+
+
+def head_importance(model: CausalLM) -> Tensor:
+    """Return how much an error in each column of the head counts, `(hidden,)`.
+
+    What the head sees in a column is as large as what the norm before it multiplies that with.
+    """
+    return model.model.norm.weight.detach().float().square()
 
 
 def _packable(model: CausalLM) -> Iterator[tuple[str, nn.Module]]:

@@ -59,7 +59,12 @@ class PackSource(Protocol):
     from_file: bool
 
     def weights(
-        self, matrices: Matrices | Stack, weight_format: str | None, *, of_experts: bool = False
+        self,
+        matrices: Matrices | Stack,
+        weight_format: str | None,
+        *,
+        of_experts: bool = False,
+        importance: Tensor | None = None,
     ) -> "Weights":
         """Return `(matrices, outputs, columns)` or `(outputs, columns)` packed.
 
@@ -67,6 +72,7 @@ class PackSource(Protocol):
             matrices: numbers, or a file's own blocks; of experts, one at a time.
             weight_format: to round numbers to; None rounds nothing.
             of_experts: whether they may stay in a file, from which they are streamed.
+            importance: of their columns, as for `kernels.quantize.quantize_int4`.
         """
         ...
 
@@ -105,10 +111,15 @@ class NewPack:
         self._made: list[tuple[str, tuple[int, ...], Weights | Tensor]] = []
 
     def weights(
-        self, matrices: Matrices | Stack, weight_format: str | None, *, of_experts: bool = False
+        self,
+        matrices: Matrices | Stack,
+        weight_format: str | None,
+        *,
+        of_experts: bool = False,
+        importance: Tensor | None = None,
     ) -> "Weights":
         """Round and lay out."""
-        kind, packed = _packed(matrices, weight_format)
+        kind, packed = _packed(matrices, weight_format, importance)
         self._made.append((kind, _shape(matrices), packed))
         return packed
 
@@ -189,7 +200,12 @@ class StoredPack:
         self._entries = iter(header.entries)
 
     def weights(
-        self, matrices: Matrices | Stack, weight_format: str | None, *, of_experts: bool = False
+        self,
+        matrices: Matrices | Stack,
+        weight_format: str | None,
+        *,
+        of_experts: bool = False,
+        importance: Tensor | None = None,
     ) -> "Weights":
         """Read the next entry, which must be of this shape and, if it is given, this format.
 
@@ -261,7 +277,12 @@ class WrittenPack:
         self._entries: list[Entry] = []
 
     def weights(
-        self, matrices: Matrices | Stack, weight_format: str | None, *, of_experts: bool = False
+        self,
+        matrices: Matrices | Stack,
+        weight_format: str | None,
+        *,
+        of_experts: bool = False,
+        importance: Tensor | None = None,
     ) -> "Weights":
         """Round, lay out and write; return experts as `stream_weights` does."""
         shape = _shape(matrices)
@@ -269,7 +290,7 @@ class WrittenPack:
             entry = self._write_one_by_one(matrices, weight_format)
             at = self._start + entry.offset
             return _streamed(self._file.fileno(), at, entry.size, entry.kind, shape)
-        kind, packed = _packed(matrices, weight_format)
+        kind, packed = _packed(matrices, weight_format, importance)
         self._write(kind, shape, cpu.stored_bytes(packed))
         return packed
 
@@ -364,7 +385,9 @@ def _read_header(file: BinaryIO) -> tuple[Header, int]:
         raise StalePack("its header has another form") from error
 
 
-def _packed(matrices: Matrices | Stack, weight_format: str | None) -> "tuple[str, Weights]":
+def _packed(
+    matrices: Matrices | Stack, weight_format: str | None, importance: Tensor | None = None
+) -> "tuple[str, Weights]":
     """Round and lay out; return the format, too."""
     if isinstance(matrices, Stack):
         whole: Weights | None = None
@@ -378,7 +401,7 @@ def _packed(matrices: Matrices | Stack, weight_format: str | None) -> "tuple[str
         packed = cpu.pack_blocks(matrices.data, matrices.kind, _shape(matrices))
         return BLOCK_FORMATS[matrices.kind], packed
     kind = weight_format or ("bf16" if matrices.dtype == torch.bfloat16 else "f32")
-    return kind, cpu.pack(matrices, kind)
+    return kind, cpu.pack(matrices, kind, importance)
 
 
 def _one_by_one(stack: Stack, weight_format: str | None) -> "Iterator[tuple[str, Weights]]":
