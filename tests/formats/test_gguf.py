@@ -241,7 +241,7 @@ def vocabulary(rules: str, **more: Any) -> Vocabulary:
 
 @pytest.fixture(scope="module", params=["deepseek-llm", "deepseek-coder", "deepseek-v3"])
 def vocabulary_file(request: pytest.FixtureRequest, tmp_path_factory: Any) -> Path:
-    held = vocabulary(request.param, chat_template="{{ messages[0]['content'] }}")
+    held = vocabulary(request.param, chat_templates={"default": "{{ messages[0]['content'] }}"})
     made = network(V2 | {"vocab_size": len(held.tokens)})
     return write(made, tmp_path_factory.mktemp("vocabulary") / "model.gguf", vocabulary=held)
 

@@ -20,6 +20,7 @@ from moescope.cli.explain import explain
 from moescope.cli.generate import generate
 from moescope.cli.open import open
 from moescope.cli.plan import plan
+from moescope.cli.quantize import quantize
 from moescope.cli.report import report
 from moescope.cli.sampling import tell_experts
 from moescope.cli.serve import serve
@@ -73,6 +74,7 @@ for verb, example in (
     (ablate, "moescope ablate tiny my-text --layer 3"),
     (compare, "moescope compare my-moe my-dense --text my-text"),
     (study, "moescope study routers --data my-text --out my-study"),
+    (quantize, "moescope quantize my-model --to q4_k_m --out my-model.gguf"),
     (report, "moescope report found.json my-study/study.json --out my-report"),
     (doctor, "moescope doctor --json"),
 ):

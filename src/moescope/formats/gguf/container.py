@@ -144,8 +144,13 @@ class GgufFile:
     def blocks(self, name: str) -> Blocks:
         """Return a tensor of two or more dimensions as it stands in the file, uncopied."""
         info = self.tensors[name]
-        raw = np.frombuffer(self._bytes, np.uint8, count=info.size, offset=info.start)
-        return Blocks(info.kind, torch.Size(info.shape), raw.reshape(prod(info.shape[:-1]), -1))
+        rows = self.raw(name).reshape(prod(info.shape[:-1]), -1)
+        return Blocks(info.kind, torch.Size(info.shape), rows)
+
+    def raw(self, name: str) -> NDArray[np.uint8]:
+        """Return a tensor's bytes as they stand in the file, uncopied."""
+        info = self.tensors[name]
+        return np.frombuffer(self._bytes, np.uint8, count=info.size, offset=info.start)
 
     def read(self, name: str, dtype: torch.dtype | None = None, entry: int | None = None) -> Tensor:
         """Return a tensor, multiplied out.

@@ -11,7 +11,9 @@ from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
 from moescope.errors import UserError
@@ -42,6 +44,8 @@ class GgufModel:
         config: the model's shape, without multi-token prediction.
         dtype: to compute in unless asked otherwise; the file's own norms are float32 always.
         files: all parts.
+        metadata: of the first part, by key.
+        tensors: of all parts, by their names there.
 
     Raises:
         UserError: a file is missing, damaged, or of a kind that moescope does not know.
@@ -52,7 +56,7 @@ class GgufModel:
     def __init__(self, path: Path) -> None:
         self._path = path
         first = GgufFile(path)
-        self._metadata = first.metadata
+        self.metadata = first.metadata
         self._holders: dict[str, GgufFile] = {}
         parts = [first, *_further_parts(first)]
         self.files = [file.path for file in parts]
@@ -62,12 +66,12 @@ class GgufModel:
                     raise damaged(file.path, f"the tensor {name} stands in another part, too")
                 self._holders[name] = file
         self._unread = set(self._holders)
-        tensors = {name: file.tensors[name] for name, file in self._holders.items()}
+        self.tensors = {name: file.tensors[name] for name, file in self._holders.items()}
         factors = self._holders.get(ROPE_FACTORS)
         self.config = model_config(
             path,
             first.metadata,
-            tensors,
+            self.tensors,
             None if factors is None else factors.read(ROPE_FACTORS, torch.float32).tolist(),
         )
         self._gguf = architecture_of(self.config)
@@ -82,11 +86,11 @@ class GgufModel:
             UserError: it contradicts itself, or is of a kind that moescope does not know.
         """
         beside = self._path.parent / "tokenizer.json"
-        if not knows_vocabulary(self._metadata) and beside.exists():
+        if not knows_vocabulary(self.metadata) and beside.exists():
             return Tokenizer.load(beside)
-        if not has_vocabulary(self._metadata):
+        if not has_vocabulary(self.metadata):
             return None
-        return tokenizer(self._path, self._metadata)
+        return tokenizer(self._path, self.metadata)
 
     def generation_defaults(self) -> GenerationDefaults:
         """Return when texts end, and how they are drawn, as the file tells.
@@ -94,7 +98,7 @@ class GgufModel:
         Raises:
             UserError: a value has no meaning.
         """
-        return generation_defaults(self._path, self._metadata)
+        return generation_defaults(self._path, self.metadata)
 
     def read(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
         """Return the tensor of the network called `name`.
@@ -166,6 +170,14 @@ class GgufModel:
             return found
         rows = torch.arange(len(found.data))
         return replace(found, data=found.data[self._in_order(name, rows).numpy()])
+
+    def raw(self, stored: str) -> NDArray[np.uint8]:
+        """Return the bytes of a tensor by its name in the file."""
+        return self._holders[stored].raw(stored)
+
+    def exact(self, stored: str) -> Tensor:
+        """Return a tensor by its name in the file, multiplied out."""
+        return self._holders[stored].read(stored)
 
     def _whole_blocks(self, stored: str) -> Blocks:
         self._unread.discard(stored)

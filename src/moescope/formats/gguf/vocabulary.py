@@ -15,7 +15,7 @@ from tokenizers import Tokenizer as BackendTokenizer
 from moescope.errors import UserError
 from moescope.formats.gguf.container import damaged
 from moescope.formats.gguf.metadata import Fields
-from moescope.formats.gguf.pre_tokenizers import PRE_TOKENIZERS
+from moescope.formats.gguf.pre_tokenizers import PRE_TOKENIZERS, PreTokenizer
 from moescope.text.tokenizer import Tokenizer, set_around
 
 NORMAL, UNKNOWN, CONTROL, USER_DEFINED = 1, 2, 3, 4
@@ -100,12 +100,17 @@ def _byte_level(
     backend = BackendTokenizer(
         models.BPE(vocab=ids, merges=merges, ignore_merges=known.takes_whole_words)
     )
-    backend.pre_tokenizer = pre_tokenizers.Sequence(
-        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in known.splits]
-        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
-    )
+    backend.pre_tokenizer = cutting(known)
     backend.decoder = decoders.ByteLevel()
     return backend
+
+
+def cutting(rules: PreTokenizer) -> pre_tokenizers.PreTokenizer:
+    """Return what cuts text by these rules and spells the pieces in bytes."""
+    return pre_tokenizers.Sequence(
+        [pre_tokenizers.Split(Regex(pattern), "isolated") for pattern in rules.splits]
+        + [pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)]
+    )
 
 
 def _merges(path: Path, fields: Fields, ids: Mapping[str, int]) -> Iterator[tuple[str, str]]:

@@ -5,8 +5,10 @@ own converter gives: experts stacked, latent attention stored as multi-query att
 key-value head, `kv_b_proj` split into a transposed key half and a value half.
 """
 
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from math import prod
 from pathlib import Path
 from typing import Any
 
@@ -19,20 +21,17 @@ from tokenizers.pre_tokenizers import ByteLevel
 from torch import Tensor
 
 from moescope.config import ModelConfig
+from moescope.errors import UserError
 from moescope.files import atomic_path
+from moescope.formats.gguf.container import TensorInfo
+from moescope.formats.gguf.file_types import FILE_TYPES, FileType, tensor_type
 from moescope.formats.gguf.llama3 import llama3_factors
 from moescope.formats.gguf.metadata import architecture_of, metadata_of
 from moescope.formats.gguf.names import PERMUTED, ROPE_FACTORS, SPLIT, stored_name
+from moescope.kernels import cpu
 
 Read = Callable[[str], Tensor]
 
-FILE_TYPES = {
-    "F32": gguf.LlamaFileType.ALL_F32,
-    "F16": gguf.LlamaFileType.MOSTLY_F16,
-    "BF16": gguf.LlamaFileType.MOSTLY_BF16,
-    "Q8_0": gguf.LlamaFileType.MOSTLY_Q8_0,
-    "Q4_0": gguf.LlamaFileType.MOSTLY_Q4_0,
-}
 ROWS_AT_A_TIME = 4096
 
 
@@ -47,18 +46,19 @@ class Vocabulary:
     bos_token_id: int | None = None
     eos_token_id: int | None = None
     pad_token_id: int | None = None
+    eot_token_id: int | None = None
     add_bos_token: bool = False
-    chat_template: str | None = None
+    add_eos_token: bool = False
+    chat_templates: Mapping[str, str] = field(default_factory=dict[str, str])
 
 
 @dataclass(frozen=True)
 class _Entry:
-    """A tensor of the file: how it is made from one of the network's, and its type there."""
+    """A tensor of the file, and how it is made from one of the network's."""
 
     name: str
     source: str
     shape: tuple[int, ...]
-    kind: GGMLQuantizationType
     make: Callable[[Tensor], Tensor] = field(repr=False)
 
 
@@ -73,61 +73,117 @@ def write_gguf(
     vocabulary: Vocabulary | None = None,
     fused_kv_b: bool = False,
     fused_gate_up: bool = False,
-) -> None:
-    """Write the network to `path`, atomically.
+    mixed: bool = False,
+    sampling: Mapping[str, float] | None = None,
+    tell: Callable[[int, int], None] | None = None,
+) -> dict[str, TensorInfo]:
+    """Write the network to `path`, atomically; return what it holds, by name.
 
     Args:
         config: of a family that llama.cpp has an architecture for.
         shapes: of all tensors in the network's state dict.
         weights: returns the tensor of a name in the network's state dict (`CausalLM`), any
-            floating type; called once or twice a name.
+            floating type; called once or several times a name.
         path: the file.
-        file_type: type of the matrices, a key of `FILE_TYPES`. Norms, routers and biases are F32;
-            rows that are no multiple of 32 are F16 where a type needs blocks.
+        file_type: type of the matrices, a key of `FILE_TYPES`, or that in capitals. Norms, routers
+            and biases are F32; rows that are no multiple of 32 are F16 where a type needs blocks.
         head_type: type of `output.weight`; None is `file_type`.
         vocabulary: the tokens; None spells the 256 bytes and fills up with unused ids,
             257 at least.
         fused_kv_b: whether `kv_b_proj` stays one tensor, as in files before April 2025.
         fused_gate_up: whether experts' gates and ups are one tensor, as llama.cpp can also have it.
+        mixed: whether some roles have more bits, as in files that llama.cpp quantises.
+        sampling: defaults of a draw, by their keys behind `general.sampling.`.
+        tell: called with the bytes that are written and those of all tensors.
+
+    Raises:
+        UserError: the folder cannot be written or the disk is full.
     """
+    made_as = FILE_TYPES[file_type.lower()]
     with atomic_path(Path(path)) as partial:
         writer = GGUFWriter(partial, architecture_of(config).architecture)
         metadata = metadata_of(config)
         if fused_kv_b:  # as such files have it: widths of a head, and as many of keys and values
             metadata = _of_heads(config, metadata)
         _add_metadata(writer, metadata)
-        writer.add_file_type(FILE_TYPES[file_type])
+        writer.add_file_type(made_as.number)
         _add_vocabulary(writer, vocabulary or _bytes_only(config))
+        _add_metadata(writer, {f"general.sampling.{k}": v for k, v in (sampling or {}).items()})
         whole = {"attn_kv_b.weight"} if fused_kv_b else set[str]()
         whole |= {"ffn_gate_up_exps.weight", "ffn_gate_up_exps.bias"} if fused_gate_up else set()
-        entries = list(_entries(config, shapes, file_type, head_type or file_type, whole))
+        head_as = FILE_TYPES[(head_type or file_type).lower()]
+        entries = list(_entries(config, shapes, whole))
+
+        def kind_of(entry: _Entry) -> GGMLQuantizationType:
+            if not mixed:
+                return _kind(entry, head_as if entry.name == "output.weight" else made_as)
+            return tensor_type(
+                entry.name,
+                entry.shape,
+                made_as,
+                config.num_hidden_layers,
+                config.n_routed_experts or 0,
+                config.tie_word_embeddings,
+            )
+
+        kinds = {entry.name: kind_of(entry) for entry in entries}
         factors = _rope_factors(config)
         if factors is not None:
             writer.add_tensor_info(ROPE_FACTORS, factors.shape, factors.dtype, factors.nbytes)
-        for entry in entries:
-            numbers = int(np.prod(entry.shape))
-            block, size = gguf.GGML_QUANT_SIZES[entry.kind]
-            writer.add_tensor_info(
-                entry.name, entry.shape, np.dtype(np.float32), numbers // block * size, entry.kind
-            )
-        writer.write_header_to_file()
-        writer.write_kv_data_to_file()
-        writer.write_ti_data_to_file()
+        held = {
+            entry.name: add_info(writer, entry.name, entry.shape, kinds[entry.name])
+            for entry in entries
+        }
+        refuse_if_disk_is_full(path, held)
+        write_header(writer)
         if factors is not None:
             writer.write_tensor_data(factors)
+        total = sum(info.size for info in held.values())
+        done = 0
         for entry in entries:
             tensor = entry.make(weights(entry.source).detach())
             assert tuple(tensor.shape) == entry.shape, (entry.name, tensor.shape, entry.shape)
-            writer.write_tensor_data(_encode(tensor, entry.kind))
+            writer.write_tensor_data(encode(tensor, kinds[entry.name]))
+            done += held[entry.name].size
+            if tell is not None:
+                tell(done, total)
         writer.close()
+    return held
+
+
+def add_info(
+    writer: GGUFWriter, name: str, shape: tuple[int, ...], kind: GGMLQuantizationType
+) -> TensorInfo:
+    """Announce a tensor whose bytes are written later; return its shape, type and size."""
+    block, size = gguf.GGML_QUANT_SIZES[kind]
+    size = prod(shape) // block * size
+    writer.add_tensor_info(name, shape, np.dtype(np.float32), size, kind)
+    return TensorInfo(shape, kind.name, 0, size)
+
+
+def write_header(writer: GGUFWriter) -> None:
+    """Write all that stands before the tensors' bytes."""
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_ti_data_to_file()
+
+
+def refuse_if_disk_is_full(path: Path, held: Mapping[str, TensorInfo]) -> None:
+    """Compare the tensors with the space that is free where `path` will be.
+
+    Raises:
+        UserError: they do not fit; the sentence has the sizes.
+    """
+    size, free = sum(info.size for info in held.values()), shutil.disk_usage(path.parent).free
+    if size > free:
+        raise UserError(
+            f"{path} would take {size / 1e9:.2f} GB, but the disk has {free / 1e9:.2f} GB free; "
+            "free some space or choose another folder"
+        )
 
 
 def _entries(
-    config: ModelConfig,
-    shapes: Mapping[str, torch.Size],
-    file_type: str,
-    head_type: str,
-    whole: set[str],
+    config: ModelConfig, shapes: Mapping[str, torch.Size], whole: set[str]
 ) -> Iterator[_Entry]:
     heads, nope = config.num_attention_heads, config.qk_nope_head_dim or 0
 
@@ -171,33 +227,34 @@ def _entries(
             made = {stored: neighbours(".k_proj" in source)}
         for name, make in made.items():
             made_shape = tuple(make(torch.empty(shape, device="meta")).shape)
-            kind = _kind(name, made_shape, head_type if name == "output.weight" else file_type)
-            yield _Entry(prefix + name, source, made_shape, kind, make)
+            yield _Entry(prefix + name, source, made_shape, make)
 
 
 def _as_it_is(weight: Tensor) -> Tensor:
     return weight
 
 
-def _kind(name: str, shape: tuple[int, ...], file_type: str) -> GGMLQuantizationType:
-    if len(shape) == 1 or name.endswith("ffn_gate_inp.weight"):
+def _kind(entry: _Entry, file_type: FileType) -> GGMLQuantizationType:
+    if len(entry.shape) == 1 or entry.name.endswith("ffn_gate_inp.weight"):
         return GGMLQuantizationType.F32
-    kind = GGMLQuantizationType[file_type]
-    block, _ = gguf.GGML_QUANT_SIZES[kind]
-    return kind if shape[-1] % block == 0 else GGMLQuantizationType.F16
+    block, _ = gguf.GGML_QUANT_SIZES[file_type.kind]
+    return file_type.kind if entry.shape[-1] % block == 0 else GGMLQuantizationType.F16
 
 
-def _encode(tensor: Tensor, kind: GGMLQuantizationType) -> NDArray[np.generic]:
+def encode(tensor: Tensor, kind: GGMLQuantizationType) -> NDArray[np.generic]:
     """Round to a type of the file, some rows at a time."""
     if tensor.dtype == torch.bfloat16 and kind == GGMLQuantizationType.BF16:
         return tensor.contiguous().view(torch.int16).numpy()
     rows = tensor.reshape(-1, tensor.shape[-1])
-    return np.concatenate(
-        [
-            gguf.quants.quantize(part.float().contiguous().numpy(), kind)
-            for part in rows.split(ROWS_AT_A_TIME)
-        ]
-    )
+    searched = cpu.available() and gguf.GGML_QUANT_SIZES[kind][0] > 1
+
+    def encoded(part: Tensor) -> NDArray[np.generic]:
+        part = part.float().contiguous()
+        if searched:
+            return cpu.quantize_blocks(part, kind.name)
+        return gguf.quants.quantize(part.numpy(), kind)
+
+    return np.concatenate([encoded(part) for part in rows.split(ROWS_AT_A_TIME)])
 
 
 def _of_heads(config: ModelConfig, metadata: Mapping[str, Any]) -> dict[str, Any]:
@@ -235,13 +292,16 @@ def _add_vocabulary(writer: GGUFWriter, vocabulary: Vocabulary) -> None:
     writer.add_token_list(vocabulary.tokens)
     writer.add_token_types(vocabulary.types)
     writer.add_token_merges(vocabulary.merges)
-    for name in ("bos", "eos", "pad"):
+    for name in ("bos", "eos", "pad", "eot"):
         token_id = getattr(vocabulary, f"{name}_token_id")
         if token_id is not None:
             getattr(writer, f"add_{name}_token_id")(token_id)
     writer.add_add_bos_token(vocabulary.add_bos_token)
-    if vocabulary.chat_template is not None:
-        writer.add_chat_template(vocabulary.chat_template)
+    writer.add_add_eos_token(vocabulary.add_eos_token)
+    if vocabulary.chat_templates:
+        writer.add_chat_template(
+            [{"name": n, "template": text} for n, text in vocabulary.chat_templates.items()]
+        )
 
 
 def _bytes_only(config: ModelConfig) -> Vocabulary:
