@@ -10,6 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from moescope.text.answers import reader
+from moescope.text.answers.grammar import calls_grammar
 from moescope.text.answers.pieces import Arguments, Call, Content, Piece, Thought
 from moescope.text.answers.reader import AnswerReader, Form, form_of
 
@@ -248,3 +249,55 @@ def test_a_template_tells_its_form() -> None:
     assert {text: form_of(text) for text in teaches} == teaches
     templates = Path(__file__).parent / "templates"
     assert form_of((templates / "gpt_oss_like.jinja").read_text("utf-8")) is reader.HARMONY
+
+
+TEMPLATES = {"Mistral": "[TOOL_CALLS][ARGS]"}
+
+
+@pytest.mark.parametrize("one", [True, False])
+@pytest.mark.parametrize("name", FORMS)
+def test_calls_that_must_be_made_are_read_again(name: str, one: bool, model: Any) -> None:
+    """Drawn at random under the grammar, in a vocabulary where a mark is one token."""
+    from random import Random
+
+    from tokenizers import AddedToken
+
+    from moescope.engine.constraint import Constraint
+    from moescope.text.tokenizer import Tokenizer
+
+    backend = type(model.tokenizer._backend).from_str(model.tokenizer._backend.to_str())
+    backend.add_special_tokens([AddedToken(mark) for mark in FORMS[name].marks[:3]])
+    tokenizer = Tokenizer(backend, model.tokenizer._config)
+    ends = [tokenizer.eos_id]
+
+    def special(text: str) -> int | None:
+        token_id = tokenizer.token_id(text)
+        return token_id if token_id in tokenizer.special_ids else None
+
+    strict = {
+        name: {**schema, "required": ["city"], "additionalProperties": False}
+        if name == "get_weather"
+        else schema
+        for name, schema in TOOLS.items()
+        if name != "write"
+    }
+    for template in {TEMPLATES.get(name, ""), ""}:
+        grammar = calls_grammar(FORMS[name], template, strict, special, one=one)
+        held_to = Constraint(tokenizer, tokenizer.vocab_size, ends, "lark", grammar)
+        for seed in range(3):
+            chance, state, ids = Random(seed), held_to.start(), []
+            while not state.ended and len(ids) < 2000:
+                mask = state.mask()
+                assert mask is not None
+                choices = mask.nonzero().flatten().tolist()
+                likely = [
+                    i for i in choices if i in ends or tokenizer.token_bytes(i)[:1] in b'"}<\n'
+                ]
+                ids.append(chance.choice(likely if likely and chance.random() < 0.7 else choices))
+                state.accept(ids[-1])
+            text = tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=False)
+            thought, content, calls = read(FORMS[name], text, [5], tools=strict)
+            assert (thought, content) == ("", "") and calls
+            assert len(calls) == 1 or not one
+            for called, arguments in calls:
+                assert called in strict and (called != "get_weather" or "city" in arguments)

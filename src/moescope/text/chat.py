@@ -131,12 +131,48 @@ def _text(path: Path) -> str:
 def _told(message: Mapping[str, Any]) -> dict[str, Any]:
     """A message as templates read it."""
     told = {name: value for name, value in message.items() if value is not None}
+    calls: Any = told.get("tool_calls")
+    if isinstance(calls, list):
+        told["tool_calls"] = [_told_call(call) for call in cast("list[Any]", calls)]
     reasoning = next((told[name] for name in REASONING if name in told), None)
     return (
         told
         if reasoning is None
         else {"thinking": reasoning, **told, "reasoning_content": reasoning}
     )
+
+
+class WrittenArguments(dict[str, Any]):
+    """Arguments of a call that came as JSON: an object to some templates, its text to others."""
+
+    def __init__(self, text: str, value: dict[str, Any]) -> None:
+        super().__init__(value)
+        self._text = text
+
+    def __str__(self) -> str:
+        return self._text
+
+    def __add__(self, other: str) -> str:
+        return self._text + other
+
+    def __radd__(self, other: str) -> str:
+        return other + self._text
+
+
+def _told_call(call: Any) -> Any:
+    """A call as templates read it; arguments that came as JSON can be read as what they mean."""
+    function = call.get("function") if isinstance(call, Mapping) else None
+    if not isinstance(function, Mapping) or not isinstance(function.get("arguments"), str):
+        return call
+    text: str = function["arguments"]
+    try:
+        value = json.loads(text)
+    except ValueError:
+        return call
+    if not isinstance(value, dict):
+        return call
+    arguments = WrittenArguments(text, cast("dict[str, Any]", value))
+    return {**call, "function": {**function, "arguments": arguments}}
 
 
 class _Generation(Extension):

@@ -160,16 +160,12 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers` reads them."""
         folder = Path(folder)
-        write_text(folder / "tokenizer.json", self.to_json())
+        write_text(folder / "tokenizer.json", self._backend.to_str(pretty=False))
         templates = [{"name": n, "template": t} for n, t in self.chat_templates.items()]
         alone = self.chat_templates.get("default") if len(templates) == 1 else None
         config = self._config | ({"chat_template": alone or templates} if templates else {})
         text = json.dumps(config, ensure_ascii=False, indent=2)
         write_text(folder / "tokenizer_config.json", text + "\n")
-
-    def to_json(self) -> str:
-        """Return what `tokenizer.json` holds."""
-        return self._backend.to_str(pretty=False)
 
     # --- text and ids -------------------------------------------------------------------------
 
@@ -265,9 +261,13 @@ class Tokenizer:
         Raises:
             UserError: there is no template, or it refuses the messages.
         """
-        names = {key: spelling(self._config[key]) for key in NAMED_TOKENS if self._config.get(key)}
-        told = {"add_generation_prompt": add_generation_prompt, **names, **variables}
+        told = self.chat_variables(add_generation_prompt=add_generation_prompt, **variables)
         return render(self.chat_templates, messages, tools=tools, variables=told)
+
+    def chat_variables(self, **variables: Any) -> dict[str, Any]:
+        """Return what a chat template may use besides messages: the named tokens, `variables`."""
+        names = {key: spelling(self._config[key]) for key in NAMED_TOKENS if self._config.get(key)}
+        return {**names, **variables}
 
     def _special_id(self, name: str) -> int | None:
         token = self._config.get(name)
