@@ -15,6 +15,7 @@ from typing import IO
 
 import pytest
 import torch
+from family_models import VARIANTS
 
 import moescope
 from moescope.api import Model
@@ -117,6 +118,27 @@ def large(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="session")
+def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Return a way to make a small random checkpoint of a variant in `family_models`."""
+
+    def make(variant: str) -> Path:
+        tokenizer = Tokenizer.load(BOX / "tiny")
+        fields = VARIANTS[variant].to_dict() | {"vocab_size": tokenizer.vocab_size}
+        network = CausalLM(read_config(fields))
+        initialise(network, seed=0)
+        for name, tensor in network.state_dict().items():
+            if name.endswith("tid2eid"):
+                order = torch.rand(len(tensor), network.config.required("n_routed_experts"))
+                tensor.copy_(order.topk(tensor.shape[1]).indices)
+        folder = tmp_path_factory.mktemp("models") / variant
+        save_weights(network, folder, dtype=torch.float32)
+        tokenizer.save(folder)
+        return folder
+
+    return make
+
+
+@pytest.fixture(scope="session")
 def browser():
     """Debian's Chromium, driven by playwright."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -141,7 +163,7 @@ def open_page(browser, server: Server):
     def open_page(query: str = "", *, address=None, wait: str = "token", routes=None, **options):
         context = browser.new_context(**({"viewport": {"width": 1280, "height": 900}} | options))
         contexts.append(context)
-        context.set_default_timeout(20_000)
+        context.set_default_timeout(60_000)
         page = context.new_page()
         page.on(
             "console",

@@ -9,20 +9,24 @@ import torch
 from family_models import COMPRESSED, GROUPED, INDEXED, MIXTURE
 from rich.cells import cell_len
 from rich.console import Console
-from transformers import DeepseekV4Config, DeepseekV32Config, GptOssConfig
+from transformers import DeepseekV4Config, DeepseekV32Config, GlmMoeDsaConfig, GptOssConfig
 
 from moescope.api import Model
 from moescope.cli.drawing import draw
-from moescope.errors import UserError
+from moescope.engine.sampling import SamplingParams
 from moescope.families import read_config
 from moescope.model.decoder import CausalLM, initialise
 from moescope.scope.detail import Reading
+from moescope.scope.recording import TraceRecorder
 from moescope.scope.trace import Trace
 
 TEXT = "the moon before my bed 床前明月光"
 CONFIGS = {
     "deepseek_v32": DeepseekV32Config(**INDEXED, n_group=1, topk_group=1),
     "deepseek_v4": DeepseekV4Config(**COMPRESSED),
+    "glm_moe_dsa, shared picks": GlmMoeDsaConfig(
+        **INDEXED, indexer_types=["full", "shared", "full"], attention_bias=True
+    ),
     "gpt_oss": GptOssConfig(**GROUPED, **MIXTURE, num_local_experts=12),
 }
 
@@ -83,9 +87,29 @@ def test_explain_has_a_line_for_each(opened: Model) -> None:
         assert bool(re.search(pattern, told)) == bool(has), pattern
 
 
-def test_a_detail_that_would_be_wrong_is_refused(opened: Model) -> None:
-    if opened.network.config.hc_mult is None:
-        Reading(opened.engine, opened.engine.encode(TEXT))
-    else:
-        with pytest.raises(UserError, match="several residual streams"):
-            Reading(opened.engine, opened.engine.encode(TEXT))
+def test_a_detail_is_what_the_whole_pass_did(opened: Model) -> None:
+    """Layers of several streams, or with shared picks, included."""
+    ids = opened.engine.encode(TEXT)
+    reading, recorder = Reading(opened.engine, ids), TraceRecorder(wants_attention=True)
+    opened.network.model(torch.tensor([ids]), recorder=recorder)
+    index = len(ids) - 2
+    for layer_idx in range(opened.network.config.num_hidden_layers):
+        detail = reading.token(index, layer_idx, SamplingParams())
+        attention, mean = detail.attention, recorder.attentions[layer_idx][:, index].mean(dim=0)
+        assert attention.mean == pytest.approx(mean[: index + 1].tolist(), abs=1e-6)
+        rest = sum(attention.entries) + (attention.sink_share or 0.0)
+        assert sum(attention.mean) + rest == pytest.approx(1, abs=1e-5)
+        picks = recorder.picked.get(layer_idx)
+        assert (attention.seen and attention.seen.slots) == (picks and picks.slots[index])
+        mixing = recorder.mixings.get(layer_idx)
+        assert (detail.mixing and detail.mixing[1].mix) == (
+            mixing and mixing["feed_forward"].mix[index]
+        )
+        if layer_idx in recorder.routings:
+            routed, shared = recorder.outputs[layer_idx]
+            whole = routed[index] + (shared[index] if shared is not None else 0)
+            assert detail.merge is not None and detail.router is not None
+            assert detail.merge.output_norm == pytest.approx(float(whole.norm()), rel=1e-4)
+            assert detail.router.by_table == recorder.routings[layer_idx].by_table
+            chosen = recorder.routings[layer_idx].topk_ids[index].tolist()
+            assert sorted(detail.router.topk_ids) == sorted(chosen)

@@ -1,11 +1,13 @@
 """The API's numbers are the engine's."""
 
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from pydantic import TypeAdapter
 from questions import TEXT, events_of
 from starlette.testclient import TestClient
 
@@ -26,14 +28,23 @@ def steered(model: Model) -> Model:
     return model.steer(num_experts_per_tok=2, disabled={(1, 3)}, noise=0.2)
 
 
+def plain(answer: Any) -> Any:
+    """What JSON makes of the engine's own data."""
+    return TypeAdapter(type(answer)).dump_python(answer, mode="json")
+
+
 def test_the_model_is_described(client: TestClient, model: Model) -> None:
     info = client.get("/api/model").json()
     assert [layer["kind"] for layer in info["layers"]] == ["dense", "moe", "moe"]
-    assert info["layers"][1] == {"kind": "moe", "n_routed_experts": 8, "n_shared_experts": 1}
+    assert info["layers"][1] == {
+        **{"kind": "moe", "n_routed_experts": 8, "n_shared_experts": 1},
+        "by_table": False,
+    }
+    assert info["sampling"] == schema.SamplingRequest().model_dump()
     counted = count_parameters(model.config)
     assert info["parameters"] == {"total": counted.total, "active": counted.active}
     assert round(info["reference"]["total"] / 1e9) == 671
-    assert info["cache"] == {"kept": 16 + 4, "full": 2 * (8 + 4 + 8)}
+    assert info["cache"] == {"kind": "latent", "kept": 16 + 4, "full": 2 * (8 + 4 + 8)}
     assert info["companions"] == [
         {"name": "small-dense", "role": "dense", "problem": None},
         {"name": "small-unbalanced", "role": "unbalanced", "problem": None},
@@ -41,6 +52,7 @@ def test_the_model_is_described(client: TestClient, model: Model) -> None:
     assert (info["has_specialization"], info["has_training"], info["watching"]) == (1, 1, 0)
     assert {e["domain"] for e in info["examples"]} >= {"poetry", "prose", "code", "arithmetic"}
     asked = [e["text"] for e in info["examples"] if e["domain"] == "arithmetic"]
+    assert info["question_form"] == "<｜User｜>{question}<｜Assistant｜>" and not info["thinks"]
     assert asked[0] == "<｜User｜>17+25=?<｜Assistant｜>"
 
 
@@ -82,9 +94,7 @@ def test_a_trace_is_what_the_scope_reads(
     answer = client.post("/api/trace", json={"prompt": TEXT, "steering": steering}).json()
     engine = (steered(model) if steering else model).engine
     steps = read(engine, model.engine.encode(TEXT))
-    assert answer["steps"] == [
-        schema.TokenStep.model_validate(step).model_dump(mode="json") for step in steps
-    ]
+    assert answer["steps"] == plain(steps)
 
 
 def test_a_token_and_an_expert_are_what_the_scope_takes_apart(
@@ -96,10 +106,10 @@ def test_a_token_and_an_expert_are_what_the_scope_takes_apart(
     answer = client.post("/api/token", json={**place, "sampling": sampling}).json()
     reading = Reading(steered(model).engine, ids)
     expected = reading.token(5, 2, sampling_params(sampling))
-    assert answer == schema.TokenDetail.model_validate(expected).model_dump(mode="json")
+    assert answer == plain(expected)
     work = client.post("/api/expert", json={**place, "expert": 1}).json()
     mine = reading.expert(5, 2, 1)
-    assert (work["gate"], work["output"]) == (mine.gate, mine.output)
+    assert work["work"] == plain(mine)
     assert work["typical"] == [{"id": 299, "text": "x", "count": 3, "lift": 2.5, "context": "axb"}]
     assert work["domains"] == {"poetry": 0.125, "prose": 0.75}
 
@@ -140,6 +150,8 @@ def test_specialization_is_what_was_measured(client: TestClient) -> None:
     assert answer["domains"] == ["poetry", "prose"] and answer["layers"] == [1, 2]
     assert answer["load"][1][0][:2] == [0.25, 0.75]
     assert answer["mutual_information"] == [0.1, 0.2]
+    card = {"zh": None, "en": None, "tokens": ["x"], "domain": 1, "domain_share": 0.75 / 0.875}
+    assert answer["cards"][0][1] == pytest.approx(card)
 
 
 def test_the_training_is_told_from_its_own_files(client: TestClient) -> None:
@@ -150,6 +162,8 @@ def test_the_training_is_told_from_its_own_files(client: TestClient) -> None:
         "loss": 1.5,
         "held_out": {"poetry": 1.0, "prose": 0.5},
         "max_violation": {"1": 0.5, "2": 0.25},
+        "experts_per_token": {},
+        "load": {},
     }
     (snapshot,) = answer["snapshots"]
     assert snapshot["step"] == 2
@@ -198,6 +212,22 @@ def test_companions_that_cannot_be_opened_are_named(
         shutil.rmtree(shelf / "small-dense")  # between the start and the question
         answer = page.post("/api/dense", json={"prompt": "x"})
         assert answer.status_code == 400 and "small-dense" in answer.json()["message"]
+
+
+def test_the_page_begins_as_the_models_own_files_say(home: Path, tmp_path: Path) -> None:
+    shutil.copytree(home, tmp_path / "small")
+    told = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "eos_token_id": [1]}
+    (tmp_path / "small" / "generation_config.json").write_text(json.dumps(told))
+    sampling = Studio.open(str(tmp_path / "small")).info.sampling
+    assert (sampling.temperature, sampling.top_p, sampling.top_k) == (0.6, 0.95, None)
+
+
+def test_a_refusal_has_a_code(client: TestClient) -> None:
+    limit = client.get("/api/model").json()["context"]
+    answer = client.post("/api/trace", json={"ids": [1] * (limit + 1)})
+    assert answer.status_code == 400
+    assert answer.json()["code"] == "context_full"
+    assert answer.json()["values"] == {"n": limit + 1, "max": limit}
 
 
 def test_a_layer_slider_reads_the_text_once(

@@ -62,7 +62,8 @@ class Engine:
         if self.own_tokenizer is None:
             raise UserError(
                 "this model has no tokenizer, so it reads and writes no text; put its "
-                "tokenizer.json beside its weights"
+                "tokenizer.json beside its weights",
+                "no_tokenizer",
             )
         return self.own_tokenizer
 
@@ -120,7 +121,10 @@ class Engine:
         """
         vocab_size, limit = self.model.config.vocab_size, self.model.config.max_position_embeddings
         if not ids:
-            raise UserError("the prompt is empty and the model has no begin token; give some text")
+            raise UserError(
+                "the prompt is empty and the model has no begin token; give some text",
+                "prompt_empty",
+            )
         for token_id in (min(ids), max(ids)):
             if not 0 <= token_id < vocab_size:
                 raise UserError(
@@ -130,7 +134,10 @@ class Engine:
         if len(ids) > limit:
             raise UserError(
                 f"the prompt has {len(ids)} tokens but the model's context holds {limit}; "
-                "shorten it"
+                "shorten it",
+                "context_full",
+                n=len(ids),
+                max=limit,
             )
 
     def transform(

@@ -91,7 +91,12 @@ class Steering:
             if not math.isfinite(bias):
                 raise UserError(f"the bias of expert {layer}:{expert} is {bias}; give a number")
         for layer, expert in sorted(set(self.disabled) & set(self.forced)):
-            raise UserError(f"expert {layer}:{expert} is both disabled and forced; choose one")
+            raise UserError(
+                f"expert {layer}:{expert} is both disabled and forced; choose one",
+                "off_and_forced",
+                layer=layer,
+                expert=expert,
+            )
 
     @property
     def changes_nothing(self) -> bool:
@@ -156,7 +161,9 @@ def moe_layers(model: CausalLM) -> dict[int, MoE]:
 
 def _check(steering: Steering, config: ModelConfig, gates: dict[int, Router]) -> None:
     if not gates:
-        raise UserError("the model has no routed experts, so there is no router to change")
+        raise UserError(
+            "the model has no routed experts, so there is no router to change", "no_experts"
+        )
     experts, top_k = config.required("n_routed_experts"), steering.num_experts_per_tok
     if top_k is not None and not 1 <= top_k <= experts:
         raise UserError(f"num_experts_per_tok is {top_k}; the model has 1 to {experts}")
@@ -172,7 +179,12 @@ def _check(steering: Steering, config: ModelConfig, gates: dict[int, Router]) ->
             )
     for layer in gates:
         if len({e for e in steering.disabled if e[0] == layer}) == experts:
-            raise UserError(f"all {experts} experts of layer {layer} are disabled; leave one")
+            raise UserError(
+                f"all {experts} experts of layer {layer} are disabled; leave one",
+                "all_disabled",
+                n=experts,
+                layer=layer,
+            )
 
 
 class SteeredRouter(Router):

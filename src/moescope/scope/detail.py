@@ -38,11 +38,56 @@ class Neighbour:
 
 
 @dataclass(frozen=True)
+class Seen:
+    """What an indexer lets one token see (DeepSeek-V3.2, V4, GLM-5).
+
+    Attributes:
+        tokens_per_slot: 1 where tokens are picked; more where a slot is an entry of so many
+            compressed tokens.
+        slots: those picked, in order.
+        past: how many there were to pick from.
+    """
+
+    tokens_per_slot: int
+    slots: list[int]
+    past: int
+
+
+@dataclass(frozen=True)
 class AttentionDetail:
-    """What the token looks back at in one layer: `heads[head][place]`, and their mean."""
+    """What the token looks back at in one layer.
+
+    Attributes:
+        heads: `[head][place]`: probabilities of the text's tokens.
+        mean: of the heads.
+        entries: of the heads, for entries of compressed tokens (DeepSeek-V4); empty without such.
+        tokens_per_entry: how many tokens an entry was compressed from; 0 without such.
+        seen: None without an indexer.
+        sink_share: what of its attention goes to learned sinks, mean of the heads; None without
+            sinks. With the tokens' and the entries' it adds up to one.
+    """
 
     heads: list[list[float]]
     mean: list[float]
+    entries: list[float]
+    tokens_per_entry: int
+    seen: Seen | None
+    sink_share: float | None
+
+
+@dataclass(frozen=True)
+class TokenMixing:
+    """How half a layer reads, writes and mixes one token's residual streams (DeepSeek-V4's mHC).
+
+    Attributes:
+        pre: weight of each stream in what is read.
+        post: weight of what is computed in each stream.
+        mix: entry `i, j` is the share of the old stream `i` in the new stream `j`.
+    """
+
+    pre: list[float]
+    post: list[float]
+    mix: list[list[float]]
 
 
 @dataclass(frozen=True)
@@ -57,6 +102,7 @@ class RouterDetail:
             off, outside the chosen groups, or not chosen by a rule without a fixed number).
         threshold: the lowest choice score that was chosen.
         topk_ids, topk_weights: the chosen, the heaviest first.
+        by_table: whether a fixed table chose by the token's id, whatever the scores.
     """
 
     logits: list[float]
@@ -66,6 +112,7 @@ class RouterDetail:
     threshold: float
     topk_ids: list[int]
     topk_weights: list[float]
+    by_table: bool
 
 
 @dataclass(frozen=True)
@@ -93,13 +140,13 @@ class MergeDetail:
         contributions: the routed experts' first, the heaviest first, then the shared ones'.
         output_norm: length of their sum.
         residual_norm_before, residual_norm_after: length of the residual stream without and with
-            that sum.
+            that sum; None where the residual has several streams.
     """
 
     contributions: list[Contribution]
     output_norm: float
-    residual_norm_before: float
-    residual_norm_after: float
+    residual_norm_before: float | None
+    residual_norm_after: float | None
 
 
 @dataclass(frozen=True)
@@ -123,6 +170,7 @@ class TokenDetail:
         hidden_norms: length of the residual stream: embedding, then after each layer.
         attention: in this layer.
         router, merge: None in a dense layer.
+        mixing: of the attention and of the feed-forward half; None with a single residual stream.
         lens: the likeliest next tokens read off after each layer.
         candidates: what comes after this token, likeliest first.
         picked: what greedy choice, or the seed's first draw, picks from them.
@@ -134,6 +182,7 @@ class TokenDetail:
     attention: AttentionDetail
     router: RouterDetail | None
     merge: MergeDetail | None
+    mixing: tuple[TokenMixing, TokenMixing] | None
     lens: list[list[Candidate]]
     candidates: list[PickCandidate]
     picked: int
@@ -158,13 +207,12 @@ class Reading:
     """One forward pass over a text, kept for questions about its tokens.
 
     Raises:
-        UserError: the ids are no text for the model, or its layers cannot be repeated one by one.
+        UserError: the ids are no text for the model.
     """
 
     @torch.inference_mode()
     def __init__(self, engine: Engine, ids: Sequence[int]) -> None:
         engine.check(ids)
-        _refuse_unknown_layers(engine.model.config)
         self.model: CausalLM = engine.model
         self.tokenizer = engine.tokenizer
         self.ids = list(ids)
@@ -186,7 +234,7 @@ class Reading:
             UserError: there is no such token or layer.
         """
         self._check(index, layer_idx)
-        attended, attention = self._attend(layer_idx)
+        again = self._attend(layer_idx)
         streams = [self._seen.embedded, *self._seen.hidden_states.values()]
         states = torch.stack([stream[index] for stream in streams])  # (1 + layers, hidden)
         logits = self.model.logits(self.model.model.norm(states[1:]))  # (layers, vocab)
@@ -195,12 +243,10 @@ class Reading:
             embedding=states[0].tolist(),
             neighbours=self._neighbours(self.ids[index]),
             hidden_norms=states.float().norm(dim=-1).tolist(),
-            attention=AttentionDetail(
-                heads=attention[:, index, : index + 1].tolist(),
-                mean=attention[:, index, : index + 1].mean(dim=0).tolist(),
-            ),
+            attention=self._attention(index, layer_idx, again),
             router=self._router(index, layer_idx),
-            merge=self._merge(index, layer_idx, attended[index]),
+            merge=self._merge(index, layer_idx, again.given[index]),
+            mixing=self._mixing(index, layer_idx),
             lens=[self._likeliest(row) for row in logits],
             candidates=candidates,
             picked=picked,
@@ -224,8 +270,10 @@ class Reading:
                 f"{experts.gate_up_proj.shape[0] - 1}"
             )
         if isinstance(experts, NativeExperts):
-            raise UserError("packed experts cannot be looked into; open the model unquantized")
-        attended, _ = self._attend(layer_idx)
+            raise UserError(
+                "packed experts cannot be looked into; open the model unquantized", "packed"
+            )
+        attended = self._attend(layer_idx).given
         given = self._normed(layer_idx, attended[index])  # (hidden,)
         first, second = (
             None if bias is None else bias[expert]
@@ -245,23 +293,54 @@ class Reading:
 
     # --- one layer again --------------------------------------------------------------------------
 
-    def _attend(self, layer_idx: int) -> tuple[Tensor, Tensor]:
-        """Repeat a layer's attention step.
-
-        Returns:
-            The residual stream after it, `(tokens, hidden)`, and the attention probabilities,
-            `(heads, tokens, tokens)`.
-        """
+    def _attend(self, layer_idx: int) -> "_Attended":
+        """Repeat a layer's attention step, and the layers before it where it depends on them."""
+        recorder = _AttentionRecorder(layer_idx)
+        if _depends_on_layers_before(self.model.config):
+            layer = self._layer(layer_idx)
+            hook = layer.post_attention_layernorm.register_forward_pre_hook(recorder.keep_given)
+            try:
+                self.model.model(self._input_ids, recorder=recorder)
+            finally:
+                hook.remove()
+            return recorder.attended()
         layer = self._layer(layer_idx)
         before = self._seen.hidden_states[layer_idx - 1] if layer_idx else self._seen.embedded
         before = before[None]  # (1, tokens, hidden)
         positions = torch.arange(len(self.ids), device=before.device)[None]
         rotation = self.model.model.rotary_emb(positions, before.dtype)
-        recorder = _AttentionRecorder()
         normed = layer.input_layernorm(before)
         added = layer.self_attn(normed, rotation, positions, None, recorder)
-        after = before + layer.scaled(added)
-        return after[0], recorder.probabilities
+        recorder.given = (before + layer.scaled(added))[0]
+        return recorder.attended()
+
+    def _attention(self, index: int, layer_idx: int, again: "_Attended") -> AttentionDetail:
+        """What `again` tells of one token's attention."""
+        heads = again.probabilities[:, index, : index + 1]  # (heads, tokens so far)
+        picks, sinks = self._seen.picked.get(layer_idx), self._seen.sink_shares.get(layer_idx)
+        seen = None
+        if picks is not None:
+            past = (index + 1) // picks.tokens_per_slot
+            seen = Seen(picks.tokens_per_slot, picks.slots[index], past)
+        entries = again.entries[:, index].mean(dim=0) if again.entries is not None else None
+        return AttentionDetail(
+            heads=heads.tolist(),
+            mean=heads.mean(dim=0).tolist(),
+            entries=[] if entries is None else entries.tolist(),
+            tokens_per_entry=again.tokens_per_entry,
+            seen=seen,
+            sink_share=None if sinks is None else sinks[index],
+        )
+
+    def _mixing(self, index: int, layer_idx: int) -> tuple[TokenMixing, TokenMixing] | None:
+        halves = self._seen.mixings.get(layer_idx)
+        if halves is None:
+            return None
+        first, second = (
+            TokenMixing(half.pre[index], half.post[index], half.mix[index])
+            for half in (halves["attention"], halves["feed_forward"])
+        )
+        return first, second
 
     def _normed(self, layer_idx: int, attended: Tensor) -> Tensor:
         """What the feed-forward part of a layer is given, `(..., hidden)`."""
@@ -296,6 +375,7 @@ class Reading:
             threshold=float(taken.min()) if taken.numel() else 0.0,
             topk_ids=topk_ids,
             topk_weights=topk_weights,
+            by_table=routing.by_table,
         )
 
     def _merge(self, index: int, layer_idx: int, attended: Tensor) -> MergeDetail | None:
@@ -317,6 +397,8 @@ class Reading:
         whole = parts.sum(dim=0)
         projections = parts @ (whole / whole.norm().clamp(min=1e-30))
         norms = parts.norm(dim=-1)
+        single = self.model.config.hc_mult is None
+        after = self._seen.hidden_states[layer_idx][index]
         return MergeDetail(
             contributions=[
                 Contribution(expert, weight, norm, projection)
@@ -325,8 +407,8 @@ class Reading:
                 )
             ],
             output_norm=float(whole.norm()),
-            residual_norm_before=float(attended.float().norm()),
-            residual_norm_after=float(self._seen.hidden_states[layer_idx][index].float().norm()),
+            residual_norm_before=float(attended.float().norm()) if single else None,
+            residual_norm_after=float(after.float().norm()) if single else None,
         )
 
     # --- what may follow --------------------------------------------------------------------------
@@ -388,13 +470,49 @@ def _lengths(embedding: nn.Embedding) -> Tensor:
     return _known_lengths[embedding]
 
 
+@dataclass(frozen=True)
+class _Attended:
+    """One layer after its attention step.
+
+    Attributes:
+        given: what the norm before the feed-forward part is given, `(tokens, hidden)`.
+        probabilities: `(heads, tokens, tokens)`.
+        entries: of entries of compressed tokens, `(heads, tokens, entries)`.
+        tokens_per_entry: 0 without entries.
+    """
+
+    given: Tensor
+    probabilities: Tensor
+    entries: Tensor | None
+    tokens_per_entry: int
+
+
 class _AttentionRecorder(Recorder):
     """Keeps one layer's attention."""
 
     wants_attention = True
 
+    def __init__(self, layer_idx: int) -> None:
+        self.layer_idx = layer_idx
+        self.given = torch.empty(0)
+        self._probabilities = torch.empty(0)
+        self._entries: Tensor | None = None
+        self._tokens_per_entry = 0
+
     def attention(self, layer_idx: int, probabilities: Tensor) -> None:
-        self.probabilities = probabilities[0]
+        if layer_idx == self.layer_idx:
+            self._probabilities = probabilities[0]
+
+    def entry_attention(self, layer_idx: int, probabilities: Tensor, tokens_per_slot: int) -> None:
+        if layer_idx == self.layer_idx:
+            self._entries, self._tokens_per_entry = probabilities[0], tokens_per_slot
+
+    def keep_given(self, _norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        """Keep what a norm is given, `(1, tokens, hidden)`."""
+        self.given = inputs[0][0]
+
+    def attended(self) -> _Attended:
+        return _Attended(self.given, self._probabilities, self._entries, self._tokens_per_entry)
 
 
 def _weighted_outputs(moe: MoE, given: Tensor, ids: list[int], weights: list[float]) -> Tensor:
@@ -404,15 +522,6 @@ def _weighted_outputs(moe: MoE, given: Tensor, ids: list[int], weights: list[flo
     return moe.experts(given.expand(len(ids), -1), topk_ids, topk_weights)
 
 
-def _refuse_unknown_layers(config: ModelConfig) -> None:
-    """Refuse layers that cannot be repeated from the residual stream before them alone."""
-    if config.hc_mult is not None:
-        part = "several residual streams"
-    elif "shared" in (config.indexer_types or ()):
-        part = "layers that share an indexer's picks"
-    else:
-        return
-    raise UserError(
-        f"this view repeats single layers, which it cannot for a model with {part}; "
-        "`moescope explain` shows it"
-    )
+def _depends_on_layers_before(config: ModelConfig) -> bool:
+    """Whether a layer follows from more than the one residual stream before it."""
+    return config.hc_mult is not None or "shared" in (config.indexer_types or ())

@@ -100,7 +100,8 @@ def stream(
     """
     recorder = TraceRecorder()
     describe = Describer(engine.model, engine.tokenizer, len(prompt_ids))
-    asked = replace(params, max_tokens=params.max_tokens + 1)
+    ends = {*params.stop_token_ids, *(() if params.ignore_eos else engine.end_ids)}
+    asked = replace(params, max_tokens=params.max_tokens + 1, stop_token_ids=(), ignore_eos=True)
     made = engine.repeat([prompt_ids], asked, recorder)
     unread, new_tokens, seconds = list(prompt_ids), 0, 0.0
     reason: FinishReason = "length"
@@ -109,13 +110,11 @@ def stream(
         token = next(made)
         seconds += time.perf_counter() - start if new_tokens else 0.0
         yield from describe(recorder, unread)
-        if new_tokens == params.max_tokens or token.finish_reason == "length":
+        if reason == "stop" or new_tokens == params.max_tokens or token.finish_reason is not None:
             break
         unread, new_tokens = [token.id], new_tokens + 1
-        if token.finish_reason == "stop":
+        if token.id in ends:
             reason = "stop"
-            yield from describe.unread(token.id)
-            break
     yield End(reason, len(prompt_ids), new_tokens, seconds)
 
 
@@ -175,14 +174,6 @@ class Describer:
                     )
                 )
         return steps
-
-    def unread(self, token_id: int) -> list[TokenStep]:
-        """Read one more token, with the whole text before it, and describe it."""
-        ids = [*self._ids, token_id]
-        whole = Describer(self.model, self.tokenizer, self.prompt_tokens)
-        recorder = TraceRecorder()
-        self.model(torch.tensor([ids], device=self.model.lm_head.weight.device), recorder=recorder)
-        return whole(recorder, ids)[-1:]
 
     def _predictions(
         self, logits: Tensor, ids: Sequence[int]

@@ -8,10 +8,11 @@ import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
-from pydantic import ValidationError
+from pydantic import TypeAdapter, ValidationError
 from starlette.applications import Starlette
 from starlette.datastructures import State
 from starlette.exceptions import HTTPException
@@ -113,13 +114,21 @@ async def _read(request: Request, kind: type[Message]) -> Message:
         if first["type"] == "string_too_long":
             raise TooMuch(
                 f"the text has {len(first['input']):,} characters but the page reads {MAX_TEXT:,} "
-                "at most; shorten it"
+                "at most; shorten it",
+                "text_too_long",
+                n=len(first["input"]),
+                max=MAX_TEXT,
             ) from error
         raise HTTPException(422, explained(error)) from error
 
 
-def _json(message: Message) -> Response:
-    return Response(message.model_dump_json(), media_type="application/json")
+def _json(answer: Any) -> Response:
+    return Response(_adapter(type(answer)).dump_json(answer), media_type="application/json")
+
+
+@cache
+def _adapter(kind: type[Any]) -> TypeAdapter[Any]:
+    return TypeAdapter(kind)
 
 
 def _events(events: AsyncIterator[Message | None], state: State) -> Response:
@@ -146,7 +155,7 @@ async def _stream(
             yield event
             event = await compute(next, events, None)
     except UserError as error:
-        yield schema.ErrorEvent(message=str(error))
+        yield schema.ErrorEvent.of(error)
 
 
 async def _follow(run: Path) -> AsyncIterator[Message | None]:
@@ -156,7 +165,7 @@ async def _follow(run: Path) -> AsyncIterator[Message | None]:
     while True:
         for row in rows:
             steps = max(steps, row.step)
-            yield schema.TrainingEvent(row=schema.TrainingRow.model_validate(row), steps=steps)
+            yield schema.TrainingEvent(row=row, steps=steps)
         await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
         yield None
         steps = steps or planned_steps(run)
@@ -167,14 +176,19 @@ async def _follow(run: Path) -> AsyncIterator[Message | None]:
 
 
 def _error(request: Request, status: int, message: str) -> Response:
+    return _refusal(request, status, UserError(message))
+
+
+def _refusal(request: Request, status: int, error: UserError) -> Response:
     if request.headers.get("prefer") == PREFER_OK:
         status = 200
-    return JSONResponse(schema.ErrorEvent(message=message).model_dump(), status_code=status)
+    return JSONResponse(schema.ErrorEvent.of(error).model_dump(), status_code=status)
 
 
 async def _mistake(request: Request, error: Exception) -> Response:
+    assert isinstance(error, UserError)
     status = 404 if isinstance(error, NotThere) else 413 if isinstance(error, TooMuch) else 400
-    return _error(request, status, str(error))
+    return _refusal(request, status, error)
 
 
 async def _refused(request: Request, error: Exception) -> Response:

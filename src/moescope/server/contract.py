@@ -4,8 +4,11 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from typing import Any, Literal
 
-from pydantic.json_schema import JsonSchemaMode, models_json_schema
+from pydantic import TypeAdapter
+from pydantic.json_schema import JsonSchemaMode
 
+from moescope.scope.detail import TokenDetail
+from moescope.scope.history import History
 from moescope.server import schema
 from moescope.server.schema import Message
 
@@ -24,7 +27,7 @@ class Endpoint:
 
     path: str
     summary: str
-    answer: tuple[type[Message], ...]
+    answer: tuple[type[Any], ...]
     request: type[Message] | None = None
     streams: bool = False
 
@@ -46,9 +49,9 @@ ENDPOINTS = (
     Endpoint(
         "/api/trace", "All tokens of a text at once", (schema.TraceAnswer,), schema.TextRequest
     ),
-    Endpoint("/api/token", "One token in one layer", (schema.TokenDetail,), schema.TokenRequest),
+    Endpoint("/api/token", "One token in one layer", (TokenDetail,), schema.TokenRequest),
     Endpoint(
-        "/api/expert", "One expert at work on a token", (schema.ExpertDetail,), schema.ExpertRequest
+        "/api/expert", "One expert at work on a token", (schema.ExpertAnswer,), schema.ExpertRequest
     ),
     Endpoint("/api/specialization", "Which experts serve whom", (schema.SpecializationAnswer,)),
     Endpoint(
@@ -60,7 +63,7 @@ ENDPOINTS = (
         (schema.UnbalancedAnswer,),
         schema.UnbalancedRequest,
     ),
-    Endpoint("/api/training", "The history of the training", (schema.TrainingAnswer,)),
+    Endpoint("/api/training", "The history of the training", (History,)),
     Endpoint(
         "/api/training/live",
         "Follow a training that runs now",
@@ -74,12 +77,12 @@ def openapi() -> dict[str, Any]:
     """Describe the API as OpenAPI 3.1; every message is a named schema."""
     asked = {e.request for e in ENDPOINTS if e.request is not None}
     answered = {kind for e in ENDPOINTS for kind in e.answer} | {schema.ErrorEvent}
-    kinds: list[tuple[type[Message], JsonSchemaMode]] = [
-        *((kind, "validation") for kind in asked),
-        *((kind, "serialization") for kind in answered),
+    kinds: list[tuple[str, JsonSchemaMode, TypeAdapter[Any]]] = [
+        *((kind.__name__, "validation", TypeAdapter[Any](kind)) for kind in asked),
+        *((kind.__name__, "serialization", TypeAdapter[Any](kind)) for kind in answered),
     ]
-    kinds.sort(key=lambda kind: kind[0].__name__)
-    _, definitions = models_json_schema(kinds, ref_template="#/components/schemas/{model}")
+    kinds.sort(key=lambda kind: kind[0])
+    _, definitions = TypeAdapter.json_schemas(kinds, ref_template="#/components/schemas/{model}")
     return {
         "openapi": "3.1.0",
         "info": {"title": "moescope", "version": version("moescope")},
@@ -115,5 +118,5 @@ def _operation(endpoint: Endpoint) -> dict[str, Any]:
     return operation
 
 
-def _reference(message: type[Message]) -> dict[str, str]:
+def _reference(message: type[Any]) -> dict[str, str]:
     return {"$ref": f"#/components/schemas/{message.__name__}"}

@@ -1,36 +1,48 @@
 """Texts to begin with, one click away."""
 
+from typing import Literal
+
 from moescope.server.schema import Example
 from moescope.text.tokenizer import Tokenizer
 
+
+def _plain(domain: str, language: Literal["zh", "en"], text: str) -> Example:
+    return Example(domain=domain, language=language, label=text, text=text)
+
+
 TEXTS = (
-    Example(domain="poetry", language="zh", text="床前明月光，疑是地上"),
-    Example(domain="poetry", language="zh", text="《春晓》\n唐·孟浩然\n春眠不觉晓，"),
-    Example(
-        domain="prose",
-        language="en",
-        text="It is a truth universally acknowledged, that a single man",
+    _plain("poetry", "zh", "床前明月光，疑是地上"),
+    _plain("poetry", "zh", "《春晓》\n唐·孟浩然\n春眠不觉晓，"),
+    _plain(
+        "prose",
+        "en",
+        "It is a truth universally acknowledged, that a single man",
     ),
-    Example(domain="code", language="en", text="def read_lines(path):\n    with open(path) as"),
+    _plain("code", "en", "def read_lines(path):\n    with open(path) as"),
 )
 QUESTIONS = (
-    Example(domain="translation", language="zh", text="翻译成中文：moonlight"),
-    Example(domain="translation", language="en", text="Translate into English: 月光"),
-    Example(domain="arithmetic", language="en", text="17+25=?"),
-    Example(domain="arithmetic", language="zh", text="12+7等于多少？"),
+    _plain("translation", "zh", "翻译成中文：moonlight"),
+    _plain("translation", "en", "Translate into English: 月光"),
+    _plain("arithmetic", "en", "17+25=?"),
+    _plain("arithmetic", "zh", "12+7等于多少？"),
 )
 """Asked in the model's own chat form, where it has one."""
+QUESTION = "{question}"
 
 
 def examples(tokenizer: Tokenizer) -> list[Example]:
     """Return the texts, and the questions in the chat form of the model's tokenizer."""
-    if "default" not in tokenizer.chat_templates:
+    form = question_form(tokenizer)
+    if form is None:
         return list(TEXTS)
-    return [*TEXTS, *(_asked(question, tokenizer) for question in QUESTIONS)]
+    asked = [q.model_copy(update={"text": form.replace(QUESTION, q.text)}) for q in QUESTIONS]
+    return [*TEXTS, *asked]
 
 
-def _asked(question: Example, tokenizer: Tokenizer) -> Example:
-    text = tokenizer.apply_chat_template([{"role": "user", "content": question.text}])
+def question_form(tokenizer: Tokenizer) -> str | None:
+    """Return the chat form of a model's tokenizer around `{question}`; None without one."""
+    if "default" not in tokenizer.chat_templates:
+        return None
+    text = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}])
     begin = tokenizer.decode(tokenizer.begin_ids, skip_special_tokens=False)
-    text = text.removeprefix(begin)  # the engine sets it
-    return question.model_copy(update={"text": text})
+    return text.removeprefix(begin)  # the engine sets it

@@ -1,20 +1,29 @@
 """What the page and the server say to each other: the one definition of every message.
 
-The TypeScript types of the page are generated from these models (`web/`, by way of OpenAPI), so
-nothing here is written twice. Everything is stateless: a request names the token ids and the
-steering, and the answer follows from them alone, so that a link reproduces a picture.
+The TypeScript types of the page are generated from these models (`web/`, by way of OpenAPI), and
+answers hold the engine's own dataclasses as they are, so nothing here is written twice. Everything
+is stateless: a request names the token ids and the steering, and the answer follows from them
+alone, so that a link reproduces a picture.
 """
 
 from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from moescope.errors import UserError
+from moescope.lab.beside import Contestant, ParameterCount
+from moescope.scope.cards import Card
+from moescope.scope.detail import ExpertDetail
+from moescope.scope.history import TrainingRow
+from moescope.scope.specialization import TypicalToken
+from moescope.scope.steps import TokenStep
+
 MAX_TEXT = 20_000
 """Characters of a prompt that the page sends; longer text gets a sentence instead of an answer."""
 
 
 class Message(BaseModel):
-    """A message; unknown fields are mistakes. Answers are read off the engine's own data."""
+    """A message; unknown fields are mistakes."""
 
     model_config = ConfigDict(extra="forbid", from_attributes=True)
 
@@ -68,6 +77,8 @@ class SamplingRequest(Message):
     top_p: float | None = Field(default=None, gt=0, le=1)
     min_p: float | None = Field(default=None, ge=0, le=1)
     repetition_penalty: float = Field(default=1.0, gt=0, le=100)
+    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
+    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
     seed: int = 0
 
 
@@ -75,37 +86,40 @@ class SamplingRequest(Message):
 
 
 class LayerInfo(Message):
-    """One layer; expert counts are 0 in a dense one."""
+    """One layer; expert counts are 0 in a dense one.
+
+    Attributes:
+        by_table: whether a fixed table over token ids chooses the experts.
+    """
 
     kind: Literal["dense", "moe"]
     n_routed_experts: int
     n_shared_experts: int
-
-
-class ParameterInfo(Message):
-    """Parameters of a model, in numbers of weights."""
-
-    total: int
-    active: int
+    by_table: bool
 
 
 class CacheInfo(Message):
     """Numbers that one token leaves in the key-value cache of one layer.
 
     Attributes:
+        kind: `latent` attention keeps one short vector for all heads, `grouped` keys and values
+            for groups of heads, `full` for every head; `compressed` (DeepSeek-V4) keeps entries of
+            many tokens, so that there is no one number for a token.
         kept: what the model keeps (the latent and the rotated key, under latent attention).
         full: what plain multi-head attention of the same heads would keep.
     """
 
+    kind: Literal["latent", "grouped", "full", "compressed"]
     kept: int
     full: int
 
 
 class Example(Message):
-    """A text to begin with."""
+    """A text to begin with; `label` is what of it a reader wants to see."""
 
     domain: str
     language: Literal["zh", "en"]
+    label: str
     text: str
 
 
@@ -130,12 +144,16 @@ class ModelInfo(Message):
         layers: in order.
         num_experts_per_tok: experts a token visits; 0 without routed experts.
         scoring_func, topk_method: DeepSeek's names of the router's rule.
+        softmax_after_topk: whether weights are a softmax over the chosen experts' logits alone.
+        sampling: how this model's texts are drawn unless asked otherwise.
         context: tokens at most.
         reference: DeepSeek-R1's parameters, to scale.
         companions: models that can be shown beside this one, at most one of each role.
         has_specialization: whether `/api/specialization` answers.
         has_training: whether `/api/training` answers.
         watching: whether `/api/training/live` follows a training that runs now.
+        question_form: the model's chat form, with `{question}` in it; None where it has none.
+        thinks: whether its vocabulary has the marks around a chain of thought.
     """
 
     name: str
@@ -143,74 +161,26 @@ class ModelInfo(Message):
     num_experts_per_tok: int
     scoring_func: str
     topk_method: str
+    softmax_after_topk: bool
+    sampling: SamplingRequest
     hidden_size: int
     moe_intermediate_size: int
     num_attention_heads: int
     vocab_size: int
     context: int
-    parameters: ParameterInfo
+    parameters: ParameterCount
     cache: CacheInfo
-    reference: ParameterInfo
+    reference: ParameterCount
     companions: list[CompanionInfo]
     has_specialization: bool
     has_training: bool
     watching: bool
+    question_form: str | None
+    thinks: bool
     examples: list[Example]
 
 
 # --- POST /api/generate (server-sent events) and POST /api/trace ---------------------------------
-
-
-class Candidate(Message):
-    """A guess at the next token."""
-
-    id: int
-    text: str
-    probability: float
-
-
-class LayerStep(Message):
-    """What one mixture-of-experts layer did with one token.
-
-    Attributes:
-        topk_ids: the chosen experts, the heaviest first.
-        topk_weights: their weights.
-        shared_share: length of the shared experts' output over the sum of the lengths of theirs
-            and the routed experts'.
-    """
-
-    topk_ids: list[int]
-    topk_weights: list[float]
-    shared_share: float
-
-
-class TokenStep(Message):
-    """One token of the text and what it took; streamed as it is made.
-
-    Attributes:
-        index: place in the text, from 0.
-        text: its spelling; a piece of a character reads U+FFFD.
-        bytes: its UTF-8 bytes.
-        in_prompt: whether the reader wrote it.
-        special: whether it is a control token, as the begin token or `<think>`'s kin.
-        logprob: natural logarithm of the probability that the model gave it; None for the first.
-        parameters_used: weights that worked on it.
-        layers: per layer; None where the layer is dense.
-        lens: the likeliest next token read off after each layer ("logit lens").
-        candidates: what the model says comes after this token, likeliest first.
-    """
-
-    index: int
-    id: int
-    text: str
-    bytes: list[int]
-    in_prompt: bool
-    special: bool
-    logprob: float | None
-    parameters_used: int
-    layers: list[LayerStep | None]
-    lens: list[Candidate]
-    candidates: list[Candidate]
 
 
 class GenerateRequest(Message):
@@ -246,10 +216,23 @@ class EndEvent(Message):
 
 
 class ErrorEvent(Message):
-    """Something the reader can mend; also the body of every answer with a 4xx status."""
+    """Something the reader can mend; also the body of every answer with a 4xx status.
+
+    Attributes:
+        code: what went wrong in a word, by which the page says it in the reader's language; ""
+            where there is only the sentence.
+        values: what the sentence names.
+    """
 
     type: Literal["error"] = "error"
     message: str
+    code: str = ""
+    values: dict[str, str | int] = {}
+
+    @classmethod
+    def of(cls, error: UserError) -> "ErrorEvent":
+        """The message for a mistake."""
+        return cls(message=str(error), code=error.code, values=error.values)
 
 
 class TextRequest(Message):
@@ -277,99 +260,6 @@ class TokenRequest(TextRequest):
     sampling: SamplingRequest = SamplingRequest()
 
 
-class Neighbour(Message):
-    """A token whose embedding points the same way; `similarity` is the cosine."""
-
-    id: int
-    text: str
-    similarity: float
-
-
-class AttentionDetail(Message):
-    """What the token looks back at in one layer: `heads[head][place]`, and their mean."""
-
-    heads: list[list[float]]
-    mean: list[float]
-
-
-class RouterDetail(Message):
-    """One router's decision about the token; lists run over the layer's routed experts.
-
-    Attributes:
-        logits: the router's linear map (after noise).
-        scores: after the scoring function.
-        bias: the balancing bias, with the reader's own added.
-        choice_scores: what the choice went by: scores plus bias; None for experts that were
-            ruled out (switched off, or outside the chosen groups).
-        threshold: the lowest choice score that was chosen.
-        topk_ids, topk_weights: the chosen, the heaviest first.
-    """
-
-    logits: list[float]
-    scores: list[float]
-    bias: list[float]
-    choice_scores: list[float | None]
-    threshold: float
-    topk_ids: list[int]
-    topk_weights: list[float]
-
-
-class Contribution(Message):
-    """One summand of the layer's output: a routed expert, or all shared ones (`expert` None).
-
-    Attributes:
-        weight: what its output was multiplied by (1 for the shared experts).
-        norm: length of the weighted output.
-        projection: its part along the direction of the whole sum; these add up to the length of
-            the sum.
-    """
-
-    expert: int | None
-    weight: float
-    norm: float
-    projection: float
-
-
-class MergeDetail(Message):
-    """How the layer's output came together; `output_norm` is the sum's length."""
-
-    contributions: list[Contribution]
-    output_norm: float
-    residual_norm_before: float
-    residual_norm_after: float
-
-
-class PickCandidate(Candidate):
-    """A guess with its logit, and its probability after temperature and filters."""
-
-    logit: float
-    filtered_probability: float
-
-
-class TokenDetail(Message):
-    """Everything about one token in one layer.
-
-    Attributes:
-        embedding: the token's vector.
-        neighbours: tokens with the most similar embeddings.
-        hidden_norms: length of the residual stream: embedding, then after each layer.
-        router, merge: None in a dense layer.
-        lens: the likeliest next tokens read off after each layer.
-        candidates: what comes after this token, likeliest first.
-        picked: id of the token that greedy choice or the seed picks from them.
-    """
-
-    embedding: list[float]
-    neighbours: list[Neighbour]
-    hidden_norms: list[float]
-    attention: AttentionDetail
-    router: RouterDetail | None
-    merge: MergeDetail | None
-    lens: list[list[Candidate]]
-    candidates: list[PickCandidate]
-    picked: int
-
-
 # --- POST /api/expert: inside one expert ---------------------------------------------------------
 
 
@@ -381,30 +271,15 @@ class ExpertRequest(TextRequest):
     expert: int = Field(ge=0)
 
 
-class TypicalToken(Message):
-    """A token that comes to an expert far more often than to others (`lift` times)."""
-
-    id: int
-    text: str
-    count: int
-    lift: float
-    context: str
-
-
-class ExpertDetail(Message):
-    """One expert at work: `down(silu(gate) * up)`.
+class ExpertAnswer(Message):
+    """One expert at work, and what it was measured to do.
 
     Attributes:
-        gate, up, activated: `(moe_intermediate_size,)`.
-        output: `(hidden_size,)`, before the routing weight.
         typical: its most typical tokens in held-out text; empty where none were gathered.
         domains: share of each domain's routed slots that it serves.
     """
 
-    gate: list[float]
-    up: list[float]
-    activated: list[float]
-    output: list[float]
+    work: ExpertDetail
     typical: list[TypicalToken]
     domains: dict[str, float]
 
@@ -419,12 +294,14 @@ class SpecializationAnswer(Message):
         layers: indices of the mixture-of-experts layers.
         load: `[domain][layer position][expert]`: share of the domain's routed slots.
         mutual_information: bits that an expert tells about the domain, per layer position.
+        cards: `[layer position][expert]`.
     """
 
     domains: list[str]
     layers: list[int]
     load: list[list[list[float]]]
     mutual_information: list[float]
+    cards: list[list[Card]]
 
 
 # --- POST /api/dense: the dense twin beside it ---------------------------------------------------
@@ -435,24 +312,6 @@ class DenseRequest(Message):
 
     prompt: Annotated[str, Field(max_length=MAX_TEXT)] = ""
     ids: list[int] | None = None
-
-
-class Contestant(Message):
-    """One model on one text.
-
-    Attributes:
-        losses: nats per token, from the second token on.
-        flops_per_token, bytes_per_token: of generating one token, with an empty context.
-        milliseconds_per_token: measured now, one token at a time over this text.
-    """
-
-    name: str
-    parameters: ParameterInfo
-    losses: list[float]
-    flops_per_token: int
-    bytes_per_token: int
-    milliseconds_per_token: float
-    next_tokens: list[Candidate]
 
 
 class DenseAnswer(Message):
@@ -489,37 +348,6 @@ class UnbalancedAnswer(Message):
 
 
 # --- GET /api/training and /api/training/live (server-sent events) -------------------------------
-
-
-class TrainingRow(Message):
-    """One logged step.
-
-    Attributes:
-        held_out: nats per token of each domain, where the step was evaluated.
-        max_violation: of each mixture-of-experts layer (the busiest expert's surplus over an even
-            share).
-    """
-
-    step: int
-    loss: float
-    held_out: dict[str, float]
-    max_violation: dict[str, float]
-
-
-class ExpertsSnapshot(Message):
-    """Who served whom at one step: `load[domain][layer][expert]`, shares of the slots."""
-
-    step: int
-    load: list[list[list[float]]]
-
-
-class TrainingAnswer(Message):
-    """A training's history."""
-
-    steps: int
-    domains: list[str]
-    rows: list[TrainingRow]
-    snapshots: list[ExpertsSnapshot]
 
 
 class TrainingEvent(Message):

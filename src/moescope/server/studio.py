@@ -9,17 +9,20 @@ from typing import Generic, Literal, TypeVar
 from moescope.api import Model, load
 from moescope.catalog import catalog, count_parameters
 from moescope.config import ModelConfig
+from moescope.engine import thinking
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
-from moescope.lab.beside import beside, expert_loads
-from moescope.scope.detail import Reading
+from moescope.lab.beside import ParameterCount, beside, expert_loads
+from moescope.scope.cards import cards_of
+from moescope.scope.detail import Reading, TokenDetail
 from moescope.scope.history import FILE as HISTORY_FILE
 from moescope.scope.history import METRICS, History, history_of
-from moescope.scope.specialization import Specialization
+from moescope.scope.specialization import Specialization, TypicalToken
 from moescope.scope.steps import End, stream
 from moescope.server import schema
 from moescope.server.companions import Companion, Role, find_companions
-from moescope.server.examples import examples
+from moescope.server.examples import examples, question_form
+from moescope.text.tokenizer import Tokenizer
 
 REFERENCE = "deepseek-r1"
 KEPT = 8
@@ -105,6 +108,8 @@ class Studio:
             num_experts_per_tok=config.num_experts_per_tok or 0,
             scoring_func=config.scoring_func,
             topk_method=config.topk_method,
+            softmax_after_topk=config.softmax_after_topk,
+            sampling=schema.SamplingRequest.model_validate(self.model.engine.defaults.sampling),
             hidden_size=config.hidden_size,
             moe_intermediate_size=config.moe_intermediate_size or 0,
             num_attention_heads=config.num_attention_heads,
@@ -113,10 +118,13 @@ class Studio:
             parameters=_parameters(config),
             cache=_cache(config),
             reference=_parameters(catalog()[REFERENCE].config),
-            companions=[schema.CompanionInfo.model_validate(c) for c in self.companions],
+            companions=[_companion_info(c) for c in self.companions],
             has_specialization=self._specialization is not None,
             has_training=self._has_training,
             watching=self.watching is not None,
+            question_form=question_form(self.model.tokenizer),
+            thinks=self.model.tokenizer.token_id(thinking.BEGIN)
+            in self.model.tokenizer.special_ids,
             examples=examples(self.model.tokenizer),
         )
 
@@ -141,23 +149,22 @@ class Studio:
                     seconds=step.seconds,
                 )
             else:
-                yield schema.TokenEvent(step=schema.TokenStep.model_validate(step))
+                yield schema.TokenEvent(step=step)
 
     def trace(self, request: schema.TextRequest) -> schema.TraceAnswer:
         """All tokens of a text at once; raises as `generate`."""
-        steps = self._reading(request).steps()
-        return schema.TraceAnswer(steps=[schema.TokenStep.model_validate(s) for s in steps])
+        return schema.TraceAnswer(steps=self._reading(request).steps())
 
-    def token(self, request: schema.TokenRequest) -> schema.TokenDetail:
+    def token(self, request: schema.TokenRequest) -> TokenDetail:
         """One token in one layer; raises as `generate`, and where there is none such."""
         params = _params(request.sampling)
-        detail = self._reading(request).token(request.index, request.layer, params)
-        return schema.TokenDetail.model_validate(detail)
+        return self._reading(request).token(request.index, request.layer, params)
 
-    def expert(self, request: schema.ExpertRequest) -> schema.ExpertDetail:
+    def expert(self, request: schema.ExpertRequest) -> schema.ExpertAnswer:
         """One expert at work on a token; raises as `token`."""
         work = self._reading(request).expert(request.index, request.layer, request.expert)
-        found, typical, domains = self._specialization, [], dict[str, float]()
+        found, domains = self._specialization, dict[str, float]()
+        typical: list[TypicalToken] = []
         if found is not None and request.layer in found.layers:
             at = found.layers.index(request.layer)
             typical = found.typical[at][request.expert]
@@ -165,14 +172,7 @@ class Studio:
                 domain: load[at][request.expert]
                 for domain, load in zip(found.domains, found.load, strict=True)
             }
-        return schema.ExpertDetail(
-            gate=work.gate,
-            up=work.up,
-            activated=work.activated,
-            output=work.output,
-            typical=[schema.TypicalToken.model_validate(token) for token in typical],
-            domains=domains,
-        )
+        return schema.ExpertAnswer(work=work, typical=typical, domains=domains)
 
     def dense(self, request: schema.DenseRequest) -> schema.DenseAnswer:
         """The same ids to this model and to its dense twin.
@@ -182,10 +182,7 @@ class Studio:
         """
         twin = self._open(self._companion("dense", "dense twin"))
         engines = {model.name: model.engine for model in (self.model, twin)}
-        contestants = beside(engines, self._ids(request))
-        return schema.DenseAnswer(
-            contestants=[schema.Contestant.model_validate(c) for c in contestants]
-        )
+        return schema.DenseAnswer(contestants=beside(engines, self._ids(request)))
 
     def unbalanced(self, request: schema.UnbalancedRequest) -> schema.UnbalancedAnswer:
         """How the copy that was trained without balancing spreads a text over its experts.
@@ -218,37 +215,43 @@ class Studio:
         if found is None:
             raise NotThere(
                 f"nothing is known of what the experts of {self.model.name} specialise in; "
-                "`moescope specialize` measures it"
+                "`moescope specialize` measures it",
+                "no_specialization",
             )
         return schema.SpecializationAnswer(
             domains=found.domains,
             layers=found.layers,
             load=found.load,
             mutual_information=found.mutual_information,
+            cards=cards_of(found),
         )
 
-    def training(self) -> schema.TrainingAnswer:
+    def training(self) -> History:
         """The history of the training that is watched, or of the model's own.
 
         Raises:
             UserError: none was kept, or the watched one has no step yet.
         """
         if self.watching is not None:
-            history = history_of(self.watching)
-        else:
-            found = _history(self.folder)
-            if found is None:
-                raise NotThere(f"the history of the training of {self.model.name} was not kept")
-            history = found
-        return schema.TrainingAnswer.model_validate(history)
+            return history_of(self.watching)
+        found = _history(self.folder)
+        if found is None:
+            raise NotThere(
+                f"the history of the training of {self.model.name} was not kept", "no_history"
+            )
+        return found
 
     def _companion(self, role: Role, noun: str) -> Companion:
         for companion in self.companions:
             if companion.role == role:
                 if companion.problem:
-                    raise NotThere(f"the {noun} cannot be opened: {companion.problem}")
+                    raise NotThere(
+                        f"the {noun} cannot be opened: {companion.problem}",
+                        f"{role}_broken",
+                        problem=companion.problem,
+                    )
                 return companion
-        raise NotThere(f"there is no {noun} beside {self.model.name}")
+        raise NotThere(f"there is no {noun} beside {self.model.name}", f"no_{role}")
 
     def _open(self, companion: Companion) -> Model:
         if companion.name not in self._beside:
@@ -358,19 +361,33 @@ def _layer_info(config: ModelConfig, layer_idx: int) -> schema.LayerInfo:
         kind=kind,
         n_routed_experts=config.required("n_routed_experts") if kind == "moe" else 0,
         n_shared_experts=config.n_shared_experts if kind == "moe" else 0,
+        by_table=kind == "moe" and layer_idx < config.num_hash_layers,
     )
 
 
-def _parameters(config: ModelConfig) -> schema.ParameterInfo:
+def _companion_info(companion: Companion) -> schema.CompanionInfo:
+    return schema.CompanionInfo(name=companion.name, role=companion.role, problem=companion.problem)
+
+
+def _parameters(config: ModelConfig) -> ParameterCount:
     counted = count_parameters(config)
-    return schema.ParameterInfo(total=counted.total, active=counted.active)
+    return ParameterCount(total=counted.total, active=counted.active)
 
 
 def _cache(config: ModelConfig) -> schema.CacheInfo:
+    kind: Literal["latent", "grouped", "full", "compressed"]
     if config.uses_mla:
+        kind = "latent"
         kept = config.required("kv_lora_rank") + config.required("qk_rope_head_dim")
         width = config.qk_head_dim + config.required("v_head_dim")
     else:
+        kind = "grouped" if config.num_key_value_heads < config.num_attention_heads else "full"
         kept = 2 * config.num_key_value_heads * config.qk_head_dim
         width = 2 * config.qk_head_dim
-    return schema.CacheInfo(kept=kept, full=config.num_attention_heads * width)
+    if config.compress_rates is not None:
+        kind = "compressed"
+    return schema.CacheInfo(kind=kind, kept=kept, full=config.num_attention_heads * width)
+
+
+def _thinks(tokenizer: Tokenizer) -> bool:
+    return tokenizer.token_id(thinking.BEGIN) in tokenizer.special_ids

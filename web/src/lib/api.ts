@@ -1,10 +1,11 @@
 /** The server's answers, typed. Every failure becomes an `ApiError` with one sentence. */
-import { t } from './i18n.svelte';
+import { t, type Key } from './i18n.svelte';
+import errors from '../messages/en/errors';
 import type {
   DenseAnswer,
   DenseRequest,
   ErrorEvent,
-  ExpertDetail,
+  ExpertAnswer,
   ExpertRequest,
   GenerateEvent,
   GenerateRequest,
@@ -58,7 +59,7 @@ export const token = (request: Partially<TokenRequest, Text | 'sampling'>, signa
   post<TokenDetail>('api/token', request, signal);
 
 export const expert = (request: Partially<ExpertRequest, Text>, signal?: AbortSignal) =>
-  post<ExpertDetail>('api/expert', request, signal);
+  post<ExpertAnswer>('api/expert', request, signal);
 
 export const dense = (request: Partial<DenseRequest>, signal?: AbortSignal) =>
   post<DenseAnswer>('api/dense', request, signal);
@@ -129,11 +130,8 @@ async function answerOf<T>(response: Response): Promise<T> {
 }
 
 /** What the server refused, in the reader's language where the page knows the sentence. */
-export function told({ message }: ErrorEvent): string {
-  const long = /^the prompt has (\d+) tokens but the model's context holds (\d+)/.exec(message);
-  return long
-    ? t('common.context', { n: Number(long[1]), max: Number(long[2]) })
-    : t('common.told', { message });
+export function told({ message, code, values }: ErrorEvent): string {
+  return code in errors ? t(`errors.${code}` as Key, values) : t('common.told', { message });
 }
 
 const isMistake = (answer: unknown): answer is ErrorEvent =>

@@ -16,11 +16,14 @@ export const NO_STEERING: SteeringRequest = {
   forced: [],
 };
 
+/** Where a model's files say nothing else. */
 export const GREEDY: SamplingRequest = {
   temperature: 0,
   top_k: null,
   top_p: null,
   min_p: null,
   repetition_penalty: 1,
+  frequency_penalty: 0,
+  presence_penalty: 0,
   seed: 0,
 };

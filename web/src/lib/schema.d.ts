@@ -225,7 +225,7 @@ export interface paths {
                         [name: string]: unknown;
                     };
                     content: {
-                        "application/json": components["schemas"]["ExpertDetail"];
+                        "application/json": components["schemas"]["ExpertAnswer"];
                     };
                 };
                 /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
@@ -411,7 +411,7 @@ export interface paths {
                         [name: string]: unknown;
                     };
                     content: {
-                        "application/json": components["schemas"]["TrainingAnswer"];
+                        "application/json": components["schemas"]["History"];
                     };
                 };
                 /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
@@ -484,23 +484,47 @@ export interface components {
     schemas: {
         /**
          * AttentionDetail
-         * @description What the token looks back at in one layer: `heads[head][place]`, and their mean.
+         * @description What the token looks back at in one layer.
+         *
+         *     Attributes:
+         *         heads: `[head][place]`: probabilities of the text's tokens.
+         *         mean: of the heads.
+         *         entries: of the heads, for entries of compressed tokens (DeepSeek-V4); empty without such.
+         *         tokens_per_entry: how many tokens an entry was compressed from; 0 without such.
+         *         seen: None without an indexer.
+         *         sink_share: what of its attention goes to learned sinks, mean of the heads; None without
+         *             sinks. With the tokens' and the entries' it adds up to one.
          */
         AttentionDetail: {
             /** Heads */
             heads: number[][];
             /** Mean */
             mean: number[];
+            /** Entries */
+            entries: number[];
+            /** Tokens Per Entry */
+            tokens_per_entry: number;
+            seen: components["schemas"]["Seen"] | null;
+            /** Sink Share */
+            sink_share: number | null;
         };
         /**
          * CacheInfo
          * @description Numbers that one token leaves in the key-value cache of one layer.
          *
          *     Attributes:
+         *         kind: `latent` attention keeps one short vector for all heads, `grouped` keys and values
+         *             for groups of heads, `full` for every head; `compressed` (DeepSeek-V4) keeps entries of
+         *             many tokens, so that there is no one number for a token.
          *         kept: what the model keeps (the latent and the rotated key, under latent attention).
          *         full: what plain multi-head attention of the same heads would keep.
          */
         CacheInfo: {
+            /**
+             * Kind
+             * @enum {string}
+             */
+            kind: "latent" | "grouped" | "full" | "compressed";
             /** Kept */
             kept: number;
             /** Full */
@@ -517,6 +541,28 @@ export interface components {
             text: string;
             /** Probability */
             probability: number;
+        };
+        /**
+         * Card
+         * @description One expert.
+         *
+         *     Attributes:
+         *         zh, en: its name in both languages; None where its tokens are of no one kind.
+         *         tokens: the most typical ones.
+         *         domain: position of the domain that takes most of its work; every domain counts alike.
+         *         domain_share: what of its work that takes.
+         */
+        Card: {
+            /** Zh */
+            zh: string | null;
+            /** En */
+            en: string | null;
+            /** Tokens */
+            tokens: string[];
+            /** Domain */
+            domain: number;
+            /** Domain Share */
+            domain_share: number;
         };
         /**
          * CompanionInfo
@@ -543,14 +589,20 @@ export interface components {
          * @description One model on one text.
          *
          *     Attributes:
+         *         name: what it was loaded as.
+         *         parameters: all, and those at work on a token.
          *         losses: nats per token, from the second token on.
-         *         flops_per_token, bytes_per_token: of generating one token, with an empty context.
-         *         milliseconds_per_token: measured now, one token at a time over this text.
+         *         flops_per_token: of generating one token with an empty context; two for every weight that
+         *             multiplies it.
+         *         bytes_per_token: weights that have to be read for it, in the type they are held in.
+         *         milliseconds_per_token: median over the text's first tokens, measured now, one token at a
+         *             time.
+         *         next_tokens: what it says comes after the text, likeliest first.
          */
         Contestant: {
             /** Name */
             name: string;
-            parameters: components["schemas"]["ParameterInfo"];
+            parameters: components["schemas"]["ParameterCount"];
             /** Losses */
             losses: number[];
             /** Flops Per Token */
@@ -636,6 +688,11 @@ export interface components {
         /**
          * ErrorEvent
          * @description Something the reader can mend; also the body of every answer with a 4xx status.
+         *
+         *     Attributes:
+         *         code: what went wrong in a word, by which the page says it in the reader's language; ""
+         *             where there is only the sentence.
+         *         values: what the sentence names.
          */
         ErrorEvent: {
             /**
@@ -646,10 +703,22 @@ export interface components {
             type: "error";
             /** Message */
             message: string;
+            /**
+             * Code
+             * @default
+             */
+            code: string;
+            /**
+             * Values
+             * @default {}
+             */
+            values: {
+                [key: string]: string | number;
+            };
         };
         /**
          * Example
-         * @description A text to begin with.
+         * @description A text to begin with; `label` is what of it a reader wants to see.
          */
         Example: {
             /** Domain */
@@ -659,8 +728,27 @@ export interface components {
              * @enum {string}
              */
             language: "zh" | "en";
+            /** Label */
+            label: string;
             /** Text */
             text: string;
+        };
+        /**
+         * ExpertAnswer
+         * @description One expert at work, and what it was measured to do.
+         *
+         *     Attributes:
+         *         typical: its most typical tokens in held-out text; empty where none were gathered.
+         *         domains: share of each domain's routed slots that it serves.
+         */
+        ExpertAnswer: {
+            work: components["schemas"]["ExpertDetail"];
+            /** Typical */
+            typical: components["schemas"]["TypicalToken"][];
+            /** Domains */
+            domains: {
+                [key: string]: number;
+            };
         };
         /**
          * ExpertBias
@@ -676,13 +764,11 @@ export interface components {
         };
         /**
          * ExpertDetail
-         * @description One expert at work: `down(silu(gate) * up)`.
+         * @description One expert at work on a token: `down(silu(gate) * up)`.
          *
          *     Attributes:
          *         gate, up, activated: `(moe_intermediate_size,)`.
-         *         output: `(hidden_size,)`, before the routing weight.
-         *         typical: its most typical tokens in held-out text; empty where none were gathered.
-         *         domains: share of each domain's routed slots that it serves.
+         *         output: `(hidden,)`, before the routing weight.
          */
         ExpertDetail: {
             /** Gate */
@@ -693,12 +779,6 @@ export interface components {
             activated: number[];
             /** Output */
             output: number[];
-            /** Typical */
-            typical: components["schemas"]["TypicalToken"][];
-            /** Domains */
-            domains: {
-                [key: string]: number;
-            };
         };
         /**
          * ExpertId
@@ -747,7 +827,11 @@ export interface components {
         };
         /**
          * ExpertsSnapshot
-         * @description Who served whom at one step: `load[domain][layer][expert]`, shares of the slots.
+         * @description Who served whom at one step.
+         *
+         *     Attributes:
+         *         step: from 1.
+         *         load: `[domain][layer position][expert]`: share of the domain's routed slots.
          */
         ExpertsSnapshot: {
             /** Step */
@@ -782,6 +866,8 @@ export interface components {
              *       "top_p": null,
              *       "min_p": null,
              *       "repetition_penalty": 1,
+             *       "frequency_penalty": 0,
+             *       "presence_penalty": 0,
              *       "seed": 0
              *     }
              */
@@ -801,8 +887,31 @@ export interface components {
             steering: components["schemas"]["SteeringRequest"];
         };
         /**
+         * History
+         * @description A training from its first step to its last.
+         *
+         *     Attributes:
+         *         steps: so many it has, or will have.
+         *         domains: of the snapshots.
+         *         rows: ascending; at most some hundreds.
+         *         snapshots: ascending; none in a dense model.
+         */
+        History: {
+            /** Steps */
+            steps: number;
+            /** Domains */
+            domains: string[];
+            /** Rows */
+            rows: components["schemas"]["TrainingRow"][];
+            /** Snapshots */
+            snapshots: components["schemas"]["ExpertsSnapshot"][];
+        };
+        /**
          * LayerInfo
          * @description One layer; expert counts are 0 in a dense one.
+         *
+         *     Attributes:
+         *         by_table: whether a fixed table over token ids chooses the experts.
          */
         LayerInfo: {
             /**
@@ -814,6 +923,8 @@ export interface components {
             n_routed_experts: number;
             /** N Shared Experts */
             n_shared_experts: number;
+            /** By Table */
+            by_table: boolean;
         };
         /**
          * LayerStep
@@ -821,9 +932,9 @@ export interface components {
          *
          *     Attributes:
          *         topk_ids: the chosen experts, the heaviest first.
-         *         topk_weights: their weights.
+         *         topk_weights: what each one's output was multiplied by.
          *         shared_share: length of the shared experts' output over the sum of the lengths of theirs
-         *             and the routed experts'.
+         *             and the routed experts'; 0 without shared experts.
          */
         LayerStep: {
             /** Topk Ids */
@@ -835,7 +946,13 @@ export interface components {
         };
         /**
          * MergeDetail
-         * @description How the layer's output came together; `output_norm` is the sum's length.
+         * @description How the layer's output came together.
+         *
+         *     Attributes:
+         *         contributions: the routed experts' first, the heaviest first, then the shared ones'.
+         *         output_norm: length of their sum.
+         *         residual_norm_before, residual_norm_after: length of the residual stream without and with
+         *             that sum; None where the residual has several streams.
          */
         MergeDetail: {
             /** Contributions */
@@ -843,9 +960,9 @@ export interface components {
             /** Output Norm */
             output_norm: number;
             /** Residual Norm Before */
-            residual_norm_before: number;
+            residual_norm_before: number | null;
             /** Residual Norm After */
-            residual_norm_after: number;
+            residual_norm_after: number | null;
         };
         /**
          * ModelInfo
@@ -855,12 +972,16 @@ export interface components {
          *         layers: in order.
          *         num_experts_per_tok: experts a token visits; 0 without routed experts.
          *         scoring_func, topk_method: DeepSeek's names of the router's rule.
+         *         softmax_after_topk: whether weights are a softmax over the chosen experts' logits alone.
+         *         sampling: how this model's texts are drawn unless asked otherwise.
          *         context: tokens at most.
          *         reference: DeepSeek-R1's parameters, to scale.
          *         companions: models that can be shown beside this one, at most one of each role.
          *         has_specialization: whether `/api/specialization` answers.
          *         has_training: whether `/api/training` answers.
          *         watching: whether `/api/training/live` follows a training that runs now.
+         *         question_form: the model's chat form, with `{question}` in it; None where it has none.
+         *         thinks: whether its vocabulary has the marks around a chain of thought.
          */
         ModelInfo: {
             /** Name */
@@ -873,6 +994,9 @@ export interface components {
             scoring_func: string;
             /** Topk Method */
             topk_method: string;
+            /** Softmax After Topk */
+            softmax_after_topk: boolean;
+            sampling: components["schemas"]["SamplingRequest"];
             /** Hidden Size */
             hidden_size: number;
             /** Moe Intermediate Size */
@@ -883,9 +1007,9 @@ export interface components {
             vocab_size: number;
             /** Context */
             context: number;
-            parameters: components["schemas"]["ParameterInfo"];
+            parameters: components["schemas"]["ParameterCount"];
             cache: components["schemas"]["CacheInfo"];
-            reference: components["schemas"]["ParameterInfo"];
+            reference: components["schemas"]["ParameterCount"];
             /** Companions */
             companions: components["schemas"]["CompanionInfo"][];
             /** Has Specialization */
@@ -894,6 +1018,10 @@ export interface components {
             has_training: boolean;
             /** Watching */
             watching: boolean;
+            /** Question Form */
+            question_form: string | null;
+            /** Thinks */
+            thinks: boolean;
             /** Examples */
             examples: components["schemas"]["Example"][];
         };
@@ -910,10 +1038,10 @@ export interface components {
             similarity: number;
         };
         /**
-         * ParameterInfo
+         * ParameterCount
          * @description Parameters of a model, in numbers of weights.
          */
-        ParameterInfo: {
+        ParameterCount: {
             /** Total */
             total: number;
             /** Active */
@@ -921,7 +1049,7 @@ export interface components {
         };
         /**
          * PickCandidate
-         * @description A guess with its logit, and its probability after temperature and filters.
+         * @description A guess with its logit, and its probability before and after temperature and filters.
          */
         PickCandidate: {
             /** Id */
@@ -943,10 +1071,11 @@ export interface components {
          *         logits: the router's linear map (after noise).
          *         scores: after the scoring function.
          *         bias: the balancing bias, with the reader's own added.
-         *         choice_scores: what the choice went by: scores plus bias; None for experts that were
-         *             ruled out (switched off, or outside the chosen groups).
+         *         choice_scores: what the choice went by; None for experts that were ruled out (switched
+         *             off, outside the chosen groups, or not chosen by a rule without a fixed number).
          *         threshold: the lowest choice score that was chosen.
          *         topk_ids, topk_weights: the chosen, the heaviest first.
+         *         by_table: whether a fixed table chose by the token's id, whatever the scores.
          */
         RouterDetail: {
             /** Logits */
@@ -963,6 +1092,8 @@ export interface components {
             topk_ids: number[];
             /** Topk Weights */
             topk_weights: number[];
+            /** By Table */
+            by_table: boolean;
         };
         /**
          * SamplingRequest
@@ -995,10 +1126,38 @@ export interface components {
              */
             repetition_penalty: number;
             /**
+             * Frequency Penalty
+             * @default 0
+             */
+            frequency_penalty: number;
+            /**
+             * Presence Penalty
+             * @default 0
+             */
+            presence_penalty: number;
+            /**
              * Seed
              * @default 0
              */
             seed: number;
+        };
+        /**
+         * Seen
+         * @description What an indexer lets one token see (DeepSeek-V3.2, V4, GLM-5).
+         *
+         *     Attributes:
+         *         tokens_per_slot: 1 where tokens are picked; more where a slot is an entry of so many
+         *             compressed tokens.
+         *         slots: those picked, in order.
+         *         past: how many there were to pick from.
+         */
+        Seen: {
+            /** Tokens Per Slot */
+            tokens_per_slot: number;
+            /** Slots */
+            slots: number[];
+            /** Past */
+            past: number;
         };
         /**
          * SpecializationAnswer
@@ -1008,6 +1167,7 @@ export interface components {
          *         layers: indices of the mixture-of-experts layers.
          *         load: `[domain][layer position][expert]`: share of the domain's routed slots.
          *         mutual_information: bits that an expert tells about the domain, per layer position.
+         *         cards: `[layer position][expert]`.
          */
         SpecializationAnswer: {
             /** Domains */
@@ -1018,6 +1178,8 @@ export interface components {
             load: number[][][];
             /** Mutual Information */
             mutual_information: number[];
+            /** Cards */
+            cards: components["schemas"]["Card"][][];
         };
         /**
          * SteeringRequest
@@ -1110,13 +1272,15 @@ export interface components {
          * @description Everything about one token in one layer.
          *
          *     Attributes:
-         *         embedding: the token's vector.
+         *         embedding: the token's vector, `(hidden,)`.
          *         neighbours: tokens with the most similar embeddings.
          *         hidden_norms: length of the residual stream: embedding, then after each layer.
+         *         attention: in this layer.
          *         router, merge: None in a dense layer.
+         *         mixing: of the attention and of the feed-forward half; None with a single residual stream.
          *         lens: the likeliest next tokens read off after each layer.
          *         candidates: what comes after this token, likeliest first.
-         *         picked: id of the token that greedy choice or the seed picks from them.
+         *         picked: what greedy choice, or the seed's first draw, picks from them.
          */
         TokenDetail: {
             /** Embedding */
@@ -1128,6 +1292,11 @@ export interface components {
             attention: components["schemas"]["AttentionDetail"];
             router: components["schemas"]["RouterDetail"] | null;
             merge: components["schemas"]["MergeDetail"] | null;
+            /** Mixing */
+            mixing: [
+                components["schemas"]["TokenMixing"],
+                components["schemas"]["TokenMixing"]
+            ] | null;
             /** Lens */
             lens: components["schemas"]["Candidate"][][];
             /** Candidates */
@@ -1147,6 +1316,23 @@ export interface components {
              */
             type: "token";
             step: components["schemas"]["TokenStep"];
+        };
+        /**
+         * TokenMixing
+         * @description How half a layer reads, writes and mixes one token's residual streams (DeepSeek-V4's mHC).
+         *
+         *     Attributes:
+         *         pre: weight of each stream in what is read.
+         *         post: weight of what is computed in each stream.
+         *         mix: entry `i, j` is the share of the old stream `i` in the new stream `j`.
+         */
+        TokenMixing: {
+            /** Pre */
+            pre: number[];
+            /** Post */
+            post: number[];
+            /** Mix */
+            mix: number[][];
         };
         /**
          * TokenRequest
@@ -1187,6 +1373,8 @@ export interface components {
              *       "top_p": null,
              *       "min_p": null,
              *       "repetition_penalty": 1,
+             *       "frequency_penalty": 0,
+             *       "presence_penalty": 0,
              *       "seed": 0
              *     }
              */
@@ -1194,14 +1382,15 @@ export interface components {
         };
         /**
          * TokenStep
-         * @description One token of the text and what it took; streamed as it is made.
+         * @description One token of a text and what it took.
          *
          *     Attributes:
          *         index: place in the text, from 0.
+         *         id: in the vocabulary.
          *         text: its spelling; a piece of a character reads U+FFFD.
          *         bytes: its UTF-8 bytes.
-         *         in_prompt: whether the reader wrote it.
-         *         special: whether it is a control token, as the begin token or `<think>`'s kin.
+         *         in_prompt: whether it was given, not made.
+         *         special: whether it steers rather than spells.
          *         logprob: natural logarithm of the probability that the model gave it; None for the first.
          *         parameters_used: weights that worked on it.
          *         layers: per layer; None where the layer is dense.
@@ -1241,20 +1430,6 @@ export interface components {
             steps: components["schemas"]["TokenStep"][];
         };
         /**
-         * TrainingAnswer
-         * @description A training's history.
-         */
-        TrainingAnswer: {
-            /** Steps */
-            steps: number;
-            /** Domains */
-            domains: string[];
-            /** Rows */
-            rows: components["schemas"]["TrainingRow"][];
-            /** Snapshots */
-            snapshots: components["schemas"]["ExpertsSnapshot"][];
-        };
-        /**
          * TrainingEvent
          * @description A row of a training that runs now.
          */
@@ -1274,9 +1449,14 @@ export interface components {
          * @description One logged step.
          *
          *     Attributes:
+         *         step: from 1.
+         *         loss: of the step's own text, nats per token.
          *         held_out: nats per token of each domain, where the step was evaluated.
-         *         max_violation: of each mixture-of-experts layer (the busiest expert's surplus over an even
-         *             share).
+         *         max_violation: of each mixture-of-experts layer, by its index (the busiest expert's
+         *             surplus over an even share).
+         *         experts_per_token: of each such layer, the mean over the step's tokens.
+         *         load: of each such layer, every expert's share of the step's routed slots; logged every
+         *             few steps, empty in between.
          */
         TrainingRow: {
             /** Step */
@@ -1291,10 +1471,25 @@ export interface components {
             max_violation: {
                 [key: string]: number;
             };
+            /** Experts Per Token */
+            experts_per_token?: {
+                [key: string]: number;
+            };
+            /** Load */
+            load?: {
+                [key: string]: number[];
+            };
         };
         /**
          * TypicalToken
-         * @description A token that comes to an expert far more often than to others (`lift` times).
+         * @description A token that an expert receives more often than others do.
+         *
+         *     Attributes:
+         *         id: in the vocabulary.
+         *         text: its spelling; a piece of a character reads U+FFFD.
+         *         count: how often the expert received it.
+         *         lift: that, over what it would be if the expert took its share of every token alike.
+         *         context: the text around its first occurrence among them.
          */
         TypicalToken: {
             /** Id */

@@ -104,6 +104,15 @@ export class AppState {
     this.guessFirst && this.bet === null && this.selected === this.steps.length - 1,
   );
 
+  /** What the reader changed about the model's own sampling. */
+  resampled: Partial<SamplingRequest> = $derived(
+    Object.fromEntries(
+      Object.entries(this.sampling).filter(
+        ([name, value]) => value !== (this.model?.sampling ?? GREEDY)[name as keyof SamplingRequest],
+      ),
+    ),
+  );
+
   get language(): Language {
     return i18n.language;
   }
@@ -134,6 +143,7 @@ export class AppState {
     const wanted = this.fromUrl();
     await this.#guard(async () => {
       this.model = await getModel();
+      this.sampling = { ...this.model.sampling, ...wanted.sampling };
       this.setLayer(wanted.layer ?? this.moeLayers[Math.floor(this.moeLayers.length / 2)] ?? 0);
       this.selectedExpert = wanted.expert ?? null;
       this.prompt ||= this.#firstExample();
@@ -283,7 +293,7 @@ export class AppState {
       guessFirst: this.guessFirst,
       local: this.local,
       steering: this.steering,
-      sampling: this.sampling,
+      sampling: this.resampled,
       language: this.language,
     });
   }
@@ -294,7 +304,6 @@ export class AppState {
     if (wanted.language) this.language = wanted.language;
     if (wanted.prompt) this.prompt = wanted.prompt;
     this.steering = wanted.steering;
-    this.sampling = wanted.sampling;
     this.maxTokens = wanted.maxTokens ?? MAX_TOKENS;
     this.folded = wanted.folded;
     this.theme = wanted.theme ?? 'auto';

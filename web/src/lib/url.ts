@@ -1,5 +1,5 @@
 /** The state in the address: short names, left out where nothing was changed. */
-import { GREEDY, MAX_TOKENS, MOST_TOKENS, NO_STEERING } from './defaults';
+import { MAX_TOKENS, MOST_TOKENS, NO_STEERING } from './defaults';
 import type { Language } from './i18n.svelte';
 import type { ExpertBias, ExpertId, SamplingRequest, SteeringRequest } from './types';
 
@@ -31,11 +31,26 @@ export interface UrlState {
   local: Local;
   language?: Language | undefined;
   steering: SteeringRequest;
-  sampling: SamplingRequest;
+  /** What differs from the model's own. */
+  sampling: Partial<SamplingRequest>;
 }
 
 const THEMES: Theme[] = ['auto', 'light', 'dark'];
 const RULES = ['softmax', 'sigmoid', 'relu', 'random'] as const;
+
+/** Names of the fields of sampling in the address. */
+const SAMPLING = {
+  temperature: 'temperature',
+  top_k: 'top-k',
+  top_p: 'top-p',
+  min_p: 'min-p',
+  repetition_penalty: 'repetition',
+  frequency_penalty: 'frequency',
+  presence_penalty: 'presence',
+  seed: 'seed',
+} as const;
+/** Stands for a rule that the model has and the reader switched off. */
+const OFF = 'off';
 
 export function writeUrl(state: UrlState): string {
   const query = new URLSearchParams();
@@ -43,7 +58,7 @@ export function writeUrl(state: UrlState): string {
     if (value !== undefined && value !== null && value !== '' && value !== unchanged)
       query.set(name, String(value));
   };
-  const { steering: s, sampling: p } = state;
+  const { steering: s } = state;
   set('lang', state.language);
   set('prompt', state.prompt);
   if (state.ids) {
@@ -66,12 +81,8 @@ export function writeUrl(state: UrlState): string {
   set('bias', s.bias.map((b) => `${b.layer}:${b.expert}:${b.bias}`).join());
   set('off', s.disabled.map(expertName).join());
   set('force', s.forced.map(expertName).join());
-  set('temperature', p.temperature, GREEDY.temperature);
-  set('top-k', p.top_k);
-  set('top-p', p.top_p);
-  set('min-p', p.min_p);
-  set('repetition', p.repetition_penalty, GREEDY.repetition_penalty);
-  set('seed', p.seed, GREEDY.seed);
+  for (const [field, value] of Object.entries(state.sampling))
+    set(SAMPLING[field as keyof typeof SAMPLING], value ?? OFF);
   return `${location.pathname}?${query}`;
 }
 
@@ -87,6 +98,13 @@ export function readUrl(search: string): UrlState {
     return value !== null && Number.isInteger(value) ? value : null;
   };
   const list = (name: string) => (query.get(name) ?? '').split(',').filter(Boolean);
+  /** Fields that are said, with those that are said to be off. */
+  const sampling = (fields: { [Field in keyof SamplingRequest]: number | null }) =>
+    Object.fromEntries(
+      Object.entries(fields).filter(
+        ([name, value]) => value !== null || query.get(SAMPLING[name as keyof typeof SAMPLING]) === OFF,
+      ),
+    ) as Partial<SamplingRequest>;
   const language = query.get('lang');
   const ids = (query.get('ids') ?? '').split('.').filter(Boolean).map(Number);
   return {
@@ -112,14 +130,16 @@ export function readUrl(search: string): UrlState {
       disabled: list('off').flatMap(parseExpert),
       forced: list('force').flatMap(parseExpert),
     },
-    sampling: {
-      temperature: number('temperature', 0, 100) ?? GREEDY.temperature,
+    sampling: sampling({
+      temperature: number('temperature', 0, 100),
       top_k: integer('top-k', 1),
       top_p: number('top-p', 1e-9, 1),
       min_p: number('min-p', 0, 1),
-      repetition_penalty: number('repetition', 1e-9, 100) ?? GREEDY.repetition_penalty,
-      seed: integer('seed') ?? GREEDY.seed,
-    },
+      repetition_penalty: number('repetition', 1e-9, 100),
+      frequency_penalty: number('frequency', -2, 2),
+      presence_penalty: number('presence', -2, 2),
+      seed: integer('seed'),
+    }),
   };
 }
 

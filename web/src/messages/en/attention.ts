@@ -10,4 +10,13 @@ export default {
   cacheLabel: 'The latent cache keeps {kept} numbers, a full one would keep {full}',
   full: 'In full',
   latent: 'Latent',
+  picks: 'An indexer picked which tokens this one may look at: {n} of {past}; the others are pale.',
+  entryPicks: 'An indexer picked which entries this token may look at: {n} of {past}, each made of {tokens} tokens.',
+  where: 'Where its attention goes',
+  toTokens: 'single tokens',
+  toEntries: 'entries of {n} tokens',
+  toSinks: 'nowhere (a learned sink)',
+  grouped: 'In groups',
+  groupedLabel: 'Shared by groups of heads the cache keeps {kept} numbers, a full one would keep {full}',
+  compressed: 'This model keeps the last tokens as they are and presses older ones into shared entries, so there is no one number for a token.',
 };

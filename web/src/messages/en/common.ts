@@ -2,7 +2,6 @@ export default {
   serverGone: 'The server does not answer. Start it again with “moescope open”, then try again.',
   serverStatus: 'The server could not answer (status {status}).',
   told: '{message}',
-  context: 'This text has {n} tokens; the model’s context holds {max}. Please shorten it.',
   tooLong: 'This text has {n} characters; up to {max} fit. Please shorten it.',
   empty: 'Write a few words first.',
   retry: 'Try again',

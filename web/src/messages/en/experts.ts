@@ -30,4 +30,6 @@ export default {
   code: 'code',
   translation: 'translation',
   arithmetic: 'arithmetic',
+  sentenceRouted: 'Only a few work on this token. This model has no shared experts.',
+  noShared: 'This model has no shared experts: all that is added comes from routed ones.',
 };

@@ -20,4 +20,5 @@ export default {
   leads: 'Leading expert',
   wouldSay: 'Would say here',
   layerSays: 'layer {layer}; would say {text}',
+  table: 'fixed table',
 };

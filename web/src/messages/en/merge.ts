@@ -15,4 +15,12 @@ export default {
   residualBefore: 'the token before',
   residualAdded: 'what is added',
   residualAfter: 'the token after',
+  streams: 'The sum goes into {n} streams',
+  streamsNote: 'This model’s tokens have several vectors each. Every half of a layer reads a blend of them, writes to all and mixes them: {kept} of a stream stays in itself, on average.',
+  mixAttention: 'around attention',
+  mixExperts: 'around the experts',
+  new: 'new {n}',
+  old: 'old {n}',
+  pre: 'reads',
+  post: 'writes',
 };

@@ -39,4 +39,6 @@ export default {
   denseLayer: 'Layer {layer} is dense: everyone works there, so there is no router.',
   goToLayer: 'Show layer {layer}',
   noExperts: 'This model is dense: it has no router and no experts.',
+  byTable: 'In layer {layer} nobody decides: a fixed table names the experts of each token id. The scores only weigh what they answer.',
+  softmaxAfter: 'This router chooses by its raw marks, and takes the softmax over the chosen ones only: their weights add up to 1.',
 };

@@ -13,4 +13,5 @@ export default {
   wrong: 'wrong, it is {truth}',
   loads: 'Which experts worked on which part (layer {layer})',
   load: 'Expert {expert}: visited by {share} of the tokens',
+  unable: 'This model knows no <think> … </think>: it was not taught to write down its steps apart from its answer.',
 };

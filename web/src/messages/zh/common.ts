@@ -4,7 +4,6 @@ const zh: typeof en = {
   serverGone: '服务器没有回应。请用“moescope open”重新启动，然后再试。',
   serverStatus: '服务器答不上来（状态码 {status}）。',
   told: '服务器的答复：{message}',
-  context: '这段文字有 {n} 个词元，模型的上下文最多 {max} 个。请缩短一些。',
   tooLong: '这段文字有 {n} 个字符，最多 {max} 个。请缩短一些。',
   empty: '先写几个字吧。',
   retry: '再试一次',

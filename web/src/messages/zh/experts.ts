@@ -32,5 +32,7 @@ const zh: typeof en = {
   code: '代码',
   translation: '翻译',
   arithmetic: '算术',
+  sentenceRouted: '每个词元只请几位专家。这个模型没有共享专家。',
+  noShared: '这个模型没有共享专家，加进来的全部来自路由专家。',
 };
 export default zh;

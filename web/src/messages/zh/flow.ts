@@ -22,5 +22,6 @@ const zh: typeof en = {
   leads: '首选专家',
   wouldSay: '此时会说',
   layerSays: '第 {layer} 层，此时会说 {text}',
+  table: '固定表',
 };
 export default zh;

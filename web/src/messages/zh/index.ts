@@ -1,4 +1,5 @@
 import common from './common';
+import errors from './errors';
 import prompt from './prompt';
 import flow from './flow';
 import tokens from './tokens';
@@ -15,6 +16,7 @@ import training from './training';
 
 export const zh = {
   common,
+  errors,
   prompt,
   flow,
   tokens,

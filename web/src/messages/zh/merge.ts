@@ -17,5 +17,13 @@ const zh: typeof en = {
   residualBefore: '词元原来的向量',
   residualAdded: '加上的',
   residualAfter: '词元之后的向量',
+  streams: '总和写进 {n} 条流',
+  streamsNote: '这个模型里每个词元有好几条向量。每半层先把它们调和起来读，再写回每一条，并让它们互相掺和：平均每条流保留自身的 {kept}。',
+  mixAttention: '注意力前后',
+  mixExperts: '专家前后',
+  new: '新 {n}',
+  old: '旧 {n}',
+  pre: '读',
+  post: '写',
 };
 export default zh;

@@ -41,5 +41,7 @@ const zh: typeof en = {
   denseLayer: '第 {layer} 层是稠密层：人人都干活，所以没有路由器。',
   goToLayer: '看第 {layer} 层',
   noExperts: '这是一个稠密模型：没有路由器，也没有专家。',
+  byTable: '第 {layer} 层没有谁做决定：一张固定的表按词元编号指定专家，得分只用来定各人的分量。',
+  softmaxAfter: '这个路由器按原始分选人，只在入选者之间做 softmax，所以他们的权重加起来是 1。',
 };
 export default zh;
