@@ -4,7 +4,7 @@ LANGUAGES = ["zh", "en"]
 TEXT = {"zh": "床前明月光，", "en": "It is a truth universally acknowledged, that"}
 STATIONS = [
     *("prompt", "flow", "tokens", "attention", "router", "experts", "merge"),
-    *("next", "balance", "dense", "whatif", "thinking", "training"),
+    *("next", "whatif", "balance", "dense", "thinking", "training", "summary"),
 ]
 
 

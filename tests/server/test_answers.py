@@ -52,7 +52,7 @@ def test_the_model_is_described(client: TestClient, model: Model) -> None:
     assert (info["has_specialization"], info["has_training"], info["watching"]) == (1, 1, 0)
     assert {e["domain"] for e in info["examples"]} >= {"poetry", "prose", "code", "arithmetic"}
     asked = [e["text"] for e in info["examples"] if e["domain"] == "arithmetic"]
-    assert info["question_form"] == "<｜User｜>{question}<｜Assistant｜>" and not info["thinks"]
+    assert info["question_form"] == "<｜User｜>{question}<｜Assistant｜>" and info["thinks"]
     assert asked[0] == "<｜User｜>17+25=?<｜Assistant｜>"
 
 
@@ -151,7 +151,7 @@ def test_specialization_is_what_was_measured(client: TestClient) -> None:
     assert answer["load"][1][0][:2] == [0.25, 0.75]
     assert answer["mutual_information"] == [0.1, 0.2]
     card = {"zh": None, "en": None, "tokens": ["x"], "domain": 1, "domain_share": 0.75 / 0.875}
-    assert answer["cards"][0][1] == pytest.approx(card)
+    assert answer["cards"][0][1] == card
 
 
 def test_the_training_is_told_from_its_own_files(client: TestClient) -> None:

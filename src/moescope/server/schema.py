@@ -98,6 +98,24 @@ class LayerInfo(Message):
     by_table: bool
 
 
+class ReferenceInfo(Message):
+    """A well-known mixture, to scale.
+
+    Attributes:
+        total: its parameters.
+        active: those at work on a token, the input table included.
+    """
+
+    name: str
+    total: int
+    active: int
+    num_experts_per_tok: int
+    n_routed_experts: int
+    vocab_size: int
+    context: int
+    cache: "CacheInfo"
+
+
 class CacheInfo(Message):
     """Numbers that one token leaves in the key-value cache of one layer.
 
@@ -147,7 +165,7 @@ class ModelInfo(Message):
         softmax_after_topk: whether weights are a softmax over the chosen experts' logits alone.
         sampling: how this model's texts are drawn unless asked otherwise.
         context: tokens at most.
-        reference: DeepSeek-R1's parameters, to scale.
+        reference: DeepSeek-R1, to scale.
         companions: models that can be shown beside this one, at most one of each role.
         has_specialization: whether `/api/specialization` answers.
         has_training: whether `/api/training` answers.
@@ -170,7 +188,7 @@ class ModelInfo(Message):
     context: int
     parameters: ParameterCount
     cache: CacheInfo
-    reference: ParameterCount
+    reference: ReferenceInfo
     companions: list[CompanionInfo]
     has_specialization: bool
     has_training: bool

@@ -117,14 +117,13 @@ class Studio:
             context=config.max_position_embeddings,
             parameters=_parameters(config),
             cache=_cache(config),
-            reference=_parameters(catalog()[REFERENCE].config),
+            reference=_reference(catalog()[REFERENCE].config),
             companions=[_companion_info(c) for c in self.companions],
             has_specialization=self._specialization is not None,
             has_training=self._has_training,
             watching=self.watching is not None,
             question_form=question_form(self.model.tokenizer),
-            thinks=self.model.tokenizer.token_id(thinking.BEGIN)
-            in self.model.tokenizer.special_ids,
+            thinks=_thinks(self.model.tokenizer),
             examples=examples(self.model.tokenizer),
         )
 
@@ -362,6 +361,20 @@ def _layer_info(config: ModelConfig, layer_idx: int) -> schema.LayerInfo:
         n_routed_experts=config.required("n_routed_experts") if kind == "moe" else 0,
         n_shared_experts=config.n_shared_experts if kind == "moe" else 0,
         by_table=kind == "moe" and layer_idx < config.num_hash_layers,
+    )
+
+
+def _reference(config: ModelConfig) -> schema.ReferenceInfo:
+    counted = count_parameters(config)
+    return schema.ReferenceInfo(
+        name="DeepSeek-R1",
+        total=counted.total,
+        active=counted.active,
+        num_experts_per_tok=config.required("num_experts_per_tok"),
+        n_routed_experts=config.required("n_routed_experts"),
+        vocab_size=config.vocab_size,
+        context=config.max_position_embeddings,
+        cache=_cache(config),
     )
 
 

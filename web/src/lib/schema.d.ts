@@ -975,7 +975,7 @@ export interface components {
          *         softmax_after_topk: whether weights are a softmax over the chosen experts' logits alone.
          *         sampling: how this model's texts are drawn unless asked otherwise.
          *         context: tokens at most.
-         *         reference: DeepSeek-R1's parameters, to scale.
+         *         reference: DeepSeek-R1, to scale.
          *         companions: models that can be shown beside this one, at most one of each role.
          *         has_specialization: whether `/api/specialization` answers.
          *         has_training: whether `/api/training` answers.
@@ -1009,7 +1009,7 @@ export interface components {
             context: number;
             parameters: components["schemas"]["ParameterCount"];
             cache: components["schemas"]["CacheInfo"];
-            reference: components["schemas"]["ParameterCount"];
+            reference: components["schemas"]["ReferenceInfo"];
             /** Companions */
             companions: components["schemas"]["CompanionInfo"][];
             /** Has Specialization */
@@ -1062,6 +1062,31 @@ export interface components {
             logit: number;
             /** Filtered Probability */
             filtered_probability: number;
+        };
+        /**
+         * ReferenceInfo
+         * @description A well-known mixture, to scale.
+         *
+         *     Attributes:
+         *         total: its parameters.
+         *         active: those at work on a token, the input table included.
+         */
+        ReferenceInfo: {
+            /** Name */
+            name: string;
+            /** Total */
+            total: number;
+            /** Active */
+            active: number;
+            /** Num Experts Per Tok */
+            num_experts_per_tok: number;
+            /** N Routed Experts */
+            n_routed_experts: number;
+            /** Vocab Size */
+            vocab_size: number;
+            /** Context */
+            context: number;
+            cache: components["schemas"]["CacheInfo"];
         };
         /**
          * RouterDetail

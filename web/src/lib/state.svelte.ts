@@ -1,20 +1,23 @@
 /** The page's one state: what was typed, what the model answered, and what the reader chose. */
 import { getContext, setContext, untrack } from 'svelte';
-import { ApiError, generate, getModel, isAbort, knock, MAX_TEXT, serverGone, told, token, trace } from './api';
+import { ApiError, generate, getModel, getSpecialization, isAbort, knock, MAX_TEXT, serverGone, told, token, trace } from './api';
 import { GREEDY, MAX_TOKENS, NO_STEERING } from './defaults';
 import { i18n, t, type Language } from './i18n.svelte';
 import type {
+  Card,
   CompanionInfo,
   EndEvent,
   ExpertId,
   GenerateRequest,
   ModelInfo,
   SamplingRequest,
+  SpecializationAnswer,
   SteeringRequest,
   TokenDetail,
   TokenStep,
 } from './types';
 import { Latest } from './latest';
+import { shown } from './text';
 import { readUrl, writeUrl, type Local, type LocalName, type Theme, type UrlState } from './url';
 
 export type Status = 'idle' | 'loading' | 'playing' | 'paused' | 'ended' | 'error';
@@ -24,6 +27,8 @@ export type { Theme };
 const PACE = { prompt: 25, made: 110 };
 /** Milliseconds without a further change before all tokens are traced again. */
 const SETTLED = 60;
+/** An expert whose work is of one kind of text by more than this share is devoted to it. */
+export const DEVOTED = 0.6;
 /** Details without steering that are kept to compare with. */
 const KEPT = 8;
 
@@ -31,6 +36,8 @@ const darkQuery = matchMedia('(prefers-color-scheme: dark)');
 
 export class AppState {
   model: ModelInfo | null = $state.raw(null);
+  /** What was measured of the experts; null where nothing was. */
+  specialization: SpecializationAnswer | null = $state.raw(null);
   theme: Theme = $state('auto');
 
   prompt: string = $state('');
@@ -97,6 +104,12 @@ export class AppState {
       this.moeLayers[0] ?? 0,
     ),
   );
+  /** The layer whose experts differ most by the kind of text, or the middle one. */
+  readable: number = $derived.by(() => {
+    const bits = this.specialization?.mutual_information ?? [];
+    const best = this.specialization?.layers[bits.indexOf(Math.max(...bits))];
+    return best ?? this.moeLayers[Math.floor(this.moeLayers.length / 2)] ?? 0;
+  });
   steered: boolean = $derived(isSteered(this.steering));
   dark: boolean = $derived(this.theme === 'auto' ? this.#prefersDark : this.theme === 'dark');
   /** Whether the guesses at what follows the selected token are to stay covered. */
@@ -144,7 +157,8 @@ export class AppState {
     await this.#guard(async () => {
       this.model = await getModel();
       this.sampling = { ...this.model.sampling, ...wanted.sampling };
-      this.setLayer(wanted.layer ?? this.moeLayers[Math.floor(this.moeLayers.length / 2)] ?? 0);
+      this.specialization = this.model.has_specialization ? await getSpecialization() : null;
+      this.setLayer(wanted.layer ?? this.readable);
       this.selectedExpert = wanted.expert ?? null;
       this.prompt ||= this.#firstExample();
       await this.#show(this.prompt, wanted.ids, wanted.promptTokens);
@@ -222,6 +236,42 @@ export class AppState {
   setLayer(layer: number): void {
     this.layer = Math.max(0, Math.min(layer, (this.model?.layers.length ?? 1) - 1));
     this.selectedExpert = null;
+  }
+
+  /** What was found out about an expert; null where nobody measured. */
+  card(layer: number, expert: number): Card | null {
+    const at = this.specialization?.layers.indexOf(layer) ?? -1;
+    return this.specialization?.cards[at]?.[expert] ?? null;
+  }
+
+  /** An expert's name in the reader's language; null for most. */
+  expertName(layer: number, expert: number): string | null {
+    return this.card(layer, expert)?.[this.language] ?? null;
+  }
+
+  /** An expert's name, else its most typical tokens; null where nobody measured. */
+  expertLabel(layer: number, expert: number): string | null {
+    const tokens = this.card(layer, expert)?.tokens.slice(0, 3) ?? [];
+    const name = this.expertName(layer, expert);
+    return name ?? (tokens.length > 0 ? tokens.map(shown).join(' ') : null);
+  }
+
+  /** The experts that spend most of their work on one kind of text. */
+  expertsOf(domain: string): ExpertId[] {
+    if (!this.specialization) return [];
+    const { domains, layers, cards } = this.specialization;
+    const wanted = domains.indexOf(domain);
+    return layers.flatMap((layer, at) =>
+      cards[at].flatMap((card, expert) =>
+        card.domain === wanted && card.domain_share > DEVOTED ? [{ layer, expert }] : [],
+      ),
+    );
+  }
+
+  isDomainOff(domain: string): boolean {
+    const names = (ids: ExpertId[]) => ids.map((id) => `${id.layer}:${id.expert}`).sort().join();
+    const { disabled } = this.steering;
+    return disabled.length > 0 && names(disabled) === names(this.expertsOf(domain));
   }
 
   toggleDisabled(layer: number, expert: number): void {
@@ -402,6 +452,9 @@ export class AppState {
 
   #end(event: EndEvent): void {
     this.endEvent = event;
+    // After the end token nothing is left to explain: the reader looks at the last word.
+    const atEnd = event.finish_reason === 'stop' && this.selected === this.steps.length - 1;
+    if (atEnd && this.steps.at(-1)?.special) this.select(this.steps.length - 2);
     this.status = event.finish_reason === 'stop' ? 'ended' : 'paused';
     this.#run = null;
   }

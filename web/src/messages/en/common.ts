@@ -32,4 +32,5 @@ export default {
   back: 'Back',
   reset: 'Start over',
   skip: 'Skip to the text',
+  chips: 'Below each token: its leading expert in layer {layer}.',
 };

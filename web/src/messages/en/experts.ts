@@ -32,4 +32,6 @@ export default {
   arithmetic: 'arithmetic',
   sentenceRouted: 'Only a few work on this token. This model has no shared experts.',
   noShared: 'This model has no shared experts: all that is added comes from routed ones.',
+  named: 'Named by the tokens that come to them (computed from unseen text):',
+  saveCard: 'Save as a card',
 };

@@ -16,9 +16,10 @@ export default {
   guess: 'Next token',
   again: 'the pick joins the text; all begins again',
   adds: '+ adds its answer to the vector',
-  share: '{share} of this layer’s output',
   leads: 'Leading expert',
   wouldSay: 'Would say here',
   layerSays: 'layer {layer}; would say {text}',
   table: 'fixed table',
+  weight: 'weight {weight}',
+  chosen: 'The chosen experts',
 };

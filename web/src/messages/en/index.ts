@@ -1,5 +1,7 @@
 import common from './common';
 import errors from './errors';
+import hero from './hero';
+import summary from './summary';
 import prompt from './prompt';
 import flow from './flow';
 import tokens from './tokens';
@@ -17,6 +19,8 @@ import training from './training';
 export const en = {
   common,
   errors,
+  hero,
+  summary,
   prompt,
   flow,
   tokens,

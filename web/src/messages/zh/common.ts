@@ -34,5 +34,6 @@ const zh: typeof en = {
   back: '后退',
   reset: '从头再来',
   skip: '直达正文',
+  chips: '词元下面是第 {layer} 层的首选专家。',
 };
 export default zh;

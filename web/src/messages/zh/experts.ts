@@ -34,5 +34,7 @@ const zh: typeof en = {
   arithmetic: '算术',
   sentenceRouted: '每个词元只请几位专家。这个模型没有共享专家。',
   noShared: '这个模型没有共享专家，加进来的全部来自路由专家。',
+  named: '按常来的词元起的名字（用没见过的文字算出来）：',
+  saveCard: '存成卡片',
 };
 export default zh;

@@ -18,10 +18,11 @@ const zh: typeof en = {
   guess: '下一个词元',
   again: '选中的词元接到文末，再来一遍',
   adds: '+ 处把结果加回向量',
-  share: '占这一层输出的 {share}',
   leads: '首选专家',
   wouldSay: '此时会说',
   layerSays: '第 {layer} 层，此时会说 {text}',
   table: '固定表',
+  weight: '权重 {weight}',
+  chosen: '入选的专家',
 };
 export default zh;

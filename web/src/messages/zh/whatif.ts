@@ -1,14 +1,14 @@
 import type en from '../en/whatif';
 
 const zh: typeof en = {
-  title: '少了一位专家会怎样？',
-  sentence: '关掉几位专家，或强制请一位，再对照两种续写。',
+  title: '少了一批专家会怎样？',
+  sentence: '把一类专家全关掉，看什么坏了，什么照旧。',
   offer: '在你的文字上最忙的几位，点一下就关掉：',
   switchOff: 'L{layer} {expert}：关掉这位专家',
   others: '换一位，或强制请一位',
   changed: '改动：',
   off: '关掉',
-  forced: '必请',
+  forced: '强制启用',
   undo: 'L{layer} {expert} {change}：撤销',
   write: '两边都续写',
   running: '正在写……',
@@ -18,5 +18,18 @@ const zh: typeof en = {
   same: '文字没变，只有概率动了。',
   at: '“{text}”之后会是什么',
   apart: '分开之后两边读的已不是同一段文字；请选分开之前的词元来比较。',
+  note: '假如：',
+  noteDomain: '{n} 位主要管{domain}的专家都关掉了。',
+  noteOff: '{n} 位专家关掉了。',
+  noteForced: '{n} 位强制启用。',
+  noteK: '每个词元请 {n} 位。',
+  noteRule: '路由器换了规则（{rule}）。',
+  noteOther: '路由器的得分改过。',
+  offDomain: '把专管这类文字的专家全关掉：',
+  domain: '{domain}（{n} 位）',
+  devoted: '专管：各类文字同等看待时，一位专家超过 {share} 的活属于这一类。只关一位几乎看不出差别，别的专家会顶上。',
+  sums: '{n} 道算式',
+  right: '{total} 道对 {n} 道',
+  poem: '一首诗',
 };
 export default zh;

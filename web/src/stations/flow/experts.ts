@@ -5,7 +5,9 @@ import { left, right, type Box, type Point } from './layout';
 export interface Line {
   /** Null for the shared experts. */
   expert: number | null;
-  /** Share of the layer's output that goes by this line. */
+  /** What the expert's answer is multiplied by; 1 for the shared ones. */
+  weight: number;
+  /** Share of the lengths of what routed and shared experts answer; of the routed, by weight. */
   share: number;
   place: Point;
   path: string;
@@ -41,12 +43,14 @@ export function drawExperts(box: Box, experts: number, step: LayerStep): Experts
   const total = step.topk_weights.reduce((a, b) => a + b, 0) || 1;
   const lines: Line[] = step.topk_ids.map((expert, i) => ({
     expert,
+    weight: step.topk_weights[i],
     share: ((1 - step.shared_share) * step.topk_weights[i]) / total,
     place: chosen[i],
     path: through(router, chosen[i], sum),
   }));
   lines.push({
     expert: null,
+    weight: 1,
     share: step.shared_share,
     place: { x: middle, y: shared.y + shared.h / 2 },
     path: through(left(box), { x: middle, y: shared.y + shared.h / 2 }, sum),
