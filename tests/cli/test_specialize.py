@@ -39,6 +39,14 @@ def test_labels_are_chinese_where_the_tokens_are(folder: str, texts: Path, capsy
     assert "每层 8 个专家" in capsys.readouterr().out
 
 
+def test_a_card_of_each_expert_in_80_columns(folder: str, texts: Path, capsys) -> None:
+    assert run(["specialize", folder, str(texts), "--cards"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert max(cell_len(line.rstrip()) for line in lines) <= 80
+    numbers = [line.split()[0] for line in lines if line.split() and line.split()[0].isdigit()]
+    assert numbers == [str(expert) for expert in range(8)] * 2  # two layers
+
+
 def test_json_is_printed_and_saved(folder: str, texts: Path, tmp_path: Path, capsys) -> None:
     file = tmp_path / "found.json"
     assert run(["specialize", folder, str(texts), "--save", str(file), "--json"]) == 0

@@ -87,7 +87,7 @@ def test_a_dense_gguf_says_why_stations_are_empty(open_page, start_server, langu
     file = next(Path(spec.origin).parent.glob("*.gguf"))
     page = open_page(f"lang={language}", address=start_server(str(file)).address)
     write(page, TEXT["en"])
-    made = moescope.load(file).trace(TEXT["en"], max_tokens=32)
+    made = moescope.load(file).trace(TEXT["en"], max_tokens=48)
     ids = [int(c.get_attribute("data-token-id")) for c in page.get_by_test_id("token").all()]
     assert ids == [token.id for token in made.tokens][: len(ids)]
     for station in ("router", "experts", "merge", "whatif"):

@@ -130,7 +130,7 @@ def test_the_address_brings_the_picture_back(open_page, language: str, tmp_path)
     write(page, TEXT[language])
     page.get_by_test_id("token").nth(2).click()
     set_slider(page, "top-k", 3)
-    set_slider(page, "max-tokens", 48)
+    set_slider(page, "max-tokens", 40)
     set_slider(page, "head", 1)
     page.get_by_test_id("theme").click()
     page.get_by_test_id("theme").click()  # as the system, light, dark
@@ -158,7 +158,7 @@ def test_the_address_brings_the_picture_back(open_page, language: str, tmp_path)
         }
 
     first = look(page)
-    assert first["expert"] == "5" and first["theme"] == "dark" and first["tokens to write"] == "48"
+    assert first["expert"] == "5" and first["theme"] == "dark" and first["tokens to write"] == "40"
     assert first["folded"] == ["station-tokens", "station-merge"] and first["head"] == "1"
     again = open_page(page.url.partition("?")[2])
     settle(again)
@@ -194,7 +194,7 @@ def test_a_picture_is_saved_whole(open_page, language: str, tmp_path) -> None:
 def test_the_pages_numbers_are_the_engines(open_page, engine: Model) -> None:
     page = open_page("lang=en")
     write(page, TEXT["zh"])
-    trace = engine.trace(TEXT["zh"], max_tokens=32)
+    trace = engine.trace(TEXT["zh"], max_tokens=48)
     ids = token_ids(page)
     assert ids == [token.id for token in trace.tokens][: len(ids)]
 

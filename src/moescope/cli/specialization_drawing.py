@@ -9,6 +9,7 @@ from rich.text import Text
 
 from moescope.cli.drawing import WIDEST, is_chinese, visible
 from moescope.cli.maps import draw_map, named
+from moescope.scope.cards import cards_of
 from moescope.scope.specialization import Specialization
 
 FULLEST = 4.0
@@ -26,6 +27,8 @@ class Labels:
     layer: str
     devoted: str
     expert: str
+    cards: str
+    card_layer: str
 
 
 ENGLISH = Labels(
@@ -37,6 +40,9 @@ ENGLISH = Labels(
     "domain; the token alone decides {token:.0%} of its experts",
     devoted="The most devoted experts of each domain, and the tokens they receive",
     expert="layer {layer} expert {expert}: {share:.0%}",
+    cards="A card of each expert: its name if its tokens are of one kind, the domain that takes "
+    "most of its work, its most typical tokens",
+    card_layer="layer {layer}",
 )
 CHINESE = Labels(
     summary="{name}：{layers} 层，每层 {experts} 个专家；{domains} 个领域的 {documents:,} 篇文本，"
@@ -46,6 +52,8 @@ CHINESE = Labels(
     "词元本身决定 {token:.0%}",
     devoted="各领域最专一的专家，及其分到的典型词元",
     expert="层 {layer} 专家 {expert}：{share:.0%}",
+    cards="每位专家一张卡片：名字（词元属于同一类时才有）、占它工作最多的领域、最典型的词元",
+    card_layer="层 {layer}",
 )
 
 
@@ -72,6 +80,26 @@ def draw(found: Specialization, console: Console) -> None:
     console.print(Text(labels.devoted, style="bold"), width=width)
     for domain in range(len(found.domains)):
         _draw_devoted(found, domain, labels, console, width)
+
+
+def draw_cards(found: Specialization, console: Console) -> None:
+    """Print a line for each expert of each layer."""
+    labels = CHINESE if _mostly_chinese(found) else ENGLISH
+    width = min(console.width, WIDEST)
+    console.print()
+    console.print(Text(labels.cards, style="bold"), width=width)
+    for layer, cards in zip(found.layers, cards_of(found), strict=True):
+        console.print()
+        console.print(Text(labels.card_layer.format(layer=layer), style="bold"), width=width)
+        for expert, card in enumerate(cards):
+            name = (card.zh if labels is CHINESE else card.en) or ""
+            domain = f"{found.domains[card.domain]} {card.domain_share:.0%}"
+            line = Text(f"{expert:>4}  ")
+            line.append(name + " " * max(1, 21 - cell_len(name)), style="bold")
+            line.append(domain + " " * max(1, 18 - cell_len(domain)), style="dim")
+            line.append("  ".join(map(visible, card.tokens)))
+            line.truncate(width, overflow="ellipsis")
+            console.print(line, width=width, no_wrap=True)
 
 
 def _draw_layer(

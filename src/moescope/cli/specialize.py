@@ -27,7 +27,17 @@ def specialize(
             "but at most 512.",
         ),
     ] = None,
-    save: Annotated[Path | None, typer.Option(help="Also write the result into this file.")] = None,
+    cards: Annotated[
+        bool,
+        typer.Option("--cards", help="Draw a card of each expert instead of the layers' maps."),
+    ] = False,
+    save: Annotated[
+        Path | None,
+        typer.Option(
+            help="Also write the result into this file; as specialization.json in "
+            "the model's folder, or FILE.specialization.json beside FILE.gguf, the page shows it.",
+        ),
+    ] = None,
     as_json: Annotated[
         bool, typer.Option("--json", help="Print one JSON object instead of drawing.")
     ] = False,
@@ -43,7 +53,7 @@ def specialize(
     from moescope.api import load
     from moescope.cli.command import command_line
     from moescope.cli.progress import progress_bar
-    from moescope.cli.specialization_drawing import draw
+    from moescope.cli.specialization_drawing import draw, draw_cards
     from moescope.scope.specialization import specialize as measure
     from moescope.scope.texts import labelled_text
     from moescope.text.split import TrainedText
@@ -67,4 +77,4 @@ def specialize(
     if as_json:
         print(found.to_json())
     else:
-        draw(found, Console(highlight=False))
+        (draw_cards if cards else draw)(found, Console(highlight=False))

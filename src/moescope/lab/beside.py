@@ -11,8 +11,9 @@ from moescope.catalog import count_parameters
 from moescope.engine.engine import Engine
 from moescope.model.balancing import chosen_experts
 from moescope.model.cache import Cache
+from moescope.scope.bytes import WeightBytes
 from moescope.scope.recording import TraceRecorder
-from moescope.scope.steps import read
+from moescope.scope.steps import describe
 from moescope.scope.trace import Candidate
 
 MOST_TIMED = 32
@@ -37,7 +38,8 @@ class Contestant:
         losses: nats per token, from the second token on.
         flops_per_token: of generating one token with an empty context; two for every weight that
             multiplies it.
-        bytes_per_token: weights that have to be read for it, in the type they are held in.
+        bytes_per_token: of the matrices that are read for a token of the text, in the formats
+            they are held in; the mean.
         milliseconds_per_token: median over the text's first tokens, measured now, one token at a
             time.
         next_tokens: what it says comes after the text, likeliest first.
@@ -92,17 +94,19 @@ def expert_loads(engine: Engine, ids: Sequence[int]) -> dict[int, list[float]]:
     return loads
 
 
+@torch.inference_mode()
 def _contestant(name: str, engine: Engine, ids: Sequence[int], milliseconds: float) -> Contestant:
     parameters = count_parameters(engine.model.config)
-    steps = read(engine, ids)
+    recorder = TraceRecorder()
+    engine.model(torch.tensor([list(ids)], device=engine.device), recorder=recorder)
+    steps = describe(engine.model, engine.tokenizer, recorder, ids)
+    read = WeightBytes.of(engine.model).read(recorder.routings, len(ids))
     return Contestant(
         name=name,
         parameters=ParameterCount(parameters.total, parameters.active),
         losses=[-step.logprob for step in steps if step.logprob is not None],
         flops_per_token=2 * (parameters.active_without_embedding - parameters.norm),
-        bytes_per_token=(
-            parameters.active_without_embedding * engine.model.lm_head.weight.dtype.itemsize
-        ),
+        bytes_per_token=round(float(read.float().mean())),
         milliseconds_per_token=milliseconds,
         next_tokens=steps[-1].candidates,
     )

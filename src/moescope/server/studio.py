@@ -25,6 +25,7 @@ from moescope.server.examples import examples, question_form
 from moescope.text.tokenizer import Tokenizer
 
 REFERENCE = "deepseek-r1"
+SPECIALIZATION = "specialization.json"
 KEPT = 8
 """Forward passes and steered models that are kept for the next question."""
 
@@ -320,8 +321,10 @@ class _Kept(Generic[Key, Value]):
 
 def _specialization(folder: Path) -> Specialization | None:
     """What was measured of a model; None where nothing was."""
+    is_file = folder.suffix == ".gguf"
+    file = folder.with_suffix(f".{SPECIALIZATION}") if is_file else folder / SPECIALIZATION
     try:
-        return Specialization.from_file(folder / "specialization.json")
+        return Specialization.from_file(file)
     except UserError:
         return None  # not there, or a training's own measure of itself
 

@@ -5,7 +5,7 @@ import type { AppState } from '../lib/state.svelte';
 import type { TokenStep } from '../lib/types';
 
 const QUESTION = '17+25=?';
-const MAX_TOKENS = 12;
+const MAX_TOKENS = 48;
 /** Milliseconds of each part of a token's way: read, score, compute, merge. */
 const PHASE = 520;
 export const PHASES = 4;

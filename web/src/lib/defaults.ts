@@ -1,7 +1,7 @@
 /** What the reader has not changed. */
 import type { SamplingRequest, SteeringRequest } from './types';
 
-export const MAX_TOKENS = 32;
+export const MAX_TOKENS = 48;
 /** Tokens that the reader may ask for at once. */
 export const MOST_TOKENS = 128;
 

@@ -23,6 +23,9 @@ export function t(key: Key, values: Values = {}): string {
   });
 }
 
+/** A layer as people count, from 1; addresses and requests count from 0, as the model's files do. */
+export const nth = (layer: number): number => layer + 1;
+
 /** Sentences one after the other; Chinese has no space between them. */
 export const sentences = (...parts: (string | false | null)[]): string =>
   parts.filter(Boolean).join(i18n.language === 'zh' ? '' : ' ');

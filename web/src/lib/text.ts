@@ -1,4 +1,6 @@
 /** How a token is spelled for the eye. */
+import tokens from '../messages/en/control';
+import { t, type Key } from './i18n.svelte';
 import type { TokenStep } from './types';
 
 const REPLACEMENT = '\ufffd';
@@ -11,7 +13,11 @@ export function shown(text: string): string {
 
 /** Control tokens by their short names: `<｜begin▁of▁sentence｜>` reads `<begin>`. */
 export function controlled(text: string): string {
-  return text.replace(/<｜▁?([^▁｜]*)[^｜]*｜>/g, '<$1>');
+  return text.replace(/<[｜|]▁?([^▁｜|]*)[^｜|]*[｜|]>/g, (_, name: string) => `<${inWords(name)}>`);
+}
+
+function inWords(name: string): string {
+  return name in tokens ? t(`control.${name}` as Key) : name;
 }
 
 /** Spelling of a step; a piece of a character shows its bytes. */
@@ -30,13 +36,13 @@ export function quoted(step: TokenStep): string {
 export function clip(text: string, length: number): string {
   const characters = [...text];
   if (characters.length <= length) return text;
-  const end = /^<\/?\w+>$/.test(text) && length > 3 ? '…>' : '…';
+  const end = /^<\/?[\p{L}\w]+>$/u.test(text) && length > 3 ? '…>' : '…';
   return characters.slice(0, length - end.length).join('') + end;
 }
 
 /** A text without control tokens, in one line. */
 export function plain(text: string): string {
-  return text.replace(/<｜.*?｜>|<\/?think>/g, ' ').replace(/\s+/g, ' ').trim();
+  return text.replace(/<[｜|].*?[｜|]>|<\/?think>/g, ' ').replace(/\s+/g, ' ').trim();
 }
 
 export function hex(byte: number): string {

@@ -10,7 +10,7 @@ export default {
   asIs: 'This model as it is',
   withoutBias: 'This model without its balancing bias',
   map: '{title}: load of every expert; rows are layers, columns are experts',
-  maxVio: 'mean MaxVio',
+  maxVio: 'busiest expert’s surplus (MaxVio, mean of layers)',
   overloaded: 'overloaded (over {times} × even)',
   idle: 'idle',
   axis: 'expert → (rows: layers)',

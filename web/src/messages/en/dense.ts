@@ -22,4 +22,8 @@ export default {
   next: 'What each would write next',
   explain:
     'The twin has as many weights as the mixture puts to work on one token, and was trained on the same text for as long. Same arithmetic per token; the mixture has more to know things with, and needs the memory to keep it.',
+  ownText: 'Compared on the {n} tokens that you wrote; what a model wrote itself is not counted.',
+  passage: 'Compared on {n} tokens of a passage that was written for this page and that neither has seen. With {least} tokens of your own, those are taken.',
+  slower: 'Why is the mixture slower here? It multiplies many small matrices, and at this size starting each costs more than doing it. In large models reading weights from memory takes the time, and there fewer weights read means faster.',
+  bigger: 'And a dense model with as many weights in all? It would do several times the work for each token and mostly guess a little better still: the mixture lies between the two, nearer to the large one.',
 };

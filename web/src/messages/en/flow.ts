@@ -3,7 +3,7 @@ export default {
   sentence: 'Follow the line: the token passes through every layer, then the model guesses what comes next.',
   walk: 'Follow it through the layers',
   stop: 'Stop',
-  layerOf: 'Layer {layer} (0 – {last})',
+  layerOf: 'Layer {layer} of {last}',
   tokens: 'Tokens',
   embedding: 'Vector',
   attention: 'Attention: looks back',

@@ -1,4 +1,5 @@
 import common from './common';
+import control from './control';
 import errors from './errors';
 import hero from './hero';
 import summary from './summary';
@@ -18,6 +19,7 @@ import training from './training';
 
 export const en = {
   common,
+  control,
   errors,
   hero,
   summary,

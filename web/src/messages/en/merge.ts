@@ -2,7 +2,7 @@ export default {
   title: 'How do their answers become one?',
   sentence: 'Each answer is multiplied by its weight, then all are added up.',
   add: 'Answers added so far',
-  split: '{shared} from the shared experts, {routed} from the routed ones',
+  split: 'Of the sum’s length, {shared} comes from the shared experts and {routed} from the routed ones',
   picture: 'Each expert’s part of the sum, one bar after the other',
   who: 'who × weight',
   adds: 'adds',

@@ -23,10 +23,10 @@ export default {
   threshold: 'the line of the best {n}',
   weights: 'At the foot: how the chosen ones share the say.',
   legendOut: 'Pale bars: ruled out, because switched off or outside the chosen groups.',
-  legendBias: 'The stem on a bar is the balancing bias; the choice goes by its end.',
+  legendBias: 'The stem on a bar is the balancing bias (what all biases have in common is taken off); the {n} highest ends are chosen.',
   legendBefore: 'Rings mark who was chosen before your changes.',
   readExpert: 'Expert {expert}',
-  readBias: 'bias {bias}',
+  readBias: 'bias {bias}, together {sum}',
   readChosen: 'chosen, weight {weight}',
   readNotChosen: 'not chosen',
   readRuledOut: 'ruled out',
@@ -41,4 +41,5 @@ export default {
   noExperts: 'This model is dense: it has no router and no experts.',
   byTable: 'In layer {layer} nobody decides: a fixed table names the experts of each token id. The scores only weigh what they answer.',
   softmaxAfter: 'This router chooses by its raw marks, and takes the softmax over the chosen ones only: their weights add up to 1.',
+  sentenceBiased: 'The router scores every expert, adds the balancing bias, and asks the few that then stand highest.',
 };

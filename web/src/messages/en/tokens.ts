@@ -2,7 +2,7 @@ export default {
   title: 'What does the model read?',
   sentence: 'Text is cut into tokens, and each token stands for a list of numbers.',
   split: 'Token, its number, its bytes',
-  legend: 'A common word is one token; a rare character falls into pieces of its bytes.',
+  legend: 'What was frequent in the tokenizer’s own training text is one token; what was rare there, even a common character, falls into pieces of its bytes.',
   vector: '“{text}” as {n} numbers',
   vectorLabel: 'Embedding of the token: blue below zero, orange above',
   neighbours: 'Tokens with a similar vector',

@@ -3,8 +3,8 @@ import type en from '../en/attention';
 const zh: typeof en = {
   title: '它回头看了谁？',
   sentence: '去见专家之前，这个词元先从前文里取来需要的信息。',
-  heads: '谁的视角',
-  mean: '各头平均',
+  heads: '注意力头',
+  mean: '全部平均',
   head: '头 {n}',
   count: '{n} 个头',
   label: '“{text}”的注意力，{name}',

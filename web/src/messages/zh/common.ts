@@ -14,7 +14,7 @@ const zh: typeof en = {
   themeAuto: '跟随系统',
   themeLight: '浅色',
   themeDark: '深色',
-  snapshot: '存成一个文件',
+  snapshot: '导出为单个网页',
   snapshotNote: '这是 moescope 在 {date} 的快照，页面不再计算。从这个链接可以回到会动的页面：',
   saveSvg: '图片存为 SVG',
   savePng: '图片存为 PNG',

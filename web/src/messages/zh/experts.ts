@@ -2,7 +2,7 @@ import type en from '../en/experts';
 
 const zh: typeof en = {
   title: '专家们在做什么？',
-  sentence: '这个词元只惊动少数几位专家；共享专家每次都在。',
+  sentence: '每个词元只请几位专家；共享专家每次都在。',
   count: '{total} 位路由专家中，有 {n} 位在处理这个词元：{share}。',
   token: '词元',
   shared: '共享专家 {n} 位',
@@ -12,7 +12,7 @@ const zh: typeof en = {
   isActive: '入选，权重 {weight}',
   isIdle: '未入选',
   isOff: '已关掉',
-  isForced: '必请',
+  isForced: '强制启用',
   inside: '第 {layer} 层专家 {expert} 的内部，权重 {weight}',
   insideIdle: '第 {layer} 层专家 {expert} 的内部：没有入选，若请它会这样做',
   disable: '关掉它',
@@ -20,7 +20,7 @@ const zh: typeof en = {
   force: '每次都请它',
   unforce: '不再强制',
   gate: 'gate：放行哪些',
-  up: 'up：有什么可说',
+  up: 'up：候选内容',
   activated: 'silu(gate) × up：留下的 {n} 个数',
   output: 'down：它的回答，{n} 个数',
   typical: '常来找它的词元',

@@ -1,11 +1,11 @@
 import type en from '../en/flow';
 
 const zh: typeof en = {
-  title: '一个词元要走过哪些路？',
+  title: '一个词元会经历什么？',
   sentence: '顺着线看：词元穿过每一层，最后模型猜出下一个。',
   walk: '跟它走过每一层',
   stop: '停下',
-  layerOf: '第 {layer} 层（0 – {last}）',
+  layerOf: '第 {layer} 层，共 {last} 层',
   tokens: '词元',
   embedding: '向量',
   attention: '注意力：回头看',

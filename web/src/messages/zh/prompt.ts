@@ -8,7 +8,7 @@ const zh: typeof en = {
   examples: '例子',
   counter: '为这个词元动用的参数',
   of: '{used} / {total}',
-  ended: '模型认为写到这里就完了。按“单步”还可以接着写。',
+  ended: '模型认为已经写完。按“单步”还可以接着写。',
   domain_poetry: '诗词',
   domain_prose: '散文',
   domain_code: '代码',
