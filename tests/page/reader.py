@@ -3,8 +3,9 @@
 LANGUAGES = ["zh", "en"]
 TEXT = {"zh": "床前明月光，", "en": "It is a truth universally acknowledged, that"}
 STATIONS = [
-    *("prompt", "flow", "tokens", "attention", "router", "experts", "merge"),
-    *("next", "whatif", "balance", "dense", "thinking", "training", "summary"),
+    *("prompt", "language", "steps", "flow", "tokens", "attention", "context", "router", "relu"),
+    *("experts", "fine", "merge", "next", "whatif", "balance", "dense", "thinking", "reasoning"),
+    *("training", "service", "summary"),
 ]
 
 
@@ -49,8 +50,12 @@ def set_slider(page, testid: str, value: float) -> None:
 
 def save(page, station: str, folder) -> str:
     """The station's picture as the reader saves it."""
+    section = page.get_by_test_id(f"station-{station}")
+    menu = section.get_by_test_id("save-menu")
+    if menu.get_attribute("open") is None:
+        menu.locator("summary").click()
     with page.expect_download() as download:
-        page.get_by_test_id(f"station-{station}").get_by_test_id("save-svg").click()
+        section.get_by_test_id("save-svg").click()
     file = folder / f"{station}.svg"
     download.value.save_as(file)
     return file.read_text(encoding="utf-8")

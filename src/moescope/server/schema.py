@@ -111,6 +111,7 @@ class ReferenceInfo(Message):
     active: int
     num_experts_per_tok: int
     n_routed_experts: int
+    num_hidden_layers: int
     vocab_size: int
     context: int
     cache: "CacheInfo"

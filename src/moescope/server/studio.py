@@ -375,6 +375,7 @@ def _reference(config: ModelConfig) -> schema.ReferenceInfo:
         active=counted.active,
         num_experts_per_tok=config.required("num_experts_per_tok"),
         n_routed_experts=config.required("n_routed_experts"),
+        num_hidden_layers=config.num_hidden_layers,
         vocab_size=config.vocab_size,
         context=config.max_position_embeddings,
         cache=_cache(config),

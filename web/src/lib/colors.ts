@@ -1,19 +1,25 @@
 /**
  * Colours that mean something.
  *
- * An expert has one colour everywhere: its hue follows the golden angle, so that neighbouring ids
- * differ most, and its lightness takes three steps, so that it can be told apart without the hue.
+ * An expert has one colour everywhere: sixteen hues, far apart from one id to the next, in four rings
+ * of lightness, so that no two of 64 come close and each can be told apart without its hue.
  * Colour never stands alone: a number goes with it.
  */
 
-const GOLDEN_ANGLE = 137.508;
-const LIGHTNESS = [0.6, 0.52, 0.66];
+const HUES = 16;
+/** Steps from one id's hue to the next one's; prime to `HUES`. */
+const STRIDE = 7;
+/** Lightness of the rings; lighter or darker would not stand out against the page. */
+const RINGS = [0.52, 0.565, 0.61, 0.66];
+const CHROMA = 0.145;
 
 /** Colour of an expert as `#rrggbb`; 3 : 1 or better against the page, light or dark. */
 export function expertColor(id: number, n = 64): string {
-  // Beyond 64 experts hues come close: a second ring with less chroma keeps them apart.
-  const chroma = n > 64 && id % 2 ? 0.09 : 0.145;
-  return oklch(LIGHTNESS[id % LIGHTNESS.length], chroma, (id * GOLDEN_ANGLE + 250) % 360);
+  const ring = Math.floor(id / HUES) % RINGS.length;
+  // Every other ring lies between the hues of its neighbours; beyond 64 the rings come again.
+  const turn = (ring % 2) / 2 + (n > 64 ? Math.floor(id / (HUES * RINGS.length)) / 8 : 0);
+  const hue = (360 / HUES) * (((id * STRIDE) % HUES) + turn) + 250;
+  return oklch(RINGS[ring], CHROMA, hue % 360);
 }
 
 /** Shared experts are always on and have no colour of their own. */

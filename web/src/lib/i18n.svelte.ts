@@ -37,8 +37,12 @@ export function formatNumber(value: number, digits = 2): string {
   return new Intl.NumberFormat(locale(), { maximumFractionDigits: digits }).format(value);
 }
 
+/** Shares below it are only said to be below. */
+const LEAST_SHARE = 1e-4;
+
 /** A share as per cent: two significant digits below 10 %, whole numbers above. */
 export function formatPercent(share: number): string {
+  if (share > 0 && share < LEAST_SHARE) return `< ${formatPercent(LEAST_SHARE)}`;
   const digits = share < 0.0995 ? { maximumSignificantDigits: 2 } : { maximumFractionDigits: 0 };
   return new Intl.NumberFormat(locale(), { style: 'percent', ...digits }).format(share);
 }

@@ -594,7 +594,8 @@ export interface components {
          *         losses: nats per token, from the second token on.
          *         flops_per_token: of generating one token with an empty context; two for every weight that
          *             multiplies it.
-         *         bytes_per_token: weights that have to be read for it, in the type they are held in.
+         *         bytes_per_token: of the matrices that are read for a token of the text, in the formats
+         *             they are held in; the mean.
          *         milliseconds_per_token: median over the text's first tokens, measured now, one token at a
          *             time.
          *         next_tokens: what it says comes after the text, likeliest first.
@@ -1082,6 +1083,8 @@ export interface components {
             num_experts_per_tok: number;
             /** N Routed Experts */
             n_routed_experts: number;
+            /** Num Hidden Layers */
+            num_hidden_layers: number;
             /** Vocab Size */
             vocab_size: number;
             /** Context */

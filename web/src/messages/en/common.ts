@@ -33,4 +33,5 @@ export default {
   reset: 'Start over',
   skip: 'Skip to the text',
   chips: 'Below each token: its leading expert in layer {layer}.',
+  save: 'Save this picture: {title}',
 };

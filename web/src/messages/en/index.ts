@@ -1,5 +1,12 @@
 import common from './common';
 import control from './control';
+import language from './language';
+import steps from './steps';
+import fine from './fine';
+import relu from './relu';
+import context from './context';
+import reasoning from './reasoning';
+import service from './service';
 import errors from './errors';
 import hero from './hero';
 import summary from './summary';
@@ -20,6 +27,13 @@ import training from './training';
 export const en = {
   common,
   control,
+  language,
+  steps,
+  fine,
+  relu,
+  context,
+  reasoning,
+  service,
   errors,
   hero,
   summary,

@@ -35,5 +35,6 @@ const zh: typeof en = {
   reset: '从头再来',
   skip: '直达正文',
   chips: '词元下面是第 {layer} 层的首选专家。',
+  save: '保存这张图：{title}',
 };
 export default zh;

@@ -1,0 +1,8 @@
+export default {
+  title: 'How long a text fits?',
+  sentence: 'Every token leaves numbers behind in a cache, for later ones to look back at. Latent attention leaves few.',
+  tokens: 'Length of the text',
+  window: '(context: {n} tokens)',
+  full: 'Plain attention',
+  note: 'Counted over all layers at two bytes a number. Experts change nothing here; the kind of attention does.',
+};

@@ -1,0 +1,16 @@
+export default {
+  title: 'How does text come out, step by step?',
+  sentence: 'Autoregressive inference in five steps, here for the selected token.',
+  encode: 'Encode',
+  encodeWhat: 'Text becomes token numbers, and each number a vector.',
+  layers: 'Layers',
+  layersWhat: 'All {n} layers in turn: look back, ask experts, add.',
+  layersLive: '{n} layers, {share} of all weights',
+  predict: 'Predict',
+  predictWhat: 'A linear map gives every token of the vocabulary a score, and softmax turns scores into probabilities.',
+  pick: 'Pick',
+  pickGreedy: 'Greedy: always the likeliest one.',
+  pickDrawn: 'Sampling: drawn by chance, after temperature and filters.',
+  repeat: 'Repeat',
+  repeatWhat: 'Until the end token comes or the limit is reached ({max} tokens at most).',
+};
