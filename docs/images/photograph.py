@@ -20,9 +20,10 @@ TEXTS = {
     "en": "It is a truth universally acknowledged, that a single man",
 }
 STATIONS = [
-    *("prompt", "flow", "tokens", "attention", "router", "experts", "merge"),
-    *("next", "balance", "dense", "thinking", "training", "whatif"),
+    *("prompt", "flow", "tokens", "attention", "router", "experts", "merge", "next"),
+    *("balance", "dense", "relu", "fine", "thinking", "reasoning", "training", "summary", "whatif"),
 ]
+FIRST_SCREENS = {"1280": (1280, 900), "390": (390, 844)}
 LOOKED_AT = 8
 """The token that is selected."""
 
@@ -41,12 +42,19 @@ def main() -> None:
                 executable_path=shutil.which("chromium"), args=["--no-sandbox"]
             )
             for language, text in TEXTS.items():
+                for name, (width, height) in FIRST_SCREENS.items():
+                    page = browser.new_page(viewport={"width": width, "height": height})
+                    page.goto(f"http://127.0.0.1:{port}/?lang={language}")
+                    page.get_by_test_id("hero-lead").wait_for()
+                    page.wait_for_timeout(2500)
+                    save(page.screenshot(), HERE / f"{language}.first.{name}.png")
+                    page.close()
                 page = browser.new_page(viewport={"width": 1120, "height": 1600})
                 page.goto(f"http://127.0.0.1:{port}/?lang={language}")
                 explore(page, text)
                 for station in STATIONS:
                     if station == "whatif":  # last, because it changes all others
-                        switch_off(page, experts=3)
+                        switch_off(page, "arithmetic")
                     photograph(page, station, HERE / f"{language}.{station}.png")
             browser.close()
     finally:
@@ -63,18 +71,19 @@ def explore(page: Page, text: str) -> None:
     page.get_by_test_id("token").nth(LOOKED_AT).click()
     page.get_by_test_id("think").click()
     page.get_by_test_id("dense-moe").click()
+    page.get_by_test_id("with-and-without").click()
     page.locator("[aria-busy=false] .answer strong").wait_for()
     page.get_by_test_id("dense-moe").and_(page.locator(":enabled")).wait_for()
+    page.locator("[data-testid=reasoning-results][aria-busy=false][data-thought]").wait_for()
     page.mouse.move(0, 0)  # a hovered part looks otherwise
     # The bar of tokens stays in sight on the page and would stand before the pictures.
-    page.add_style_tag(content=".bar { position: static !important }")
+    page.add_style_tag(content="div.bar { position: static !important }")
 
 
-def switch_off(page: Page, experts: int) -> None:
-    """Switch off the busiest experts, one by one, and wait for both continuations."""
-    for _ in range(experts):
-        page.get_by_test_id("offer").first.click()
-        page.wait_for_timeout(500)
+def switch_off(page: Page, domain: str) -> None:
+    """Switch off all experts of a domain, and wait for what is written with and without them."""
+    page.get_by_test_id(f"off-{domain}").click()
+    page.locator("[data-testid=proof][aria-busy=false][data-after]").wait_for()
     page.get_by_test_id("whatif-verdict").wait_for()
     page.mouse.move(0, 0)
 
@@ -84,9 +93,13 @@ def photograph(page: Page, station: str, target: Path) -> None:
     section = page.get_by_test_id(f"station-{station}")
     section.scroll_into_view_if_needed()
     page.wait_for_timeout(1500)  # what is asked for in sight has come, and bars stand still
-    picture = Image.open(io.BytesIO(section.screenshot())).convert("RGB")
+    save(section.screenshot(), target)
+
+
+def save(png: bytes, target: Path) -> None:
+    """Save a picture with few colours."""
     target.parent.mkdir(exist_ok=True)
-    picture.quantize(128).save(target, optimize=True)
+    Image.open(io.BytesIO(png)).convert("RGB").quantize(128).save(target, optimize=True)
 
 
 if __name__ == "__main__":

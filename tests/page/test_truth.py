@@ -47,7 +47,8 @@ def test_the_chosen_are_the_highest_ends(open_page, engine: Model) -> None:
         assert chosen == set(router.topk_ids)
         offset = sum(router.bias) / len(router.bias)
         for expert, end in ends.items():
-            assert end == pytest.approx(router.scores[expert] + router.bias[expert] - offset)
+            whole = router.scores[expert] + router.bias[expert] - offset
+            assert end == pytest.approx(whole, abs=1e-6)
     sentence = page.get_by_test_id("station-router").locator("header p").inner_text()
     assert "bias" in sentence
 
@@ -121,7 +122,7 @@ def test_layers_count_as_people_do_and_chips_say_which(open_page, engine: Model)
     page = open_page("lang=en&layer=0")
     layers = engine.network.config.num_hidden_layers
     settle(page)
-    bar = page.locator(".bar").inner_text()
+    bar = page.locator("div.bar:has([data-testid=layer])").inner_text()
     assert f"1 / {layers}" in bar and "Layer 1 is dense" in bar and "layer 2" in bar
     page.get_by_test_id("layer").press("End")
     settle(page)

@@ -10,9 +10,11 @@ import typer
 from moescope.cli.sampling import (
     Backend,
     ExpertMemory,
+    FrequencyPenalty,
     MaxTokens,
     MinP,
     ModelName,
+    PresencePenalty,
     Quantize,
     RepetitionPenalty,
     Seed,
@@ -54,6 +56,8 @@ def chat(
     top_p: TopP = None,
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    presence_penalty: PresencePenalty = None,
     seed: Seed = None,
     stop: Stop = None,
     num_experts_per_tok: NumExpertsPerTok = None,
@@ -75,7 +79,18 @@ def chat(
     if as_json and message is None:
         raise typer.BadParameter("--json needs a MESSAGE")
 
-    sampling = given(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
+    sampling = given(
+        max_tokens,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        frequency_penalty,
+        presence_penalty,
+        seed,
+        stop,
+    )
     opened = steer(
         load(
             model,

@@ -8,9 +8,11 @@ import typer
 from moescope.cli.sampling import (
     Backend,
     ExpertMemory,
+    FrequencyPenalty,
     MaxTokens,
     MinP,
     ModelName,
+    PresencePenalty,
     Quantize,
     RepetitionPenalty,
     Seed,
@@ -45,6 +47,8 @@ def generate(
     top_p: TopP = None,
     min_p: MinP = None,
     repetition_penalty: RepetitionPenalty = None,
+    frequency_penalty: FrequencyPenalty = None,
+    presence_penalty: PresencePenalty = None,
     seed: Seed = None,
     stop: Stop = None,
     num_experts_per_tok: NumExpertsPerTok = None,
@@ -59,7 +63,18 @@ def generate(
     """Continue a text, token by token, and print what comes."""
     from moescope.api import load
 
-    sampling = given(max_tokens, temperature, top_k, top_p, min_p, repetition_penalty, seed, stop)
+    sampling = given(
+        max_tokens,
+        temperature,
+        top_k,
+        top_p,
+        min_p,
+        repetition_penalty,
+        frequency_penalty,
+        presence_penalty,
+        seed,
+        stop,
+    )
     opened = steer(
         load(
             model,

@@ -35,6 +35,13 @@ MinP = Annotated[float | None, typer.Option(help="Least likelihood, as a share o
 RepetitionPenalty = Annotated[
     float | None, typer.Option(help="Above 1, seen tokens come less often.")
 ]
+FrequencyPenalty = Annotated[
+    float | None,
+    typer.Option(help="Above 0, tokens that were made come less often, the more they were."),
+]
+PresencePenalty = Annotated[
+    float | None, typer.Option(help="Above 0, tokens that were made come less often.")
+]
 Seed = Annotated[int | None, typer.Option(help="The same seed draws the same text.")]
 Stop = Annotated[list[str] | None, typer.Option(help="Text that ends it; may be given again.")]
 
@@ -77,6 +84,8 @@ def given(
     top_p: float | None,
     min_p: float | None,
     repetition_penalty: float | None,
+    frequency_penalty: float | None,
+    presence_penalty: float | None,
     seed: int | None,
     stop: list[str] | None,
 ) -> dict[str, Any]:

@@ -33,7 +33,7 @@ COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5
 MARKERS = "osD^vPX"
 DASHES = ("-", "--", ":")
 WIDTH = 9.0  # inches
-MOST_NUMBERS = 96
+MOST_NUMBERS = 72
 """Experts whose numbers fit under a map."""
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
@@ -99,7 +99,7 @@ def expert_maps(
         )
         axis.set_yticks(range(len(domains)), domains, fontsize=7)
         numbers = [str(expert) for expert in order] if len(order) <= MOST_NUMBERS else []
-        axis.set_xticks(range(len(numbers)), numbers, fontsize=4, rotation=90)
+        axis.set_xticks(range(len(numbers)), numbers, fontsize=6, rotation=90)
         axis.set_title(words.layer.format(layer=layer), fontsize=8, loc="left")
         axis.tick_params(length=0)
     axes[-1].set_xlabel(words.expert)
@@ -157,6 +157,8 @@ def intervals(
         axis.set_xlabel(label, fontsize=8)
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
+        if all(interval.low >= 0 for measured in drawn.values() for interval in measured):
+            axis.set_xlim(left=max(0.0, axis.get_xlim()[0]))  # room that means nothing
         if zero:
             axis.axvline(0, color="black", linewidth=0.8)
     if series > 1:

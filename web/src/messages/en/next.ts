@@ -24,4 +24,6 @@ export default {
   settled: 'What it would say if it stopped after each layer: from layer {layer} on, the first guess stays.',
   settledAtOnce: 'What it would say if it stopped after each layer: the first guess never changes.',
   lensCell: 'Layer {layer}: {text}, {probability}',
+  frequency_penalty: 'Frequency penalty',
+  presence_penalty: 'Presence penalty',
 };

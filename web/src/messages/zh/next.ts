@@ -26,5 +26,7 @@ const zh: typeof en = {
   settled: '假如在每一层后就停下，它会说什么：从第 {layer} 层起，首选不再变。',
   settledAtOnce: '假如在每一层后就停下，它会说什么：首选始终没变。',
   lensCell: '第 {layer} 层：{text}，{probability}',
+  frequency_penalty: '频率惩罚',
+  presence_penalty: '出现惩罚',
 };
 export default zh;
