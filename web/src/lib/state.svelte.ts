@@ -253,7 +253,7 @@ export class AppState {
   expertLabel(layer: number, expert: number): string | null {
     const tokens = this.card(layer, expert)?.tokens.slice(0, 3) ?? [];
     const name = this.expertName(layer, expert);
-    return name ?? (tokens.length > 0 ? tokens.map(shown).join(' ') : null);
+    return name ?? (tokens.length > 0 ? tokens.map((token) => shown(token).trim() || shown(token)).join(' ') : null);
   }
 
   /** The experts that spend most of their work on one kind of text. */
