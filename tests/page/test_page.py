@@ -192,7 +192,7 @@ def test_a_picture_is_saved_whole(open_page, language: str, tmp_path) -> None:
         words = re.sub(r"\s+", "", "".join(picture.itertext()))
         body = section.locator("[data-picture]" if station == "prompt" else ".picture")
         texts = body.locator(":is(h3, h4, p, dt, dd, li):not(.visually-hidden):not(:has(svg))")
-        for text in [section.locator("header p"), *texts.all()]:
+        for text in [section.locator("> header p"), *texts.all()]:
             assert re.sub(r"\s+", "", text.evaluate(WITHOUT_CONTROLS)) in words, station
     thought = "".join(ElementTree.fromstring(save(page, "thinking", tmp_path)).itertext())
     for part in ("<think>", "carry", "85"):
