@@ -29,15 +29,15 @@ from moescope.scope.history import history_of
 from moescope.scope.texts import labelled_text
 from moescope.text.split import TrainedText
 from moescope.text.tokenizer import Tokenizer
-from moescope.training import objective, rescue, state
+from moescope.training import objective, pretraining, rescue, state
 from moescope.training import trainer as trainer_module
-from moescope.training.batches import PackedBatches
 from moescope.training.config import TrainConfig
 from moescope.training.data import ShardIndex
+from moescope.training.kinds import make_kind
 from moescope.training.metrics import MetricsLog
 from moescope.training.objective import BalanceRecorder, compute_losses
 from moescope.training.state import saved_steps
-from moescope.training.text import prepare_text, with_special_ids
+from moescope.training.text import with_special_ids
 from moescope.training.trainer import Trainer, train
 from moescope.training.watch import Watch
 
@@ -73,9 +73,9 @@ def trainer(tmp_path: Path, config):
 
     def make(out: str = "out", **changes: dict[str, Any]) -> Trainer:
         made = config(**changes)
-        text = prepare_text(made.data, made.model, tmp_path / out, lambda _: None)
-        model = with_special_ids(made.model, text.tokenizer)
-        return Trainer(made.model_copy(update={"model": model}), tmp_path / out, text)
+        kind = make_kind(made, tmp_path / out, lambda _: None)
+        model = with_special_ids(made.model, kind.tokenizer)
+        return Trainer(made.model_copy(update={"model": model}), tmp_path / out, kind)
 
     return make
 
@@ -327,11 +327,11 @@ def test_a_batch_without_a_finite_gradient_is_skipped(
         found = losses(*arguments)
         return replace(found, total=found.total * math.nan)
 
-    monkeypatch.setattr(trainer_module, "compute_losses", broken)
+    monkeypatch.setattr(pretraining, "compute_losses", broken)
     row = made.train_step()
     assert row["loss"] is None and "nan" in row["problem"]
     assert all(torch.equal(before[n], m) for n, m in made.optimizer.masters.items())
-    monkeypatch.setattr(trainer_module, "compute_losses", losses)
+    monkeypatch.setattr(pretraining, "compute_losses", losses)
     assert made.train_step()["loss"] > 0
     assert made.step == 3
     assert all(bool(master.isfinite().all()) for master in made.optimizer.masters.values())
@@ -675,13 +675,9 @@ class Kept(Recorder):
 
 def next_ids(trainer: Trainer) -> Tensor:
     """Return the ids that the trainer's first step will see."""
-    training, data = trainer.config.training, trainer.config.data
-    return PackedBatches(
-        trainer.text.train,
-        batch_size=training.batch_size,
-        sequence_length=data.sequence_length,
-        seed=training.seed,
-    ).next()[0]
+    kind = make_kind(trainer.config, trainer.out, lambda _: None)
+    (parts,) = kind.updates(trainer.model, 0)
+    return torch.cat([part.ids for part in parts])
 
 
 def test_the_bias_moves_against_the_load_of_the_step(trainer) -> None:

@@ -31,6 +31,10 @@ def train(
     tokenizer: Annotated[
         Path | None, typer.Option(help="Folder of a tokenizer; learned from the text if left out.")
     ] = None,
+    start_from: Annotated[
+        str | None,
+        typer.Option(help='Folder of a model whose weights the training starts from, or "tiny".'),
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Optimizer steps in all.")] = None,
     checkpoint_every: Annotated[
         int | None, typer.Option(help="Steps between checkpoints; 0 for none.")
@@ -68,6 +72,7 @@ def train(
     settings = TrainConfig.from_file(
         config,
         {
+            "start": {"model": start_from},
             "data": {"source": data, "tokenizer": tokenizer},
             "training": {"steps": steps, "seed": seed},
             "checkpoints": {"every": checkpoint_every},

@@ -247,8 +247,8 @@ def run_task(task: Task) -> bool:
     trainer, summary = trained
     config = task.config
     assert config.data.source is not None
-    text = labelled_text(config.data.source, OBSERVED_BYTES, [trainer.text.remembered])
-    choices = observe(trainer.model, trainer.text.tokenizer, text.documents)
+    text = labelled_text(config.data.source, OBSERVED_BYTES, [trainer.kind.remembered])
+    choices = observe(trainer.model, trainer.kind.tokenizer, text.documents)
     information, _ = jackknife([block_counts(choices, d) for d in range(len(choices.domains))])
     shares = [
         explained_by_token(choices.token_ids, choices.document, topk_ids)

@@ -13,8 +13,8 @@ import torch
 from rich.console import Console
 
 from moescope.training.config import TrainConfig
+from moescope.training.kinds import make_kind
 from moescope.training.state import saved_steps
-from moescope.training.text import prepare_text
 from moescope.training.trainer import Trainer
 
 SECONDS_BETWEEN_LOOKS = 1.0
@@ -72,9 +72,10 @@ def train_quietly(training: Training) -> tuple[Trainer, dict[str, Any]] | None:
     """
     torch.set_num_threads(1)
     config = training.config
-    text = prepare_text(config.data, config.model, training.shared_folder, lambda _: None)
-    trainer = Trainer(config, training.folder, text)
-    if saved_steps(training.folder / "checkpoints"):
+    kind = make_kind(config, training.shared_folder, lambda _: None)
+    begun = bool(saved_steps(training.folder / "checkpoints"))
+    trainer = Trainer(config, training.folder, kind, begins=not begun)
+    if begun:
         trainer.resume()
     with Path(os.devnull).open("w", encoding="utf-8") as nowhere:
         summary = trainer.run(Console(file=nowhere))

@@ -81,6 +81,10 @@ class PackedBatches:
             },
         }
 
+    def fits(self, state: dict[str, Any]) -> bool:
+        """Whether a saved position belongs to this text, in this order."""
+        return state["data"] == self._index.fingerprint and state["seed"] == self._seed
+
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved position.
 

@@ -13,10 +13,26 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from moescope.config import ModelConfig, one_sentence
 from moescope.errors import UserError
 from moescope.families import read_config
+from moescope.training.start import start_config
 
 
 class Table(BaseModel):
     model_config = ConfigDict(frozen=True, extra="forbid")
+
+
+class StartConfig(Table):
+    """`[start]`: the weights that the training starts from; drawn by the seed if left out.
+
+    Attributes:
+        model: folder or GGUF file of a model, or the name of one in the box; it brings its
+            tokenizer, and its sizes where the table `model` is left out. Optimizer and schedule
+            are new.
+        keep_reading: whether to read the text from where that model's training had come to;
+            with other text, or where that is not known, from the beginning.
+    """
+
+    model: str | None = None
+    keep_reading: bool = True
 
 
 class DataConfig(Table):
@@ -129,15 +145,65 @@ class CheckpointsConfig(Table):
     keep: int = Field(default=2, gt=0)
 
 
-class TrainConfig(Table):
-    """A whole training."""
+class RlConfig(Table):
+    """`[rl]`: reinforcement on answers that a program can check (`kind = "rl"`).
 
+    A step reads `batch_size` answers, `group_size` to each problem.
+
+    Attributes:
+        tasks: Python files that set problems: `sample(rng)` returns a
+            `moescope.training.rl.tasks.Problem`. They are run.
+        group_size: answers to a problem, which are held against each other.
+        max_tokens: of an answer.
+        normalisation: `grpo` (DeepSeekMath, eq. 3: rewards over their spread, the mean of each
+            answer's tokens), `dr_grpo` (Liu et al. 2025: rewards less their mean, sums over
+            `max_tokens`), `gspo` (Zheng et al. 2025, eq. 5-7: one ratio an answer).
+        clip_low: by how much a ratio may fall below one.
+        clip_high: by how much it may rise above one.
+        kl: weight of the divergence from the model started from; 0 leaves it out.
+        epochs: moves of the weights by the same answers.
+        sampler: what the answers are drawn with: `int8` (the native kernels, packed anew each
+            step) or `live` (the network in training).
+        replay: whether the training pass takes the experts that the sampler chose (R3, Ma et al.
+            2025).
+        asked: held-out problems an evaluation asks, the same ones each time.
+    """
+
+    tasks: list[Path] = []
+    group_size: int = Field(default=8, gt=1)
+    max_tokens: int = Field(default=128, gt=0)
+    normalisation: Literal["grpo", "dr_grpo", "gspo"] = "grpo"
+    clip_low: float = Field(default=0.2, gt=0, le=1)
+    clip_high: float = Field(default=0.2, gt=0)
+    kl: float = Field(default=0.0, ge=0)
+    epochs: int = Field(default=1, gt=0)
+    sampler: Literal["int8", "live"] = "int8"
+    replay: bool = True
+    asked: int = Field(default=64, gt=0)
+
+
+class TrainConfig(Table):
+    """A whole training.
+
+    Attributes:
+        kind: `pretrain` (all of a text), `sft` (the answers in chats) or `rl` (answers of its
+            own, rewarded by a program); the last two start from a model.
+    """
+
+    kind: Literal["pretrain", "sft", "rl"] = "pretrain"
     model: ModelConfig
+    start: StartConfig = StartConfig()
     data: DataConfig = DataConfig()
     training: TrainingConfig
     balance: BalanceConfig = BalanceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+    rl: RlConfig = RlConfig()
+
+    def required_start(self) -> str:
+        """Return the model to start from; `check` has made sure that there is one."""
+        assert self.start.model is not None
+        return self.start.model
 
     @classmethod
     def from_file(cls, path: Path, overrides: dict[str, dict[str, Any]]) -> "TrainConfig":
@@ -156,12 +222,11 @@ class TrainConfig(Table):
             given = {name: value for name, value in fields.items() if value is not None}
             if given:
                 tables[table] = {**tables.get(table, {}), **given}
+        kind = tables.pop("kind", "pretrain")
         _refuse_unknown(tables, path)
-        if "model" not in tables:
-            raise UserError(f"{path} lacks the table [model], which gives the network's sizes")
         try:
-            model = read_config(tables["model"], f"{path}, [model]")
-            config = cls.model_validate({**tables, "model": model})
+            model = _model_of(tables, path)
+            config = cls.model_validate({**tables, "kind": kind, "model": model})
         except ValidationError as error:
             raise UserError(f"{path}: {one_sentence(error)}") from error
         config.check(path)
@@ -185,6 +250,18 @@ class TrainConfig(Table):
                 f"{path}: sequence_length {self.data.sequence_length} exceeds "
                 f"max_position_embeddings {model.max_position_embeddings}"
             )
+        if self.kind != "pretrain" and self.start.model is None:
+            raise UserError(
+                f'{path}: kind = "{self.kind}" goes on from a model; name one as `model` in '
+                "[start], or with --start-from"
+            )
+        if self.kind == "rl" and not self.rl.tasks:
+            raise UserError(f"{path}: [rl] names no tasks; give `tasks`, a list of Python files")
+        if self.kind == "rl" and training.batch_size % self.rl.group_size:
+            raise UserError(
+                f"{path}: batch_size {training.batch_size} is no multiple of group_size "
+                f"{self.rl.group_size}"
+            )
         experts = model.n_routed_experts
         if experts is not None and experts % self.balance.device_groups:
             raise UserError(
@@ -193,13 +270,27 @@ class TrainConfig(Table):
             )
 
 
+def _model_of(tables: dict[str, Any], path: Path) -> ModelConfig:
+    if "model" in tables:
+        return read_config(tables["model"], f"{path}, [model]")
+    start = StartConfig.model_validate(tables.get("start", {}))
+    if start.model is None:
+        raise UserError(
+            f"{path} lacks the table [model], which gives the network's sizes; or name a model to "
+            "start from as `model` in [start]"
+        )
+    return start_config(start.model)
+
+
 FIELDS: dict[str, set[str]] = {
     "model": {*ModelConfig.model_fields, "rope_parameters"},
+    "start": set(StartConfig.model_fields),
     "data": set(DataConfig.model_fields),
     "training": set(TrainingConfig.model_fields),
     "balance": set(BalanceConfig.model_fields),
     "evaluation": set(EvaluationConfig.model_fields),
     "checkpoints": set(CheckpointsConfig.model_fields),
+    "rl": set(RlConfig.model_fields),
 }
 """What each table may hold; a model's rotary settings may come as `transformers` writes them."""
 

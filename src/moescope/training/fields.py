@@ -14,23 +14,32 @@ from moescope.training.config import (
     CheckpointsConfig,
     DataConfig,
     EvaluationConfig,
+    RlConfig,
+    StartConfig,
+    TrainConfig,
     TrainingConfig,
 )
 
 TABLES: dict[str, type[BaseModel]] = {
+    "start": StartConfig,
     "data": DataConfig,
     "training": TrainingConfig,
     "balance": BalanceConfig,
     "evaluation": EvaluationConfig,
     "checkpoints": CheckpointsConfig,
+    "rl": RlConfig,
     "model": ModelConfig,
 }
 WIDTH = 100
 
 
 def describe_fields() -> str:
-    """Return every table with its fields: name, type, value if left out, meaning."""
-    return "\n\n".join(_table(name, table) for name, table in TABLES.items()) + "\n"
+    """Return the kinds and every table with its fields: name, type, value if left out, meaning."""
+    kind = TrainConfig.model_fields["kind"]
+    head = f"kind = {_type(kind.annotation)}, {_default(kind)}"
+    before = [head, *_wrapped(_told(TrainConfig.__doc__ or "")["kind"]), ""]
+    tables = "\n\n".join(_table(name, table) for name, table in TABLES.items())
+    return "\n".join([*before, tables]) + "\n"
 
 
 def _table(name: str, table: type[BaseModel]) -> str:

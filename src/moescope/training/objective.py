@@ -1,7 +1,7 @@
 """What a training minimises: next-token loss, further tokens' loss, and terms that keep balance."""
 
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -35,14 +35,21 @@ class Losses:
 class LoadRecorder(Recorder):
     """Counts the tokens that each expert of each layer receives.
 
+    Args:
+        read: `(rows, seq)` bool, which tokens count; None where all do.
+
     Attributes:
         counts: layer index -> `(experts,)` int64.
     """
 
-    def __init__(self) -> None:
+    def __init__(self, read: Tensor | None = None) -> None:
         self.counts: dict[int, Tensor] = {}
+        self._read = read
 
     def routing(self, layer_idx: int, routing: Routing) -> None:
+        if self._read is not None:
+            kept = routing.topk_ids[self._read.flatten()]
+            routing = replace(routing, topk_ids=kept)
         counts = routing.expert_counts
         self.counts[layer_idx] = self.counts.get(layer_idx, torch.zeros_like(counts)) + counts
 
@@ -60,6 +67,7 @@ class BalanceRecorder(LoadRecorder):
         l1_weight: of ReMoE's term.
         whole: layer index -> `(experts,)` tokens that each expert receives on average in a micro
             batch of the step, where losses count over the whole step; None if this is all of it.
+        read: as for `LoadRecorder`; losses count every token all the same.
 
     Attributes:
         loss: the sum, zero-dimensional.
@@ -74,8 +82,9 @@ class BalanceRecorder(LoadRecorder):
         rows: int,
         l1_weight: float,
         whole: Mapping[int, Tensor] | None = None,
+        read: Tensor | None = None,
     ) -> None:
-        super().__init__()
+        super().__init__(read)
         self._whole = whole or {}
         self._experts_choose = config.topk_method == "expert_choice"
         self.lowest: dict[int, Tensor] = {}

@@ -24,13 +24,16 @@ class StepLoad:
             batches (expert choice only).
     """
 
-    def __init__(self, config: ModelConfig, rows: int, sequence_length: int) -> None:
-        self._config, self._rows, self._sequence_length = config, rows, sequence_length
+    def __init__(self, config: ModelConfig) -> None:
+        self._config = config
+        self._rows = self._tokens = 0
         self.counts: dict[int, Tensor] = {}
         self.lowest: dict[int, Tensor] = {}
 
-    def add(self, recorder: BalanceRecorder, share: float) -> None:
-        """Add a micro batch, which is `share` of the step."""
+    def add(self, recorder: BalanceRecorder, share: float, *, rows: int, tokens: int) -> None:
+        """Add a micro batch of so many rows and tokens, which is `share` of the step."""
+        self._rows += rows
+        self._tokens += tokens
         for layer, received in recorder.counts.items():
             self.counts[layer] = self.counts.get(layer, 0) + received
         for layer, scores in recorder.lowest.items():
@@ -54,7 +57,7 @@ class StepLoad:
     def experts_per_token(self, layer: int) -> float:
         """The mean over the tokens that a layer saw; a depth of MTP sees fewer of each row."""
         ahead = max(0, layer - self._config.num_hidden_layers + 1)
-        return int(self.counts[layer].sum()) / (self._rows * (self._sequence_length - ahead))
+        return int(self.counts[layer].sum()) / (self._tokens - self._rows * ahead)
 
     def row(self, *, with_loads: bool) -> dict[str, Any]:
         """Return what is logged, by layer: MaxVio, experts a token, each expert's share of it."""

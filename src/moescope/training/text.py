@@ -11,6 +11,7 @@ from moescope.text.split import Fingerprint, TrainedDomain, TrainedText
 from moescope.text.tokenizer import Tokenizer
 from moescope.training.config import DataConfig
 from moescope.training.data import Progress, ShardIndex, build_shards
+from moescope.training.start import locate_start
 from moescope.training.vocabulary import learn_vocabulary
 
 SECONDS_BETWEEN_MESSAGES = 10.0
@@ -40,17 +41,28 @@ class TrainingText:
 
 
 def prepare_text(
-    data: DataConfig, model: ModelConfig, out: Path, say: Callable[[str], None]
+    data: DataConfig,
+    model: ModelConfig,
+    out: Path,
+    say: Callable[[str], None],
+    *,
+    start: str | None = None,
 ) -> TrainingText:
     """Open what `data` names; token files go to `out/shards`, a new tokenizer to `out/tokenizer`.
 
+    A training that starts from a model's weights reads with that model's tokenizer.
+
     Raises:
         UserError: no text is named or found, a token file is corrupt, the text is too little for
-            a tokenizer of `vocab_size`, or the tokenizer has more tokens than the model.
+            a tokenizer of `vocab_size`, the tokenizer has more tokens than the model, or it is
+            not that of the model started from.
     """
     if data.source is None:
         raise UserError("the config names no text; give --data FOLDER or `source` in [data]")
-    tokenizer = _open_tokenizer(data, data.source, model.vocab_size, out / "tokenizer", say)
+    if start is not None:
+        tokenizer = _tokenizer_of_start(data.tokenizer, locate_start(start))
+    else:
+        tokenizer = _open_tokenizer(data, data.source, model.vocab_size, out / "tokenizer", say)
     if tokenizer.vocab_size > model.vocab_size:
         raise UserError(
             f"the tokenizer has {tokenizer.vocab_size} tokens but the model's vocab_size is "
@@ -81,6 +93,16 @@ def with_special_ids(model: ModelConfig, tokenizer: Tokenizer) -> ModelConfig:
                 f"{field} is {given} in [model] but {token_id} in the tokenizer; leave it out"
             )
     return model.model_copy(update={f: i for f, i in ids.items() if getattr(model, f) is None})
+
+
+def _tokenizer_of_start(named: Path | None, start: Path) -> Tokenizer:
+    tokenizer = Tokenizer.load(start)
+    if named is not None and Tokenizer.load(named).hash != tokenizer.hash:
+        raise UserError(
+            f"the tokenizer {named} is not that of {start}, whose weights [start] takes and which "
+            "know no other; leave --tokenizer out"
+        )
+    return tokenizer
 
 
 def _open_tokenizer(

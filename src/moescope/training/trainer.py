@@ -3,7 +3,7 @@
 import json
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -20,21 +20,22 @@ from moescope.machine import measure_gemm_peak
 from moescope.model.balancing import AdaptiveL1
 from moescope.model.decoder import CausalLM, initialise
 from moescope.training.allocator import keep_freed_memory
-from moescope.training.batches import PackedBatches
 from moescope.training.config import TrainConfig
-from moescope.training.evaluation import evaluate
 from moescope.training.interruption import Interruption
+from moescope.training.kind import Kind, Part
+from moescope.training.kinds import make_kind
 from moescope.training.metrics import (
     MetricsLog,
     TrainingDisplay,
     flops_per_token,
     print_line,
-    rows_up_to,
 )
-from moescope.training.objective import BalanceRecorder, compute_losses, count_choices
+from moescope.training.objective import BalanceRecorder, count_choices
 from moescope.training.optimizer import Optimizer
+from moescope.training.pretraining import times
 from moescope.training.rescue import lacking_room, save_somewhere
 from moescope.training.schedule import warmup_stable_decay
+from moescope.training.start import READING, load_start, reading_of
 from moescope.training.state import (
     checkpoint_path,
     prune_checkpoints,
@@ -44,7 +45,7 @@ from moescope.training.state import (
     saved_steps,
 )
 from moescope.training.step_load import StepLoad
-from moescope.training.text import TrainingText, prepare_text, with_special_ids
+from moescope.training.text import with_special_ids
 from moescope.training.watch import MAX_SKIPPED, Watch, way_back
 
 LOAD_EVERY = 10
@@ -116,9 +117,10 @@ def train(
             f"{out} already holds a model, and no checkpoint to continue it from; choose another "
             "folder"
         )
-    text = prepare_text(config.data, config.model, out, lambda line: print_line(console, line))
-    model = with_special_ids(config.model, text.tokenizer)
-    trainer = Trainer(config.model_copy(update={"model": model}), out, text)
+    kind = make_kind(config, out, lambda line: print_line(console, line))
+    model = with_special_ids(config.model, kind.tokenizer)
+    config = config.model_copy(update={"model": model})
+    trainer = Trainer(config, out, kind, begins=not steps)
     if steps:
         for note in trainer.resume(from_step):
             print_line(console, note)
@@ -132,39 +134,48 @@ def train(
 class Trainer:
     """A network in training and everything that moves with it from step to step."""
 
-    def __init__(self, config: TrainConfig, out: Path, text: TrainingText) -> None:
+    def __init__(
+        self,
+        config: TrainConfig,
+        out: Path,
+        kind: Kind[Any],
+        *,
+        begins: bool = True,
+    ) -> None:
+        """With `begins`, the weights are drawn, or taken from `[start]`; else `resume` follows."""
         training = config.training
         keep_freed_memory()
         if training.fuse:
             kernels.enable_fusion()
         torch.manual_seed(training.seed)
-        self.config, self.out, self.text = config, out, text
-        self.device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        self.config, self.out, self.kind, self.device = config, out, kind, kind.device
         length = config.data.sequence_length
         self.model = CausalLM(config.model.model_copy(update={"trained_length": length}))
-        initialise(self.model, training.seed)
+        if config.start.model is None:
+            initialise(self.model, training.seed)
+        elif begins:
+            load_start(self.model, config.start.model)
         self.model.to(self.device)
         self.optimizer = Optimizer(
             self.model, training.optimizer, weight_decay=training.weight_decay
         )
         if training.dtype == "bfloat16":
             _round_parameters(self.model, torch.bfloat16)
-        self.batches = PackedBatches(
-            text.train,
-            batch_size=training.batch_size,
-            sequence_length=config.data.sequence_length,
-            seed=training.seed,
-            domain_weights=config.data.domain_weights,
-        )
         self.l1 = AdaptiveL1(config.balance.l1_start, config.balance.l1_factor)
-        self.step = 0
+        self.step = self.tokens_before = 0
         self.seconds = 0.0
+        if config.start.model is not None and begins:
+            self._keep_reading(config.start.model)
         self.warmup_steps = round(training.warmup_fraction * training.steps)
         self.watch = Watch(config.model.vocab_size, self.warmup_steps)
 
-    @property
-    def tokens_per_step(self) -> int:
-        return self.config.training.batch_size * self.config.data.sequence_length
+    def _keep_reading(self, start: str) -> None:
+        """Go on where the training of the model started from had come to."""
+        reading = reading_of(start)
+        if reading is not None:
+            self.tokens_before = reading["tokens"]
+            if self.config.start.keep_reading:
+                self.kind.keep_reading(reading["position"])
 
     # --- the loop ---------------------------------------------------------------------------------
 
@@ -194,16 +205,18 @@ class Trainer:
     ) -> dict[str, Any] | None:
         steps, every = self.config.training.steps, self.config.evaluation.every
         while self.step < steps:
+            before = self.kind.tokens
             row = self._logged_step()
+            read = self.kind.tokens - before
             if (problem := row.pop("problem", None)) is not None:
                 display.say(f"step {self.step} is skipped, no weight was moved: {problem}")
             if every and (self.step % every == 0 or self.step == steps):
                 row |= self.evaluate(display.say)
-                display.say(_sentence(row))
+                display.say(f"step {self.step}: {self.kind.sentence(row)}")
             if (problem := log.write(row)) is not None:
                 display.say(problem)
             if row["loss"] is not None:
-                display.update(self.step, row["loss"], self.tokens_per_step, row["seconds"])
+                display.update(self.step, row["loss"], read, row["seconds"])
             if (news := self.watch.news()) is not None:
                 display.say(f"{news}; {self._way_back()}")
             if interruption.requested and self.step < steps:
@@ -215,17 +228,20 @@ class Trainer:
             elif self._is_checkpoint_due():
                 self._try_to_save(display.say)
         summary = self._finish(display.say)
-        display.say(f"read: {_times(summary['epochs'])}")
+        if "epochs" in summary:
+            display.say(f"read: {times(summary['epochs'])}")
         if (verdict := self.watch.verdict()) is not None:
             display.say(f"this training failed: {verdict}; {self._way_back()}")
-        display.say(f"{_sentence(summary)}; the model is in {self.out}")
+        found = self.kind.sentence(summary)
+        display.say(f"step {self.step}: {found}; the model is in {self.out}")
         return summary
 
     def _notes(self, peak: float | None) -> list[str]:
         """What a user should know before the first step."""
         training, config = self.config.training, self.config.model
-        planned = _times(self.batches.planned_epochs(training.steps))
-        notes = [f"{training.steps:,} steps read {planned}"]
+        notes = self.kind.notes(training.steps)
+        if self.config.start.model is not None:
+            notes.append(f"starting from the weights of {self.config.start.model}")
         if config.topk_method in ("expert_choice", "sinkhorn"):
             tokens = training.rows_at_a_time * self.config.data.sequence_length
             notes.append(
@@ -275,8 +291,7 @@ class Trainer:
         row = self.train_step()
         seconds = time.perf_counter() - start
         self.seconds += seconds
-        tokens = self.step * self.tokens_per_step
-        return {"step": self.step, **row, "tokens": tokens, "seconds": seconds}
+        return {"step": self.step, **row, "tokens": self.kind.tokens, "seconds": seconds}
 
     def _is_checkpoint_due(self) -> bool:
         every = self.config.checkpoints.every
@@ -288,7 +303,7 @@ class Trainer:
         )
 
     def _peak(self) -> float | None:
-        if self.device.type != "cpu":
+        if self.device.type != "cpu" or self.config.kind == "rl":  # which mostly draws answers
             return None
         return measure_gemm_peak(getattr(torch, self.config.training.dtype))
 
@@ -303,30 +318,44 @@ class Trainer:
         Raises:
             UserError: so many were skipped in a row that more of them would not help.
         """
+        row: dict[str, Any] = {"loss": 0.0, "learning_rate_factor": self._learning_rate_factor()}
+        for parts in self.kind.updates(self.model, self.step):
+            row = self._move(parts)
+            if "problem" in row:
+                break
+        self.step += 1
+        if "problem" in row:
+            self._count_skipped(row["problem"])
+            return row
+        self.watch.add(self.step, row["loss"])
+        return row | self.kind.row()
+
+    def _move(self, parts: Sequence[Part]) -> dict[str, Any]:
+        """Move the weights once; return what it showed, or the problem for which it was not."""
         config, training = self.config, self.config.training
-        ids, _ = self.batches.next()  # (batch, seq + 1)
-        parts = ids.to(self.device).split(training.rows_at_a_time)
         whole = None
         if self._counts_first:
             depths = self.model.mtp is not None and training.mtp_loss_weight > 0
-            whole = count_choices(self.model, parts, with_depths=depths)
-        load = StepLoad(config.model, training.batch_size, config.data.sequence_length)
+            whole = count_choices(self.model, [part.ids for part in parts], with_depths=depths)
+        load = StepLoad(config.model)
         sums = dict.fromkeys(("loss", "further_tokens_loss", "balance_loss"), 0.0)
         for part in parts:
             recorder = BalanceRecorder(
                 config.model,
                 config.balance,
-                rows=len(part),
+                rows=len(part.ids),
                 l1_weight=self.l1.weight,
                 whole=whole,
+                read=part.read,
             )
-            losses = compute_losses(self.model, part, recorder, training.mtp_loss_weight)
-            (losses.total / len(parts)).backward()
+            losses = self.kind.losses(self.model, part, recorder)
+            (losses.total * part.share).backward()
             self.optimizer.accumulate()
-            sums["loss"] += float(losses.next_token) / len(parts)
-            sums["further_tokens_loss"] += float(losses.further_tokens) / len(parts)
-            sums["balance_loss"] += float(losses.balance) / len(parts)
-            load.add(recorder, 1 / len(parts))
+            sums["loss"] += float(losses.next_token) * part.share
+            sums["further_tokens_loss"] += float(losses.further_tokens) * part.share
+            sums["balance_loss"] += float(losses.balance) * part.share
+            tokens = part.ids[:, 1:].numel() if part.read is None else int(part.read.sum())
+            load.add(recorder, part.share, rows=len(part.ids), tokens=tokens)
         factor = self._learning_rate_factor()
         try:
             norm = self.optimizer.step(
@@ -335,12 +364,11 @@ class Trainer:
                 training.clip,
             )
         except FloatingPointError as error:
-            return self._skip(f"{error} and the loss {sums['loss']}", factor)
+            problem = f"{error} and the loss {sums['loss']}"
+            return {"loss": None, "learning_rate_factor": factor, "problem": problem}
         load.move(self.model, self.l1, config.balance.bias_update_speed)
-        self.step += 1
-        self.watch.add(self.step, sums["loss"])
         row: dict[str, Any] = {**sums, "gradient_norm": norm, "learning_rate_factor": factor}
-        row |= load.row(with_loads=self.step % LOAD_EVERY == 0)
+        row |= load.row(with_loads=(self.step + 1) % LOAD_EVERY == 0)
         if config.model.topk_method == "relu":
             row["l1_weight"] = self.l1.weight
         return row
@@ -355,20 +383,18 @@ class Trainer:
             return False
         return bool(balance.expert_aux or balance.device_aux or config.model.topk_method == "relu")
 
-    def _skip(self, problem: str, factor: float) -> dict[str, Any]:
-        """Count a step whose gradient is not finite; return its row.
+    def _count_skipped(self, problem: str) -> None:
+        """Count a step whose gradient was not finite.
 
         Raises:
             UserError: it is the last of too many in a row.
         """
-        self.step += 1
         self.watch.skipped += 1
         if self.watch.skipped >= MAX_SKIPPED:
             raise UserError(
                 f"steps {self.step - MAX_SKIPPED + 1} to {self.step} went wrong: {problem}; "
                 f"{self._way_back()}"
             )
-        return {"loss": None, "learning_rate_factor": factor, "problem": problem}
 
     @property
     def _decay_start(self) -> int:
@@ -388,26 +414,8 @@ class Trainer:
     # --- what comes out ---------------------------------------------------------------------------
 
     def evaluate(self, say: Callable[[str], None]) -> dict[str, Any]:
-        """Measure on held-out text; keep the load per domain, layer and expert in two files.
-
-        `expert_load.json` holds the latest, `expert_load.jsonl` a line for each step.
-        """
-        result = evaluate(
-            self.model,
-            self.text.held_out,
-            batch_size=self.config.training.rows_at_a_time,
-            sequence_length=self.config.data.sequence_length,
-            max_tokens=self.config.evaluation.tokens,
-        )
-        load = {"step": self.step, "load": result.load}
-        line = json.dumps(load, ensure_ascii=False) + "\n"
-        series = self.out / "expert_load.jsonl"
-        try:
-            write_text(self.out / "expert_load.json", line)
-            write_text(series, "".join([*rows_up_to(series, self.step - 1), line]))
-        except UserError as error:
-            say(f"step {self.step}: {error}")
-        return {**result.to_row(), "epochs": self.batches.epochs()}
+        """Measure on what the training holds out."""
+        return self.kind.evaluate(self.model, self.out, self.step, say)
 
     def _finish(self, say: Callable[[str], None]) -> dict[str, Any]:
         """Write the finished model into `out`, as `transformers` reads it, with a summary.
@@ -417,7 +425,7 @@ class Trainer:
         """
         summary = {
             "step": self.step,
-            "tokens": self.step * self.tokens_per_step,
+            "tokens": self.kind.tokens,
             "seconds": self.seconds,
             **self.evaluate(say),
             "failed": self.watch.verdict(),
@@ -426,8 +434,14 @@ class Trainer:
 
         def save(folder: Path) -> None:
             save_weights(self.model, folder)
-            self.text.tokenizer.save(folder)
-            self.text.remembered.save(folder)
+            self.kind.tokenizer.save(folder)
+            if self.kind.remembered is not None:
+                self.kind.remembered.save(folder)
+            reading = {
+                "tokens": self.tokens_before + self.kind.tokens,
+                "position": self.kind.state_dict(),
+            }
+            write_text(folder / READING, json.dumps(reading) + "\n")
             text = json.dumps(summary, indent=2, ensure_ascii=False)
             write_text(folder / "training.json", text + "\n")
 
@@ -450,7 +464,9 @@ class Trainer:
             "warmup_steps": self.warmup_steps,
             "l1_weight": self.l1.weight,
             "threads": torch.get_num_threads(),
-            "batches": self.batches.state_dict(),
+            "tokens_before": self.tokens_before,
+            "tokens": self.kind.tokens,
+            "batches": self.kind.state_dict(),
             "config": _plain(self.config),
         }
         folder = self.out / "checkpoints"
@@ -480,8 +496,12 @@ class Trainer:
             for name, tensor in self._untrained_tensors().items():
                 tensor.copy_(tensors[name])
         torch.set_rng_state(tensors["rng"])
-        self.batches.load_state_dict(state["batches"])
+        self.kind.load_state_dict(state["batches"])
         self.step, self.seconds = state["step"], state["seconds"]
+        training = self.config.training  # older checkpoints do not say how much was read
+        per_step = training.batch_size * self.config.data.sequence_length
+        self.kind.tokens = state.get("tokens", self.step * per_step)
+        self.tokens_before = state.get("tokens_before", 0)
         self.warmup_steps, self.l1.weight = state["warmup_steps"], state["l1_weight"]
         self.watch = Watch(self.config.model.vocab_size, self.warmup_steps)
         threads = torch.get_num_threads()
@@ -522,6 +542,11 @@ class Trainer:
         """Refuse a config that differs where it may not; say where its rates differ."""
         notes: list[str] = []
         ours, theirs = _plain(self.config), _plain(TrainConfig.model_validate(saved))
+        if ours.pop("kind") != theirs.pop("kind"):
+            raise UserError(
+                f"{checkpoint} is of another kind of training than {self.config.kind!r}; start a "
+                "new training in another folder"
+            )
         for table, fields in ours.items():
             for field, now in fields.items():
                 name, before = f"{table}.{field}", theirs[table][field]
@@ -543,13 +568,3 @@ def _round_parameters(model: CausalLM, dtype: torch.dtype) -> None:
 
 def _plain(config: TrainConfig) -> dict[str, Any]:
     return config.model_dump(mode="json")
-
-
-def _times(epochs: dict[str, float]) -> str:
-    return ", ".join(f"{domain} {times:.2g} times" for domain, times in epochs.items())
-
-
-def _sentence(row: dict[str, Any]) -> str:
-    losses: dict[str, float] = row["held_out_loss"]
-    parts = ", ".join(f"{domain} {loss:.4f}" for domain, loss in losses.items())
-    return f"step {row['step']}: held-out loss {parts or 'unknown (no held-out text)'}"

@@ -1,0 +1,33 @@
+"""The kinds of training by name: pretraining, fine-tuning on chats, reinforcement on answers."""
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from moescope.text.split import TrainedText
+from moescope.text.tokenizer import Tokenizer
+from moescope.training.config import TrainConfig
+from moescope.training.kind import Kind
+from moescope.training.pretraining import Pretraining
+from moescope.training.rl.kind import Reinforcement
+from moescope.training.sft import FineTuning
+from moescope.training.start import locate_start
+from moescope.training.text import prepare_text
+
+
+def make_kind(config: TrainConfig, out: Path, say: Callable[[str], None]) -> Kind[Any]:
+    """Open what a training of the config's kind reads.
+
+    Raises:
+        UserError: as for the kind's own reader.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if config.kind == "pretrain":
+        text = prepare_text(config.data, config.model, out, say, start=config.start.model)
+        return Pretraining(config, text, device)
+    start = locate_start(config.required_start())
+    tokenizer, remembered = Tokenizer.load(start), TrainedText.load(start)
+    kind = FineTuning if config.kind == "sft" else Reinforcement
+    return kind(config, tokenizer, remembered, device)
