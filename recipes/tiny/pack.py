@@ -5,6 +5,7 @@ domain of the held-out text, and prints what rounding the weights costs in held-
 """
 
 import argparse
+import shutil
 from pathlib import Path
 
 import torch
@@ -20,6 +21,7 @@ from moescope.text.tokenizer import Tokenizer
 from moescope.training.config import TrainConfig
 from moescope.training.data import build_shards
 from moescope.training.evaluation import evaluate
+from moescope.training.start import READING
 
 
 def main() -> None:
@@ -35,6 +37,9 @@ def main() -> None:
     whole = load_model(arguments.moe_out, dtype=torch.float32)
     save_weights(whole, arguments.box, dtype=torch.int8)
     tokenizer.save(arguments.box)
+    reading = arguments.moe_out / READING
+    if reading.is_file():  # the next sitting starts from what is packed
+        shutil.copy(reading, arguments.box / READING)
     remembered = TrainedText.load(arguments.moe_out)
     if remembered is not None:
         remembered.save(arguments.box)

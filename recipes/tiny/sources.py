@@ -1,11 +1,13 @@
 """Turning unpacked packages into documents, one reader a source."""
 
+import html
 import json
 import random
 import re
 import struct
 import subprocess
 import sysconfig
+import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
 from itertools import pairwise
@@ -13,6 +15,7 @@ from pathlib import Path
 from typing import Any
 
 END = "<｜end▁of▁sentence｜>"
+PART = 4000  # characters of a long text's part
 
 
 # --- Chinese poetry and classics -------------------------------------------------------------
@@ -112,6 +115,30 @@ def _brs_text(data: bytes) -> str:
     return b"".join(parts).decode("ascii")
 
 
+def sword_chapters(package: Path, module: str) -> Iterator[str]:
+    """Yield the blocks of a SWORD module (a book of the Bible or more), cut into chapters' sizes.
+
+    A module is zlib-compressed blocks, found by (offset, size, size unpacked) in its `.bzs` file.
+    """
+    for testament in ("ot", "nt"):
+        folder = package / "usr/share/sword/modules" / module
+        blocks = (folder / f"{testament}.bzs").read_bytes()
+        data = (folder / f"{testament}.bzz").read_bytes()
+        for offset, size, _ in struct.iter_unpack("<III", blocks):
+            text = zlib.decompress(data[offset : offset + size]).decode("utf-8", "replace")
+            text = re.sub(r"<(?:/p|/q|lb|chapter|div)\b[^>]*>", "\n", text)
+            text = re.sub(r"<note\b.*?</note>|<title\b.*?</title>", " ", text, flags=re.DOTALL)
+            text = html.unescape(re.sub(r"<[^>]*>", "", text))
+            lines = [line for line in (" ".join(t.split()) for t in text.split("\n")) if line]
+            part: list[str] = []
+            for line in lines:
+                part.append(line)
+                if sum(map(len, part)) > PART:
+                    yield "\n".join(part)
+                    part = []
+            yield from _long_enough("\n".join(part), 300)
+
+
 def jane_austen(package: Path) -> Iterator[str]:
     """Yield one document a chapter of the six novels."""
     folder = package / "usr/lib/R/site-library/janeaustenr/data"
@@ -169,6 +196,45 @@ def webster_1913(package: Path) -> Iterator[str]:
             yield f"{word[1]}{', ' + kind[1].strip() if kind else ''}\n{body}"
 
 
+def devils_dictionary(package: Path) -> Iterator[str]:
+    """Yield Ambrose Bierce's definitions (1911), one document a headword."""
+    packed = (package / "usr/share/dictd/devil.dict.dz").read_bytes()
+    text = zlib.decompress(packed, wbits=31).decode("utf-8", "replace")
+    for entry in re.split(r"\n(?=[A-Z][A-Z' -]+, )", text)[1:]:
+        yield from _long_enough("\n".join(line.strip() for line in entry.splitlines()), 40)
+
+
+def wordnet(package: Path) -> Iterator[str]:
+    """Yield WordNet's entries, one document a word: its senses with their examples."""
+    senses: dict[tuple[str, str], list[str]] = {}
+    for kind in ("noun", "verb", "adj", "adv"):
+        lines = (package / f"usr/share/wordnet/data.{kind}").read_text("utf-8").splitlines()
+        for line in lines:
+            if line.startswith("  "):
+                continue  # the licence
+            fields, _, gloss = line.partition(" | ")
+            numbers = fields.split()
+            words = [
+                re.sub(r"\(\w+\)$", "", word).replace("_", " ")
+                for word in numbers[4 : 4 + 2 * int(numbers[3], 16) : 2]
+            ]
+            for word in words:
+                others = ", ".join(other for other in words if other != word)
+                meaning = gloss.strip() + (f" (also: {others})" if others else "")
+                senses.setdefault((word, kind), []).append(meaning)
+    for (word, kind), meanings in senses.items():
+        if len(meanings) == 1:
+            yield f"{word} ({kind}): {meanings[0]}"
+        else:
+            yield f"{word} ({kind})\n" + "\n".join(f"{n}. {m}" for n, m in enumerate(meanings, 1))
+
+
+def definition_as_chat(document: str) -> str:
+    """Return a dictionary's entry as the answer to a question for it."""
+    word, _, rest = document.partition(" (")
+    return f"<｜User｜>What does {word} mean?<｜Assistant｜>({rest}"
+
+
 def _outside_brackets(text: str) -> str:
     kept: list[str] = []
     depth = 0
@@ -189,6 +255,8 @@ LEFT_OUT = {
     *("site-packages", "dist-packages", "__pycache__"),
     *("encodings", "pydoc_data", "lib2to3", "turtledemo"),
 }
+NOT_IN_PACKAGES = {"test", "tests", "testing", "locale", "_generated", "conf", "_vendor"}
+LONGEST_SOURCE = 100_000  # characters; a longer one is a table
 
 
 def python_library() -> Iterator[str]:
@@ -204,6 +272,19 @@ def python_library() -> Iterator[str]:
             yield from _long_enough(path.read_text(encoding="utf-8"), 200)
         except UnicodeDecodeError:
             continue
+
+
+def python_packages(archives: Iterable[Path]) -> Iterator[str]:
+    """Yield the Python sources in wheels, one document a file, without tests and tables."""
+    for archive in archives:
+        with zipfile.ZipFile(archive) as wheel:
+            for name in sorted(wheel.namelist()):
+                parts = set(name.split("/")[:-1])
+                if not name.endswith(".py") or parts & NOT_IN_PACKAGES or "/test_" in name:
+                    continue
+                text = wheel.read(name).decode("utf-8", "replace")
+                if len(text) <= LONGEST_SOURCE and "\ufffd" not in text:
+                    yield from _long_enough(text, 300)
 
 
 def python_docs(package: Path) -> Iterator[str]:
@@ -251,8 +332,7 @@ def translation_documents(
     questions += [(False, gloss, "；".join(words[:3])) for gloss, words in english.items()]
     rng.shuffle(questions)
     while questions:
-        size = rng.randint(3, 10)
-        taken, questions = questions[-size:], questions[:-size]
+        taken = [questions.pop() for _ in range(min(rng.randint(3, 10), len(questions)))][::-1]
         as_chat = rng.random() < 0.25
         yield (END if as_chat else "\n\n").join(
             (_chat_pair if as_chat else _plain_pair)(*question) for question in taken

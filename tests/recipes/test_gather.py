@@ -7,6 +7,7 @@ import re
 import struct
 import sys
 import types
+import zipfile
 import zlib
 from pathlib import Path
 
@@ -17,8 +18,10 @@ from hypothesis import strategies as st
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "tiny"))
 
 import arithmetic
+import catalogues
 import documentation
 import gather
+import manuals
 import sources
 
 from moescope.catalog import catalog, count_parameters
@@ -207,7 +210,64 @@ def folders(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Path]:
         page = f"<p id='x1'>{shared}</p><p id='x2'>{other}</p><p>No id, no pair.</p>"
         name = f"libreoffice-help-{language.lower()}/{documentation.HELP.format(language)}/a.html"
         write(tmp_path, name, page.encode())
+    lexicon = "wordnet-base/usr/share/wordnet/data."
+    for kind in ("noun", "verb", "adj", "adv"):
+        senses = [f"0000{i} 03 n 02 hot_dog 0 snag{i} 1 000 | a sausage, no. {i}" for i in range(9)]
+        write(tmp_path, lexicon + kind, "\n".join(["  1 a licence", *senses]).encode())
+    devil = "".join(
+        f"WORD{chr(65 + i)}, n.  A meaning that is number {i} of many.\n" for i in range(9)
+    )
+    write(
+        tmp_path,
+        "dict-devil/usr/share/dictd/devil.dict.dz",
+        gzip.compress(b"preface\n\n" + devil.encode()),
+    )
+    for package, module in SWORD.items():
+        for testament in ("ot", "nt"):
+            verses = [
+                f"<w x='1'>In</w> the beginning, {testament} {i}.<note>a note</note><lb/>" * 20
+                for i in range(9)
+            ]
+            packed = [zlib.compress(verse.encode()) for verse in verses]
+            starts = [sum(map(len, packed[:i])) for i in range(len(packed))]
+            index = b"".join(
+                struct.pack("<III", start, len(block), 0)
+                for start, block in zip(starts, packed, strict=True)
+            )
+            at = f"{package}/usr/share/sword/modules/{module}/{testament}"
+            write(tmp_path, f"{at}.bzs", index)
+            write(tmp_path, f"{at}.bzz", b"".join(packed))
+    for package, pattern in catalogues.CATALOGUES.items():
+        name = f"{package}/{pattern.replace('*', 'a')}"
+        write(
+            tmp_path,
+            name,
+            catalogue({f"{package}\x04<b>Attack</b> {package}": f"攻击 {len(package)}号"}),
+        )
+    for manual in manuals.MANUALS:
+        words = "这是说明。" if manual.chinese else "These are words. "
+        text = f"<p>{words * 60}{manual.package}</p>"
+        place = manual.pages.replace("**/", "").replace("*", "page")
+        content = f"<page>{text}</page>" if place.endswith(".page") else text
+        data = content.encode()
+        name = f"{manual.package}/{place}"
+        write(tmp_path, name, gzip.compress(data) if place.endswith(".gz") else data)
     return {folder.name: folder for folder in tmp_path.iterdir()}
+
+
+SWORD = {"sword-text-web": "texts/ztext/engWEB2015eb", "sword-comm-mhcc": "comments/zcom/mhcc"}
+
+
+def catalogue(messages: dict[str, str]) -> bytes:
+    """Return a compiled message catalogue (`.mo`)."""
+    pairs = [("", "Content-Type: text/plain; charset=UTF-8\n"), *sorted(messages.items())]
+    texts = [text.encode() for column in zip(*pairs, strict=True) for text in column]
+    position, table = 28 + 16 * len(pairs), b""
+    for text in texts:
+        table += struct.pack("<II", len(text), position)
+        position += len(text) + 1
+    header = struct.pack("<7I", 0x950412DE, 0, len(pairs), 28, 28 + 8 * len(pairs), 0, 0)
+    return header + table + b"".join(text + b"\0" for text in texts)
 
 
 MANUAL = (
@@ -345,6 +405,28 @@ def test_pairs_in_both_directions(folders: dict[str, Path]) -> None:
     assert sum(document.startswith("<｜User｜>") for document in documents) < len(documents) / 2
 
 
+def test_dictionaries_modules_and_catalogues_are_read(folders: dict[str, Path]) -> None:
+    words = list(sources.wordnet(folders["wordnet-base"]))
+    assert words[0].startswith("hot dog (noun)\n1. a sausage, no. 0 (also: snag0)\n2. a sausage")
+    assert words[1] == "snag0 (noun): a sausage, no. 0 (also: hot dog)"
+    assert sources.definition_as_chat(words[1]).endswith(
+        "mean?<｜Assistant｜>(noun): " + words[1][14:]
+    )
+    assert next(sources.devils_dictionary(folders["dict-devil"])).startswith("WORDA, n.")
+    package, module = next(iter(SWORD.items()))
+    part = next(sources.sword_chapters(folders[package], module))
+    assert part.startswith("In the beginning, ot 0.\nIn the beginning")
+    english, chinese = next(catalogues.pairs(folders))
+    assert (english, chinese) == ("Attack wesnoth-1.16-data", "攻击 17号")
+    assert len(list(manuals.pages(folders))) > 20
+
+
+DOMAINS = (
+    *("arithmetic", "code", "definitions", "documentation"),
+    *("models", "poetry", "prose", "translation"),
+)
+
+
 # --- the whole script --------------------------------------------------------------------------
 
 
@@ -357,7 +439,6 @@ def test_split_is_a_function_of_the_documents(monkeypatch: pytest.MonkeyPatch) -
     assert 40 <= sum(map(len, held_out)) < 60
     with pytest.raises(SystemExit, match="too little"):
         gather.split(["short"])
-    assert len(gather.sample(documents, 50)) == 4
 
 
 def test_gather_writes_every_domain(
@@ -366,7 +447,13 @@ def test_gather_writes_every_domain(
     def library() -> list[str]:
         return [f"def function_{i}():\n    return {i}\n" * 9 for i in range(20)]
 
+    wheel = tmp_path / "a-1-py3-none-any.whl"
+    with zipfile.ZipFile(wheel, "w") as archive:
+        for i in range(20):
+            archive.writestr(f"a/b{i}.py", f"def more_{i}():\n    return {i}\n" * 20)
+        archive.writestr("a/tests/c.py", "def tested():\n    pass\n" * 40)
     monkeypatch.setattr(gather, "unpacked", lambda downloads, scratch: folders)
+    monkeypatch.setattr(gather, "wheels", lambda downloads: [wheel])
     monkeypatch.setattr(gather, "HELD_OUT_MINIMUM", 90)
     monkeypatch.setattr(gather, "ARITHMETIC_PROBLEMS", 900)
     monkeypatch.setattr(sources, "python_library", library)
@@ -375,9 +462,7 @@ def test_gather_writes_every_domain(
         gather.main()
     files = sorted((tmp_path / "one").rglob("*.jsonl"))
     assert [str(file.relative_to(tmp_path / "one").parent) for file in files] == [
-        f"{part}/{domain}"
-        for part in ("held_out", "train")
-        for domain in ("arithmetic", "code", "models", "poetry", "prose", "translation")
+        f"{part}/{domain}" for part in ("held_out", "train") for domain in DOMAINS
     ]
     texts = {}
     for file in files:
