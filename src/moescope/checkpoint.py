@@ -1,13 +1,16 @@
 """Any source of weights into a network, and a network into files."""
 
 import math
-from collections.abc import Callable
+import shutil
+from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from moescope.config import ModelConfig
 from moescope.errors import UserError
 from moescope.families import save_config
 from moescope.formats.gguf.model import GgufModel, is_gguf
@@ -118,9 +121,7 @@ def load_model(
     packed: set[str] = set() if packer is None else packer.wants(model)
 
     def read(name: str) -> Tensor:
-        wanted = torch.float32 if name.endswith(WIDE) else dtype
-        wanted = torch.int64 if name.endswith("tid2eid") else wanted
-        return source.read(name, shapes[name], wanted).to(device)
+        return source.read(name, shapes[name], _type_of(name, dtype)).to(device)
 
     def read_finite(name: str) -> Tensor:  # rounding would make numbers of what is none
         weight = source.read(name, shapes[name], None).to(device)
@@ -150,6 +151,75 @@ def load_model(
     if packer is None or packer.reads_all:
         source.refuse_unread()
     return model.eval()
+
+
+def write_folder(
+    source: WeightSource,
+    config: ModelConfig,
+    folder: Path,
+    dtype: torch.dtype,
+    *,
+    tell: Callable[[int, int], None] | None = None,
+) -> None:
+    """Write a checkpoint anew as a folder that others open, with all numbers multiplied out.
+
+    Beside config and weights it holds the tokenizer, and when a text ends. The folder appears
+    whole or not at all.
+
+    Args:
+        source: read tensor by tensor.
+        config: what to call its network.
+        folder: not there yet.
+        dtype: of the weights, but for those that families keep in float32.
+        tell: called with how many numbers are read, and how many there are.
+
+    Raises:
+        UserError: a tensor is missing, unknown, of another shape or not finite, `folder` is there
+            already, or the disk is full.
+    """
+    if folder.exists():
+        raise UserError(f"{folder} is there already; remove it or choose another name")
+    tokenizer = source.tokenizer()
+    shapes = {
+        name: slot.shape
+        for name, slot in without_numbers(config).state_dict().items()
+        if not (config.tie_word_embeddings and name == "lm_head.weight")
+    }
+    total = sum(shape.numel() for shape in shapes.values())
+
+    def tensors() -> Iterator[tuple[str, Tensor]]:
+        done = 0
+        for name, shape in shapes.items():
+            tensor = source.read(name, shape, _type_of(name, dtype))
+            _refuse_if_not_finite(name, tensor)
+            yield name, tensor
+            done += shape.numel()
+            if tell is not None:
+                tell(done, total)
+
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    try:
+        save_tensors(config, tensors(), partial)
+        source.refuse_unread()
+        save_config(config, partial / "config.json", dtype)
+        defaults = source.generation_defaults()
+        end_ids = defaults.all_ends(config.eos_token_id, tokenizer and tokenizer.eos_id)
+        replace(defaults, end_ids=end_ids).save(partial)
+        if tokenizer is not None:
+            tokenizer.save(partial)
+        partial.replace(folder)
+    except OSError as error:
+        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _type_of(name: str, dtype: torch.dtype) -> torch.dtype:
+    """Return what a tensor of a network that computes in `dtype` is held in."""
+    if name.endswith("tid2eid"):
+        return torch.int64
+    return torch.float32 if name.endswith(WIDE) else dtype
 
 
 def _refuse_if_not_finite(name: str, weight: Tensor) -> None:

@@ -17,6 +17,7 @@ from moescope.cli.chat import chat
 from moescope.cli.compare import compare
 from moescope.cli.doctor import doctor
 from moescope.cli.explain import explain
+from moescope.cli.export import export
 from moescope.cli.generate import generate
 from moescope.cli.open import open
 from moescope.cli.plan import plan
@@ -69,6 +70,7 @@ for verb, example in (
     (chat, 'moescope chat "What is 17 + 25?"'),
     (explain, 'moescope explain "It is a truth universally acknowledged"'),
     (plan, "moescope plan deepseek-v3"),
+    (export, "moescope export my-model --to vllm --out my-model-vllm"),
     (train, "moescope train recipes/smoke.toml --data my-text --out my-model"),
     (specialize, "moescope specialize tiny my-text"),
     (ablate, "moescope ablate tiny my-text --layer 3"),

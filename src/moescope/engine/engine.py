@@ -48,9 +48,9 @@ class Engine:
         self.own_tokenizer = tokenizer
         self.defaults = defaults or GenerationDefaults()
         self.device = model.lm_head.weight.device
-        eos = model.config.eos_token_id
-        named = {*(eos if isinstance(eos, list) else [eos]), tokenizer and tokenizer.eos_id}
-        self.end_ids = (named - {None}) | self.defaults.end_ids
+        self.end_ids = self.defaults.all_ends(
+            model.config.eos_token_id, tokenizer and tokenizer.eos_id
+        )
 
     @property
     def tokenizer(self) -> Tokenizer:

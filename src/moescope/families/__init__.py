@@ -7,6 +7,8 @@ import json
 from pathlib import Path
 from typing import Any, cast
 
+import torch
+
 from moescope.config import ModelConfig, checked
 from moescope.errors import UserError
 from moescope.families import (
@@ -183,6 +185,9 @@ def _in_dialect(config: ModelConfig) -> Fields:
     return common(config) | family.write(config) | named
 
 
-def save_config(config: ModelConfig, path: Path) -> None:
-    """Write `config.json`, atomically."""
-    write_text(path, json.dumps(config_fields(config), indent=2, ensure_ascii=False) + "\n")
+def save_config(config: ModelConfig, path: Path, dtype: torch.dtype | None = None) -> None:
+    """Write `config.json`, atomically; others compute in `dtype` where it is told."""
+    fields = config_fields(config)
+    if dtype is not None:
+        fields["torch_dtype"] = str(dtype).removeprefix("torch.")
+    write_text(path, json.dumps(fields, indent=2, ensure_ascii=False) + "\n")

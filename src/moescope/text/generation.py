@@ -90,6 +90,11 @@ class GenerationDefaults:
             sampling["temperature"] = 1.0
         return cls.of(file, fields.get("eos_token_id"), sampling)
 
+    def all_ends(self, *named: int | list[int] | None) -> frozenset[int]:
+        """Return `end_ids` and those that a config and a tokenizer name besides."""
+        lists = [ids if isinstance(ids, list) else [ids] for ids in named]
+        return self.end_ids | {i for ids in lists for i in ids if i is not None}
+
     def save(self, folder: Path) -> None:
         """Write `generation_config.json`, if there is something to be said."""
         if not self.end_ids and not self.sampling:

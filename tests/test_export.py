@@ -1,0 +1,150 @@
+"""What `moescope export` writes, opened by the engine that it is for."""
+
+import json
+from copy import copy
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from family_models import VARIANTS, published
+from gguf_models import V3, network, write
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+import moescope
+from moescope.api import Model
+from moescope.catalog import BOX
+from moescope.cli.main import run
+from moescope.families import FAMILIES, read_config
+from moescope.model.decoder import CausalLM, initialise
+
+TEXTS = ["the moon before my bed", "床前明月光", "is it frost? 😀"]
+
+
+def greedy(folder: Path, texts: list[str], tokens: int) -> list[list[int]]:
+    """What `transformers` makes of each text."""
+    model: Any = AutoModelForCausalLM.from_pretrained(folder).eval()
+    tokenizer: Any = AutoTokenizer.from_pretrained(folder)
+    assert model.dtype == model.config.dtype == torch.float32
+    made: list[list[int]] = []
+    for text in texts:
+        ids = tokenizer(text, return_tensors="pt").input_ids
+        out = model.generate(ids, max_new_tokens=tokens, do_sample=False)
+        made.append(out[0, ids.shape[1] :].tolist())
+    return made
+
+
+def ours(model: Model, texts: list[str], tokens: int) -> list[list[int]]:
+    return [
+        [token.id for token in model.generate(text, max_tokens=tokens, temperature=0).tokens]
+        for text in texts
+    ]
+
+
+def export(model: Path | str, out: Path, *options: str) -> int:
+    return run(["export", str(model), "--to", "transformers", "--out", str(out), *options])
+
+
+ONE_OF_EACH = {config.model_type: config for config in reversed(VARIANTS.values())}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("family", ONE_OF_EACH)
+def test_transformers_continues_as_we_do(model: Model, family: str, tmp_path: Path) -> None:
+    config: Any = copy(ONE_OF_EACH[family])
+    config.vocab_size = model.tokenizer.vocab_size
+    published(config).save_pretrained(tmp_path / "theirs")
+    model.tokenizer.save(tmp_path / "theirs")
+    assert export(tmp_path / "theirs", tmp_path / "out") == 0
+    made = moescope.load(tmp_path / "theirs", dtype="float32", backend="torch")
+    assert greedy(tmp_path / "out", TEXTS, 12) == ours(made, TEXTS, 12)
+
+
+def test_a_gguf_file_becomes_a_folder_with_its_tokenizer(tmp_path: Path) -> None:
+    file = write(network(V3), tmp_path / "model.gguf", "F32")
+    assert export(file, tmp_path / "out") == 0
+    made = moescope.load(file, dtype="float32", backend="torch")
+    assert greedy(tmp_path / "out", ["abc", "x y z"], 12) == ours(made, ["abc", "x y z"], 12)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["tiny", "tiny-dense"])
+def test_transformers_opens_the_model_in_the_box(name: str, tmp_path: Path) -> None:
+    assert export(name, tmp_path / "out") == 0
+    texts = ["床前明月光，疑是", "It is a truth universally acknowledged,", "def main():\n"]
+    made = moescope.load(name, dtype="float32", backend="torch")
+    assert greedy(tmp_path / "out", texts, 32) == ours(made, texts, 32)
+    stored = json.loads((tmp_path / "out" / "generation_config.json").read_text())
+    assert set(stored["eos_token_id"]) == made.engine.end_ids
+
+
+def test_transformers_knows_every_family_that_is_exported() -> None:
+    from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
+
+    from moescope.export import UNKNOWN
+
+    for family in FAMILIES.values():
+        assert (family.architecture in KNOWN.values()) == (family.model_type not in UNKNOWN)
+
+
+def test_v3_under_another_name_is_v3_to_others(model: Model, tmp_path: Path) -> None:
+    network = CausalLM(model.config.model_copy(update={"model_type": "kimi_k2"}))
+    initialise(network, seed=0)
+    Model("kimi", network, model.tokenizer).save(tmp_path / "kimi")
+    assert export(tmp_path / "kimi", tmp_path / "out") == 0
+    assert json.loads((tmp_path / "out" / "config.json").read_text())["model_type"] == "deepseek_v3"
+    made = moescope.load(tmp_path / "kimi", dtype="float32", backend="torch")
+    assert greedy(tmp_path / "out", TEXTS, 8) == ours(made, TEXTS, 8)
+
+
+def test_vllm_is_told_of_latents_that_its_kernels_lack(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = str(tmp_path / "out")
+    assert run(["export", str(BOX / "tiny"), "--to", "vllm", "--out", out, "--json"]) == 0
+    told = json.loads(capsys.readouterr().out)
+    assert told["command"] == f"VLLM_MLA_DISABLE=1 vllm serve {out} --dtype float32"
+    assert "here it is 112" in told["note"]
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"topk_method": "greedy"}, "its router (topk_method 'greedy', scoring_func 'sigmoid')"),
+        ({"model_type": "deepseek"}, "open deepseek only by running code from the Hub"),
+    ],
+)
+def test_what_others_would_compute_otherwise_is_refused(
+    change: dict[str, Any],
+    sentence: str,
+    model: Model,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    fields = model.config.model_dump(mode="json", exclude_none=True) | change
+    if change.get("model_type") == "deepseek":
+        latent = ("kv_lora_rank", "qk_nope_head_dim", "qk_rope_head_dim", "v_head_dim")
+        fields = {name: value for name, value in fields.items() if name not in latent}
+        fields |= {"topk_method": "greedy", "scoring_func": "softmax"}
+    network = CausalLM(read_config(fields))
+    initialise(network, seed=0)
+    Model("other", network, model.tokenizer).save(tmp_path / "other")
+    assert export(tmp_path / "other", tmp_path / "out") == 2
+    assert sentence in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_mistakes_are_sentences(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model.save(tmp_path / "model")
+    assert export(tmp_path / "model", tmp_path / "model") == 2
+    assert "is there already" in capsys.readouterr().err
+    assert export(tmp_path / "model", tmp_path / "out", "--dtype", "int8") == 2
+    assert "dtype is 'int8'" in capsys.readouterr().err
+    assert run(["export", "tiny", "--to", "ollama", "--out", str(tmp_path / "out")]) == 2
+    assert "there is no engine 'ollama'" in capsys.readouterr().err
+    (tmp_path / "model" / "tokenizer.json").unlink()
+    assert export(tmp_path / "model", tmp_path / "out") == 2
+    assert "has no tokenizer" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
