@@ -78,6 +78,27 @@ def test_transformers_opens_the_model_in_the_box(name: str, tmp_path: Path) -> N
     assert set(stored["eos_token_id"]) == made.engine.end_ids
 
 
+@pytest.mark.slow
+def test_llama_cpp_continues_the_model_in_the_box_as_we_do(tmp_path: Path) -> None:
+    llama_cpp = pytest.importorskip("llama_cpp", reason="llama-cpp-python is not installed")
+    out = tmp_path / "tiny.gguf"
+    assert run(["export", "tiny", "--to", "gguf", "--out", str(out)]) == 0
+    made = moescope.load("tiny", dtype="float32", backend="torch")
+    kind = llama_cpp.GGML_TYPE_F32
+    judge = llama_cpp.Llama(str(out), n_ctx=128, type_k=kind, type_v=kind, verbose=False)
+    texts = ["床前明月光，疑是", "It is a truth universally acknowledged,", "def main():\n"]
+    for text, expected in zip(texts, ours(made, texts, 32), strict=True):
+        ids = judge.tokenize(text.encode(), add_bos=True, special=True)
+        assert ids == made.engine.encode(text)
+        judge.reset()
+        theirs: list[int] = []
+        for token_id in judge.generate(ids, temp=0.0, top_k=1, repeat_penalty=1.0):
+            theirs.append(token_id)
+            if len(theirs) == 32 or token_id in made.engine.end_ids:
+                break
+        assert theirs == expected
+
+
 def test_transformers_knows_every_family_that_is_exported() -> None:
     from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES as KNOWN
 
@@ -144,6 +165,8 @@ def test_mistakes_are_sentences(
     assert "dtype is 'int8'" in capsys.readouterr().err
     assert run(["export", "tiny", "--to", "ollama", "--out", str(tmp_path / "out")]) == 2
     assert "there is no engine 'ollama'" in capsys.readouterr().err
+    assert run(["export", "tiny", "--to", "gguf", "--out", str(tmp_path / "out")]) == 2
+    assert "let it end in .gguf" in capsys.readouterr().err
     (tmp_path / "model" / "tokenizer.json").unlink()
     assert export(tmp_path / "model", tmp_path / "out") == 2
     assert "has no tokenizer" in capsys.readouterr().err

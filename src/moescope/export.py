@@ -1,4 +1,4 @@
-"""A model as other engines open it: a folder for `transformers`, vLLM and SGLang."""
+"""A model as other engines open it: a folder for `transformers`, vLLM and SGLang, or GGUF."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -13,8 +13,10 @@ from moescope.checkpoint import open_checkpoint, write_folder
 from moescope.config import ModelConfig
 from moescope.errors import UserError
 from moescope.families import FAMILIES, others_route_alike
+from moescope.quantization import quantize
 
-TARGETS = ("transformers", "vllm")
+TARGETS = ("transformers", "vllm", "gguf")
+GGUF_TYPES = {"float32": "f32", "bfloat16": "bf16"}
 UNKNOWN = ("deepseek",)
 """Families that `transformers`, and vLLM with it, opens only by running code from the Hub."""
 VLLM_LATENT = 576
@@ -26,7 +28,7 @@ class Exported:
     """What was written.
 
     Attributes:
-        path: the folder.
+        path: the folder or file.
         dtype: of its weights.
         bytes: of its weights.
         command: what opens it, in Python or a shell.
@@ -55,7 +57,7 @@ def export(
     Args:
         source: a folder or GGUF file.
         to: one of `TARGETS`.
-        out: a folder that is not there yet.
+        out: a folder, for GGUF a file whose name ends in .gguf; not there yet.
         dtype: of the weights, as for `moescope.load`.
         tell: called with how much is done, and how much there is to do.
 
@@ -68,18 +70,22 @@ def export(
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
     checkpoint = open_checkpoint(source)
+    is_small = count_parameters(checkpoint.config).total <= FLOAT32_PARAMETERS
+    wanted = DTYPES[dtype] if dtype else torch.float32 if is_small else checkpoint.dtype
+    name = str(wanted).removeprefix("torch.")
+    if to == "gguf":
+        if out.suffix != ".gguf":
+            raise UserError(f"{out} is no name of a GGUF file; let it end in .gguf")
+        written = quantize(source, GGUF_TYPES[name], out, tell)
+        return Exported(out, name, written.bytes, f"llama-cli -m {quote(str(out))}", None)
     config = known_to_others(checkpoint.config)
     if checkpoint.tokenizer() is None:
         raise UserError(
             f"{source} has no tokenizer, without which no other engine takes text; put its "
             "tokenizer.json beside the weights"
         )
-    is_small = count_parameters(config).total <= FLOAT32_PARAMETERS
-    stored = torch.float32 if is_small else checkpoint.dtype
-    wanted = DTYPES[dtype] if dtype else stored
     write_folder(checkpoint, config, out, wanted, tell=tell)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    name = str(wanted).removeprefix("torch.")
     command, note = f'AutoModelForCausalLM.from_pretrained("{out}")', None
     if to == "vllm":
         command, note = _vllm(config, out, name)

@@ -9,8 +9,8 @@ import typer
 
 def export(
     model: Annotated[str, typer.Argument(help='"tiny", a folder, a .gguf file or a Hub name.')],
-    to: Annotated[str, typer.Option(help="transformers or vllm.")],
-    out: Annotated[Path, typer.Option(help="The folder; not there yet.")],
+    to: Annotated[str, typer.Option(help="transformers, vllm (and SGLang) or gguf.")],
+    out: Annotated[Path, typer.Option(help="The folder, or a .gguf file; not there yet.")],
     dtype: Annotated[
         str | None,
         typer.Option(
@@ -20,7 +20,10 @@ def export(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write a model so that another engine opens it and says the same."""
+    """Write a model so that another engine opens it and says the same.
+
+    GGUF with fewer bits a weight is written by `moescope quantize`.
+    """
     from moescope.api import locate
     from moescope.cli.progress import progress_bar
     from moescope.export import export as write

@@ -160,12 +160,16 @@ class Tokenizer:
     def save(self, folder: str | Path) -> None:
         """Write `tokenizer.json` and `tokenizer_config.json`, as `transformers` reads them."""
         folder = Path(folder)
-        write_text(folder / "tokenizer.json", self._backend.to_str(pretty=False))
+        write_text(folder / "tokenizer.json", self.to_json())
         templates = [{"name": n, "template": t} for n, t in self.chat_templates.items()]
         alone = self.chat_templates.get("default") if len(templates) == 1 else None
         config = self._config | ({"chat_template": alone or templates} if templates else {})
         text = json.dumps(config, ensure_ascii=False, indent=2)
         write_text(folder / "tokenizer_config.json", text + "\n")
+
+    def to_json(self) -> str:
+        """Return what `tokenizer.json` holds."""
+        return self._backend.to_str(pretty=False)
 
     # --- text and ids -------------------------------------------------------------------------
 
