@@ -2,7 +2,7 @@
 
 Writes OUT/train/<task>/chats.jsonl and OUT/held_out/<task>/chats.jsonl, one {"messages": [...]} a
 line: greetings and questions about models, poems to be continued, words and sentences to be
-translated, terms to be explained, sums, and small functions. What CORPUS holds out is held out here.
+translated, terms to be explained, sums, and small functions. What CORPUS holds out is held out.
 """
 
 import argparse
@@ -20,6 +20,8 @@ CHATS = {"poetry": 12_000, "translation": 12_000, "definitions": 6_000, "arithme
 """Of each task at most so many; the held-out part is a fortieth."""
 FUNCTION_REPEATS = 20
 SHORTEST, LONGEST = 2, 12  # lines of a poem
+ENTRY = re.compile(r"([\w -]+) \((noun|verb|adj|adv)\)(?:: |\n1\. )(.+?)(?:\n.*)?", re.DOTALL)
+"""A word of WordNet with its kind and first meaning."""
 Chat = tuple[str, str]  # what is asked and what is answered
 
 
@@ -92,7 +94,7 @@ def translations(documents: list[str], rng: random.Random) -> Iterator[Chat]:
 def terms(documents: list[str], rng: random.Random) -> Iterator[Chat]:
     """Yield words with their first meaning."""
     for document in documents:
-        entry = re.fullmatch(r"([\w -]+) \((noun|verb|adj|adv)\)(?:: |\n1\. )(.+?)(?:\n.*)?", document, re.DOTALL)  # fmt: skip
+        entry = ENTRY.fullmatch(document)
         if entry:
             meaning = entry[3].split('; "')[0]
             wording = rng.choice(("What does {} mean?", "Explain the word {}.", "{} 是什么意思？"))
