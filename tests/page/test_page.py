@@ -316,6 +316,17 @@ def test_nothing_sticks_out(open_page, language: str, width: int) -> None:
         assert box["width"] >= 24 and box["height"] >= 24
 
 
+def test_a_reader_who_plays_at_once_is_not_overtaken(open_page) -> None:
+    page = open_page("lang=en", wait="prompt")
+    page.get_by_test_id("prompt").fill("the moon")
+    page.get_by_test_id("play").click()
+    page.locator("[data-testid=token].made").first.wait_for()
+    settle(page)
+    text = page.locator("[data-testid=token]:not(.made) .text").all_inner_texts()
+    assert "moon" in "".join(text)
+    assert page.locator("[data-testid=token].made").count() > 1
+
+
 def test_a_language_is_one_click_away(open_page) -> None:
     page = open_page("lang=en")
     page.get_by_test_id("language").click()

@@ -155,9 +155,11 @@ export class AppState {
     this.error = null;
     const wanted = this.fromUrl();
     await this.#guard(async () => {
-      this.model = await getModel();
-      this.sampling = { ...this.model.sampling, ...wanted.sampling };
-      this.specialization = this.model.has_specialization ? await getSpecialization() : null;
+      const model = await getModel();
+      // Known before the model is shown: from then on the reader may play, which nothing may overtake.
+      this.specialization = model.has_specialization ? await getSpecialization() : null;
+      this.model = model;
+      this.sampling = { ...model.sampling, ...wanted.sampling };
       this.setLayer(wanted.layer ?? this.readable);
       this.selectedExpert = wanted.expert ?? null;
       this.prompt ||= this.#firstExample();
