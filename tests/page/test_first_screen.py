@@ -116,7 +116,7 @@ def test_a_domains_experts_go_off_together(open_page, engine: Model, language: s
     page.locator("[data-testid=proof][aria-busy=false][data-after]").wait_for()
     proof = page.get_by_test_id("proof")
     broken, whole = (int(proof.get_attribute(f"data-{side}")) for side in ("after", "before"))
-    assert broken < whole
+    assert whole >= 5 and broken <= 1  # sums need them
     note = page.get_by_test_id("whatif-note").inner_text()
     page.wait_for_timeout(600)
     number = page.evaluate("new URLSearchParams(location.search).get('off').split(',').length")
@@ -125,7 +125,7 @@ def test_a_domains_experts_go_off_together(open_page, engine: Model, language: s
     assert str(number) in again.get_by_test_id("whatif-note").inner_text()
     page.get_by_test_id("off-poetry").click()
     page.locator("[data-testid=proof][aria-busy=false][data-after]").wait_for()
-    assert int(proof.get_attribute("data-after")) > broken  # sums stay, mostly
+    assert int(proof.get_attribute("data-after")) >= whole - 1  # and not those of poetry
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
