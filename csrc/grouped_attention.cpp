@@ -32,10 +32,10 @@ void GroupedAttention::forward(float* x, const Tokens& tokens, const Slots& keys
   grow(caller_keys, count * kv_width);
   grow(caller_values, count * kv_width);
   grow(caller_mixed, count * heads * width);
-  float* queries = caller_queries.data();   // (rows, seq, heads, width)
-  float* new_keys = caller_keys.data();     // (rows, seq, kv heads, width)
-  float* new_values = caller_values.data();  // (rows, seq, kv heads, width)
-  float* mixed = caller_mixed.data();       // (rows, seq, heads, width)
+  float* queries = caller_queries.data();   // (tokens, heads, width)
+  float* new_keys = caller_keys.data();     // (tokens, kv heads, width)
+  float* new_values = caller_values.data();  // (tokens, kv heads, width)
+  float* mixed = caller_mixed.data();       // (tokens, heads, width)
 
   round_normed(input_norm, {query.weights.get(), key.weights.get(), value.weights.get()}, x, count,
                rounded);
@@ -60,7 +60,7 @@ void GroupedAttention::forward(float* x, const Tokens& tokens, const Slots& keys
         std::copy_n(rotated, rope, unrotated.data());
         rotate(unrotated.data(), cosine, sine, rope, interleave, rotated);
       }
-      const int64_t row = token / tokens.seq, slot = tokens.positions[token];
+      const int64_t row = tokens.row_of[token], slot = tokens.positions[token];
       std::copy_n(token_keys, kv_width, keys.at(row, slot));
       for (int64_t head = 0; head < kv_heads; ++head)
         rotate(token_keys + head * width, cosine, sine, rope, interleave,
@@ -69,13 +69,12 @@ void GroupedAttention::forward(float* x, const Tokens& tokens, const Slots& keys
     }
   });
 
-  if (tokens.seq == 1)
-    attend_singly(queries, tokens, keys, values, mixed);
-  else
-    for (int64_t row = 0; row < tokens.rows; ++row)
-      attend_prompt(queries + row * tokens.seq * heads * width, tokens.seq,
-                    tokens.positions + row * tokens.seq, row, keys, values,
-                    mixed + row * tokens.seq * heads * width);
+  attend_singly(queries, tokens, keys, values, mixed);
+  for (int64_t row = tokens.singles; row < tokens.rows; ++row) {
+    const int64_t first = tokens.starts[row], seq = tokens.starts[row + 1] - first;
+    attend_prompt(queries + first * heads * width, seq, tokens.positions + first, row, keys, values,
+                  mixed + first * heads * width);
+  }
   rounded.resize(*output.weights, count);
   parallel_rows(count, [&](int64_t first, int64_t last) {
     for (int64_t token = first; token < last; ++token)
@@ -87,7 +86,7 @@ void GroupedAttention::forward(float* x, const Tokens& tokens, const Slots& keys
 void GroupedAttention::attend_singly(const float* queries, const Tokens& tokens, const Slots& keys,
                                      const Slots& values, float* mixed) const {
   const int64_t group = heads / kv_heads, bundles = (group + kHeads - 1) / kHeads;
-  parallel(tokens.rows * kv_heads * bundles, [&](int64_t task) {
+  parallel(tokens.singles * kv_heads * bundles, [&](int64_t task) {
     static thread_local std::vector<float> memory;
     const int64_t row = task / (kv_heads * bundles), kv_head = task / bundles % kv_heads;
     const int64_t first = kv_head * group + task % bundles * kHeads;
@@ -99,10 +98,12 @@ void GroupedAttention::attend_singly(const float* queries, const Tokens& tokens,
       if (!sinks.empty()) bundle.add_sink(h, sinks[first + h], scale);
     }
     const int64_t slots = tokens.positions[row] + 1;
-    for (int64_t slot = lookback().first_slot(slots - 1); slot < slots; slot += kSlotBlock)
+    int64_t met;
+    for (int64_t slot = lookback().first_slot(slots - 1); slot < slots; slot += met) {
+      met = std::min({kSlotBlock, slots - slot, keys.together(slot)});
       bundle.visit({keys.at(row, slot) + kv_head * width, keys.slot_stride, width}, nullptr,
-                   {values.at(row, slot) + kv_head * width, values.slot_stride, width},
-                   std::min(kSlotBlock, slots - slot), scale);
+                   {values.at(row, slot) + kv_head * width, values.slot_stride, width}, met, scale);
+    }
     for (int64_t h = 0; h < count; ++h)
       std::copy_n(bundle.finish(h), width, mixed + (row * heads + first + h) * width);
   });

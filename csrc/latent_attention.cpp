@@ -49,8 +49,9 @@ void AbsorbedAttention::forward(const Queries& queries, const Slots& latents, co
       multiply_vector(*up_key, h, queries.nope + head * queries.nope_stride, rounded, query);
       std::copy_n(queries.rope + head * queries.rope_stride, rope, query + rank);
     }
-    for (int64_t slot = 0; slot < lengths[row]; slot += kSlotBlock) {
-      const int64_t block = std::min(kSlotBlock, lengths[row] - slot);
+    int64_t block;
+    for (int64_t slot = 0; slot < lengths[row]; slot += block) {
+      block = std::min({kSlotBlock, lengths[row] - slot, latents.together(slot)});
       const SlotRun keys{latents.at(row, slot), latents.slot_stride, rank};
       const SlotRun rotated{k_rope.at(row, slot), k_rope.slot_stride, rope};
       for (Bundle& bundle : walking) bundle.visit(keys, &rotated, keys, block, scale);
@@ -110,9 +111,9 @@ void LatentAttention::forward(float* x, const Tokens& tokens, const Slots& laten
   grow(caller_queries, count * heads * (nope + rope));
   grow(caller_compressed, count * (rank + rope));
   grow(caller_mixed, count * heads * value);
-  float* queries = caller_queries.data();        // (rows, seq, heads, nope + rope)
-  float* compressed = caller_compressed.data();  // (rows, seq, rank + rope)
-  float* mixed = caller_mixed.data();            // (rows, seq, heads, v_head_dim)
+  float* queries = caller_queries.data();        // (tokens, heads, nope + rope)
+  float* compressed = caller_compressed.data();  // (tokens, rank + rope)
+  float* mixed = caller_mixed.data();            // (tokens, heads, v_head_dim)
 
   const Weights& first = query_down.weights ? *query_down.weights : *query.weights;
   round_normed(input_norm, {&first, latent.weights.get()}, x, count, rounded);
@@ -136,23 +137,23 @@ void LatentAttention::forward(float* x, const Tokens& tokens, const Slots& laten
         std::copy_n(query_rope, rope, unrotated.data());
         rotate(unrotated.data(), cosine, sine, rope, interleave, query_rope);
       }
-      const int64_t row = token / tokens.seq, slot = tokens.positions[token];
+      const int64_t row = tokens.row_of[token], slot = tokens.positions[token];
       const float* from = compressed + token * (rank + rope);
       latent_norm.forward(from, latents.at(row, slot));
       rotate(from + rank, cosine, sine, rope, interleave, k_rope.at(row, slot));
     }
   });
 
-  if (tokens.seq == 1) {
-    std::vector<int64_t> lengths(count);
-    for (int64_t row = 0; row < count; ++row) lengths[row] = tokens.positions[row] + 1;
+  if (tokens.singles > 0) {
+    std::vector<int64_t> lengths(tokens.singles);
+    for (int64_t row = 0; row < tokens.singles; ++row) lengths[row] = tokens.positions[row] + 1;
     absorbed->forward({queries, queries + nope, nope + rope, nope + rope}, latents, k_rope,
-                      lengths.data(), count, mixed);
-  } else {
-    for (int64_t row = 0; row < tokens.rows; ++row)
-      expanded->forward(queries + row * tokens.seq * heads * (nope + rope), tokens.seq,
-                        tokens.positions + row * tokens.seq, row, latents, k_rope,
-                        mixed + row * tokens.seq * heads * value);
+                      lengths.data(), tokens.singles, mixed);
+  }
+  for (int64_t row = tokens.singles; row < tokens.rows; ++row) {
+    const int64_t first = tokens.starts[row], seq = tokens.starts[row + 1] - first;
+    expanded->forward(queries + first * heads * (nope + rope), seq, tokens.positions + first, row,
+                      latents, k_rope, mixed + first * heads * value);
   }
   rounded.resize(*output.weights, count);
   parallel_rows(count, [&](int64_t first, int64_t last) {

@@ -173,16 +173,20 @@ void Rotation::at(int64_t position, float* cosine, float* sine) const {
   }
 }
 
-void Decoder::forward(const int64_t* ids, const int64_t* positions, int64_t rows, int64_t seq,
+void Decoder::forward(const int64_t* ids, const int64_t* positions, int64_t rows, int64_t singles,
+                      const int64_t* starts, const int64_t* table, int64_t table_width,
                       const std::vector<Slots>& keys, const std::vector<Slots>& values,
                       float* out) const {
   static thread_local std::vector<float> caller_cosine, caller_sine;
-  const int64_t half = static_cast<int64_t>(rotation.frequencies.size());
-  grow(caller_cosine, rows * seq * half);
-  grow(caller_sine, rows * seq * half);
+  const int64_t count = starts[rows], half = static_cast<int64_t>(rotation.frequencies.size());
+  grow(caller_cosine, count * half);
+  grow(caller_sine, count * half);
   float *cosine = caller_cosine.data(), *sine = caller_sine.data();
-  const Tokens tokens{rows, seq, positions, cosine, sine};
-  parallel_rows(tokens.count(), [&](int64_t first, int64_t last) {
+  std::vector<int64_t> row_of(count);
+  for (int64_t row = 0; row < rows; ++row)
+    std::fill(row_of.begin() + starts[row], row_of.begin() + starts[row + 1], row);
+  const Tokens tokens{rows, singles, starts, row_of.data(), positions, cosine, sine};
+  parallel_rows(count, [&](int64_t first, int64_t last) {
     for (int64_t token = first; token < last; ++token) {
       float* row = out + token * embedding.width;
       embedding.read(ids[token], row);
@@ -192,8 +196,9 @@ void Decoder::forward(const int64_t* ids, const int64_t* positions, int64_t rows
     }
   });
   for (size_t layer = 0; layer < attention.size(); ++layer) {
-    attention[layer]->forward(out, tokens, keys[layer], values[layer]);
-    feed_forward[layer]->forward(out, ids, tokens.count());
+    attention[layer]->forward(out, tokens, keys[layer].of_rows(table, table_width),
+                              values[layer].of_rows(table, table_width));
+    feed_forward[layer]->forward(out, ids, count);
   }
 }
 

@@ -9,6 +9,7 @@
 #include <nanobind/stl/vector.h>
 
 #include <algorithm>
+#include <numeric>
 #include <optional>
 #include <stdexcept>
 #include <string>
@@ -214,7 +215,8 @@ void apply_feed_forward(const FeedForward& layer, const Floats<2>& x,
 }
 
 Slots slots_of(const CacheArray& array) {
-  return {array.data(), array.stride(0), array.stride(1), static_cast<int64_t>(array.shape(2))};
+  return {array.data(), array.stride(0), array.stride(1), static_cast<int64_t>(array.shape(2)),
+          static_cast<int64_t>(array.shape(1))};
 }
 
 void apply_attention(const AbsorbedAttention& attention, const Floats<3>& q_nope,
@@ -234,8 +236,11 @@ void apply_attention(const AbsorbedAttention& attention, const Floats<3>& q_nope
   for (int64_t row = 0; row < batch; ++row)
     require(lengths.data()[row] >= 1 && lengths.data()[row] <= slots, "a length is not in the cache");
   nb::gil_scoped_release unlocked;
-  attention.forward({q_nope.data(), q_rope.data(), nope, rope}, slots_of(latents),
-                    slots_of(k_rope), lengths.data(), batch, out.data());
+  std::vector<int64_t> table(batch);  // each row is a block
+  std::iota(table.begin(), table.end(), 0);
+  attention.forward({q_nope.data(), q_rope.data(), nope, rope},
+                    slots_of(latents).of_rows(table.data(), 1),
+                    slots_of(k_rope).of_rows(table.data(), 1), lengths.data(), batch, out.data());
 }
 
 // --- half a layer, and all layers, in one call ---
@@ -368,43 +373,54 @@ std::shared_ptr<Decoder> make_decoder(
 struct CacheSlots {
   std::vector<CacheArray> key_arrays, value_arrays;
   std::vector<Slots> keys, values;
-  int64_t rows, slots;  // that all layers have
+  int64_t blocks, block_slots;  // that all layers have
 };
 
 void make_cache_slots(CacheSlots* self, std::vector<CacheArray> keys,
                       std::vector<CacheArray> values) {
   require(!keys.empty() && keys.size() == values.size(), "every layer needs keys and values");
-  const int64_t rows = keys.front().shape(0), slots = keys.front().shape(1);
-  CacheSlots made{std::move(keys), std::move(values), {}, {}, rows, slots};
+  const int64_t blocks = keys.front().shape(0), block_slots = keys.front().shape(1);
+  CacheSlots made{std::move(keys), std::move(values), {}, {}, blocks, block_slots};
   for (const auto& [arrays, held] : {std::pair{&made.key_arrays, &made.keys},
                                      std::pair{&made.value_arrays, &made.values}})
     for (const CacheArray& array : *arrays) {
-      require(has_shape(array, {rows, slots}) && (array.stride(2) == 1 || array.shape(2) == 1),
+      require(has_shape(array, {blocks, block_slots}) && (array.stride(2) == 1 || array.shape(2) == 1),
               "the layers' slots do not fit together");
       held->push_back(slots_of(array));
     }
   new (self) CacheSlots(std::move(made));
 }
 
-void apply_decoder(const Decoder& decoder, const Ids<2>& ids, const Ids<2>& positions,
-                   const CacheSlots& cache, const Output<3>& out) {
-  const int64_t rows = ids.shape(0), seq = ids.shape(1);
-  require(has_shape(out, {rows, seq, decoder.embedding.width}) &&
-              has_shape(positions, {rows, seq}) && rows * seq > 0 && cache.rows == rows &&
+void apply_decoder(const Decoder& decoder, const Ids<1>& ids, const Ids<1>& positions,
+                   const Ids<1>& starts, int64_t singles, const Ids<2>& table,
+                   const CacheSlots& cache, const Output<2>& out) {
+  const int64_t count = ids.shape(0), rows = table.shape(0), width = table.shape(1);
+  require(has_shape(out, {count, decoder.embedding.width}) && has_shape(positions, {count}) &&
+              has_shape(starts, {rows + 1}) && count > 0 && singles >= 0 && singles <= rows &&
               cache.keys.size() == decoder.attention.size(),
-          "ids, positions, cache or out do not fit the network");
+          "ids, positions, starts, table, cache or out do not fit the network");
   for (size_t layer = 0; layer < cache.keys.size(); ++layer)
     require(cache.keys[layer].width == decoder.attention[layer]->key_width() &&
                 cache.values[layer].width == decoder.attention[layer]->value_width(),
             "a layer's cache does not fit the network");
-  for (int64_t token = 0; token < rows * seq; ++token) {
-    require(positions.data()[token] >= 0 && positions.data()[token] < cache.slots,
-            "a position is not in the cache");
+  require(starts.data()[0] == 0 && starts.data()[rows] == count, "the rows are not all tokens");
+  for (int64_t row = 0; row < rows; ++row) {
+    const int64_t first = starts.data()[row], end = starts.data()[row + 1];
+    require(first < end && (row >= singles || end == first + 1), "a row has too few or many tokens");
+    for (int64_t token = first; token < end; ++token) {
+      const int64_t position = positions.data()[token];
+      require(position >= 0 && position < width * cache.block_slots, "a position is not in the cache");
+    }
+  }
+  for (int64_t entry = 0; entry < rows * width; ++entry)
+    require(table.data()[entry] >= 0 && table.data()[entry] < cache.blocks,
+            "a row names a block that there is not");
+  for (int64_t token = 0; token < count; ++token)
     require(ids.data()[token] >= 0 && ids.data()[token] < decoder.embedding.rows,
             "an id is not in the vocabulary");
-  }
   nb::gil_scoped_release unlocked;
-  decoder.forward(ids.data(), positions.data(), rows, seq, cache.keys, cache.values, out.data());
+  decoder.forward(ids.data(), positions.data(), rows, singles, starts.data(), table.data(), width,
+                  cache.keys, cache.values, out.data());
 }
 
 Scoring scoring_of(const std::string& name) {
@@ -626,7 +642,8 @@ NB_MODULE(_native, m) {
         "layer"_a, "residual_multiplier"_a);
   nb::class_<Decoder>(m, "Decoder")
       .def("__deepcopy__", &same)
-      .def("__call__", &apply_decoder, "ids"_a, "positions"_a, "cache"_a, "out"_a);
+      .def("__call__", &apply_decoder, "ids"_a, "positions"_a, "starts"_a, "singles"_a, "table"_a,
+           "cache"_a, "out"_a);
   m.def("decoder", &make_decoder, "embedding"_a, "attention"_a, "feed_forward"_a, "frequencies"_a,
         "rotation_factor"_a, "embedding_multiplier"_a);
   nb::class_<CacheSlots>(m, "CacheSlots")

@@ -71,11 +71,26 @@ class FeedForward {
   Experts routed_, shared_;
 };
 
-// Slots of one kind of number that a cache holds for a batch: (rows, slots, width).
+// Slots of one kind of number that a cache holds: (blocks, block_slots, width). A row's slots lie in
+// the blocks that its line of the table (rows, table_width) names, in order.
 struct Slots {
   float* data;
-  int64_t row_stride, slot_stride, width;
-  float* at(int64_t row, int64_t slot) const { return data + row * row_stride + slot * slot_stride; }
+  int64_t block_stride, slot_stride, width, block_slots;
+  const int64_t* table = nullptr;
+  int64_t table_width = 0;
+
+  Slots of_rows(const int64_t* row_table, int64_t row_table_width) const {
+    Slots slots = *this;
+    slots.table = row_table;
+    slots.table_width = row_table_width;
+    return slots;
+  }
+  float* at(int64_t row, int64_t slot) const {
+    return data + table[row * table_width + slot / block_slots] * block_stride +
+           slot % block_slots * slot_stride;
+  }
+  // How many slots lie together from this one on.
+  int64_t together(int64_t slot) const { return block_slots - slot % block_slots; }
 };
 
 // Latent attention of one new token a sequence, over latents that are never expanded.
@@ -126,12 +141,15 @@ struct Projection {
   }
 };
 
-// New tokens of a batch, (rows, seq), and where they stand.
+// New tokens of several rows, one row after the other, and where they stand. The first `singles` rows
+// have a token each that is read as generated ones are; the others' are read as prompts.
 struct Tokens {
-  int64_t rows, seq;
-  const int64_t* positions;    // (rows, seq)
-  const float *cosine, *sine;  // (rows, seq, rotated width / 2)
-  int64_t count() const { return rows * seq; }
+  int64_t rows, singles;
+  const int64_t* starts;       // (rows + 1,), of the rows among the tokens
+  const int64_t* row_of;       // (tokens,)
+  const int64_t* positions;    // (tokens,)
+  const float *cosine, *sine;  // (tokens, rotated width / 2)
+  int64_t count() const { return starts[rows]; }
 };
 
 // Rotated pairs come out as halves (Su et al. 2021, eq. 15); `out` may not be `x`.
@@ -142,8 +160,8 @@ void rotate(const float* x, const float* cosine, const float* sine, int64_t widt
 void round_normed(const Norm& norm, std::initializer_list<const Weights*> readers, const float* x,
                   int64_t rows, QuantizedRows& rounded);
 
-// x (rows, seq, hidden) += `residual_multiplier` times attention of norm(x), which stores keys and
-// values in the cache.
+// x (tokens, hidden) += `residual_multiplier` times attention of norm(x), which stores keys and values
+// in the cache.
 struct Attention {
   Norm input_norm;
   Projection output;
@@ -268,9 +286,11 @@ struct Decoder {
   Rotation rotation;
   std::vector<std::shared_ptr<const Attention>> attention;
   std::vector<std::shared_ptr<const FeedForwardBlock>> feed_forward;
-  // ids and positions (rows, seq), ids below embedding.rows; out (rows, seq, hidden) is what the last
-  // layer hands on. `keys` and `values` have one entry a layer.
-  void forward(const int64_t* ids, const int64_t* positions, int64_t rows, int64_t seq,
+  // ids and positions (tokens,), ids below embedding.rows; out (tokens, hidden) is what the last layer
+  // hands on. `starts` and `singles` are as in `Tokens`, `table` (rows, table_width) as in `Slots`.
+  // `keys` and `values` have one entry a layer.
+  void forward(const int64_t* ids, const int64_t* positions, int64_t rows, int64_t singles,
+               const int64_t* starts, const int64_t* table, int64_t table_width,
                const std::vector<Slots>& keys, const std::vector<Slots>& values, float* out) const;
 };
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from moescope.api import Model, load
     from moescope.config import ModelConfig
-    from moescope.engine.batch import Token
     from moescope.engine.engine import Generation
+    from moescope.engine.sequence import Token
     from moescope.errors import UserError
     from moescope.lab.plan import Plan, plan
     from moescope.scope.trace import Trace
@@ -41,7 +41,7 @@ _HOMES = {
     "Model": "moescope.api",
     "ModelConfig": "moescope.config",
     "Plan": "moescope.lab.plan",
-    "Token": "moescope.engine.batch",
+    "Token": "moescope.engine.sequence",
     "Tokenizer": "moescope.text.tokenizer",
     "Trace": "moescope.scope.trace",
     "UserError": "moescope.errors",

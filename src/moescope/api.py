@@ -12,9 +12,9 @@ from torch import Tensor
 from moescope.catalog import BOX, count_parameters
 from moescope.checkpoint import load_model, open_checkpoint, save_weights
 from moescope.config import ModelConfig
-from moescope.engine.batch import Token
 from moescope.engine.engine import Engine, Generation
 from moescope.engine.sampling import SamplingParams
+from moescope.engine.sequence import Token
 from moescope.errors import UserError
 from moescope.formats.gguf.model import is_gguf
 from moescope.formats.headers import Headers

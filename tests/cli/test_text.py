@@ -8,7 +8,7 @@ import pytest
 
 from moescope.api import Model
 from moescope.cli.main import run
-from moescope.engine.batch import Token
+from moescope.engine.sequence import Token
 from moescope.text.tokenizer import Tokenizer
 
 

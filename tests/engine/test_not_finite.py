@@ -18,9 +18,9 @@ from moescope.api import Model
 from moescope.cli.main import run
 from moescope.engine.not_finite import NotFinite
 from moescope.engine.sampling import SamplingParams
-from moescope.engine.scheduler import Scheduler
 from moescope.errors import UserError
 from moescope.kernels import cpu
+from moescope.server.model_thread import ModelThread
 from moescope.server.openai import create_api
 
 PROMPT = "床前明月光, is it frost?"
@@ -140,25 +140,25 @@ def spoil_a_token(model: Model, folder: Path) -> Model:
 def test_only_the_row_that_has_no_numbers_ends(model: Model, tmp_path: Path) -> None:
     opened = spoil_a_token(model, tmp_path)
     assert isinstance(opened.network.model.embed_tokens, nn.Embedding)
-    scheduler = Scheduler(opened.engine, 4, 2**24)
+    thread = ModelThread(opened.engine, 4, 2**24)
     events: dict[int, list[Any]] = {0: [], 1: []}
     params = SamplingParams(max_tokens=6)
     for row, prompt in enumerate(["the moon", "the moon 😀"]):
-        scheduler.submit(opened.engine.encode(prompt), params, events[row].append, row)
+        thread.submit(opened.engine.encode(prompt), params, events[row].append, row)
     expected = opened.generate("the moon", max_tokens=6)
     deadline = time.monotonic() + 60
     while len(events[0]) < len(expected.tokens) or not events[1]:
         assert time.monotonic() < deadline
         time.sleep(0.01)
-    scheduler.close()
+    thread.close()
     assert [token.id for token in events[0]] == [token.id for token in expected.tokens]
     assert isinstance(events[1][0], NotFinite) and "the embedding" in str(events[1][0])
 
 
 def test_a_server_answers_500_with_the_sentence(model: Model, tmp_path: Path) -> None:
     opened = spoil_a_token(model, tmp_path)
-    scheduler = Scheduler(opened.engine, 4, 2**24)
-    with TestClient(create_api(opened, scheduler, name="m", api_key="k")) as client:
+    thread = ModelThread(opened.engine, 4, 2**24)
+    with TestClient(create_api(opened, thread, name="m", api_key="k")) as client:
         headers = {"Authorization": "Bearer k"}
         for stream in (False, True):
             question = {"prompt": "moon 😀", "max_tokens": 4, "stream": stream}

@@ -6,7 +6,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from moescope.api import Model
-from moescope.engine.batch import Token
+from moescope.engine.sequence import Token
 from moescope.engine.thinking import BEGIN, END, ThoughtSplitter
 
 

@@ -4,15 +4,14 @@ Rows of unequal length are read together, join and leave, and a text goes on fro
 parted from it, which a state of a layer must stand as keys and values do.
 """
 
-import copy
-
 import pytest
 import torch
 from family_models import VARIANTS, published
 from torch import Tensor
 
 from moescope.checkpoint import load_model
-from moescope.model.cache import Cache
+from moescope.engine.runner import block_tokens
+from moescope.model.cache import BlockPool, BlockRows, Cache
 from moescope.model.decoder import CausalLM
 from moescope.model.recorder import Recorder
 
@@ -30,7 +29,7 @@ def pair(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactor
         return load_model(folder), theirs(TEXTS).logits
 
 
-def read(model: CausalLM, cache: Cache, pieces: list[tuple[int, int, int]]) -> Tensor:
+def read(model: CausalLM, cache: Cache | BlockRows, pieces: list[tuple[int, int, int]]) -> Tensor:
     """Read a piece `(text, start, end)` for each row of a cache; return logits, padded behind."""
     longest = max(end - start for _, start, end in pieces)
     ids = [[*TEXTS[text, a:b].tolist(), *[5] * (longest - b + a)] for text, a, b in pieces]
@@ -63,20 +62,30 @@ def test_chunks_of_any_size_join_on(pair: tuple[CausalLM, Tensor]) -> None:
         at += size
 
 
+@torch.inference_mode()
 def test_rows_join_leave_and_part(pair: tuple[CausalLM, Tensor]) -> None:
     model, expected = pair
-    cache, other = Cache(), Cache()
-    read(model, cache, [(0, 0, 9), (1, 0, 6)])
-    read(model, other, [(2, 0, 31)])
+    size = block_tokens(model.config)
+    pool = BlockPool(size)
+    blocks = -(-LENGTH // size)
+    tables = [list(range(1 + at * blocks, 1 + (at + 1) * blocks)) for at in range(4)]
+    pool.grow(1 + 4 * blocks)
+
+    def rows(*texts: int, length: int) -> BlockRows:
+        return pool.rows([tables[at] for at in texts], length)
+
+    read(model, rows(0, length=9), [(0, 0, 9)])
+    read(model, rows(1, length=6), [(1, 0, 6)])
+    read(model, rows(2, length=31), [(2, 0, 31)])
     for cut in (31, 22, 10, 5):  # a text that begins as this one did is read from there
-        part = other.copy(0, cut)
-        close(read(model, part, [(2, cut, 41)])[0, : 41 - cut], expected[2, cut:])
-    cache.join(copy.deepcopy(other))
-    found = read(model, cache, [(0, 9, 12), (1, 6, 9), (2, 31, 34)])
+        for at, (block, source) in enumerate(zip(tables[3], tables[2], strict=True)):
+            pool.move(block, source, min(size, max(0, cut - at * size)))
+        found = read(model, rows(3, length=41), [(2, cut, 41)])
+        close(found[0, : 41 - cut], expected[2, cut:])
+    found = read(model, rows(0, 1, 2, length=34), [(0, 9, 12), (1, 6, 9), (2, 31, 34)])
     for row, start in enumerate((9, 6, 31)):
         close(found[row], expected[row, start : start + 3])
-    cache.keep(torch.tensor([2, 1]), 34)
-    found = read(model, cache, [(2, 34, 36), (1, 9, 11)])
+    found = read(model, rows(2, 1, length=36), [(2, 34, 36), (1, 9, 11)])
     close(found[0], expected[2, 34:36])
     close(found[1], expected[1, 9:11])
 

@@ -18,14 +18,14 @@ from packing import expert_reader
 from starlette.testclient import TestClient
 
 from moescope.api import Model, sampling_params
-from moescope.engine import scheduler as scheduler_module
-from moescope.engine.batch import Row, Token
+from moescope.engine.runner import Runner
 from moescope.engine.sampling import Choice
-from moescope.engine.scheduler import Scheduler
+from moescope.engine.sequence import Sequence, Token
 from moescope.engine.thinking import BEGIN, END
 from moescope.kernels import cpu
 from moescope.model.decoder import CausalLM
 from moescope.native.network import Packer
+from moescope.server.model_thread import ModelThread
 from moescope.server.openai import create_api
 from moescope.text.tokenizer import Tokenizer
 
@@ -45,11 +45,11 @@ def talker(model: Model) -> Model:
 
 
 @contextmanager
-def served(model: Model, **options: Any) -> Iterator[tuple[TestClient, Scheduler]]:
-    scheduler = Scheduler(model.engine, options.pop("max_batch", 4), 2**24)
-    api = create_api(model, scheduler, **{"name": "small", "api_key": None, **options})
+def served(model: Model, **options: Any) -> Iterator[tuple[TestClient, ModelThread]]:
+    thread = ModelThread(model.engine, options.pop("max_batch", 4), 2**24)
+    api = create_api(model, thread, **{"name": "small", "api_key": None, **options})
     with TestClient(api, base_url="http://127.0.0.1:8000") as client:
-        yield client, scheduler
+        yield client, thread
 
 
 @pytest.fixture(scope="module")
@@ -61,8 +61,8 @@ def client(talker: Model) -> Iterator[TestClient]:
 @pytest.fixture(scope="module")
 def peer(talker: Model) -> Iterator[openai.OpenAI]:
     """OpenAI's client, at a real server with a key."""
-    scheduler = Scheduler(talker.engine, 4, 2**24)
-    api = create_api(talker, scheduler, name="small", api_key="sesame")
+    thread = ModelThread(talker.engine, 4, 2**24)
+    api = create_api(talker, thread, name="small", api_key="sesame")
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -194,9 +194,9 @@ def test_a_thought_is_told_apart_from_the_answer(peer: openai.OpenAI, talker: Mo
 
 def _scripted(ids: list[int]) -> Callable[..., list[Choice]]:
     """Have each row's next tokens be the ones of a script, counted from its prompt."""
-    started: dict[Row, int] = {}
+    started: dict[Sequence, int] = {}
 
-    def pick(_logits: torch.Tensor, rows: list[Row]) -> list[Choice]:
+    def pick(_logits: torch.Tensor, rows: list[Sequence]) -> list[Choice]:
         return [Choice(ids[len(r.ids) - started.setdefault(r, len(r.ids))], 0.0) for r in rows]
 
     return pick
@@ -370,11 +370,10 @@ def test_a_text_too_large_is_refused(client: TestClient, monkeypatch: pytest.Mon
     assert answer.status_code == 413
 
 
-def test_a_full_queue_asks_for_patience(
-    client: TestClient, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(scheduler_module, "MOST_WAITING", 0)
-    answer = client.post("/v1/completions", json={"prompt": "x"})
+def test_a_full_queue_asks_for_patience(talker: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    with served(talker) as (client, thread):
+        monkeypatch.setattr(thread, "waiting_tokens", 10**6)
+        answer = client.post("/v1/completions", json={"prompt": "x"})
     assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
     assert "try again later" in answer.json()["error"]["message"]
 
@@ -388,7 +387,7 @@ def test_a_failure_tells_nothing_of_its_inside(
     with served(talker) as (open_client, _):
         app = open_client.app
         client = TestClient(app, "http://127.0.0.1:8000", raise_server_exceptions=False)
-        monkeypatch.setattr(talker.engine, "transform", fail)
+        monkeypatch.setattr(Runner, "run", fail)
         answer = client.post("/v1/completions", json={"prompt": "x"})
         assert answer.status_code == 500
         assert "RuntimeError" in answer.json()["error"]["message"]
@@ -403,7 +402,7 @@ def test_a_failure_tells_nothing_of_its_inside(
 def test_no_character_of_a_stream_ends_its_line(
     talker: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(Row, "append", telling("a\u2028b\x85月", Row.append))
+    monkeypatch.setattr(Sequence, "append", telling("a\u2028b\x85月", Sequence.append))
     with served(talker) as (client, _):
         asked = {"prompt": "x", "stream": True, "max_tokens": 2}
         lines = client.post("/v1/completions", json=asked).text.splitlines()
@@ -420,26 +419,26 @@ def telling(text: str, append: Callable[..., Token]) -> Callable[..., Token]:
 def test_who_leaves_early_is_no_longer_computed_for(
     talker: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    transform, made = talker.engine.transform, []
+    run, made = Runner.run, []
 
     def slow(*given: Any) -> torch.Tensor:
         made.append(1)
         time.sleep(0.05)
-        return transform(*given)
+        return run(*given)
 
-    monkeypatch.setattr(talker.engine, "transform", slow)
-    scheduler = Scheduler(talker.engine, 4, 2**24)
-    api = create_api(talker, scheduler, name="small", api_key=None)
+    monkeypatch.setattr(Runner, "run", slow)
+    thread = ModelThread(talker.engine, 4, 2**24)
+    api = create_api(talker, thread, name="small", api_key=None)
     with listening(api) as port:
         body = json.dumps({"prompt": "is", "max_tokens": 60, "temperature": 0}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"
         head += f"Content-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
         with socket.create_connection(("127.0.0.1", port)) as connection:
             connection.sendall(head.encode() + body)
-            while not scheduler.running:
+            while not thread.running:
                 time.sleep(0.005)
         deadline = time.monotonic() + 5
-        while scheduler.running and time.monotonic() < deadline:
+        while thread.running and time.monotonic() < deadline:
             time.sleep(0.01)
     assert len(made) < 55
 
@@ -491,7 +490,6 @@ def test_tokens_and_answers_are_counted(talker: Model) -> None:
 def test_the_weight_bytes_read_are_what_the_routing_says(
     talker: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(scheduler_module, "SHORTEST_REUSE", 1)
     network = CausalLM(talker.config)
     network.load_state_dict(talker.network.state_dict())
     packer = Packer("int8")
@@ -501,7 +499,8 @@ def test_the_weight_bytes_read_are_what_the_routing_says(
     packed = Model("small", network, talker.tokenizer)
     ids = packed.engine.encode(PROMPT)
     trace = packed.trace(PROMPT, max_tokens=5, temperature=0.0)
-    with served(packed) as (client, _):
+    with served(packed) as (client, thread):
+        thread.engine.blocks.least_copied = 1
         before = numbers(client)["moescope_weight_bytes_read_total"]
         asked = {"prompt": ids, "max_tokens": 1, "temperature": 0}
         client.post("/v1/completions", json=asked)

@@ -14,10 +14,10 @@ import pytest
 from questions import write_run
 
 from moescope.api import Model
-from moescope.engine.scheduler import Scheduler
 from moescope.errors import UserError
 from moescope.kernels import cpu
 from moescope.server import serving
+from moescope.server.model_thread import ModelThread
 from moescope.server.serving import has_display, listen, shown_beside
 
 
@@ -104,7 +104,7 @@ def test_open_says_in_a_sentence_that_there_is_no_model(
 
 def test_serve_needs_no_extension(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(cpu, "_native", None)
-    made: list[Scheduler] = []
+    made: list[ModelThread] = []
     monkeypatch.setattr(serving, "create_api", lambda _model, of, **_: made.append(of))
     monkeypatch.setattr(serving, "_run", lambda _app, listener: listener.close())
     serving.serve_api(model, "127.0.0.1", 0, print, name="x", api_key=None, max_batch=1)

@@ -13,9 +13,9 @@ import moescope
 from moescope.api import Model
 from moescope.cli.main import run
 from moescope.engine.sampling import SamplingParams
-from moescope.engine.scheduler import Scheduler
 from moescope.errors import UserError
 from moescope.formats.gguf.generation import generation_defaults
+from moescope.server.model_thread import ModelThread
 from moescope.server.openai import create_api
 from moescope.text.generation import FILE, GenerationDefaults
 
@@ -146,8 +146,8 @@ def test_the_command_line_does_likewise(saved: Path, capsys: pytest.CaptureFixtu
 def test_a_server_does_likewise(saved: Path) -> None:
     folder_with({"do_sample": True, "temperature": 0.9, "top_k": 7}, saved)
     told = moescope.load(saved)
-    scheduler = Scheduler(told.engine, 4, 2**24)
-    with TestClient(create_api(told, scheduler, name="m", api_key="k")) as client:
+    thread = ModelThread(told.engine, 4, 2**24)
+    with TestClient(create_api(told, thread, name="m", api_key="k")) as client:
 
         def made(**asked: Any) -> str:
             question = {"prompt": PROMPT, "max_tokens": 12, "seed": 3, **asked}

@@ -36,7 +36,7 @@ from moescope.cli.steering import (
 )
 
 if TYPE_CHECKING:
-    from moescope.engine.batch import Token
+    from moescope.engine.sequence import Token
     from moescope.engine.thinking import ThoughtSplitter
 
 

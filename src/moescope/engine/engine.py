@@ -1,17 +1,22 @@
-"""Text in, text out: encode -> transform -> predict -> pick, and repeat."""
+"""Text in, text out: encode -> schedule -> run -> pick, and repeat."""
 
-from collections.abc import Iterator, Sequence
+from collections import deque
+from collections.abc import Hashable, Iterator
+from collections.abc import Sequence as Series
 from dataclasses import dataclass
+from threading import RLock
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from moescope.engine.batch import Batch, FinishReason, Row, Token
-from moescope.engine.not_finite import NotFinite
+from moescope.engine.blocks import Blocks
+from moescope.engine.not_finite import not_finite
+from moescope.engine.runner import Runner, block_tokens, bytes_per_block
 from moescope.engine.sampling import Choice, SamplingParams, Shortlist, choose, draw, penalised
+from moescope.engine.scheduler import CHUNK, Chunk, Scheduler
+from moescope.engine.sequence import FinishReason, Sequence, Token, Writer
 from moescope.errors import UserError
-from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM
 from moescope.model.recorder import Recorder
 from moescope.text.chat import Messages
@@ -36,6 +41,8 @@ class Engine:
         end_ids: tokens that end a text: those of the config, of the tokenizer and of `defaults`.
         defaults: what the model's files say of the texts that it makes.
         own_tokenizer: the model's; None where it has none, and computes with ids alone.
+        blocks: of the cache, in which all texts lie, those that ended too while there is room.
+        runner: what computes.
     """
 
     def __init__(
@@ -51,6 +58,25 @@ class Engine:
         self.end_ids = self.defaults.all_ends(
             model.config.eos_token_id, tokenizer and tokenizer.eos_id
         )
+        self._lock = RLock()
+        self.blocks = Blocks(block_tokens(model.config))
+        self.runner = Runner(self.model, self.blocks)
+
+    def limit_cache(self, cache_bytes: int) -> None:
+        """Hold all texts in a cache of so many bytes; what it held is forgotten.
+
+        Raises:
+            UserError: not even one block fits.
+        """
+        size = block_tokens(self.model.config)
+        limit = cache_bytes // bytes_per_block(self.model, size)
+        if limit < 1:
+            raise UserError(
+                f"{cache_bytes:,} bytes of memory are too few for the cache of {size} tokens; "
+                "close other programs or take a smaller model"
+            )
+        self.blocks = Blocks(size, limit)
+        self.runner = Runner(self.model, self.blocks)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -67,7 +93,7 @@ class Engine:
             )
         return self.own_tokenizer
 
-    def generate(self, prompts: Sequence[str], params: SamplingParams) -> list[Generation]:
+    def generate(self, prompts: Series[str], params: SamplingParams) -> list[Generation]:
         """Continue every prompt to its end; a prompt's text does not depend on the others.
 
         Raises:
@@ -87,10 +113,10 @@ class Engine:
             for tokens, ids in zip(made, input_ids, strict=True)
         ]
 
-    # --- the five steps -----------------------------------------------------------------------
+    # --- the steps ----------------------------------------------------------------------------
 
     def encode(self, prompt: str) -> list[int]:
-        """Step 1: turn text into token ids, with what the tokenizer sets around a text.
+        """Turn text into token ids, with what the tokenizer sets around a text.
 
         A prompt that begins so already, as a chat form does, is left as it is.
 
@@ -104,7 +130,7 @@ class Engine:
         return ids
 
     def encode_chat(self, messages: Messages, **variables: Any) -> list[int]:
-        """Step 1 for a chat: its form writes all special tokens, and nothing is set around it.
+        """The same for a chat: its form writes all special tokens, and nothing is set around it.
 
         Raises:
             UserError: there is no chat form, it refuses the messages, or as for `encode`.
@@ -113,7 +139,7 @@ class Engine:
         self.check(ids)
         return ids
 
-    def check(self, ids: Sequence[int]) -> None:
+    def check(self, ids: Series[int]) -> None:
         """Refuse a prompt, as ids, that the model cannot read.
 
         Raises:
@@ -140,76 +166,140 @@ class Engine:
                 max=limit,
             )
 
-    def transform(
-        self, input_ids: Tensor, positions: Tensor, cache: Cache, recorder: Recorder | None = None
-    ) -> Tensor:
-        """Step 2: run new tokens through all layers.
+    def sequence(
+        self,
+        ids: Series[int],
+        params: SamplingParams,
+        number: int = 0,
+        request: Hashable = None,
+    ) -> Sequence:
+        """Make a text of a prompt that can be read.
 
-        Maps ids `(batch, seq)` at `positions` `(batch, seq)` to hidden states
-        `(batch, seq, hidden)`; earlier tokens are read from the cache, new ones added to it.
+        Args:
+            ids: the prompt.
+            params: how it is continued.
+            number: what its tokens call it.
+            request: whose it is.
+
+        Raises:
+            UserError: as for `check`, or there is no memory for it.
         """
-        return self.model(input_ids, positions, cache, recorder)
+        self.check(ids)
+        readable, limit = self.model.config.max_position_embeddings, self.blocks.limit
+        if limit is not None:
+            readable = min(readable, limit * self.blocks.size)
+            if len(ids) > readable:
+                raise UserError(
+                    f"the prompt has {len(ids)} tokens but there is memory for {readable}; "
+                    "shorten it"
+                )
+        end_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self.end_ids)}
+        room = min(params.max_tokens, readable + 1 - len(ids))
+        writer = Writer(self.tokenizer, end_ids, params.stop)
+        return Sequence(list(ids), params, room, number, request, writer=writer)
 
-    def predict(self, hidden_states: Tensor) -> Tensor:
-        """Step 3: turn the last tokens' hidden states `(batch, hidden)` into logits over the
-        vocabulary, `(batch, vocab)` float32.
+    @torch.inference_mode()
+    def step(
+        self, scheduler: Scheduler, recorder: Recorder | None = None
+    ) -> list[tuple[Sequence, Token | Exception]]:
+        """Read what a scheduler over this engine's blocks chooses; return what was made.
+
+        A text of which the model makes no numbers, or whose choice fails, ends with what went
+        wrong, and no other does. With a `recorder`, which sees all that is read, a single text is
+        read whole.
         """
-        return self.model.logits(hidden_states)
+        with self._lock:
+            chunks = scheduler.schedule()
+            if not chunks:
+                return []
+            return self.hand_out(scheduler, chunks, self.runner.run(chunks, recorder))
 
-    def pick(self, logits: Tensor, rows: Sequence[Row]) -> list[Choice | None]:
-        """Step 4: choose each row's next token from `(batch, vocab)` logits.
+    def hand_out(
+        self, scheduler: Scheduler, chunks: Series[Chunk], logits: Tensor
+    ) -> list[tuple[Sequence, Token | Exception]]:
+        """Give each text whose last chunk was read its next token, by logits `(texts, vocab)`."""
+        with self._lock:
+            texts = [chunk.sequence for chunk in chunks if chunk.is_last]
+            for chunk in chunks:
+                scheduler.advance(chunk)
+            made: list[tuple[Sequence, Token | Exception]] = []
+            for text, choice in zip(texts, self.pick(logits, texts), strict=True):
+                if choice is None:
+                    scheduler.blocks.distrust(text)
+                    made.append((text, not_finite(self.model, text.ids)))
+                elif isinstance(choice, Exception):
+                    made.append((text, choice))
+                else:
+                    made.append((text, text.append(choice)))
+                text.ended = text.ended or not isinstance(made[-1][1], Token)
+                if text.ended:
+                    scheduler.remove(text)
+            return made
 
-        There is none, None, where logits are not finite.
+    def pick(self, logits: Tensor, texts: Series[Sequence]) -> list[Choice | Exception | None]:
+        """Choose each text's next token from `(texts, vocab)` logits.
+
+        There is none, None, where logits are not finite; an exception where choosing failed.
         """
-        shortlist = Shortlist.of(logits, [row.params.temperature for row in rows])
+        if not texts:
+            return []
+        shortlist = Shortlist.of(logits, [text.params.temperature for text in texts])
         finite = shortlist.log_sums.isfinite().tolist()
-        choices: list[Choice | None] = []
-        for at, row in enumerate(rows):
+        choices: list[Choice | Exception | None] = []
+        for at, text in enumerate(texts):
             if not finite[at]:
                 choices.append(None)
                 continue
-            drawn = draw(row.generator) if row.params.temperature else 0.0
-            scores, place, likeliest = logits[at], at, shortlist  # scores (vocab,)
-            if row.params.penalises:
-                made = len(row.ids) - row.prompt_tokens
-                scores = penalised(scores, row.ids, made, row.params)
-                place, likeliest = 0, Shortlist.of(scores[None], [row.params.temperature])
-            token_id = likeliest.choose(place, row.params, drawn)
-            if token_id is None:
-                token_id = choose(scores.cpu(), row.params, drawn)
-            logprob = shortlist.logprob(at, float(logits[at, token_id]))
-            top_logprobs = shortlist.top_logprobs(at, row.params.top_logprobs)
-            choices.append(Choice(token_id, logprob, top_logprobs))
+            try:
+                choices.append(self._choose(logits, shortlist, at, text))
+            except Exception as error:
+                choices.append(error)
         return choices
 
-    @torch.inference_mode()
+    def _choose(self, logits: Tensor, shortlist: Shortlist, at: int, text: Sequence) -> Choice:
+        params = text.params
+        drawn = draw(text.generator) if params.temperature else 0.0
+        scores, place, likeliest = logits[at], at, shortlist  # scores (vocab,)
+        if params.penalises:
+            scores = penalised(scores, text.ids, len(text.ids) - text.prompt_tokens, params)
+            place, likeliest = 0, Shortlist.of(scores[None], [params.temperature])
+        token_id = likeliest.choose(place, params, drawn)
+        if token_id is None:
+            token_id = choose(scores.cpu(), params, drawn)
+        logprob = shortlist.logprob(at, float(logits[at, token_id]))
+        return Choice(token_id, logprob, shortlist.top_logprobs(at, params.top_logprobs))
+
     def repeat(
         self,
-        prompts: Sequence[Sequence[int]],
+        prompts: Series[Series[int]],
         params: SamplingParams,
         recorder: Recorder | None = None,
     ) -> Iterator[Token]:
-        """Step 5: append each row's token and go on until every row has ended.
+        """Step on until every prompt's text has ended; yield tokens as they are made.
 
-        Prompts, as ids, may be of unequal length. Tokens come out as they are made. When one
-        does, a `recorder` has been shown what was read for it: all prompts before the rows'
-        first tokens, then each row's last token.
+        Prompts, as ids, may be of unequal length. With a `recorder` there is one prompt; when a
+        token comes out, the recorder has been shown what was read for it: the whole prompt before
+        the first, then the last token each time.
 
         Raises:
-            UserError: the model computes what is no number; the sentence says where.
+            UserError: a prompt cannot be read, or the model computes what is no number; the
+                sentence says where.
         """
-        rows = [Row(self, number, ids, params) for number, ids in enumerate(prompts)]
-        batch = Batch(self)
-        events = batch.start([row for row in rows if row.room], recorder)
-        while True:
-            for event in events:
-                if isinstance(event, NotFinite):
-                    raise event
-                yield event
-            if not batch.rows:
-                return
-            events = batch.step(recorder)
-
-    def tensor(self, numbers: Sequence[int] | Sequence[Sequence[int]]) -> Tensor:
-        """Put ids or positions where the model computes."""
-        return torch.tensor(numbers, dtype=torch.int64, device=self.device)
+        watched = recorder is not None
+        scheduler = Scheduler(self.blocks, chunk=None if watched else CHUNK, reuse=not watched)
+        made: deque[Token] = deque()
+        try:
+            for number, ids in enumerate(prompts):
+                sequence = self.sequence(ids, params, number, request=number)
+                if sequence.room:
+                    scheduler.add(sequence)
+            while scheduler:
+                for _, event in self.step(scheduler, recorder):
+                    if isinstance(event, Exception):
+                        raise event
+                    made.append(event)
+                while made:
+                    yield made.popleft()
+        finally:
+            with self._lock:
+                scheduler.clear()

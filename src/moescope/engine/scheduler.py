@@ -1,307 +1,260 @@
-"""Many requests, one model: they join the batch and leave it between two tokens.
+"""Who is read next, who is continued, and who has to wait: no threads, no tensors.
 
-Each turn reads a piece of the prompts that wait, then makes one token for every text that runs, so
-that a long prompt delays the others by one piece and not by all of it (Agrawal et al. 2023,
-"Sarathi", section 4). A prompt that begins as an earlier text did, as each turn of a conversation
-does, is read from where they part.
+Each step reads a chunk of the prompts that are new beside one token for every text that runs, so
+that a long prompt delays the others by one chunk and not by all of it (Agrawal et al. 2023,
+"Sarathi", section 4). Places among the texts that run are shared between *requests*, however many
+texts each has; of requests with equally many, the one that has been served least goes first.
 """
 
-import logging
 from collections import deque
-from collections.abc import Callable, Sequence
-from threading import Condition, Thread
+from collections.abc import Hashable
+from dataclasses import dataclass, field
 
-import torch
-
-from moescope.engine.batch import Batch, Row, Token
-from moescope.engine.engine import Engine
-from moescope.engine.sampling import SamplingParams
+from moescope.engine.blocks import Blocks
+from moescope.engine.sequence import Sequence
 from moescope.errors import UserError
-from moescope.model.cache import Cache
 
-PIECE = 512
-"""Tokens of prompts that are read in one turn: enough for experts to get matrices, not vectors."""
-MOST_WAITING = 256
-KEPT = 8
-"""Ended texts whose cache is kept for a prompt that begins like them."""
-SHORTEST_REUSE = 16
-"""Tokens below which copying a cache is not worth it."""
-
-Receive = Callable[[Token | Exception], None]
-
-log = logging.getLogger(__name__)
+CHUNK = 512
+"""Tokens of prompts that are read in one step: enough for experts to get matrices, not vectors."""
+EXPECTED_TOKENS = 512
+"""Tokens of an answer that are counted at most, before it is known how long it becomes."""
+TURN = 32
+"""Tokens that a request may be served ahead of another that waits for its place."""
 
 
 class Busy(UserError):
-    """More requests wait than will be answered in any reasonable time."""
+    """More waits than will be answered in any reasonable time."""
 
 
-class Request:
-    """One text on its way; `reused` counts the tokens of its prompt that had been read before."""
+@dataclass(frozen=True)
+class Chunk:
+    """Tokens of one text that are read in the next pass.
 
-    def __init__(self, row: Row, receive: Receive) -> None:
-        self.row, self.receive = row, receive
-        self.reused = 0
-        self.cancelled = False
-        self.cache: Cache | None = None  # while its prompt is read
+    Attributes:
+        sequence: the text.
+        start: place of the first of them.
+        count: how many.
+    """
+
+    sequence: Sequence
+    start: int
+    count: int
 
     @property
-    def unread(self) -> int:
-        """Tokens that must be read before it can join: all but the last, at least one."""
-        return max(1, len(self.row.ids) - 1) - (self.cache.length if self.cache else 0)
+    def is_single(self) -> bool:
+        """Whether it is one token, as those are that were made last."""
+        return self.count == 1
 
     @property
-    def is_new(self) -> bool:
-        """Whether it has been given no token yet."""
-        return len(self.row.ids) == self.row.prompt_tokens
+    def ids(self) -> list[int]:
+        """The tokens."""
+        return self.sequence.ids[self.start : self.start + self.count]
+
+    @property
+    def is_last(self) -> bool:
+        """Whether what follows it is wanted."""
+        return self.start + self.count == len(self.sequence.ids)
+
+
+@dataclass
+class _Request:
+    """One request's texts that do not run, and how many tokens of it have been computed."""
+
+    waiting: deque[Sequence] = field(default_factory=deque[Sequence])
+    running: int = 0
+    served: int = 0
 
 
 class Scheduler:
-    """Continues prompts with one engine, in a thread of its own, until it is closed.
+    """Shares steps between texts.
 
-    Memory is counted in slots, what one token takes in the cache. Running texts take a rectangle of
-    them, each as many as the longest. Where they need more, what is kept of ended texts goes first,
-    then what has been read of a prompt that waits, then the text that joined last, which waits and
-    is read again; a text that runs alone ends with `length` when it has filled all slots.
+    Where blocks run out, texts that wait give up theirs first, then the text that joined last; it
+    is read again later. A text that runs alone always finds room: none is longer than all blocks.
 
     Args:
-        engine: what computes; nobody else may use it meanwhile.
-        max_batch: texts that run at a time.
-        cache_bytes: that all caches may take together.
-
-    Raises:
-        UserError: not even one token fits into the bytes.
+        blocks: of the cache.
+        max_running: texts that run at a time; None for all.
+        chunk: tokens of prompts that are read in one step; None for all.
+        reuse: whether a text takes what is known of its beginning.
     """
 
-    def __init__(self, engine: Engine, max_batch: int, cache_bytes: int) -> None:
-        self.engine = engine
-        self._max_batch = max_batch
-        self._slots = cache_bytes // _bytes_per_slot(engine)
-        if self._slots < 1:
-            raise UserError(
-                f"{cache_bytes:,} bytes of memory are too few for the cache of one token; "
-                "close other programs or take a smaller model"
-            )
-        self._batch = Batch(engine)
-        self._waiting: deque[Request] = deque()  # only the first may have a cache
-        self._running: list[Request] = []  # in the order of the batch's rows
-        self._kept: deque[tuple[list[int], Cache]] = deque(maxlen=KEPT)
-        self._news = Condition()
-        self._closing = False
-        self._thread = Thread(target=self._run, name="model", daemon=True)
-        self._thread.start()
+    def __init__(
+        self,
+        blocks: Blocks,
+        *,
+        max_running: int | None = None,
+        chunk: int | None = CHUNK,
+        reuse: bool = True,
+    ) -> None:
+        self.blocks = blocks
+        self.running: list[Sequence] = []  # in the order in which they joined
+        self._max_running, self._chunk = max_running, chunk
+        self._reuse = reuse
+        self._requests: dict[Hashable, _Request] = {}
+        self._clock = 0  # what the request that has been served least has been served
 
-    # --- for any thread -------------------------------------------------------------------------
-
-    def submit(
-        self, prompt_ids: Sequence[int], params: SamplingParams, receive: Receive, number: int = 0
-    ) -> Request:
-        """Queue a prompt; `receive` is called with each token, or with what went wrong.
-
-        It is called in the scheduler's thread and must not block. `number` is the tokens' `row`.
-
-        Raises:
-            UserError: the model cannot read the prompt, there is no memory for it, or no token is
-                asked for.
-            Busy: too many wait.
-        """
-        self.engine.check(prompt_ids)
-        if params.max_tokens < 1:
-            raise UserError("max_tokens is 0; ask for one token at least")
-        if len(prompt_ids) > self._slots:
-            raise UserError(
-                f"the prompt has {len(prompt_ids)} tokens but there is memory for {self._slots}; "
-                "shorten it"
-            )
-        request = Request(Row(self.engine, number, prompt_ids, params, self._slots), receive)
-        with self._news:
-            if self._closing:
-                raise Busy("the server is shutting down")
-            if len(self._waiting) >= MOST_WAITING:
-                raise Busy(f"{MOST_WAITING} requests are waiting already; try again later")
-            self._waiting.append(request)
-            self._news.notify()
-        return request
-
-    def cancel(self, request: Request) -> None:
-        """Have a request end as soon as possible; it may still be given a token."""
-        request.cancelled = True
-
-    def close(self) -> None:
-        """End the thread; what still runs is told so."""
-        with self._news:
-            self._closing = True
-            self._news.notify()
-        self._thread.join()
+    def __bool__(self) -> bool:
+        return bool(self._requests)
 
     @property
-    def running(self) -> int:
-        """Texts that get tokens now."""
-        return len(self._running)
+    def waiting(self) -> list[Sequence]:
+        """Texts that do not run."""
+        return [one for request in self._requests.values() for one in request.waiting]
 
     @property
-    def waiting(self) -> int:
-        """Requests whose prompts have not been read to their ends."""
-        return len(self._waiting)
+    def waiting_tokens(self) -> int:
+        """Tokens that wait to be read or made."""
+        return sum(work(sequence) for sequence in self.waiting)
 
-    @property
-    def held_bytes(self) -> int:
-        """Bytes of all caches: of running texts, of a prompt that is read, and of texts kept."""
-        caches = [self._batch.cache, *(request.cache for request in list(self._waiting))]
-        caches += [cache for _, cache in list(self._kept)]
-        return sum(cache.nbytes for cache in caches if cache)
+    def add(self, sequence: Sequence) -> None:
+        """Queue a text behind those of its request."""
+        if sequence.request not in self._requests:
+            self._requests[sequence.request] = _Request(served=self._clock)
+        self._requests[sequence.request].waiting.append(sequence)
 
-    # --- the thread -----------------------------------------------------------------------------
-
-    @torch.inference_mode()
-    def _run(self) -> None:
-        while True:
-            with self._news:
-                self._news.wait_for(lambda: self._closing or self._waiting or self._running)
-                if self._closing:
-                    self._end_all(Busy("the server is shutting down"))
-                    return
-            try:
-                self._turn()
-            except Exception as error:
-                log.exception("the model failed; all requests end")
-                self._batch = Batch(self.engine)
-                self._kept.clear()
-                with self._news:
-                    self._end_all(error)
-
-    def _turn(self) -> None:
+    def schedule(self) -> list[Chunk]:
+        """Decide what is read next, single tokens first."""
         self._drop_cancelled()
-        self._read_prompts()
-        self._make_room()
-        if not self._running:
-            return
-        running = dict(zip(self._batch.rows, self._running, strict=True))
-        for event, (row, request) in zip(self._batch.step(), running.items(), strict=True):
-            if isinstance(event, Token) and event.finish_reason is not None:
-                self._keep(row)
-            request.receive(event)
-        self._running = [running[row] for row in self._batch.rows]
-
-    def _read_prompts(self) -> None:
-        """Read up to a piece of the prompts that wait, and let those join that are read."""
-        budget = PIECE
-        while budget and self._waiting and len(self._running) < self._max_batch:
-            request = self._waiting[0]
-            room = self._slots - self._rectangle(request)
-            if room < 0:
-                return
-            if request.cache is None:
-                request.cache = self._known_beginning(request)
-            self._let_go(room)
-            count = min(budget, request.unread)
+        self._share_places()
+        chunks: list[Chunk] = []
+        for sequence in list(self.running):
+            if sequence.decodes and self._find_room(sequence):
+                chunks.append(Chunk(sequence, sequence.read, 1))
+        budget = self._chunk
+        for sequence in self._prompts():
+            count = sequence.unread if budget is None else min(budget, sequence.unread)
+            while count and not self.blocks.reserve(sequence, sequence.read + count):
+                count = min(count - 1, self._fitting(sequence))
             if count:
-                start = request.cache.length
-                input_ids = self.engine.tensor([request.row.ids[start : start + count]])
-                positions = self.engine.tensor([list(range(start, start + count))])
-                self.engine.transform(input_ids, positions, request.cache)
-                budget -= count
-            if request.unread:
-                return
-            self._batch.join(request.row, request.cache)
-            self._running.append(request)
-            self._waiting.popleft()  # last: whatever fails before, the request is told
-            request.cache = None
+                chunks.append(Chunk(sequence, sequence.read, count))
+                budget = None if budget is None else budget - count
+            if budget == 0:
+                break
+        if not chunks and self.running:  # prompts stand in each other's way
+            if len(self.running) == 1 and not any(other.blocks for other in self.waiting):
+                raise Busy("others hold all memory of the cache; try again later")
+            self._evict(self.running[-1])
+            return self.schedule()
+        return sorted(chunks, key=lambda chunk: not chunk.is_single)
 
-    def _known_beginning(self, request: Request) -> Cache:
-        """What is known of a prompt's beginning, from the text that shares most of it."""
-        ids = request.row.ids[: request.unread]
-        known = [(kept_ids, cache, 0) for kept_ids, cache in self._kept]
-        known += [(row.ids[:-1], self._batch.cache, at) for at, row in enumerate(self._batch.rows)]
-        shared = [_shared_beginning(ids, other) for other, _, _ in known]
-        most = max(shared, default=0)
-        if most < SHORTEST_REUSE:
-            return Cache()
-        if request.is_new:
-            request.reused = most
-        at = shared.index(most)
-        ids, cache, row = known[at]
-        if at < len(self._kept) and most == len(ids):  # all of it: then none need be copied
-            del self._kept[at]
-            return cache
-        return cache.copy(row, most)
+    def advance(self, chunk: Chunk) -> None:
+        """Note that a chunk has been read."""
+        chunk.sequence.read += chunk.count
+        self.blocks.note(chunk.sequence)
+        self._requests[chunk.sequence.request].served += chunk.count
 
-    def _rectangle(self, *joining: Request) -> int:
-        """Slots that running texts and those that join them take with their next token."""
-        rows = [request.row for request in (*self._running, *joining)]
-        lengths = [len(row.ids) for row in rows if not row.ended]
-        return len(lengths) * max(lengths, default=0)
+    def remove(self, sequence: Sequence) -> None:
+        """Let a text go that has ended, or that nobody waits for any more."""
+        request = self._requests[sequence.request]
+        if sequence in self.running:
+            self.running.remove(sequence)
+            request.running -= 1
+        else:
+            request.waiting.remove(sequence)
+        self.blocks.release(sequence)
+        if not request.running and not request.waiting:
+            del self._requests[sequence.request]
 
-    def _let_go(self, slots: int) -> None:
-        """Let kept texts go, oldest first, until they take so many slots at most."""
-        while sum(cache.length for _, cache in self._kept) > slots:
-            self._kept.popleft()
+    def clear(self) -> list[Sequence]:
+        """Let all texts go; return them."""
+        gone = [*self.running, *self.waiting]
+        for sequence in gone:
+            self.remove(sequence)
+        return gone
 
-    def _make_room(self) -> None:
-        """See that the next token's slots are there."""
-        if self._waiting and self._read_ahead > self._slots - self._rectangle():
-            self._waiting[0].cache = None
-        while (room := self._slots - self._rectangle()) < 0:
-            last = self._running[-1]
-            self._batch.remove([last.row])
-            self._waiting.appendleft(last)
-            self._running.pop()  # last: whatever fails before, the request is told
-        self._let_go(room - self._read_ahead)
-
-    @property
-    def _read_ahead(self) -> int:
-        """Slots of the prompt that is being read."""
-        read = self._waiting[0].cache if self._waiting else None
-        return read.length if read else 0
-
-    def _keep(self, row: Row) -> None:
-        """Keep what was read of a text that has ended."""
-        ids, at = row.ids[:-1], self._batch.rows.index(row)
-        self._keep_cache(ids, lambda: self._batch.cache.copy(at, len(ids)))
-
-    def _keep_cache(self, ids: list[int], take: Callable[[], Cache]) -> None:
-        """Keep the cache of some ids, if there is room, in place of what they go on from."""
-        room = self._slots - self._rectangle() - self._read_ahead - len(ids)
-        if not ids or room < 0:
-            return
-        kept = (one for one in self._kept if _shared_beginning(one[0], ids) < len(one[0]))
-        self._kept = deque(kept, maxlen=KEPT)
-        self._let_go(room)
-        self._kept.append((ids, take()))
+    # --- places -----------------------------------------------------------------------------------
 
     def _drop_cancelled(self) -> None:
-        gone = [r for r in self._running if r.cancelled]  # read once: others set it meanwhile
-        for request in gone:
-            request.row.ended = True
-            self._keep(request.row)
-        if gone:
-            self._batch.remove([request.row for request in gone])
-        self._running = [r for r in self._running if r not in gone]
-        with self._news:
-            unread = [r for r in self._waiting if r.cancelled]
-            self._waiting = deque(r for r in self._waiting if r not in unread)
-        for cache, ids in [(r.cache, r.row.ids) for r in unread if r.cache]:
-            self._keep_cache(ids[: cache.length], lambda cache=cache: cache)
+        for sequence in [*self.running, *self.waiting]:
+            if sequence.cancelled:
+                self.remove(sequence)
 
-    def _end_all(self, why: Exception) -> None:
-        ended = [*self._running, *self._waiting]
-        self._running.clear()
-        self._waiting.clear()
-        for request in ended:
-            request.receive(why)
+    def _share_places(self) -> None:
+        """Let texts join that wait, and others step back, until all requests have their share."""
+        self._clock = max(
+            self._clock, min((r.served for r in self._requests.values()), default=self._clock)
+        )
+        while (nearest := self._next_to_join()) is not None:
+            full = self._max_running is not None and len(self.running) >= self._max_running
+            back = self._ahead_of(nearest) if full else None
+            if full and back is None:
+                return
+            if not self._has_room(nearest.waiting[0]):
+                return
+            if back is not None:
+                self._step_back(back)
+            sequence = nearest.waiting.popleft()
+            if not sequence.blocks:
+                self._begin(sequence)
+            self.running.append(sequence)
+            nearest.running += 1
+
+    def _next_to_join(self) -> _Request | None:
+        queued = [request for request in self._requests.values() if request.waiting]
+        return min(queued, key=lambda request: (request.running, request.served), default=None)
+
+    def _ahead_of(self, request: _Request) -> Sequence | None:
+        """The text to step back for a request's next; None where nobody has more than its share."""
+        latest = sorted(enumerate(self.running), key=self._share, reverse=True)
+        for _, sequence in latest:
+            other = self._requests[sequence.request]
+            more = other.running - request.running
+            if more > 1 or (more == 1 and other.served > request.served + TURN):
+                return sequence
+        return None
+
+    def _share(self, place: tuple[int, Sequence]) -> tuple[int, int, int]:
+        request = self._requests[place[1].request]
+        return request.running, request.served, place[0]
+
+    def _step_back(self, sequence: Sequence) -> None:
+        """Have a text wait with what it has read."""
+        request = self._requests[sequence.request]
+        self.running.remove(sequence)
+        request.running -= 1
+        request.waiting.appendleft(sequence)
+
+    # --- room -------------------------------------------------------------------------------------
+
+    def _begin(self, sequence: Sequence) -> None:
+        if self._reuse:
+            self.blocks.begin(sequence)
+        else:
+            sequence.digests = [sequence.salt]
+
+    def _has_room(self, sequence: Sequence) -> bool:
+        """Whether a text can join without another's being evicted, if others run."""
+        missing = self.blocks.needed(len(sequence.ids) + 1) - len(sequence.blocks)
+        return not self.running or self.blocks.can_take(missing)
+
+    def _fitting(self, sequence: Sequence) -> int:
+        """Tokens of a prompt for which there are blocks."""
+        free = self.blocks.free
+        assert free is not None
+        return max(0, (len(sequence.blocks) + free) * self.blocks.size - sequence.read)
+
+    def _prompts(self) -> list[Sequence]:
+        """Texts of which more than the last made token is unread, the least served first."""
+        unread = [sequence for sequence in self.running if not sequence.decodes]
+        return sorted(unread, key=lambda sequence: self._requests[sequence.request].served)
+
+    def _find_room(self, sequence: Sequence) -> bool:
+        """See that there is a block for a text's next token, by evicting others or itself."""
+        while not self.blocks.reserve(sequence, sequence.read + 1):
+            holding = [other for other in self.waiting if other.blocks]
+            victim = holding[-1] if holding else self.running[-1]
+            self._evict(victim)
+            if victim is sequence:
+                return False
+        return sequence in self.running
+
+    def _evict(self, sequence: Sequence) -> None:
+        """Take back a text's blocks; it waits, and is read again."""
+        if sequence in self.running:
+            self._step_back(sequence)
+        self.blocks.release(sequence)
 
 
-def _shared_beginning(ids: Sequence[int], other: Sequence[int]) -> int:
-    """How many ids two texts have in common from the first on."""
-    return next(
-        (at for at, (a, b) in enumerate(zip(ids, other, strict=False)) if a != b),
-        min(len(ids), len(other)),
-    )
-
-
-def _bytes_per_slot(engine: Engine) -> int:
-    """Have one token read, and see what it takes in the cache."""
-    cache = Cache()
-    with torch.inference_mode():
-        engine.transform(engine.tensor([[0]]), engine.tensor([[0]]), cache)
-    return cache.nbytes
+def work(sequence: Sequence) -> int:
+    """Tokens that a text takes to be read and made, as far as one can tell."""
+    return sequence.unread + min(sequence.room, EXPECTED_TOKENS)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Literal
 
-from moescope.engine.batch import Token
+from moescope.engine.sequence import Token
 from moescope.text.answers.pieces import held_back
 from moescope.text.tokenizer import Tokenizer
 

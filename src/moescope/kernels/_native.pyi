@@ -67,7 +67,16 @@ class CacheSlots:
     def __init__(self, keys: list[Array], values: list[Array]) -> None: ...
 
 class Decoder:
-    def __call__(self, ids: Array, positions: Array, cache: CacheSlots, out: Array) -> None: ...
+    def __call__(
+        self,
+        ids: Array,
+        positions: Array,
+        starts: Array,
+        singles: int,
+        table: Array,
+        cache: CacheSlots,
+        out: Array,
+    ) -> None: ...
 
 def latent_attention(
     input_norm: Array,

@@ -630,7 +630,7 @@ def cache_slots(slots: list[tuple[Tensor, Tensor]]) -> CacheSlots:
     """Make the cache of all layers ready for `run_decoder`, whose calls write to the same tensors.
 
     Args:
-        slots: for each layer keys and values, `(batch, slots, ...)`, float32; for latent attention
+        slots: for each layer keys and values, `(blocks, slots, ...)`, float32; for latent attention
             the latents and the rotated keys.
     """
     return _native.CacheSlots(
@@ -640,20 +640,36 @@ def cache_slots(slots: list[tuple[Tensor, Tensor]]) -> CacheSlots:
 
 
 def run_decoder(
-    layers: Decoder, input_ids: Tensor, hidden: int, positions: Tensor, slots: CacheSlots
+    layers: Decoder,
+    input_ids: Tensor,
+    hidden: int,
+    positions: Tensor,
+    starts: Tensor,
+    singles: int,
+    table: Tensor,
+    slots: CacheSlots,
 ) -> Tensor:
-    """Embed `input_ids` `(batch, seq)` and run all layers: `(batch, seq, hidden)` float32.
+    """Embed the tokens of several rows and run all layers: `(tokens, hidden)` float32.
 
     Args:
         layers: made by `decoder`.
-        input_ids: int64, below the rows of the embedding.
+        input_ids: `(tokens,)` int64, below the rows of the embedding, one row after the other.
         hidden: width of the embedding.
-        positions: `(batch, seq)` int64, each below the number of slots.
+        positions: `(tokens,)` int64, each in one of its row's blocks.
+        starts: `(rows + 1,)` int64, where the rows begin among the tokens, and the end.
+        singles: how many rows, the first ones, have one token that is read as generated ones are.
+        table: `(rows, width)` int64, the blocks in which a row's slots lie, in order.
         slots: to which the new tokens' keys and values are written.
     """
     out = torch.empty(*input_ids.shape, hidden)
     layers(
-        to_dlpack(input_ids.contiguous()), to_dlpack(positions.contiguous()), slots, to_dlpack(out)
+        to_dlpack(input_ids.contiguous()),
+        to_dlpack(positions.contiguous()),
+        to_dlpack(starts),
+        singles,
+        to_dlpack(table.contiguous()),
+        slots,
+        to_dlpack(out),
     )
     return out
 

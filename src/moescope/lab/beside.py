@@ -124,7 +124,7 @@ def _time_in_turns(engines: list[Engine], ids: Sequence[int]) -> list[float]:
             input_ids = torch.tensor([[token_id]], device=engine.device)
             position = torch.tensor([[place]], device=engine.device)
             start = time.perf_counter()
-            states = engine.transform(input_ids, position, caches[at])  # (1, 1, hidden)
-            engine.predict(states[:, -1]).argmax().item()  # waits for the device, too
+            states = engine.model(input_ids, position, caches[at])  # (1, 1, hidden)
+            engine.model.logits(states[:, -1]).argmax().item()  # waits for the device, too
             taken[at].append(1000 * (time.perf_counter() - start))
     return [statistics.median(each) for each in taken]

@@ -1,6 +1,6 @@
 """What attention remembers of earlier tokens."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TypeVar, cast
 
@@ -9,6 +9,10 @@ from torch import Tensor
 
 Handle = TypeVar("Handle")
 """What a kernel knows all layers' slots by."""
+Shapes = tuple[tuple[int, ...], tuple[int, ...]]
+"""Of a slot's keys and of its values."""
+HandOver = Callable[[list[tuple[Tensor, Tensor]]], Handle]
+"""Turns every layer's keys and values, `(blocks, slots, ...)`, into what a kernel knows them by."""
 
 GROWTH = 256
 """Slots are added in steps of this many, so that there is always one for the next token."""
@@ -86,19 +90,21 @@ class Cache:
         self,
         layers: int,
         batch: int,
-        shapes: tuple[tuple[int, ...], tuple[int, ...]],
+        shapes: Shapes,
         length: int,
-        hand_over: Callable[[list[tuple[Tensor, Tensor]]], Handle],
-    ) -> Handle:
+        hand_over: HandOver[Handle],
+    ) -> tuple[Handle, Tensor]:
         """Make room for a kernel that stores float32 keys and values of all layers itself.
 
         Args:
             layers: of the network.
             batch: rows.
-            shapes: of a slot's keys and of its values.
+            shapes: of a slot.
             length: slots that are needed at least.
-            hand_over: turns every layer's keys and values, `(batch, slots, ...)`, into what the
-                kernel knows them by; called again only when they have moved.
+            hand_over: called again only when the slots have moved.
+
+        Returns:
+            What `hand_over` made, and the blocks of each row, `(batch, blocks)` int64.
         """
         self.length = max(self.length, length)
         if self._handle is None or self._slots[0][0].shape[1] < self.length:
@@ -107,55 +113,7 @@ class Cache:
                 keys, values = self._slots.get(layer_idx, empty)
                 self._slots[layer_idx] = _grow(keys, self.length), _grow(values, self.length)
             self._handle = hand_over([self._slots[layer_idx] for layer_idx in range(layers)])
-        return cast(Handle, self._handle)
-
-    def keep(self, rows: Tensor, length: int) -> None:
-        """Forget all sequences but `rows`, `(kept,)` indices, none longer than `length`."""
-        slots = (length // GROWTH + 1) * GROWTH  # what a longer one leaves is given back
-        for layer_idx, (keys, values) in self._slots.items():  # one layer is held twice at a time
-            self._slots[layer_idx] = keys[:, :slots][rows], values[:, :slots][rows]
-        for key, held in self._further.items():
-            cut = held.states[:, : held.slots(slots)][rows]
-            self._further[key] = _Further(cut, held.tokens_per_slot)
-        self.length = min(self.length, length)
-        self._handle = None
-
-    def join(self, other: "Cache") -> None:
-        """Add the sequences of another cache, of the same layers, behind these."""
-        self.length = max(self.length, other.length)
-        slots = (self.length // GROWTH + 1) * GROWTH
-        for layer_idx, added in other._slots.items():
-            held = self._slots.get(layer_idx) or (added[0][:0], added[1][:0])
-            keys, values = (
-                torch.cat([_sized(mine, slots), _sized(its, slots)])
-                for mine, its in zip(held, added, strict=True)
-            )
-            self._slots[layer_idx] = keys, values
-        for key, its in other._further.items():
-            mine = self._further.get(key) or _Further(its.states[:0], its.tokens_per_slot)
-            room = its.slots(slots)
-            joined = torch.cat([_sized(mine.states, room), _sized(its.states, room)])
-            self._further[key] = _Further(joined, its.tokens_per_slot)
-        self._handle = None
-
-    def copy(self, row: int, length: int) -> "Cache":
-        """Return the first `length` slots of one sequence as a cache of its own."""
-        cache = Cache()
-        cache.length = length
-        cache._slots = {
-            layer_idx: (
-                keys[row : row + 1, :length].clone(),
-                values[row : row + 1, :length].clone(),
-            )
-            for layer_idx, (keys, values) in self._slots.items()
-        }
-        cache._further = {
-            key: _Further(
-                held.states[row : row + 1, : held.slots(length)].clone(), held.tokens_per_slot
-            )
-            for key, held in self._further.items()
-        }
-        return cache
+        return cast(Handle, self._handle), torch.arange(batch)[:, None]
 
     @property
     def nbytes(self) -> int:
@@ -164,6 +122,155 @@ class Cache:
             slots[:, : self.length] for pair in list(self._slots.values()) for slots in pair
         ] + [held.states[:, : held.slots(self.length)] for held in list(self._further.values())]
         return sum(slots.numel() * slots.element_size() for slots in used)
+
+
+class BlockPool:
+    """Slots of any number of texts in blocks of equally many tokens; block 0 stays empty.
+
+    Args:
+        block_tokens: tokens of a block, a multiple of what any further states share a slot of.
+        limit: blocks that there may be; None for as many as are asked for.
+    """
+
+    def __init__(self, block_tokens: int, limit: int | None = None) -> None:
+        self.block_tokens, self.limit = block_tokens, limit
+        self._slots: dict[int, tuple[Tensor, Tensor]] = {}  # (blocks, slots, ...)
+        self._further: dict[tuple[int, str], _Further] = {}
+        self._count = 1
+        self._handle: object = None
+
+    @property
+    def block_bytes(self) -> int:
+        """Bytes of a block in all layers; 0 before anything has been stored."""
+        return sum(t[0].numel() * t.element_size() for t in self._tensors() if len(t))
+
+    def grow(self, count: int) -> None:
+        """See that there are so many blocks."""
+        if count <= self._count:
+            return
+        self._count = count
+        for layer_idx, (keys, values) in self._slots.items():  # one is held twice at a time
+            self._slots[layer_idx] = self._sized(keys), self._sized(values)
+        for key, held in self._further.items():
+            self._further[key] = _Further(self._sized(held.states), held.tokens_per_slot)
+
+    def move(self, block: int, source: int, tokens: int) -> None:
+        """Begin a block with the first tokens of another, and fill it up with zeros."""
+        for slots in (slots for pair in self._slots.values() for slots in pair):
+            _begin(slots, block, source, tokens)
+        for held in self._further.values():
+            _begin(held.states, block, source, held.slots(tokens))
+
+    def rows(self, tables: Sequence[Sequence[int]], length: int) -> "BlockRows":
+        """Return the cache of a batch of texts in these blocks, the longest of `length` tokens."""
+        return BlockRows(self, tables, length)
+
+    def slots(self, layer_idx: int, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """A layer's keys and values, `(blocks, slots, ...)`, for such as `(batch, seq, ...)`."""
+        if layer_idx not in self._slots:
+            self._slots[layer_idx] = self._new(keys, 1), self._new(values, 1)
+            self._handle = None
+        return self._slots[layer_idx]
+
+    def further(self, layer_idx: int, name: str, states: Tensor, tokens_per_slot: int) -> Tensor:
+        """The same of further states."""
+        if (layer_idx, name) not in self._further:
+            if self.block_tokens % tokens_per_slot:
+                raise ValueError(f"blocks of {self.block_tokens} cut slots of {tokens_per_slot}")
+            made = _Further(self._new(states, tokens_per_slot), tokens_per_slot)
+            self._further[layer_idx, name] = made
+        return self._further[layer_idx, name].states
+
+    def handle(self, layers: int, shapes: Shapes, hand_over: HandOver[Handle]) -> Handle:
+        """What a kernel knows all blocks by, as for `Cache.reserve`."""
+        if self._handle is None:
+            like = torch.empty(1, 1, *shapes[0]), torch.empty(1, 1, *shapes[1])
+            held = [self.slots(layer_idx, *like) for layer_idx in range(layers)]
+            self._handle = hand_over(held)
+        return cast(Handle, self._handle)
+
+    def _tensors(self) -> list[Tensor]:
+        pairs = [slots for pair in list(self._slots.values()) for slots in pair]
+        return pairs + [held.states for held in list(self._further.values())]
+
+    def _new(self, like: Tensor, tokens_per_slot: int) -> Tensor:
+        shape = (0, self.block_tokens // tokens_per_slot, *like.shape[2:])
+        return self._sized(like.new_empty(shape))
+
+    def _sized(self, blocks: Tensor) -> Tensor:
+        """Blocks with room for all that there are, and for all that may be where that is free."""
+        if len(blocks) >= self._count:
+            return blocks
+        lazy = blocks.device.type == "cpu"  # where pages that nobody touched take no memory
+        capacity = max(self._count, 2 * len(blocks))
+        if self.limit is not None:
+            capacity = self.limit + 1 if lazy else min(capacity, self.limit + 1)
+        grown = blocks.new_empty(capacity, *blocks.shape[1:])
+        grown[: len(blocks)] = blocks
+        grown[len(blocks) : self._count] = 0
+        self._handle = None
+        return grown
+
+
+class BlockRows:
+    """The cache of a batch of texts in the blocks of a pool."""
+
+    def __init__(self, pool: BlockPool, tables: Sequence[Sequence[int]], length: int) -> None:
+        self._pool, self._length = pool, length
+        width = max(len(table) for table in tables)
+        self._tables = torch.tensor([[*t, *[0] * (width - len(t))] for t in tables])
+        first = tables[0][0]
+        side_by_side = list(tables[0]) == list(range(first, first + width))
+        self._run = slice(first, first + width) if len(tables) == 1 and side_by_side else None
+
+    def update(
+        self, layer_idx: int, keys: Tensor, values: Tensor, positions: Tensor
+    ) -> tuple[Tensor, Tensor]:
+        """Store `(batch, seq, ...)` at `positions` `(batch, seq)`; return all slots so far."""
+        held_keys, held_values = self._pool.slots(layer_idx, keys, values)
+        return (
+            self._stored(held_keys, keys, positions, self._length),
+            self._stored(held_values, values, positions, self._length),
+        )
+
+    def store(
+        self, layer_idx: int, name: str, states: Tensor, places: Tensor, tokens_per_slot: int = 1
+    ) -> Tensor:
+        """Store further states of the same tokens, as `Cache.store` does."""
+        held = self._pool.further(layer_idx, name, states, tokens_per_slot)
+        used = _Further(held, tokens_per_slot).slots(self._length)
+        found = self._stored(held, states, places, used)
+        held[0] = 0  # a row may have stored what lies beyond its own blocks
+        return found
+
+    def reserve(
+        self,
+        layers: int,
+        batch: int,
+        shapes: Shapes,
+        length: int,
+        hand_over: HandOver[Handle],
+    ) -> tuple[Handle, Tensor]:
+        """Return what a kernel that stores keys and values itself knows these rows by."""
+        assert batch == len(self._tables) and length == self._length
+        return self._pool.handle(layers, shapes, hand_over), self._tables
+
+    def _stored(self, held: Tensor, states: Tensor, places: Tensor, used: int) -> Tensor:
+        """Store states `(batch, seq, ...)` in `(blocks, slots, ...)`; return the rows' first slots.
+
+        Returns:
+            `(batch, used, ...)`.
+        """
+        tables, size = self._tables.to(held.device), held.shape[1]
+        held[tables.gather(1, places // size), places % size] = states
+        if self._run is not None:  # the blocks lie side by side
+            return held[self._run].flatten(0, 1)[None, :used]
+        return held[tables].flatten(1, 2)[:, :used]
+
+
+def _begin(slots: Tensor, block: int, source: int, count: int) -> None:
+    slots[block, :count] = slots[source, :count]
+    slots[block, count:] = 0
 
 
 def _room(like: Tensor, slots: int) -> Tensor:

@@ -7,7 +7,7 @@ from torch import Tensor, nn
 
 from moescope.kernels import cpu
 from moescope.model.attention import KVCache, LatentAttention
-from moescope.model.cache import Cache
+from moescope.model.cache import BlockRows, Cache
 from moescope.model.decoder import Decoder
 from moescope.model.layer import DecoderLayer
 from moescope.model.moe import MoE
@@ -56,19 +56,57 @@ class NativeDecoder(Decoder):
     ) -> Tensor:
         """Run all layers over `(batch, seq)` ids; return `(batch, seq, hidden)` before the norm."""
         slots = Cache() if cache is None else cache
+        if recorder is not None or not isinstance(slots, Cache | BlockRows) or not self.is_joined:
+            return super().forward(input_ids, positions, cache, recorder)
+        batch, seq = input_ids.shape
+        if positions is None:
+            positions = torch.arange(seq).expand_as(input_ids)
+        starts = torch.arange(batch + 1) * seq
+        singles = batch if seq == 1 else 0
+        length = int(positions.max()) + 1
+        states = self.run_rows(
+            input_ids.flatten(), positions.flatten(), starts, singles, slots, length
+        )
+        return states.view(batch, seq, -1)
+
+    @property
+    def is_joined(self) -> bool:
+        """Whether all layers are one call."""
         gates = self._gates()
         if gates != self.joined_gates:  # a copy was given others, as steering does
             self._join(gates)
-        if recorder is not None or not isinstance(slots, Cache) or self.all_layers is None:
-            return super().forward(input_ids, positions, cache, recorder)
-        if positions is None:
-            positions = torch.arange(input_ids.shape[1]).expand_as(input_ids)
-        length = int(positions.max()) + 1
-        held = slots.reserve(
-            len(self.layers), len(input_ids), self.slot_shapes, length, cpu.cache_slots
+        return self.all_layers is not None
+
+    def run_rows(
+        self,
+        input_ids: Tensor,
+        positions: Tensor,
+        starts: Tensor,
+        singles: int,
+        cache: Cache | BlockRows,
+        length: int,
+    ) -> Tensor:
+        """Run all layers over rows of unequal length, `(tokens,)`, where `is_joined`.
+
+        Args:
+            input_ids: one row's tokens after the other's.
+            positions: of the tokens.
+            starts: `(rows + 1,)`, where rows begin, and the end.
+            singles: rows, the first ones, of one token that is read as generated ones are.
+            cache: of the rows.
+            length: of the longest text, with these tokens.
+
+        Returns:
+            `(tokens, hidden)` before the norm.
+        """
+        assert self.all_layers is not None
+        held, table = cache.reserve(
+            len(self.layers), len(starts) - 1, self.slot_shapes, length, cpu.cache_slots
         )
         width = self.embed_tokens.embedding_dim
-        return cpu.run_decoder(self.all_layers, input_ids, width, positions, held)
+        return cpu.run_decoder(
+            self.all_layers, input_ids, width, positions, starts, singles, table, held
+        )
 
     def _layers(self) -> "list[DecoderLayer]":
         return cast("list[DecoderLayer]", list(self.layers))

@@ -7,9 +7,9 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor
 
-from moescope.engine.batch import FinishReason
 from moescope.engine.engine import Engine
 from moescope.engine.sampling import SamplingParams
+from moescope.engine.sequence import FinishReason
 from moescope.model.decoder import CausalLM
 from moescope.scope.recording import (
     TraceRecorder,

@@ -7,8 +7,8 @@ from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, Metri
 from prometheus_client.registry import Collector
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
-from moescope.engine.scheduler import Scheduler
 from moescope.kernels import cpu
+from moescope.server.model_thread import ModelThread
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 FIRST_TOKEN = (0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 10, 25, 50, 100)
@@ -28,9 +28,9 @@ class Metrics:
         request: seconds from a request's arrival to its end.
     """
 
-    def __init__(self, scheduler: Scheduler) -> None:
+    def __init__(self, thread: ModelThread) -> None:
         self._registry = registry = CollectorRegistry()
-        registry.register(_Now(scheduler))
+        registry.register(_Now(thread))
         self._requests = Counter(
             "moescope_requests", "Requests answered.", ["path", "status"], registry=registry
         )
@@ -76,24 +76,24 @@ class Metrics:
 class _Now(Collector):
     """What is read at the moment that somebody asks."""
 
-    def __init__(self, scheduler: Scheduler) -> None:
-        self._scheduler = scheduler
+    def __init__(self, thread: ModelThread) -> None:
+        self._thread = thread
 
     def collect(self) -> Iterator[Metric]:
-        """Yield the scheduler's state and the kernels' counter."""
-        scheduler = self._scheduler
+        """Yield the thread's state and the kernels' counter."""
+        thread = self._thread
         yield GaugeMetricFamily(
-            "moescope_requests_running", "Texts that get tokens now.", scheduler.running
+            "moescope_requests_running", "Texts that get tokens now.", thread.running
         )
         yield GaugeMetricFamily(
             "moescope_requests_waiting",
-            "Texts whose prompts have not been read to their ends.",
-            scheduler.waiting,
+            "Texts that wait to be read or continued.",
+            thread.waiting,
         )
         yield GaugeMetricFamily(
             "moescope_cache_bytes",
-            "Bytes of caches: of running texts, of a prompt that is read, and of texts kept.",
-            scheduler.held_bytes,
+            "Bytes of the cache that texts take which run or wait.",
+            thread.held_bytes,
         )
         if cpu.available():
             yield CounterMetricFamily(

@@ -1,6 +1,6 @@
 """The OpenAI API, so that clients which speak it can ask a model here.
 
-Completions and chats, whole or streamed, over a scheduler in which all requests share one batch.
+Completions and chats, whole or streamed, over one thread in which all requests share the model.
 """
 
 import asyncio
@@ -8,7 +8,7 @@ import hmac
 import json
 import time
 from collections.abc import AsyncGenerator, AsyncIterator, Sequence
-from contextlib import asynccontextmanager, suppress
+from contextlib import asynccontextmanager
 
 from pydantic import ValidationError
 from starlette.applications import Starlette
@@ -19,41 +19,39 @@ from starlette.routing import Route
 from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moescope.api import Model
-from moescope.engine.batch import Token
 from moescope.engine.not_finite import NotFinite
 from moescope.engine.sampling import SamplingParams
-from moescope.engine.scheduler import Busy, Scheduler
-from moescope.engine.scheduler import Request as SchedulerRequest
+from moescope.engine.scheduler import Busy
 from moescope.errors import UserError
 from moescope.server.metrics import CONTENT_TYPE, CountAnswers, Metrics
+from moescope.server.model_thread import ModelThread
 from moescope.server.openai_answers import ChatForm, CompletionForm, Form, Json
 from moescope.server.openai_schema import DEFAULT_TOKENS, ChatRequest, CompletionRequest
 from moescope.server.openai_schema import Request as Asked
 from moescope.server.requests import Handler, OwnHostOnly, TooMuch, explained, read_json
+from moescope.server.texts import Texts, unless_gone
 
 MOST_BYTES = 16_000_000
 """Bytes of a request."""
-MOST_TEXTS = 128
-"""That one request may ask for: half of those that may wait."""
 PATHS = ("/v1/models", "/v1/completions", "/v1/chat/completions", "/health", "/metrics")
 
 
-def create_api(model: Model, scheduler: Scheduler, *, name: str, api_key: str | None) -> Starlette:
+def create_api(model: Model, thread: ModelThread, *, name: str, api_key: str | None) -> Starlette:
     """Return the application that answers for `model`.
 
     Args:
         model: what is asked.
-        scheduler: over the model's engine; closed when the application ends.
+        thread: over the model's engine; closed when the application ends.
         name: what the API calls the model.
         api_key: what every request under /v1 must carry; None if none need.
     """
-    metrics = Metrics(scheduler)
-    service = _Service(model, scheduler, name, metrics)
+    metrics = Metrics(thread)
+    service = _Service(model, thread, name, metrics)
 
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncGenerator[None]:
         yield
-        await asyncio.to_thread(scheduler.close)
+        await asyncio.to_thread(thread.close)
 
     handlers: dict[str, tuple[str, Handler]] = {
         "/v1/models": ("GET", service.models),
@@ -105,8 +103,8 @@ class KeyNeeded:
 class _Service:
     """The endpoints of one model."""
 
-    def __init__(self, model: Model, scheduler: Scheduler, name: str, metrics: Metrics) -> None:
-        self._model, self._scheduler, self._name = model, scheduler, name
+    def __init__(self, model: Model, thread: ModelThread, name: str, metrics: Metrics) -> None:
+        self._model, self._thread, self._name = model, thread, name
         self._metrics = metrics
         self._since = int(time.time())
 
@@ -184,129 +182,19 @@ class _Service:
 
     def _begin(
         self, arrived: float, prompts: list[list[int]], params: list[SamplingParams]
-    ) -> "_Texts":
-        return _Texts(self._scheduler, self._metrics, arrived, prompts, params)
+    ) -> Texts:
+        return Texts(self._thread, self._metrics, arrived, prompts, params)
 
-    async def _answer(
-        self, request: Request, asked: Asked, texts: "_Texts", form: Form
-    ) -> Response:
+    async def _answer(self, request: Request, asked: Asked, texts: Texts, form: Form) -> Response:
         if not asked.stream:
-            tokens = await _unless_gone(request, texts)
+            tokens = await unless_gone(request, texts)
             return JSONResponse(form.whole(tokens, texts.count, texts.usage))
         events = _stream(texts, form, tells_usage=asked.tells_usage)
         headers = {"Cache-Control": "no-store", "X-Accel-Buffering": "no"}
         return StreamingResponse(events, media_type="text/event-stream", headers=headers)
 
 
-class _Texts:
-    """The texts that one request asked for, in the making: `params` of each of the prompts.
-
-    Tokens come in the order in which they are made; their `row` is the number of their text.
-    """
-
-    def __init__(
-        self,
-        scheduler: Scheduler,
-        metrics: Metrics,
-        arrived: float,
-        prompts: list[list[int]],
-        params: list[SamplingParams],
-    ) -> None:
-        self._scheduler, self._metrics, self._arrived = scheduler, metrics, arrived
-        self._events: asyncio.Queue[Token | Exception] = asyncio.Queue()
-        self.prompt_tokens = sum(len(prompt) for prompt in prompts)
-        self.generated_tokens = 0
-        self.count = len(prompts) * len(params)
-        if self.count > MOST_TEXTS:
-            raise UserError(
-                f"the request asks for {self.count} texts at once; ask for {MOST_TEXTS} at most"
-            )
-        self._choices = len(params)
-        loop = asyncio.get_running_loop()
-
-        def receive(event: Token | Exception) -> None:
-            with suppress(RuntimeError):  # the server has ended meanwhile
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
-
-        self._requests: list[SchedulerRequest] = []
-        try:
-            for prompt in prompts:
-                for how in params:
-                    number = len(self._requests)
-                    self._requests.append(scheduler.submit(prompt, how, receive, number))
-        except UserError:
-            self.end()
-            raise
-
-    @property
-    def reused_tokens(self) -> int:
-        """Tokens of prompts that an earlier text had left in the cache."""
-        return sum(request.reused for request in self._requests[:: self._choices])
-
-    @property
-    def usage(self) -> Json:
-        """How many tokens were read and made."""
-        return {
-            "prompt_tokens": self.prompt_tokens,
-            "completion_tokens": self.generated_tokens,
-            "total_tokens": self.prompt_tokens + self.generated_tokens,
-            "prompt_tokens_details": {"cached_tokens": self.reused_tokens},
-        }
-
-    async def __aiter__(self) -> AsyncIterator[Token]:
-        """Yield tokens until every text has ended; leaving early ends them all."""
-        metrics, running = self._metrics, self.count
-        last: dict[int, float] = {}
-        try:
-            while running:
-                event = await self._events.get()
-                if isinstance(event, Exception):
-                    raise event
-                now = time.perf_counter()
-                if event.row in last:
-                    metrics.each_token.observe(now - last[event.row])
-                else:
-                    metrics.first_token.observe(now - self._arrived)
-                last[event.row] = now
-                self.generated_tokens += 1
-                running -= event.finish_reason is not None
-                yield event
-        finally:
-            self.end()
-            metrics.prompt_tokens.inc(self.prompt_tokens)
-            metrics.reused_tokens.inc(self.reused_tokens)
-            metrics.generated_tokens.inc(self.generated_tokens)
-            metrics.request.observe(time.perf_counter() - self._arrived)
-
-    def end(self) -> None:
-        """Make no more tokens."""
-        for request in self._requests:
-            self._scheduler.cancel(request)
-
-
-async def _collected(texts: _Texts) -> list[Token]:
-    return [token async for token in texts]
-
-
-async def _unless_gone(request: Request, texts: _Texts) -> list[Token]:
-    """Collect all tokens; stop making them when nobody waits for them any more."""
-
-    async def leaving() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    collecting, left = asyncio.ensure_future(_collected(texts)), asyncio.ensure_future(leaving())
-    try:
-        await asyncio.wait((collecting, left), return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            raise HTTPException(499, "the client has gone")
-        return collecting.result()
-    finally:
-        collecting.cancel()
-        left.cancel()
-
-
-async def _stream(texts: _Texts, form: Form, *, tells_usage: bool) -> AsyncIterator[str]:
+async def _stream(texts: Texts, form: Form, *, tells_usage: bool) -> AsyncIterator[str]:
     """Hand on tokens as they are made; a mistake in the middle is the last event."""
     usage = {"usage": None} if tells_usage else {}
     try:

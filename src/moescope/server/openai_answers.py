@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from moescope.api import Model
-from moescope.engine.batch import Token
+from moescope.engine.sequence import Token
 from moescope.engine.thinking import ThoughtSplitter
 
 Json = dict[str, Any]

@@ -15,11 +15,11 @@ import uvicorn
 from starlette.applications import Starlette
 
 from moescope.api import Model
-from moescope.engine.scheduler import Scheduler
 from moescope.errors import UserError
 from moescope.kernels import cpu
 from moescope.machine import memory
 from moescope.server.app import create_app
+from moescope.server.model_thread import ModelThread
 from moescope.server.openai import create_api
 from moescope.server.studio import Studio
 
@@ -92,10 +92,10 @@ def serve_api(
     # Mapped weights count as free memory until they have moved to pages of their own.
     mapped = cpu.unsettled() if cpu.available() else 0
     room = int(max(0, memory()[1] - mapped) * CACHE_SHARE)
-    scheduler = Scheduler(model.engine, max_batch, room)
+    thread = ModelThread(model.engine, max_batch, room)
     found = listener.getsockname()[1]
     say(f"moescope serves {name} at http://{_reachable(host)}:{found}/v1  (Ctrl-C ends)")
-    _run(create_api(model, scheduler, name=name, api_key=api_key), listener)
+    _run(create_api(model, thread, name=name, api_key=api_key), listener)
 
 
 def _run(app: Starlette, listener: socket.socket) -> None:

@@ -11,9 +11,12 @@ from torch import Tensor
 
 from moescope.checkpoint import load_model
 from moescope.config import ModelConfig
-from moescope.engine.batch import Batch, Row, Token
+from moescope.engine import sequence as engine_sequence
 from moescope.engine.engine import Engine
+from moescope.engine.runner import by_length
 from moescope.engine.sampling import SamplingParams
+from moescope.engine.scheduler import Scheduler
+from moescope.engine.sequence import Token
 from moescope.kernels.blocks import Blocks
 from moescope.model.decoder import CausalLM
 from moescope.native.network import Packer
@@ -104,42 +107,46 @@ def draw_answers(
     """
     was_training = network.training
     engine = Engine(network, tokenizer)
-    rows = [
-        Row(engine, at, prompt, SamplingParams(max_tokens, temperature, seed=seed))
+    texts = [
+        engine.sequence(prompt, SamplingParams(max_tokens, temperature, seed=seed), at)
         for at, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
-    made: list[list[Token]] = [[] for _ in rows]
-    chosen: list[dict[int, list[Tensor]]] = [{} for _ in rows]
-    recorder, batch = ChoiceRecorder(), Batch(engine)
-    places, longest = list(range(len(rows))), max(len(prompt) for prompt in prompts)
-    events = batch.start(rows, recorder)
-    while places:
-        for event in events:
+    made: list[list[Token]] = [[] for _ in texts]
+    chosen: list[dict[int, list[Tensor]]] = [{} for _ in texts]
+    recorder, scheduler = ChoiceRecorder(), Scheduler(engine.blocks, chunk=None, reuse=False)
+    for text in texts:
+        scheduler.add(text)
+    while scheduler:
+        chunks = scheduler.schedule()
+        logits = engine.runner.run(chunks, recorder)
+        for batch, layers in zip(by_length(chunks), recorder.passes, strict=True):
+            for layer, topk_ids in layers.items():
+                by_text = topk_ids.unflatten(0, (len(batch), -1))  # (texts, tokens, slots)
+                for one, ids in zip(batch, by_text, strict=True):
+                    chosen[one.sequence.number].setdefault(layer, []).append(ids.clone())
+        recorder.passes.clear()
+        for _, event in engine.hand_out(scheduler, chunks, logits):
             if not isinstance(event, Token):
                 raise event
             made[event.row].append(event)
-        for layer, topk_ids in recorder.passes.pop().items():
-            by_row = topk_ids.unflatten(0, (len(places), -1))  # (rows, tokens, slots)
-            for place, ids in zip(places, by_row, strict=True):
-                read = ids[: len(prompts[place])] if ids.shape[0] == longest else ids
-                chosen[place].setdefault(layer, []).append(read.clone())
-        places, longest = [row.number for row in batch.rows], -1
-        events = batch.step(recorder) if places else iter(())
     network.train(was_training)
     return [
-        _answer(engine, row, tokens, {layer: torch.cat(c) for layer, c in choices.items()})
-        for row, tokens, choices in zip(rows, made, chosen, strict=True)
+        _answer(engine, text, tokens, {layer: torch.cat(c) for layer, c in choices.items()})
+        for text, tokens, choices in zip(texts, made, chosen, strict=True)
     ]
 
 
 def _answer(
-    engine: Engine, row: Row, tokens: Sequence[Token], choices: dict[int, Tensor]
+    engine: Engine,
+    text: engine_sequence.Sequence,
+    tokens: Sequence[Token],
+    choices: dict[int, Tensor],
 ) -> Answer:
     ids = tuple(token.id for token in tokens)
     ended = ids[-1] in engine.end_ids
     told = list(itertools.takewhile(lambda i: i not in engine.end_ids, ids))
     return Answer(
-        prompt=tuple(row.ids[: row.prompt_tokens]),
+        prompt=tuple(text.ids[: text.prompt_tokens]),
         ids=ids,
         text=engine.tokenizer.decode(told, skip_special_tokens=False),
         logprobs=tuple(token.logprob for token in tokens),

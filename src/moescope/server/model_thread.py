@@ -1,0 +1,161 @@
+"""The one thread that has the engine step, for requests that come from any other."""
+
+import logging
+from collections.abc import Callable, Hashable
+from collections.abc import Sequence as Series
+from threading import Condition, Thread
+
+from moescope.engine.engine import Engine
+from moescope.engine.sampling import SamplingParams
+from moescope.engine.scheduler import Busy, Scheduler, work
+from moescope.engine.sequence import Sequence, Token
+from moescope.errors import UserError
+
+Receive = Callable[[Token | Exception], None]
+
+MAX_WAITING = 262_144
+"""Tokens that may wait to be read or made: queues are bounded by work, not by how many wait."""
+
+log = logging.getLogger(__name__)
+
+
+class ModelThread:
+    """Continues prompts with one engine until it is closed.
+
+    Args:
+        engine: what computes.
+        max_running: texts that run at a time.
+        cache_bytes: that all texts may take in the cache.
+        max_waiting: tokens that may wait to be read or made.
+
+    Attributes:
+        running: texts that get tokens now.
+        waiting: texts that do not.
+        waiting_tokens: that those wait for to be read or made.
+
+    Raises:
+        UserError: not even one block fits into the bytes.
+    """
+
+    def __init__(
+        self,
+        engine: Engine,
+        max_running: int,
+        cache_bytes: int,
+        max_waiting: int = MAX_WAITING,
+    ) -> None:
+        self.engine = engine
+        engine.limit_cache(cache_bytes)
+        self._block_bytes = cache_bytes // (engine.blocks.limit or 1)
+        self._scheduler = Scheduler(engine.blocks, max_running=max_running)
+        self._max_waiting = max_waiting
+        self._arrived: list[tuple[Sequence, Receive]] = []
+        self._receivers: dict[Sequence, Receive] = {}  # the thread's own
+        self.running = self.waiting = self.waiting_tokens = 0
+        self._news = Condition()
+        self._closing = False
+        self._thread = Thread(target=self._run, name="model", daemon=True)
+        self._thread.start()
+
+    # --- for any thread -------------------------------------------------------------------------
+
+    def submit(
+        self,
+        prompt_ids: Series[int],
+        params: SamplingParams,
+        receive: Receive,
+        number: int = 0,
+        request: Hashable = None,
+    ) -> Sequence:
+        """Queue a prompt; `receive` is called with each token, or with what went wrong.
+
+        It is called in the model's thread and must not block.
+
+        Args:
+            prompt_ids: the prompt.
+            params: how it is continued.
+            receive: told what is made.
+            number: the tokens' `row`.
+            request: whose it is; requests share the model equally. None for a request of its own.
+
+        Raises:
+            UserError: the model cannot read the prompt, there is no memory for it, or no token is
+                asked for.
+            Busy: too much waits, or the server is about to end.
+        """
+        sequence = self.engine.sequence(prompt_ids, params, number, request or object())
+        if params.max_tokens < 1:
+            raise UserError("max_tokens is 0; ask for one token at least")
+        with self._news:
+            if self._closing:
+                raise Busy("the server is shutting down")
+            if self.waiting_tokens and self.waiting_tokens + work(sequence) > self._max_waiting:
+                raise Busy(
+                    f"{self.waiting_tokens:,} tokens wait to be read or made already; "
+                    "try again later"
+                )
+            self._arrived.append((sequence, receive))
+            self.waiting += 1
+            self.waiting_tokens += work(sequence)
+            self._news.notify()
+        return sequence
+
+    def cancel(self, sequence: Sequence) -> None:
+        """Have a text end as soon as possible; it may still be given a token."""
+        sequence.cancelled = True
+
+    def close(self) -> None:
+        """End the thread; what still runs is told so."""
+        with self._news:
+            self._closing = True
+            self._news.notify()
+        self._thread.join()
+
+    @property
+    def held_bytes(self) -> int:
+        """Bytes of the cache that texts take which run or wait."""
+        return self.engine.blocks.held * self._block_bytes
+
+    # --- the thread -----------------------------------------------------------------------------
+
+    def _run(self) -> None:
+        while True:
+            with self._news:
+                self._news.wait_for(lambda: self._closing or self._arrived or self._scheduler)
+                if self._closing:
+                    self._end_all(Busy("the server is shutting down"))
+                    return
+                for sequence, receive in self._arrived:
+                    self._scheduler.add(sequence)
+                    self._receivers[sequence] = receive
+                self._arrived.clear()
+            try:
+                made = self.engine.step(self._scheduler)
+            except Exception as error:
+                log.exception("the model failed; all requests end")
+                with self._news:
+                    self._end_all(error)
+                continue
+            for sequence, event in made:
+                self._receivers[sequence](event)
+            for sequence in [s for s in self._receivers if s.cancelled or s.ended]:
+                del self._receivers[sequence]
+            with self._news:
+                self._count()
+
+    def _count(self) -> None:
+        """See what runs and waits; in the thread, under the lock."""
+        arrived = [sequence for sequence, _ in self._arrived]
+        self.running = len(self._scheduler.running)
+        self.waiting = len(self._scheduler.waiting) + len(arrived)
+        self.waiting_tokens = self._scheduler.waiting_tokens + sum(map(work, arrived))
+
+    def _end_all(self, why: Exception) -> None:
+        self._scheduler.clear()
+        self.engine.blocks.forget()
+        ended = [*self._receivers.values(), *(receive for _, receive in self._arrived)]
+        self._receivers.clear()
+        self._arrived.clear()
+        self._count()
+        for receive in ended:
+            receive(why)

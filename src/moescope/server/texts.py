@@ -1,0 +1,127 @@
+"""The texts that one request asks for, from the model's thread to the event loop."""
+
+import asyncio
+import time
+from collections.abc import AsyncIterator
+from contextlib import suppress
+from typing import Any
+
+from starlette.exceptions import HTTPException
+from starlette.requests import Request
+
+from moescope.engine.sampling import SamplingParams
+from moescope.engine.sequence import Sequence, Token
+from moescope.errors import UserError
+from moescope.server.metrics import Metrics
+from moescope.server.model_thread import ModelThread
+
+MAX_TEXTS = 128
+"""That one request may ask for."""
+
+
+class Texts:
+    """The texts that one request asked for, in the making: `params` of each of the prompts.
+
+    Tokens come in the order in which they are made; their `row` is the number of their text.
+    """
+
+    def __init__(
+        self,
+        thread: ModelThread,
+        metrics: Metrics,
+        arrived: float,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+    ) -> None:
+        self._thread, self._metrics, self._arrived = thread, metrics, arrived
+        self._events: asyncio.Queue[Token | Exception] = asyncio.Queue()
+        self.prompt_tokens = sum(len(prompt) for prompt in prompts)
+        self.generated_tokens = 0
+        self.count = len(prompts) * len(params)
+        if self.count > MAX_TEXTS:
+            raise UserError(
+                f"the request asks for {self.count} texts at once; ask for {MAX_TEXTS} at most"
+            )
+        self._choices = len(params)
+        loop = asyncio.get_running_loop()
+
+        def receive(event: Token | Exception) -> None:
+            with suppress(RuntimeError):  # the server has ended meanwhile
+                loop.call_soon_threadsafe(self._events.put_nowait, event)
+
+        self._texts: list[Sequence] = []
+        try:
+            for prompt in prompts:
+                for how in params:
+                    number = len(self._texts)
+                    self._texts.append(thread.submit(prompt, how, receive, number, request=self))
+        except UserError:
+            self.end()
+            raise
+
+    @property
+    def reused_tokens(self) -> int:
+        """Tokens of prompts that an earlier text had left in the cache."""
+        return sum(text.reused for text in self._texts[:: self._choices])
+
+    @property
+    def usage(self) -> dict[str, Any]:
+        """How many tokens were read and made."""
+        return {
+            "prompt_tokens": self.prompt_tokens,
+            "completion_tokens": self.generated_tokens,
+            "total_tokens": self.prompt_tokens + self.generated_tokens,
+            "prompt_tokens_details": {"cached_tokens": self.reused_tokens},
+        }
+
+    async def __aiter__(self) -> AsyncIterator[Token]:
+        """Yield tokens until every text has ended; leaving early ends them all."""
+        metrics, running = self._metrics, self.count
+        last: dict[int, float] = {}
+        try:
+            while running:
+                event = await self._events.get()
+                if isinstance(event, Exception):
+                    raise event
+                now = time.perf_counter()
+                if event.row in last:
+                    metrics.each_token.observe(now - last[event.row])
+                else:
+                    metrics.first_token.observe(now - self._arrived)
+                last[event.row] = now
+                self.generated_tokens += 1
+                running -= event.finish_reason is not None
+                yield event
+        finally:
+            self.end()
+            metrics.prompt_tokens.inc(self.prompt_tokens)
+            metrics.reused_tokens.inc(self.reused_tokens)
+            metrics.generated_tokens.inc(self.generated_tokens)
+            metrics.request.observe(time.perf_counter() - self._arrived)
+
+    def end(self) -> None:
+        """Make no more tokens."""
+        for text in self._texts:
+            self._thread.cancel(text)
+
+
+async def _collected(texts: Texts) -> list[Token]:
+    return [token async for token in texts]
+
+
+async def unless_gone(request: Request, texts: Texts) -> list[Token]:
+    """Collect all tokens; stop making them when nobody waits for them any more."""
+
+    async def leaving() -> None:
+        while (await request.receive())["type"] != "http.disconnect":
+            pass
+
+    collecting, left = asyncio.ensure_future(_collected(texts)), asyncio.ensure_future(leaving())
+    try:
+        await asyncio.wait((collecting, left), return_when=asyncio.FIRST_COMPLETED)
+        if not collecting.done():
+            raise HTTPException(499, "the client has gone")
+        return collecting.result()
+    finally:
+        collecting.cancel()
+        left.cancel()
