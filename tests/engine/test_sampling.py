@@ -2,7 +2,7 @@ from collections import Counter
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from transformers import (
@@ -184,3 +184,40 @@ def test_a_shortlist_is_enough_for_the_usual_settings() -> None:
 def test_a_value_without_meaning_is_named(field: str, value: object) -> None:
     with pytest.raises(UserError, match=rf"{field} is .*; it must be"):
         SamplingParams(**{field: value})  # type: ignore[arg-type]
+
+
+@settings(max_examples=200)
+@given(
+    penalty=st.sampled_from([1e-45, 1e-38, 1e-5, 1.0, 100.0, 1e38]),
+    temperature=st.sampled_from([1e-5, 0.1, 0.7, 1.0, 100.0, 1e30]),
+    top_p=st.sampled_from([None, 1e-300, 1e-9, 0.7, 1.0]),
+    top_k=st.sampled_from([None, 1, 3, 10**6]),
+    min_p=st.sampled_from([None, 0.0, 0.5, 1.0]),
+    scale=st.sampled_from([0.0, 1e-30, 1.0, 1e4]),
+    drawn=st.sampled_from([0.0, 0.5, 1 - 2**-53]),
+    seed=st.integers(0, 50),
+)
+def test_extreme_values_leave_a_token_to_pick(
+    penalty: float,
+    temperature: float,
+    top_p: float | None,
+    top_k: int | None,
+    min_p: float | None,
+    scale: float,
+    drawn: float,
+    seed: int,
+) -> None:
+    params = SamplingParams(
+        temperature=temperature,
+        top_p=top_p,
+        top_k=top_k,
+        min_p=min_p,
+        repetition_penalty=penalty,
+    )
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randn(90, generator=generator) * scale
+    scores = penalised(logits, list(range(0, 90, 7)), 4, params)
+    assert scores.isfinite().all()
+    assert 0 <= choose(scores, params, drawn) < 90
+    chosen = Shortlist.of(scores[None], [params.temperature]).choose(0, params, drawn)
+    assert chosen is None or 0 <= chosen < 90

@@ -10,6 +10,8 @@ from moescope.errors import UserError
 from moescope.kernels import cpu
 
 MOST_TOP_LOGPROBS = 20
+LARGEST = 1e30
+"""Of a penalised logit either way: over the lowest temperature it is still a float32."""
 COLDEST = 1e-5
 """Below this temperature logits over it would be beyond what a float32 tells apart."""
 
@@ -110,7 +112,8 @@ def penalised(logits: Tensor, ids: Sequence[int], made: int, params: SamplingPar
     """
     seen = torch.tensor(ids, dtype=torch.int64, device=logits.device)
     scores, penalty = logits[seen], params.repetition_penalty
-    logits = logits.index_put((seen,), torch.where(scores > 0, scores / penalty, scores * penalty))
+    scores = torch.where(scores > 0, scores / penalty, scores * penalty).clamp(-LARGEST, LARGEST)
+    logits = logits.index_put((seen,), scores)
     counts = seen[len(ids) - made :].bincount(minlength=len(logits))  # (vocab,)
     return logits - counts * params.frequency_penalty - (counts > 0) * params.presence_penalty
 
@@ -226,6 +229,8 @@ class Shortlist:
             whole, scaled = True, scaled[: params.top_k]
             log_sum = float(scaled.logsumexp(0))
         probabilities = (scaled - log_sum).exp()
+        if not 0 < float(probabilities.sum()) < 2:  # beyond what the sum of logits can tell apart
+            return None
         if params.top_p is not None and params.top_p < 1:
             kept = probabilities[probabilities.cumsum(0) - probabilities < params.top_p]
             if not whole and len(kept) == len(probabilities):
