@@ -54,6 +54,7 @@ def small_model() -> dict[str, object]:
         "bos_token_id": 0,
         "eos_token_id": 1,
         "pad_token_id": 2,
+        "trained_length": 48,
     }
 
 
@@ -125,6 +126,7 @@ def test_a_killed_training_goes_on_bit_for_bit(start: Path, tmp_path: Path) -> N
     assert rows(tmp_path / "whole") == rows(tmp_path / "again")
     ours, theirs = (load_model(tmp_path / name).state_dict() for name in ("whole", "again"))
     assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert load_model(tmp_path / "whole").config.trained_length == 48
     losses = [row["loss"] for row in rows(tmp_path / "whole")]
     assert losses[-1] < losses[0] - 0.3
 

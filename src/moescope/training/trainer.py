@@ -150,6 +150,8 @@ class Trainer:
         torch.manual_seed(training.seed)
         self.config, self.out, self.kind, self.device = config, out, kind, kind.device
         length = config.data.sequence_length
+        if config.kind != "pretrain":  # chats and answers are as long as they are
+            length = config.model.trained_length
         self.model = CausalLM(config.model.model_copy(update={"trained_length": length}))
         if config.start.model is None:
             initialise(self.model, training.seed)
