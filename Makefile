@@ -17,7 +17,7 @@ run: .venv/.installed
 test: lint
 	timeout $(TEST_SECONDS) $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
 
-test-all: lint .venv/.installed-oracle
+test-all: lint .venv/.installed-oracle .venv-clients/.installed
 	timeout $(TEST_SECONDS) $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 # The kernels under the compiler's sanitizers, and on a processor that is not at hand; minutes.
@@ -52,6 +52,13 @@ SOURCES := hatch_build.py $(shell find web csrc -name node_modules -prune -o -ty
 .venv/.installed-oracle: .venv/.installed-dev
 	@echo "Installing what longer tests compare with (some ten minutes the first time) ..."
 	$(INSTALL) -e ".[oracle]"
+	@touch $@
+
+# Clients of others, apart: some pin what moescope has newer.
+.venv-clients/.installed: tests/clients/requirements.txt | $(BIN)/pip
+	@echo "Installing clients that ask a server into .venv-clients ..."
+	@$(BIN)/python -m venv .venv-clients
+	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
 $(BIN)/pip:

@@ -20,8 +20,8 @@ from moescope.engine.not_finite import NotFinite
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
 from moescope.kernels import cpu
+from moescope.server.apis import Access, create_api
 from moescope.server.model_thread import ModelThread
-from moescope.server.openai import create_api
 
 PROMPT = "床前明月光, is it frost?"
 OPTIONS: list[dict[str, Any]] = [{}, {"quantize": "bf16"}]
@@ -158,7 +158,7 @@ def test_only_the_row_that_has_no_numbers_ends(model: Model, tmp_path: Path) -> 
 def test_a_server_answers_500_with_the_sentence(model: Model, tmp_path: Path) -> None:
     opened = spoil_a_token(model, tmp_path)
     thread = ModelThread(opened.engine, 4, 2**24)
-    with TestClient(create_api(opened, thread, name="m", api_key="k")) as client:
+    with TestClient(create_api(opened, thread, name="m", access=Access("k"))) as client:
         headers = {"Authorization": "Bearer k"}
         for stream in (False, True):
             question = {"prompt": "moon 😀", "max_tokens": 4, "stream": stream}

@@ -25,8 +25,8 @@ from moescope.engine.thinking import BEGIN, END
 from moescope.kernels import cpu
 from moescope.model.decoder import CausalLM
 from moescope.native.network import Packer
+from moescope.server.apis import Access, create_api
 from moescope.server.model_thread import ModelThread
-from moescope.server.openai import create_api
 from moescope.text.tokenizer import Tokenizer
 
 PROMPT = "the moon before my bed"
@@ -47,7 +47,7 @@ def talker(model: Model) -> Model:
 @contextmanager
 def served(model: Model, **options: Any) -> Iterator[tuple[TestClient, ModelThread]]:
     thread = ModelThread(model.engine, options.pop("max_batch", 4), 2**24)
-    api = create_api(model, thread, **{"name": "small", "api_key": None, **options})
+    api = create_api(model, thread, name="small", access=Access(**options))
     with TestClient(api, base_url="http://127.0.0.1:8000") as client:
         yield client, thread
 
@@ -62,7 +62,7 @@ def client(talker: Model) -> Iterator[TestClient]:
 def peer(talker: Model) -> Iterator[openai.OpenAI]:
     """OpenAI's client, at a real server with a key."""
     thread = ModelThread(talker.engine, 4, 2**24)
-    api = create_api(talker, thread, name="small", api_key="sesame")
+    api = create_api(talker, thread, name="small", access=Access("sesame"))
     with socket.socket(socket.AF_INET, socket.SOCK_STREAM, socket.IPPROTO_TCP) as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
@@ -181,7 +181,7 @@ def test_a_thought_is_told_apart_from_the_answer(peer: openai.OpenAI, talker: Mo
         )
     for choice in whole.choices:
         assert choice.message.content == "is"
-        assert choice.message.model_extra == {"reasoning_content": "<ti"}
+        assert choice.message.model_extra == {"reasoning_content": "<ti", "reasoning": "<ti"}
     assert whole.usage is not None and whole.usage.completion_tokens_details is not None
     assert whole.usage.completion_tokens_details.reasoning_tokens == 2 * 5
     deltas = [chunk.choices[0].delta for chunk in chunks if chunk.choices]
@@ -296,9 +296,10 @@ def test_a_wrong_key_is_refused_and_health_needs_none(peer: openai.OpenAI) -> No
 
 
 def test_what_cannot_be_done_is_said(peer: openai.OpenAI) -> None:
-    with pytest.raises(openai.BadRequestError, match="shorten it"):
+    with pytest.raises(openai.BadRequestError, match="shorten it") as refusal:
         peer.completions.create(model="small", prompt=PROMPT * 20)
-    with pytest.raises(openai.BadRequestError, match="does not know tools; leave it out"):
+    assert refusal.value.code == "context_length_exceeded"
+    with pytest.raises(openai.BadRequestError, match="teaches no calls of tools"):
         peer.chat.completions.create(
             model="small",
             messages=[{"role": "user", "content": "x"}],
@@ -315,21 +316,28 @@ def test_what_cannot_be_done_is_said(peer: openai.OpenAI) -> None:
         ("completions", {}, 400, "`prompt"),
         ("completions", {"prompt": []}, 400, "there is no prompt"),
         ("completions", {"prompt": [300]}, 400, "the prompt holds token 300"),
-        ("completions", {"prompt": "x", "max_tokens": 0}, 400, "`max_tokens`"),
+        ("completions", {"prompt": "x", "max_tokens": 0}, 400, "max_tokens is 0"),
         ("completions", {"prompt": "x", "temperature": -1}, 400, "`temperature`"),
         ("completions", {"prompt": "x", "n": 17}, 400, "`n`"),
-        ("completions", {"prompt": "x", "echo": True}, 400, "does not know echo"),
-        ("completions", {"prompt": "x", "stop": [""]}, 400, "stop is"),
+        ("completions", {"prompt": "x", "suffix": "y"}, 400, "does not know suffix"),
+        ("completions", {"prompt": "x", "guided_regex": "("}, 400, "the expression cannot be held"),
+        (
+            "completions",
+            {"prompt": "x", "guided_regex": "a", "response_format": {"type": "json_object"}},
+            400,
+            "one thing at a time",
+        ),
+        ("completions", {"prompt": "x", "logit_bias": {"a": 1}}, 400, "is no id of a token"),
         ("completions", {"prompt": "x", "stop": ["x"] * 17}, 400, "at most 16"),
         ("completions", {"prompt": ["x"] * 65, "n": 2}, 400, "130 texts at once; ask for 128"),
         ("completions", {"prompt": "x", "model": "gpt"}, 404, "ask for 'small'"),
         ("chat/completions", {"messages": []}, 400, "`messages`"),
-        ("chat/completions", {"messages": [{"role": "tool", "content": "x"}]}, 400, "role"),
+        ("chat/completions", {"messages": [{"role": "god", "content": "x"}]}, 400, "role"),
         (
             "chat/completions",
             {"messages": [{"role": "user", "content": [{"type": "image_url"}]}]},
             400,
-            "`messages.0.content",
+            "reads text alone, no part of type 'image_url'",
         ),
         (
             "chat/completions",
@@ -337,7 +345,7 @@ def test_what_cannot_be_done_is_said(peer: openai.OpenAI) -> None:
             400,
             "set logprobs to true",
         ),
-        ("embeddings", {}, 404, "there is no /v1/embeddings here; there are /v1/models"),
+        ("images", {}, 404, "there is no /v1/images here; there are /v1/models"),
     ],
 )
 def test_a_mistake_is_one_sentence(
@@ -352,6 +360,7 @@ def test_a_mistake_is_one_sentence(
 
 def test_what_has_no_effect_is_passed_over(client: TestClient) -> None:
     fields = {"user": "me", "best_of": 1, "tools": None, "logit_bias": {}, "new": 1}
+    fields |= {"stop": [""], "top_p": 0, "seed": -1}
     asked = {"prompt": PROMPT, "max_tokens": 2, **fields}
     assert client.post("/v1/completions", json=asked).status_code == 200
 
@@ -365,7 +374,7 @@ def test_a_page_elsewhere_can_ask_nothing(client: TestClient) -> None:
 
 
 def test_a_text_too_large_is_refused(client: TestClient, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("moescope.server.openai.MOST_BYTES", 100)
+    monkeypatch.setattr("moescope.server.openai.MAX_BYTES", 100)
     answer = client.post("/v1/completions", json={"prompt": "x" * 200})
     assert answer.status_code == 413
 
@@ -428,7 +437,7 @@ def test_who_leaves_early_is_no_longer_computed_for(
 
     monkeypatch.setattr(Runner, "run", slow)
     thread = ModelThread(talker.engine, 4, 2**24)
-    api = create_api(talker, thread, name="small", api_key=None)
+    api = create_api(talker, thread, name="small")
     with listening(api) as port:
         body = json.dumps({"prompt": "is", "max_tokens": 60, "temperature": 0}).encode()
         head = f"POST /v1/completions HTTP/1.1\r\nHost: 127.0.0.1:{port}\r\n"

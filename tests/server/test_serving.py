@@ -9,6 +9,7 @@ import sys
 import urllib.request
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from questions import write_run
@@ -17,8 +18,12 @@ from moescope.api import Model
 from moescope.errors import UserError
 from moescope.kernels import cpu
 from moescope.server import serving
+from moescope.server.apis import Access
 from moescope.server.model_thread import ModelThread
 from moescope.server.serving import has_display, listen, shown_beside
+
+OPTIONS: dict[str, Any] = {"name": "x", "access": Access(), "insecure": False, "grace": 1.0}
+OPTIONS["max_batch"] = 1
 
 
 @pytest.fixture
@@ -106,8 +111,8 @@ def test_serve_needs_no_extension(model: Model, monkeypatch: pytest.MonkeyPatch)
     monkeypatch.setattr(cpu, "_native", None)
     made: list[ModelThread] = []
     monkeypatch.setattr(serving, "create_api", lambda _model, of, **_: made.append(of))
-    monkeypatch.setattr(serving, "_run", lambda _app, listener: listener.close())
-    serving.serve_api(model, "127.0.0.1", 0, print, name="x", api_key=None, max_batch=1)
+    monkeypatch.setattr(serving, "_run", lambda _app, listener, **_: listener.close())
+    serving.serve_api(model, "127.0.0.1", 0, print, **OPTIONS)
     made[0].close()
 
 
@@ -124,7 +129,7 @@ def test_an_empty_key_in_the_environment_is_not_taken_for_none(
 @pytest.mark.parametrize("key", ["", "sésame", "a\nb", " sesame", "sesame "])
 def test_a_key_that_no_client_can_send_is_a_sentence(model: Model, key: str) -> None:
     with pytest.raises(UserError, match="use plain ASCII"):
-        serving.serve_api(model, "127.0.0.1", 0, print, name="x", api_key=key, max_batch=1)
+        serving.serve_api(model, "127.0.0.1", 0, print, **{**OPTIONS, "access": Access(key)})
 
 
 def test_serve_answers_openais_clients_until_ctrl_c(home: Path, busy_port: int) -> None:

@@ -15,8 +15,8 @@ from moescope.cli.main import run
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
 from moescope.formats.gguf.generation import generation_defaults
+from moescope.server.apis import Access, create_api
 from moescope.server.model_thread import ModelThread
-from moescope.server.openai import create_api
 from moescope.text.generation import FILE, GenerationDefaults
 
 R1 = {"do_sample": True, "temperature": 0.6, "top_p": 0.95, "eos_token_id": 1}
@@ -147,7 +147,7 @@ def test_a_server_does_likewise(saved: Path) -> None:
     folder_with({"do_sample": True, "temperature": 0.9, "top_k": 7}, saved)
     told = moescope.load(saved)
     thread = ModelThread(told.engine, 4, 2**24)
-    with TestClient(create_api(told, thread, name="m", api_key="k")) as client:
+    with TestClient(create_api(told, thread, name="m", access=Access("k"))) as client:
 
         def made(**asked: Any) -> str:
             question = {"prompt": PROMPT, "max_tokens": 12, "seed": 3, **asked}

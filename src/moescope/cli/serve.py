@@ -1,4 +1,4 @@
-"""`moescope serve`: the OpenAI API over a model."""
+"""`moescope serve`: the APIs of OpenAI, Anthropic and Ollama over a model."""
 
 from typing import Annotated
 
@@ -25,6 +25,27 @@ def serve(
         str | None,
         typer.Option(envvar="MOESCOPE_API_KEY", help="What every request must carry."),
     ] = None,
+    metrics_key: Annotated[
+        str | None,
+        typer.Option(envvar="MOESCOPE_METRICS_KEY", help="Opens /metrics, and nothing else."),
+    ] = None,
+    insecure: Annotated[
+        bool, typer.Option("--insecure", help="Need no key beyond this machine.")
+    ] = False,
+    allow_host: Annotated[
+        list[str] | None,
+        typer.Option(help="A name to answer to, as host.docker.internal; may be repeated."),
+    ] = None,
+    allow_origin: Annotated[
+        list[str] | None,
+        typer.Option(help="An origin whose pages may ask, as https://example.org, or *."),
+    ] = None,
+    grace: Annotated[
+        float, typer.Option(min=0, help="Seconds for running requests once the server ends.")
+    ] = 30.0,
+    patience: Annotated[
+        float, typer.Option(min=0.1, help="Seconds in which a request must have come.")
+    ] = 10.0,
     name: Annotated[
         str | None, typer.Option(help="What the API calls the model; else its own name.")
     ] = None,
@@ -36,12 +57,13 @@ def serve(
     stream_experts: StreamExperts = False,
     expert_memory: ExpertMemory = None,
 ) -> None:
-    """Answer the OpenAI API: /v1/chat/completions, /v1/completions; and /metrics. Ctrl-C ends.
+    """Answer the APIs of OpenAI, Anthropic and Ollama; /docs describes them. Ctrl-C ends.
 
     What a request does not say of sampling is as the model's generation_config.json or GGUF file
     says, else as OpenAI has it: temperature 1.
     """
     from moescope.api import load
+    from moescope.server.apis import Access
     from moescope.server.serving import serve_api
 
     serve_api(
@@ -55,6 +77,8 @@ def serve(
         port,
         lambda line: print(line, flush=True),
         name=name or model.rstrip("/").rpartition("/")[2],
-        api_key=api_key,
+        access=Access(api_key, metrics_key, allow_host or (), allow_origin or (), patience),
+        insecure=insecure,
+        grace=grace,
         max_batch=max_batch,
     )

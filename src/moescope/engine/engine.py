@@ -13,7 +13,16 @@ from torch import Tensor
 from moescope.engine.blocks import Blocks
 from moescope.engine.not_finite import not_finite
 from moescope.engine.runner import Runner, block_tokens, bytes_per_block
-from moescope.engine.sampling import Choice, SamplingParams, Shortlist, choose, draw, penalised
+from moescope.engine.sampling import (
+    Choice,
+    SamplingParams,
+    Shortlist,
+    allowed,
+    biased,
+    choose,
+    draw,
+    penalised,
+)
 from moescope.engine.scheduler import CHUNK, Chunk, Scheduler
 from moescope.engine.sequence import FinishReason, Sequence, Token, Writer
 from moescope.errors import UserError
@@ -195,7 +204,8 @@ class Engine:
                 )
         end_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self.end_ids)}
         room = min(params.max_tokens, readable + 1 - len(ids))
-        writer = Writer(self.tokenizer, end_ids, params.stop)
+        skip = params.skip_special_tokens
+        writer = Writer(self.tokenizer, end_ids, params.stop, skip_special_tokens=skip)
         return Sequence(list(ids), params, room, number, request, writer=writer)
 
     @torch.inference_mode()
@@ -259,15 +269,31 @@ class Engine:
     def _choose(self, logits: Tensor, shortlist: Shortlist, at: int, text: Sequence) -> Choice:
         params = text.params
         drawn = draw(text.generator) if params.temperature else 0.0
-        scores, place, likeliest = logits[at], at, shortlist  # scores (vocab,)
-        if params.penalises:
-            scores = penalised(scores, text.ids, len(text.ids) - text.prompt_tokens, params)
+        row = logits[at]
+        scores = self._scores(row, text)  # (vocab,)
+        place, likeliest = at, shortlist
+        if scores is not row:
             place, likeliest = 0, Shortlist.of(scores[None], [params.temperature])
         token_id = likeliest.choose(place, params, drawn)
         if token_id is None:
             token_id = choose(scores.cpu(), params, drawn)
+        if text.state is not None:
+            text.state.accept(token_id)
         logprob = shortlist.logprob(at, float(logits[at, token_id]))
         return Choice(token_id, logprob, shortlist.top_logprobs(at, params.top_logprobs))
+
+    def _scores(self, logits: Tensor, text: Sequence) -> Tensor:
+        """Logits `(vocab,)` with penalties, biases and what a text may be; the same if none is."""
+        params, made = text.params, len(text.ids) - text.prompt_tokens
+        if params.penalises:
+            logits = penalised(logits, text.ids, made, params)
+        if params.logit_bias:
+            logits = biased(logits, params.logit_bias)
+        mask = None if text.state is None else text.state.mask()
+        too_soon = {*self.end_ids, *params.stop_token_ids} if made < params.min_tokens else set()
+        if mask is not None or too_soon:
+            logits = allowed(logits, mask, too_soon)
+        return logits
 
     def repeat(
         self,

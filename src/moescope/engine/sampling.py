@@ -1,11 +1,12 @@
 """From next-token logits to a token: penalties, filters and the draw."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
+from moescope.engine.constraint import Constraint
 from moescope.errors import UserError
 from moescope.kernels import cpu
 
@@ -50,6 +51,10 @@ class SamplingParams:
         stop_token_ids: ids that end it, besides the model's own end token.
         ignore_eos: whether the model's own end token does not.
         top_logprobs: how many of the likeliest tokens are told with each token.
+        min_tokens: tokens to make before one may end the text.
+        logit_bias: what is added to the logits of some tokens, by id.
+        constraint: what the text must be.
+        skip_special_tokens: whether special tokens leave no text.
     """
 
     max_tokens: int = 64
@@ -65,6 +70,10 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     top_logprobs: int = 0
+    min_tokens: int = 0
+    logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
+    constraint: Constraint | None = None
+    skip_special_tokens: bool = True
 
     def __post_init__(self) -> None:
         """Refuse values without meaning.
@@ -84,11 +93,12 @@ class SamplingParams:
             "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
             "presence_penalty": (-2 <= self.presence_penalty <= 2, "from -2 to 2"),
             "stop": ("" not in self.stop, "texts that are not empty"),
+            "min_tokens": (self.min_tokens >= 0, "0 or more"),
             "top_logprobs": (0 <= self.top_logprobs <= MOST_TOP_LOGPROBS, "from 0 to 20"),
         }
-        for field, (fine, allowed) in checks.items():
+        for name, (fine, allowed) in checks.items():
             if not fine:
-                raise UserError(f"{field} is {getattr(self, field)!r}; it must be {allowed}")
+                raise UserError(f"{name} is {getattr(self, name)!r}; it must be {allowed}")
         if self.temperature < COLDEST:
             object.__setattr__(self, "temperature", 0.0)
 
@@ -116,6 +126,28 @@ def penalised(logits: Tensor, ids: Sequence[int], made: int, params: SamplingPar
     logits = logits.index_put((seen,), scores)
     counts = seen[len(ids) - made :].bincount(minlength=len(logits))  # (vocab,)
     return logits - counts * params.frequency_penalty - (counts > 0) * params.presence_penalty
+
+
+def biased(logits: Tensor, biases: Mapping[int, float]) -> Tensor:
+    """Add to the logits `(vocab,)` of some tokens; ids beyond the vocabulary are passed over."""
+    known = {token_id: bias for token_id, bias in biases.items() if token_id < len(logits)}
+    ids = torch.tensor([*known], dtype=torch.int64, device=logits.device)
+    return logits.index_add(0, ids, torch.tensor([*known.values()], device=logits.device))
+
+
+def allowed(logits: Tensor, mask: Tensor | None, forbidden: Iterable[int]) -> Tensor:
+    """Rule out tokens of `(vocab,)` that a mask, `(vocab,)` booleans, does not allow, and others.
+
+    Raises:
+        UserError: no token is left.
+    """
+    if mask is not None:
+        logits = logits.masked_fill(~mask.to(logits.device), -torch.inf)
+    ids = torch.tensor([*forbidden], dtype=torch.int64, device=logits.device)
+    logits = logits.index_fill(0, ids, -torch.inf)
+    if not logits.isfinite().any():
+        raise UserError("no token may come next; ask for fewer min_tokens or allow more")
+    return logits
 
 
 def keep_top_k(logits: Tensor, top_k: int) -> Tensor:

@@ -7,6 +7,7 @@ from typing import Literal
 
 import torch
 
+from moescope.engine.constraint import State
 from moescope.engine.sampling import Choice, SamplingParams
 from moescope.engine.stopping import StopFinder
 from moescope.text.tokenizer import StreamDecoder, Tokenizer
@@ -55,6 +56,7 @@ class Sequence:
         reused: tokens of the prompt that had been read before.
         cancelled: whether nobody waits for it any more.
         ended: whether its last token was made.
+        state: how far it is in what it must be; None if it may be anything.
     """
 
     ids: list[int]
@@ -71,9 +73,12 @@ class Sequence:
     reused: int = 0
     cancelled: bool = False
     ended: bool = False
+    state: State | None = field(init=False)
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.ids)
+        constraint = self.params.constraint
+        self.state = None if constraint is None else constraint.start()
 
     @property
     def unread(self) -> int:
@@ -105,8 +110,10 @@ class Sequence:
         self.ids.append(choice.id)
         self.room -= 1
         assert self.writer is not None
-        text, stops = self.writer.write(choice.id, final=not self.room)
-        reason: FinishReason | None = "stop" if stops else None if self.room else "length"
+        complete = self.state is not None and self.state.ended
+        text, stops = self.writer.write(choice.id, final=complete or not self.room)
+        reason: FinishReason | None = None if self.room else "length"
+        reason = "stop" if stops or complete else reason
         self.ended = reason is not None
         return Token(self.number, choice.id, text, choice.logprob, reason, choice.top_logprobs)
 
@@ -118,11 +125,19 @@ class Writer:
         tokenizer: the model's.
         end_ids: tokens that end it and are not written.
         stop: texts that end it and are left out.
+        skip_special_tokens: whether special tokens leave no text.
     """
 
-    def __init__(self, tokenizer: Tokenizer, end_ids: Iterable[int], stop: Iterable[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        end_ids: Iterable[int],
+        stop: Iterable[str],
+        *,
+        skip_special_tokens: bool = True,
+    ) -> None:
         self._special_ids, self._end_ids = tokenizer.special_ids, frozenset(end_ids)
-        self._decoder = StreamDecoder(tokenizer)
+        self._decoder = StreamDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
         self._stop = StopFinder(tuple(stop))
 
     def write(self, token_id: int, *, final: bool) -> tuple[str, bool]:

@@ -5,145 +5,193 @@ import uuid
 from collections.abc import Sequence
 from typing import Any
 
-from moescope.api import Model
 from moescope.engine.sequence import Token
-from moescope.engine.thinking import ThoughtSplitter
+from moescope.server.chats import Step
+from moescope.text.answers.pieces import Arguments, Call, Content, Thought
+from moescope.text.tokenizer import Tokenizer
 
 Json = dict[str, Any]
 
 
-class Form:
-    """How the tokens of some texts are told; one is made for each answer."""
+def spelled(tokenizer: Tokenizer, token_id: int) -> str:
+    """A token on its own; what is no character is spelled in hexadecimal, as OpenAI does."""
+    spelling = tokenizer.made_bytes(token_id)
+    try:
+        return spelling.decode()
+    except UnicodeDecodeError:
+        return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
 
-    prefix: str
-    whole_object: str
-    chunk_object: str
 
-    def __init__(self, model: Model, name: str, *, tells_logprobs: bool) -> None:
-        self._tokenizer = model.tokenizer
-        self._tells_logprobs = tells_logprobs
-        self._head: Json = {
-            "id": f"{self.prefix}-{uuid.uuid4().hex}",
-            "created": int(time.time()),
-            "model": name,
-        }
+def head(prefix: str, kind: str, name: str) -> Json:
+    """What every answer begins with."""
+    return {
+        "id": f"{prefix}-{uuid.uuid4().hex}",
+        "object": kind,
+        "created": int(time.time()),
+        "model": name,
+    }
+
+
+class CompletionForm:
+    """The continuations of prompts.
+
+    Args:
+        tokenizer: the model's.
+        name: the model's.
+        echoes: what is told of each text before its continuation; none if nothing is.
+        tells_logprobs: whether what is known of each token is told.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, name: str, echoes: Sequence[Json], *, tells_logprobs: bool
+    ) -> None:
+        self._tokenizer, self._tells_logprobs = tokenizer, tells_logprobs
+        self._head = head("cmpl", "text_completion", name)
+        self._echoes = echoes
+        self._offsets = {row: len(echo["text"]) for row, echo in enumerate(echoes)}
 
     def whole(self, tokens: Sequence[Token], count: int, usage: Json) -> Json:
         """Tell all of `count` texts at once."""
         made: list[list[Token]] = [[] for _ in range(count)]
         for token in tokens:
             made[token.row].append(token)
-        choices = [
-            {"index": row, "finish_reason": of[-1].finish_reason} | self.text(of)
-            for row, of in enumerate(made)
-        ]
-        told = {"object": self.whole_object, "choices": choices, "usage": self.usage(usage)}
-        return self._head | told
-
-    def usage(self, usage: Json) -> Json:
-        """What is told of how many tokens were read and made."""
-        return usage
-
-    def chunk(self, choices: list[Json]) -> Json:
-        """Tell a piece of a stream."""
-        return self._head | {"object": self.chunk_object, "choices": choices}
-
-    def piece(self, token: Token) -> Json | None:
-        """Tell one token; None if there is nothing to tell yet."""
-        told = self.text([token], streamed=True)
-        if token.finish_reason is None and not any(told.values()):
-            return None
-        return {"index": token.row, "finish_reason": token.finish_reason} | told
+        choices = [self._choice(row, of) for row, of in enumerate(made)]
+        for choice, echo in zip(choices, self._echoes, strict=False):
+            choice["text"] = echo["text"] + choice["text"]
+            if self._tells_logprobs and echo["logprobs"]:
+                known = choice["logprobs"] or {name: [] for name in echo["logprobs"]}
+                choice["logprobs"] = {
+                    name: [*before, *known[name]] for name, before in echo["logprobs"].items()
+                }
+        return self._head | {"choices": choices, "usage": usage}
 
     def openings(self, count: int) -> list[Json]:
         """What is told of `count` texts before their first tokens."""
-        raise NotImplementedError
-
-    def text(self, tokens: Sequence[Token], *, streamed: bool = False) -> Json:
-        """Tell successive tokens of one text."""
-        raise NotImplementedError
-
-    def spelled(self, token_id: int) -> str:
-        """A token on its own; what is no character is spelled in hexadecimal, as OpenAI does."""
-        spelling = self._tokenizer.made_bytes(token_id)
-        try:
-            return spelling.decode()
-        except UnicodeDecodeError:
-            return "bytes:" + "".join(f"\\x{byte:02x}" for byte in spelling)
-
-
-class CompletionForm(Form):
-    """The continuations of prompts."""
-
-    prefix = "cmpl"
-    whole_object = chunk_object = "text_completion"
-
-    def __init__(self, model: Model, name: str, *, tells_logprobs: bool) -> None:
-        super().__init__(model, name, tells_logprobs=tells_logprobs)
-        self._offsets: dict[int, int] = {}  # of texts so far, in characters
-
-    def openings(self, count: int) -> list[Json]:
-        """Nothing."""
-        return []
-
-    def text(self, tokens: Sequence[Token], *, streamed: bool = False) -> Json:
-        """The text, and what is known of each token."""
-        text = "".join(token.text for token in tokens)
-        return {"text": text, "logprobs": self._logprobs(tokens) if self._tells_logprobs else None}
-
-    def _logprobs(self, tokens: Sequence[Token]) -> Json:
-        offsets: list[int] = []
-        for token in tokens:
-            offsets.append(self._offsets.get(token.row, 0))
-            self._offsets[token.row] = offsets[-1] + len(token.text)
-        return {
-            "tokens": [self.spelled(token.id) for token in tokens],
-            "token_logprobs": [token.logprob for token in tokens],
-            "top_logprobs": [
-                {self.spelled(token_id): logprob for token_id, logprob in token.top_logprobs}
-                for token in tokens
-            ],
-            "text_offset": offsets,
-        }
-
-
-class ChatForm(Form):
-    """The answers to a conversation, their thoughts apart."""
-
-    prefix = "chatcmpl"
-    whole_object = "chat.completion"
-    chunk_object = "chat.completion.chunk"
-
-    def __init__(
-        self, model: Model, name: str, prompt_ids: list[int], count: int, *, tells_logprobs: bool
-    ) -> None:
-        super().__init__(model, name, tells_logprobs=tells_logprobs)
-        self._splitters = [ThoughtSplitter(model.tokenizer, prompt_ids) for _ in range(count)]
-
-    def usage(self, usage: Json) -> Json:
-        """Tell, besides, how many tokens were thought."""
-        thought = sum(splitter.thought_tokens for splitter in self._splitters)
-        return usage | {"completion_tokens_details": {"reasoning_tokens": thought}}
-
-    def openings(self, count: int) -> list[Json]:
-        """Who speaks."""
-        delta = {"role": "assistant", "content": ""}
         return [
-            {"index": row, "finish_reason": None, "logprobs": None, "delta": delta}
-            for row in range(count)
+            self.chunk([{"index": row, "finish_reason": None} | echo])
+            for row, echo in enumerate(self._echoes[:count])
         ]
 
-    def text(self, tokens: Sequence[Token], *, streamed: bool = False) -> Json:
-        """The message or a piece of it, thought apart, and what is known of each token."""
-        parts = [self._splitters[token.row].feed(token) for token in tokens]
-        thought, content = ("".join(part) for part in zip(*parts, strict=True))
-        logprobs = {"content": [self._known(t) for t in tokens]} if self._tells_logprobs else None
-        told = {"reasoning_content": thought} if thought else {}
-        if streamed:
-            told |= {"content": content} if content else {}
-            return {"delta": told, "logprobs": logprobs}
-        message = {"role": "assistant", "content": content} | told
-        return {"message": message, "logprobs": logprobs}
+    def chunk(self, choices: list[Json]) -> Json:
+        """Tell a piece of a stream."""
+        return self._head | {"choices": choices}
+
+    def piece(self, token: Token) -> Json | None:
+        """Tell one token; None if there is nothing to tell yet."""
+        choice = self._choice(token.row, [token])
+        if token.finish_reason is None and not (choice["text"] or choice["logprobs"]):
+            return None
+        return self.chunk([choice])
+
+    def _choice(self, row: int, tokens: Sequence[Token]) -> Json:
+        return {
+            "index": row,
+            "finish_reason": tokens[-1].finish_reason if tokens else "length",
+            "text": "".join(token.text for token in tokens),
+            "logprobs": self._logprobs(row, tokens) if self._tells_logprobs else None,
+        }
+
+    def _logprobs(self, row: int, tokens: Sequence[Token]) -> Json | None:
+        """What is known of tokens; an end token is part of no text."""
+        offset, known = self._offsets.get(row, 0), dict[str, list[Any]]()
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            known[name] = []
+        for token in tokens:
+            if token.finish_reason == "stop" and not token.text:
+                continue
+            known["tokens"].append(spelled(self._tokenizer, token.id))
+            known["token_logprobs"].append(token.logprob)
+            known["top_logprobs"].append(
+                {spelled(self._tokenizer, i): logprob for i, logprob in token.top_logprobs}
+            )
+            known["text_offset"].append(offset)
+            offset += len(token.text)
+        self._offsets[row] = offset
+        return known
+
+
+class ChatForm:
+    """The answers to a conversation: thoughts, content and calls apart.
+
+    Args:
+        tokenizer: the model's.
+        name: the model's.
+        count: of answers.
+        tells_logprobs: whether what is known of each token is told.
+    """
+
+    def __init__(
+        self, tokenizer: Tokenizer, name: str, count: int, *, tells_logprobs: bool
+    ) -> None:
+        self._tokenizer, self._name, self._tells_logprobs = tokenizer, name, tells_logprobs
+        self._head = head("chatcmpl", "chat.completion.chunk", name)
+        self._calls: list[list[Json]] = [[] for _ in range(count)]
+
+    def whole(self, steps: Sequence[Step], usage: Json) -> Json:
+        """Tell all answers at once."""
+        choices: list[Json] = []
+        for row in range(len(self._calls)):
+            own = [step for step in steps if step.token.row == row]
+            pieces = [piece for step in own for piece in step.pieces]
+            content = "".join(piece.text for piece in pieces if isinstance(piece, Content))
+            thought = "".join(piece.text for piece in pieces if isinstance(piece, Thought))
+            calls = calls_of(own)
+            message: Json = {"role": "assistant", "content": content or (None if calls else "")}
+            if thought:
+                message |= {"reasoning_content": thought, "reasoning": thought}
+            if calls:
+                message["tool_calls"] = calls
+            known = [self._known(step.token) for step in own if not step.is_end]
+            choices.append(
+                {
+                    "index": row,
+                    "finish_reason": own[-1].finish_reason if own else "length",
+                    "message": message,
+                    "logprobs": {"content": known} if self._tells_logprobs else None,
+                }
+            )
+        told = self._head | {"object": "chat.completion"}
+        return told | {"choices": choices, "usage": usage}
+
+    def openings(self) -> list[Json]:
+        """Who speaks."""
+        delta = {"role": "assistant", "content": ""}
+        return [self._chunk(row, delta, None, None) for row in range(len(self._calls))]
+
+    def chunks(self, step: Step) -> list[Json]:
+        """Tell one token; nothing if there is nothing to tell yet."""
+        row = step.token.row
+        deltas = [self._delta(row, piece) for piece in step.pieces]
+        known = None
+        if self._tells_logprobs:
+            known = {"content": [] if step.is_end else [self._known(step.token)]}
+            deltas = deltas or [{}]
+        told = [
+            self._chunk(row, delta, None, known if at == 0 else None)
+            for at, delta in enumerate(deltas)
+        ]
+        if step.finish_reason is not None:
+            told.append(self._chunk(row, {}, step.finish_reason, None))
+        return told
+
+    def usage(self, usage: Json) -> Json:
+        """The last event of a stream that counts."""
+        return self._head | {"choices": [], "usage": usage}
+
+    def _delta(self, row: int, piece: Any) -> Json:
+        if isinstance(piece, Thought):
+            return {"reasoning_content": piece.text, "reasoning": piece.text}
+        if isinstance(piece, Content):
+            return {"content": piece.text}
+        calls = self._calls[row]
+        if isinstance(piece, Call):
+            calls.append(call_of(piece.name, ""))
+            return {"tool_calls": [{"index": len(calls) - 1} | calls[-1]]}
+        return {"tool_calls": [{"index": len(calls) - 1, "function": {"arguments": piece.text}}]}
+
+    def _chunk(self, row: int, delta: Json, reason: str | None, known: Json | None) -> Json:
+        choice = {"index": row, "delta": delta, "finish_reason": reason, "logprobs": known}
+        return self._head | {"choices": [choice]}
 
     def _known(self, token: Token) -> Json:
         likeliest = [self._one(token_id, logprob) for token_id, logprob in token.top_logprobs]
@@ -151,7 +199,24 @@ class ChatForm(Form):
 
     def _one(self, token_id: int, logprob: float) -> Json:
         return {
-            "token": self.spelled(token_id),
+            "token": spelled(self._tokenizer, token_id),
             "logprob": logprob,
             "bytes": list(self._tokenizer.made_bytes(token_id)),
         }
+
+
+def call_of(name: str, arguments: str) -> Json:
+    """A call with an id of its own."""
+    function = {"name": name, "arguments": arguments}
+    return {"id": f"call_{uuid.uuid4().hex[:24]}", "type": "function", "function": function}
+
+
+def calls_of(steps: Sequence[Step]) -> list[Json]:
+    """The calls that one answer makes."""
+    calls: list[Json] = []
+    for piece in (piece for step in steps for piece in step.pieces):
+        if isinstance(piece, Call):
+            calls.append(call_of(piece.name, ""))
+        elif isinstance(piece, Arguments):
+            calls[-1]["function"]["arguments"] += piece.text
+    return calls

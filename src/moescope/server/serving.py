@@ -1,10 +1,13 @@
 """From an application to an address: a free port, a browser, and an end at Ctrl-C."""
 
+import asyncio
 import errno
+import ipaddress
 import os
 import socket
 import subprocess
 import sys
+import time
 import webbrowser
 from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
@@ -18,9 +21,11 @@ from moescope.api import Model
 from moescope.errors import UserError
 from moescope.kernels import cpu
 from moescope.machine import memory
+from moescope.server.apis import Access, create_api
 from moescope.server.app import create_app
+from moescope.server.connections import impatient, raise_file_limit
 from moescope.server.model_thread import ModelThread
-from moescope.server.openai import create_api
+from moescope.server.requests import PATIENCE
 from moescope.server.studio import Studio
 
 PORTS_TRIED = 100
@@ -65,10 +70,12 @@ def serve_api(
     say: Callable[[str], None],
     *,
     name: str,
-    api_key: str | None,
+    access: Access,
+    insecure: bool,
+    grace: float,
     max_batch: int,
 ) -> None:
-    """Answer the OpenAI API for `model` at an address until Ctrl-C.
+    """Answer the APIs for `model` at an address until Ctrl-C or SIGTERM.
 
     Args:
         model: what is asked.
@@ -76,50 +83,92 @@ def serve_api(
         port: that clients know; 0 takes any that is free.
         say: told the address.
         name: what the API calls the model.
-        api_key: what every request must carry; None if none need.
+        access: who may ask.
+        insecure: whether everybody who reaches an address beyond this machine may ask.
+        grace: seconds in which requests that run may end once the server does.
         max_batch: texts that are continued at a time.
 
     Raises:
-        UserError: the host is none of this machine's, the port is busy, the key cannot be sent, or
-            the model has no tokenizer.
+        UserError: as `serve`; the key in MOESCOPE_API_KEY or `access` cannot be sent, or there is
+            none where others can reach the address.
     """
-    _ = model.tokenizer
-    if api_key is None and os.environ.get("MOESCOPE_API_KEY") == "":
+    if access.api_key is None and os.environ.get("MOESCOPE_API_KEY") == "":
         raise UserError("MOESCOPE_API_KEY is set but empty; give a key, or unset it to need none")
-    if api_key is not None and not _can_be_sent(api_key):
-        raise UserError("the API key is empty or holds what a header cannot carry; use plain ASCII")
+    for key in (access.api_key, access.metrics_key):
+        if key is not None and not _can_be_sent(key):
+            raise UserError(
+                "the API key is empty or holds what a header cannot carry; use plain ASCII"
+            )
+    if access.api_key is None and not insecure and not _is_loopback(host):
+        raise UserError(
+            f"{host} can be reached from other machines, and no key is needed to ask; give one in "
+            "MOESCOPE_API_KEY or with --api-key, or say --insecure"
+        )
     listener = listen(host, port, tries=1)
     # Mapped weights count as free memory until they have moved to pages of their own.
     mapped = cpu.unsettled() if cpu.available() else 0
     room = int(max(0, memory()[1] - mapped) * CACHE_SHARE)
     thread = ModelThread(model.engine, max_batch, room)
-    found = listener.getsockname()[1]
-    say(f"moescope serves {name} at http://{_reachable(host)}:{found}/v1  (Ctrl-C ends)")
-    _run(create_api(model, thread, name=name, api_key=api_key), listener)
+    bound, found = listener.getsockname()[:2]
+    shown = f"[{bound}]" if ":" in bound else bound
+    say(f"moescope serves {name} at http://{shown}:{found}/v1  (Ctrl-C ends)")
+    if access.api_key is None and insecure and not _is_loopback(host):
+        say("moescope: no key is needed: everybody who reaches this address may ask the model")
+    app = create_api(model, thread, name=name, access=access)
+    _run(app, listener, patience=access.patience, grace=grace, close=thread.close)
 
 
-def _run(app: Starlette, listener: socket.socket) -> None:
+def _run(
+    app: Starlette,
+    listener: socket.socket,
+    *,
+    patience: float = PATIENCE,
+    grace: float = 0.0,
+    close: Callable[[], None] = lambda: None,
+) -> None:
+    raise_file_limit()
     config = uvicorn.Config(
         app,
+        http=impatient(patience),
         proxy_headers=False,
         log_level="warning",
         access_log=False,
         timeout_graceful_shutdown=SECONDS_TO_SAY_GOODBYE,
     )
     with listener, suppress(KeyboardInterrupt):
-        _Server(config, app).run(sockets=[listener])
+        _Server(config, app, grace, close).run(sockets=[listener])
 
 
 class _Server(uvicorn.Server):
-    """Lets streams that would go on for long end by themselves."""
+    """Ends by and by: new requests are refused, those that run have a time of grace.
 
-    def __init__(self, config: uvicorn.Config, app: Starlette) -> None:
+    Once that is over, or nothing runs, `close` has what still runs told that the server ends.
+    """
+
+    def __init__(
+        self, config: uvicorn.Config, app: Starlette, grace: float, close: Callable[[], None]
+    ) -> None:
         super().__init__(config)
-        self._state = app.state
+        self._app_state, self._grace, self._close = app.state, grace, close
+        self._ends_at: float | None = None
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        self._state.ending = True
-        super().handle_exit(sig, frame)
+        """Begin to end; at once where asked again."""
+        self._app_state.ending = True
+        if self._ends_at is not None or not self._grace:
+            super().handle_exit(sig, frame)
+            return
+        self._captured_signals.append(sig)
+        self._ends_at = time.monotonic() + self._grace
+
+    async def on_tick(self, counter: int) -> bool:
+        """Look whether the time has come."""
+        if self._ends_at is not None and not self.should_exit:
+            is_over = time.monotonic() > self._ends_at
+            if is_over or not self.server_state.tasks:
+                await asyncio.to_thread(self._close)
+                self.should_exit = True
+        return await super().on_tick(counter)
 
 
 def listen(host: str, port: int, tries: int | None = None) -> socket.socket:
@@ -193,6 +242,14 @@ def shown_beside(run: Path, say: Callable[[str], None], *, model: str = "tiny") 
     finally:
         child.terminate()
         child.wait()
+
+
+def _is_loopback(host: str) -> bool:
+    """Whether an address is this machine's alone."""
+    try:
+        return ipaddress.ip_address(host).is_loopback
+    except ValueError:
+        return host == "localhost"
 
 
 def _can_be_sent(api_key: str) -> bool:

@@ -6,9 +6,6 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
-from starlette.exceptions import HTTPException
-from starlette.requests import Request
-
 from moescope.engine.sampling import SamplingParams
 from moescope.engine.sequence import Sequence, Token
 from moescope.errors import UserError
@@ -103,25 +100,3 @@ class Texts:
         """Make no more tokens."""
         for text in self._texts:
             self._thread.cancel(text)
-
-
-async def _collected(texts: Texts) -> list[Token]:
-    return [token async for token in texts]
-
-
-async def unless_gone(request: Request, texts: Texts) -> list[Token]:
-    """Collect all tokens; stop making them when nobody waits for them any more."""
-
-    async def leaving() -> None:
-        while (await request.receive())["type"] != "http.disconnect":
-            pass
-
-    collecting, left = asyncio.ensure_future(_collected(texts)), asyncio.ensure_future(leaving())
-    try:
-        await asyncio.wait((collecting, left), return_when=asyncio.FIRST_COMPLETED)
-        if not collecting.done():
-            raise HTTPException(499, "the client has gone")
-        return collecting.result()
-    finally:
-        collecting.cancel()
-        left.cancel()

@@ -1,0 +1,354 @@
+"""Tools, forms, and the APIs of others, asked of a model that says what a script has it say."""
+
+import json
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+from starlette.testclient import TestClient
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as BackendTokenizer
+
+from moescope.api import Model
+from moescope.engine.sampling import Choice
+from moescope.engine.sequence import Sequence
+from moescope.families import config_fields, read_config
+from moescope.model.decoder import CausalLM, initialise
+from moescope.server.apis import Access, create_api
+from moescope.server.model_thread import ModelThread
+from moescope.text.tokenizer import Tokenizer
+
+TEMPLATE = (
+    "{% if tools %}[{% for t in tools %}{{ t.function | tojson }}{% endfor %}]"
+    "<tool_call>{% endif %}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}!{{ c.function.name }}{{ c.function.arguments }}{% endfor %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}a:"
+    "{% if enable_thinking %}<think>{% endif %}"
+    "{% endif %}"
+)
+WEATHER: dict[str, Any] = {
+    "type": "object",
+    "properties": {"city": {"enum": ["北京", "Rome"]}, "days": {"type": "integer"}},
+    "required": ["city"],
+    "additionalProperties": False,
+}
+TOOL: dict[str, Any] = {"type": "function"}
+TOOL["function"] = {"name": "weather", "description": "d", "parameters": WEATHER}
+CALL = '<tool_call>\n{"name": "weather", "arguments": {"city": "北京"}}\n</tool_call>'
+SAID = f"<think>hm</think>I see.{CALL}\n{CALL}"
+ASKED: list[Any] = [{"role": "user", "content": "weather?"}]
+
+
+@pytest.fixture(scope="module")
+def talker(model: Model) -> Model:
+    """The small model with a longer context and a chat template that teaches tools."""
+    fields = config_fields(model.config) | {"max_position_embeddings": 2048, "vocab_size": 320}
+    backend = BackendTokenizer.from_str(model.tokenizer._backend.to_str())
+    backend.add_tokens([AddedToken("<tool_call>"), AddedToken("</tool_call>")])
+    tokenizer = Tokenizer(backend, {**model.tokenizer._config, "chat_template": TEMPLATE})
+    network = CausalLM(read_config(fields))
+    initialise(network, seed=0)
+    return Model("small", network, tokenizer)
+
+
+@contextmanager
+def served(talker: Model, **options: Any) -> Iterator[TestClient]:
+    thread = ModelThread(talker.engine, 4, 2**24)
+    api = create_api(talker, thread, name="small", access=Access(**options))
+    with TestClient(api, base_url="http://127.0.0.1:8000") as client:
+        yield client
+
+
+@pytest.fixture(scope="module")
+def client(talker: Model) -> Iterator[TestClient]:
+    with served(talker) as client:
+        yield client
+
+
+@pytest.fixture
+def scripted(talker: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Have every text be SAID."""
+    ids = [*talker.tokenizer.encode(SAID), talker.tokenizer.eos_id or 0]
+
+    def pick(_logits: Any, texts: list[Sequence]) -> list[Choice]:
+        return [Choice(ids[len(t.ids) - t.prompt_tokens], -0.5) for t in texts]
+
+    monkeypatch.setattr(talker.engine, "pick", pick)
+
+
+def events(text: str) -> list[dict[str, Any]]:
+    lines = [line.removeprefix("data: ") for line in text.splitlines() if line.startswith("data:")]
+    return [json.loads(line) for line in lines if line != "[DONE]"]
+
+
+def post(client: TestClient, path: str, **asked: Any) -> Any:
+    answer = client.post(path, json=asked)
+    assert answer.status_code == 200, answer.text
+    return answer.json() if answer.headers["content-type"] == "application/json" else answer.text
+
+
+@pytest.mark.usefixtures("scripted")
+def test_calls_are_told_apart_whole_and_streamed(client: TestClient) -> None:
+    asked: dict[str, Any] = {"model": "small", "messages": ASKED, "tools": [TOOL]}
+    whole = post(client, "/v1/chat/completions", **asked, logprobs=True)["choices"][0]
+    message = whole["message"]
+    assert whole["finish_reason"] == "tool_calls"
+    assert (message["content"], message["reasoning_content"]) == ("I see.", "hm")
+    assert message["reasoning"] == "hm"
+    functions = [call["function"] for call in message["tool_calls"]]
+    assert functions == [{"name": "weather", "arguments": '{"city": "北京"}'}] * 2
+    assert len({call["id"] for call in message["tool_calls"]}) == 2
+    told = b"".join(bytes(one["bytes"]) for one in whole["logprobs"]["content"])
+    assert told.decode() == SAID  # the end token is no part of it
+    chunks = events(post(client, "/v1/chat/completions", **asked, stream=True))
+    deltas = [chunk["choices"][0]["delta"] for chunk in chunks]
+    calls: dict[int, list[Any]] = {}
+    for call in (call for delta in deltas for call in delta.get("tool_calls", [])):
+        known = calls.setdefault(call["index"], ["", "", 0])
+        known[0] += call["function"].get("name", "")
+        known[1] += call["function"]["arguments"]
+        known[2] += "id" in call
+    assert calls == {at: ["weather", '{"city": "北京"}', 1] for at in (0, 1)}
+    assert sum("tool_calls" in delta for delta in deltas) > 6  # bit by bit
+    assert "".join(delta.get("content") or "" for delta in deltas) == "I see."
+    assert chunks[-1]["choices"][0]["finish_reason"] == "tool_calls"
+    alone = post(client, "/v1/chat/completions", **asked, parallel_tool_calls=False)
+    assert len(alone["choices"][0]["message"]["tool_calls"]) == 1
+    without = post(client, "/v1/chat/completions", **asked, tool_choice="none")["choices"][0]
+    assert without["message"]["content"] == SAID.partition("</think>")[2]
+    assert "tool_calls" not in without["message"] and without["finish_reason"] == "stop"
+
+
+def test_a_history_of_calls_is_rendered(client: TestClient) -> None:
+    call = {"id": "c1", "type": "function", "function": {"name": "weather", "arguments": '{"a":1}'}}
+    history = [
+        *ASKED,
+        {"role": "assistant", "content": None, "tool_calls": [call]},
+        {"role": "tool", "tool_call_id": "c1", "content": "sun"},
+    ]
+    asked: dict[str, Any] = {"messages": history, "tools": [TOOL], "tool_choice": "none"}
+    told = post(client, "/tokenize", **asked)
+    text = post(client, "/detokenize", tokens=told["tokens"])["prompt"]
+    assert text.endswith('user:weather?\nassistant:!weather{"a":1}\ntool:sun\na:')
+    assert told["count"] == len(told["tokens"]) and told["max_model_len"] == 2048
+    made = post(client, "/v1/chat/completions", **asked, max_tokens=2)
+    assert made["usage"]["completion_tokens"] <= 2
+    kept = [{"role": "user", "content": "x"}, {"role": "assistant", "content": "so "}]
+    told = post(client, "/tokenize", messages=kept, continue_final_message=True)
+    text = post(client, "/detokenize", tokens=told["tokens"])["prompt"]
+    assert text.endswith("user:x\nassistant:so")
+    switched = {"enable_thinking": True}
+    told = post(client, "/tokenize", messages=ASKED, chat_template_kwargs=switched)
+    assert post(client, "/detokenize", tokens=told["tokens"])["prompt"].endswith("a:<think>")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_what_must_be_called_is_called(client: TestClient, seed: int) -> None:
+    asked: dict[str, Any] = {"messages": ASKED, "tools": [TOOL], "max_tokens": 900, "seed": seed}
+    named = {"type": "function", "function": {"name": "weather"}}
+    for choice in ("required", named):
+        made = post(client, "/v1/chat/completions", **asked, tool_choice=choice)["choices"][0]
+        if made["finish_reason"] == "length":
+            continue  # a number without end
+        for call in made["message"]["tool_calls"]:
+            assert json.loads(call["function"]["arguments"])["city"] in ("北京", "Rome")
+
+
+@pytest.mark.parametrize("temperature", [0, 1, 1.7])
+def test_texts_are_what_they_must_be(client: TestClient, temperature: float) -> None:
+    schema = {"type": "object", "properties": {"a": {"enum": [1, "月"]}}, "required": ["a"]}
+    schema["additionalProperties"] = False
+    form = {"type": "json_schema", "json_schema": {"name": "x", "schema": schema}}
+    asked: dict[str, Any] = {"temperature": temperature, "max_tokens": 200, "seed": 1}
+    chat = post(client, "/v1/chat/completions", messages=ASKED, response_format=form, **asked)
+    assert json.loads(chat["choices"][0]["message"]["content"])["a"] in (1, "月")
+    assert chat["choices"][0]["finish_reason"] == "stop"
+    for field in (
+        {"guided_choice": ["yes", "no"]},
+        {"structured_outputs": {"choice": ["yes", "no"]}},
+        {"guided_regex": "yes|no"},
+        {"guided_grammar": 'root ::= "yes" | "no"'},
+    ):
+        several = post(client, "/v1/completions", prompt="x", n=3, **asked, **field)["choices"]
+        assert {choice["text"] for choice in several} <= {"yes", "no"}
+
+
+def test_a_thought_is_held_to_nothing(client: TestClient, talker: Model) -> None:
+    asked: dict[str, Any] = {"messages": ASKED, "max_tokens": 30, "temperature": 0}
+    switched = {"enable_thinking": True}
+    end = talker.tokenizer.token_id("</think>")
+    made = post(
+        client,
+        "/v1/chat/completions",
+        **asked,
+        chat_template_kwargs=switched,
+        logit_bias={str(end): 100},
+        guided_choice=["yes"],
+    )["choices"][0]["message"]
+    assert made["content"] == "yes"
+
+
+def test_biases_and_the_least_of_tokens(client: TestClient, talker: Model) -> None:
+    letter = talker.tokenizer.encode("b")[0]
+    asked: dict[str, Any] = {"prompt": "x", "temperature": 0, "max_tokens": 5}
+    biased = post(client, "/v1/completions", **asked, logit_bias={str(letter): 100})
+    assert biased["choices"][0]["text"] == "bbbbb"
+    ends = {str(talker.tokenizer.eos_id): 100}
+    for least, made in ((0, 1), (3, 4)):
+        answer = post(client, "/v1/completions", **asked, logit_bias=ends, min_tokens=least)
+        assert answer["usage"]["completion_tokens"] == made
+    stopped = post(
+        client, "/v1/completions", **asked, stop_token_ids=[letter], logit_bias={str(letter): 100}
+    )
+    assert stopped["choices"][0]["finish_reason"] == "stop"
+    assert stopped["usage"]["completion_tokens"] == 1
+
+
+@pytest.mark.usefixtures("scripted")
+def test_responses(client: TestClient) -> None:
+    flat = {"type": "function", **TOOL["function"]}
+    asked: dict[str, Any] = {"model": "small", "input": "weather?", "tools": [flat]}
+    whole = post(client, "/v1/responses", **asked)
+    assert whole["status"] == "completed"
+    kinds = ["reasoning", "message", "function_call", "function_call"]
+    assert [item["type"] for item in whole["output"]] == kinds
+    assert whole["output"][1]["content"][0]["text"] == "I see."
+    assert whole["output"][2]["arguments"] == '{"city": "北京"}'
+    assert whole["usage"]["output_tokens_details"]["reasoning_tokens"] > 0
+    told = events(post(client, "/v1/responses", **asked, stream=True))
+    assert [one["sequence_number"] for one in told] == list(range(len(told)))
+    assert told[0]["type"] == "response.created" and told[-1]["type"] == "response.completed"
+    arguments = "".join(
+        one["delta"] for one in told if one["type"] == "response.function_call_arguments.delta"
+    )
+    assert arguments == '{"city": "北京"}' * 2
+    history = [
+        {"role": "user", "content": [{"type": "input_text", "text": "weather?"}]},
+        *whole["output"],
+        {"type": "function_call_output", "call_id": "x", "output": "sun"},
+    ]
+    again = post(client, "/v1/responses", **asked | {"input": history}, max_output_tokens=2)
+    assert again["status"] == "incomplete"
+    assert again["incomplete_details"] == {"reason": "max_output_tokens"}
+    refused = client.post("/v1/responses", json=asked | {"previous_response_id": "resp_1"})
+    assert refused.status_code == 400 and "stores nothing" in refused.text
+
+
+@pytest.mark.usefixtures("scripted")
+def test_messages(client: TestClient) -> None:
+    tool = {"name": "weather", "description": "d", "input_schema": WEATHER}
+    asked: dict[str, Any] = {"model": "m", "max_tokens": 300, "messages": ASKED, "tools": [tool]}
+    whole = post(client, "/v1/messages", **asked, system="be brief")
+    assert [block["type"] for block in whole["content"]] == [
+        "thinking",
+        "text",
+        "tool_use",
+        "tool_use",
+    ]
+    assert whole["content"][2]["input"] == {"city": "北京"} and whole["stop_reason"] == "tool_use"
+    told = events(post(client, "/v1/messages", **asked, stream=True))
+    assert told[0]["type"] == "message_start" and told[-1]["type"] == "message_stop"
+    assert [one["index"] for one in told if one["type"] == "content_block_stop"] == [0, 1, 2, 3]
+    bits = [
+        one["delta"].get("partial_json", "") for one in told if "index" in one and "delta" in one
+    ]
+    assert "".join(bits) == '{"city": "北京"}' * 2
+    result = {"type": "tool_result", "tool_use_id": "t", "content": [{"type": "text", "text": "1"}]}
+    history = [
+        *ASKED,
+        {"role": "assistant", "content": whole["content"]},
+        {"role": "user", "content": [result]},
+    ]
+    counted = post(client, "/v1/messages/count_tokens", **asked | {"messages": history})
+    assert counted["input_tokens"] > 50
+    refused = client.post("/v1/messages", json={"messages": ASKED})
+    assert refused.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.usefixtures("scripted")
+def test_ollama(client: TestClient) -> None:
+    asked: dict[str, Any] = {"model": "small:latest", "messages": ASKED, "tools": [TOOL]}
+    whole = post(client, "/api/chat", **asked, stream=False)
+    assert whole["done"] and whole["message"]["thinking"] == "hm"
+    called = {"function": {"name": "weather", "arguments": {"city": "北京"}}}
+    assert whole["message"]["tool_calls"] == [called] * 2
+    lines = [json.loads(line) for line in post(client, "/api/chat", **asked).splitlines()]
+    assert "".join(line["message"]["content"] for line in lines) == "I see."
+    assert [line["message"].get("tool_calls") for line in lines][-2] == [called] * 2
+    assert lines[-1]["done"] and lines[-1]["eval_count"] == whole["eval_count"]
+    plain = post(client, "/api/generate", model="small", prompt="x", stream=False)
+    assert plain["response"].startswith("I see.") and plain["thinking"] == "hm"
+    assert client.get("/api/tags").json()["models"][0]["name"] == "small"
+    assert "tools" in post(client, "/api/show", model="small")["capabilities"]
+    assert "version" in client.get("/api/version").json()
+    assert client.post("/api/show", json={"model": "no"}).json()["error"].startswith("model 'no'")
+
+
+def test_the_rest(client: TestClient) -> None:
+    assert client.get("/v1/models/").json()["data"][0]["id"] == "small"
+    refused = client.post("/v1/embeddings", json={"input": "x"})
+    assert refused.status_code == 400 and "makes no embeddings" in refused.text
+    document = client.get("/openapi.json").json()
+    assert {"ChatRequest", "MessagesRequest"} <= set(document["components"]["schemas"])
+    assert "/v1/responses" in document["paths"] and client.get("/docs").status_code == 200
+    echoed = post(client, "/v1/completions", prompt="the moon", echo=True, max_tokens=2)
+    assert echoed["choices"][0]["text"].startswith("the moon")
+
+
+# --- who may ask ----------------------------------------------------------------------------------
+
+
+def test_keys(talker: Model) -> None:
+    with served(talker, api_key="sesame", metrics_key="count") as client:
+        for header in ("Bearer sesame", "bearer sesame", "BEARER  sesame"):
+            assert client.get("/v1/models", headers={"authorization": header}).status_code == 200
+        assert client.get("/v1/models", headers={"x-api-key": "sesame"}).status_code == 200
+        for path in ("/v1/models", "/metrics", "/api/tags", "/tokenize"):
+            assert client.get(path).status_code == 401
+        assert client.get("/health").status_code == 200
+        for key, statuses in (("count", (200, 401)), ("sesame", (200, 200))):
+            headers = {"authorization": f"Bearer {key}"}
+            found = [client.get(p, headers=headers).status_code for p in ("/metrics", "/v1/models")]
+            assert tuple(found) == statuses
+
+
+@pytest.mark.parametrize(
+    ("host", "status"),
+    [
+        ("127.0.0.1:1", 200),
+        ("[::1]:80", 200),
+        ("LOCALHOST", 200),
+        ("host.docker.internal:8000", 200),
+        ("evil.example", 400),
+        ("evil.example@127.0.0.1", 400),
+        ("127.0.0.1/evil.example", 400),
+        ("127.0.0.1, evil.example", 400),
+        ("127.0.0.1:x", 400),
+        ("", 400),
+    ],
+)
+def test_hosts_are_compared_as_sent(talker: Model, host: str, status: int) -> None:
+    with served(talker, hosts=["Host.Docker.Internal"]) as client:
+        assert client.get("/v1/models", headers={"host": host}).status_code == status
+
+
+def test_pages_of_an_origin_may_ask(talker: Model) -> None:
+    asks = {"origin": "https://a.example", "access-control-request-method": "POST"}
+    with served(talker, api_key="k", origins=["https://a.example"]) as client:
+        preflight = client.options("/v1/chat/completions", headers=asks)
+        assert preflight.headers["access-control-allow-origin"] == "https://a.example"
+        other = client.options("/v1/models", headers=asks | {"origin": "https://b.example"})
+        assert "access-control-allow-origin" not in other.headers
+        answer = client.get("/v1/models", headers={"origin": asks["origin"]})
+        assert answer.status_code == 401  # and the page may read why
+        assert answer.headers["access-control-allow-origin"] == "https://a.example"
+
+
+def test_a_server_that_ends_takes_nothing_new(talker: Model) -> None:
+    with served(talker) as client:
+        client.app.state.ending = True  # type: ignore[attr-defined]
+        answer = client.post("/v1/completions", json={"prompt": "x"})
+        assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
+        assert client.get("/health").status_code == 200
