@@ -9,6 +9,7 @@ import pytest
 import torch
 from family_models import VARIANTS, published
 from gguf_models import V3, network, write
+from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import moescope
@@ -126,6 +127,12 @@ def test_vllm_is_told_of_latents_that_its_kernels_lack(
     told = json.loads(capsys.readouterr().out)
     assert told["command"] == f"VLLM_MLA_DISABLE=1 vllm serve {out} --dtype float32"
     assert "here it is 112" in told["note"]
+    with safe_open(tmp_path / "out" / "model.safetensors", "pt") as file:  # tied in the box
+        head = file.get_tensor("lm_head.weight")
+        assert torch.equal(head, file.get_tensor("model.embed_tokens.weight"))
+    assert (
+        json.loads((tmp_path / "out" / "config.json").read_text())["tie_word_embeddings"] is False
+    )
 
 
 @pytest.mark.parametrize(

@@ -21,6 +21,7 @@ from moescope.model.rope import RotaryEmbedding
 from moescope.model.routing import Hash, TokenTable
 
 ROUTER_WEIGHT = "mlp.gate.weight"
+HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def save_weights(
@@ -168,7 +169,7 @@ def write_folder(
 
     Args:
         source: read tensor by tensor.
-        config: what to call its network.
+        config: what to call its network, and whether its head is written though tied.
         folder: not there yet.
         dtype: of the weights, but for those that families keep in float32.
         tell: called with how many numbers are read, and how many there are.
@@ -190,7 +191,8 @@ def write_folder(
     def tensors() -> Iterator[tuple[str, Tensor]]:
         done = 0
         for name, shape in shapes.items():
-            tensor = source.read(name, shape, _type_of(name, dtype))
+            stored = EMBEDDING if name == HEAD and source.config.tie_word_embeddings else name
+            tensor = source.read(stored, shape, _type_of(name, dtype))
             _refuse_if_not_finite(name, tensor)
             yield name, tensor
             done += shape.numel()

@@ -79,6 +79,8 @@ def export(
         written = quantize(source, GGUF_TYPES[name], out, tell)
         return Exported(out, name, written.bytes, f"llama-cli -m {quote(str(out))}", None)
     config = known_to_others(checkpoint.config)
+    if to == "vllm":  # its DeepSeek reads a head of its own, and computes with zeros without
+        config = config.model_copy(update={"tie_word_embeddings": False})
     if checkpoint.tokenizer() is None:
         raise UserError(
             f"{source} has no tokenizer, without which no other engine takes text; put its "
