@@ -11,17 +11,26 @@ STEPS = {"web/build.py": "build_page", "csrc/build.py": "build_native"}
 
 
 class BuildHook(BuildHookInterface):
-    """Runs the steps, for a wheel as for an editable installation."""
+    """Runs the steps, for a wheel as for an editable installation; a source archive has the page.
+
+    So an archive builds where there is no Node, and holds no code for one kind of machine.
+    """
 
     def initialize(self, version: str, build_data: dict[str, Any]) -> None:
         root = Path(self.root)
-        built: dict[str, Any] = {}
-        for script, function in STEPS.items():
-            spec = importlib.util.spec_from_file_location(function, root / script)
-            assert spec is not None and spec.loader is not None
-            module = importlib.util.module_from_spec(spec)
-            spec.loader.exec_module(module)
-            built[function] = getattr(module, function)(root)
-        if built["build_native"] is not None:  # the wheel is for this kind of machine alone
-            build_data["pure_python"] = False
-            build_data["infer_tag"] = True
+        self._run("web/build.py", root)
+        if self.target_name != "wheel":
+            return
+        extension: Path | None = self._run("csrc/build.py", root)
+        if extension is None:
+            return
+        build_data["artifacts"].append(extension.relative_to(root).as_posix())
+        build_data["pure_python"] = False  # the wheel is for this kind of machine alone
+        build_data["infer_tag"] = True
+
+    def _run(self, script: str, root: Path) -> Any:
+        spec = importlib.util.spec_from_file_location(STEPS[script], root / script)
+        assert spec is not None and spec.loader is not None
+        module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+        return getattr(module, STEPS[script])(root)

@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from platformdirs import user_cache_path
 
 import moescope
 from moescope import checkpoint, families
@@ -204,8 +205,7 @@ def _switched_off() -> bool:
 
 def user_folder() -> Path:
     """Return where packs go that cannot stand beside their checkpoint."""
-    cache = os.environ.get("XDG_CACHE_HOME") or "~/.cache"
-    return Path(cache).expanduser() / "moescope" / "packs"
+    return user_cache_path("moescope", appauthor=False) / "packs"
 
 
 def _fingerprint(file: Path) -> list[str | int]:
