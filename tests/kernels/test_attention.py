@@ -16,6 +16,7 @@ pytestmark = pytest.mark.skipif(not cpu.available(), reason="test_cpu.py says wh
 
 SETS = cpu.instruction_sets() or ["none"]
 SLOTS = 400
+BLOCK = 48
 pack = partial(cpu.pack, weight_format="bf16")  # its products take activations as they are
 examples = partial(settings, suppress_health_check=[HealthCheck.function_scoped_fixture])
 
@@ -159,20 +160,35 @@ def normalised(x: Tensor, weight: Tensor) -> Tensor:
 
 
 class Reader:
-    """A layer's cache for a batch, read in parts."""
+    """A layer's cache for a batch, whose slots lie in scattered blocks, read in parts."""
 
     def __init__(self, part: Part, x: Tensor) -> None:
         batch, seq, hidden = x.shape
         self.embedding = x.flatten(0, 1).float()
         self.layer, self.hidden = part.native(self.embedding), hidden
         self.ids = torch.arange(batch * seq).view(batch, seq)
-        held = [torch.full((batch, SLOTS, part.kv_heads, part.width), torch.nan) for _ in range(2)]
+        each = -(-SLOTS // BLOCK)  # blocks of a row
+        shape = batch * each, BLOCK, part.kv_heads, part.width
+        held = [torch.full(shape, torch.nan) for _ in range(2)]
+        self.table = torch.arange(batch * each).flip(0).view(each, batch).T.contiguous()
         self.slots = cpu.cache_slots([(held[0], held[1])])
 
     def read(self, positions: Tensor) -> Tensor:
         """Run the tokens that stand at `positions` `(batch, seq)` of each row."""
         ids = self.ids.gather(1, positions)
-        return cpu.run_decoder(self.layer, ids, self.hidden, positions, self.slots)
+        batch, seq = ids.shape
+        starts, singles = torch.arange(batch + 1) * seq, batch if seq == 1 else 0
+        states = cpu.run_decoder(
+            self.layer,
+            ids.flatten(),
+            self.hidden,
+            positions.flatten(),
+            starts,
+            singles,
+            self.table,
+            self.slots,
+        )
+        return states.view(batch, seq, -1)
 
 
 parts = st.builds(
