@@ -81,7 +81,7 @@ def test_a_model_that_vanishes_is_missed_in_words(open_page, start_server, shelf
     twin.wait_for()
     assert "tiny-dense" in twin.inner_text()
     training = page.get_by_test_id("station-training").get_by_role("alert")
-    assert "history of the training of" in training.inner_text()
+    assert "no history of its training" in training.inner_text()
     assert page.get_by_test_id("error").count() == 0
 
 
@@ -96,6 +96,7 @@ def test_a_broken_companion_is_told_before_it_is_asked(
     assert words in told and "config.json" in told
     assert page.get_by_test_id("dense-moe").count() == 0
     # Nor is there a copy trained without balancing: the lesser view is offered, by its name.
+    page.get_by_test_id("own-text").click()  # that view is of the reader's text alone
     page.get_by_test_id("compare-balance").check()
     settle(page)
     note = page.get_by_test_id("balance-note").inner_text()
