@@ -1,4 +1,4 @@
-"""A model as other engines open it: a folder for `transformers`, vLLM and SGLang, or GGUF."""
+"""A model as other engines open it: a folder for `transformers` or vLLM, or GGUF."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

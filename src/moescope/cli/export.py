@@ -9,7 +9,7 @@ import typer
 
 def export(
     model: Annotated[str, typer.Argument(help='"tiny", a folder, a .gguf file or a Hub name.')],
-    to: Annotated[str, typer.Option(help="transformers, vllm (and SGLang) or gguf.")],
+    to: Annotated[str, typer.Option(help="transformers, vllm or gguf.")],
     out: Annotated[Path, typer.Option(help="The folder, or a .gguf file; not there yet.")],
     dtype: Annotated[
         str | None,
@@ -20,7 +20,7 @@ def export(
     ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print one JSON object.")] = False,
 ) -> None:
-    """Write a model so that another engine opens it and says the same.
+    """Write a model so that another engine opens it.
 
     GGUF with fewer bits a weight is written by `moescope quantize`.
     """
