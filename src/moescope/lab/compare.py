@@ -304,7 +304,7 @@ def _time_in_turns(
 def _time(engine: Engine, prompt: str) -> tuple[float, float, float | None]:
     """Seconds to the first token; seconds and joules on average for each of those after it."""
     endless = Engine(engine.model, engine.tokenizer)
-    endless.end_ids = set()
+    endless.end_ids = frozenset()
     ids = endless.encode(prompt)
     moments, meter = [time.perf_counter()], EnergyMeter()
     for _ in endless.repeat([ids], SamplingParams(max_tokens=NEW_TOKENS)):
