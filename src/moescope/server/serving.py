@@ -89,9 +89,11 @@ def serve_api(
         max_batch: texts that are continued at a time.
 
     Raises:
-        UserError: as `serve`; the key in MOESCOPE_API_KEY or `access` cannot be sent, or there is
+        UserError: as `serve`; the model has no tokenizer; the key in MOESCOPE_API_KEY or `access`
+            cannot be sent, or there is
             none where others can reach the address.
     """
+    _ = model.tokenizer  # a model without one is refused before anything is started
     if access.api_key is None and os.environ.get("MOESCOPE_API_KEY") == "":
         raise UserError("MOESCOPE_API_KEY is set but empty; give a key, or unset it to need none")
     for key in (access.api_key, access.metrics_key):
