@@ -328,6 +328,8 @@ def test_what_cannot_be_done_is_said(peer: openai.OpenAI) -> None:
             "one thing at a time",
         ),
         ("completions", {"prompt": "x", "logit_bias": {"a": 1}}, 400, "is no id of a token"),
+        ("completions", {"prompt": "x", "moe_trace": True}, 400, "does not know moe_trace"),
+        ("completions", {"prompt": "x", "disable_experts": [[1, 2]]}, 400, "disable_experts"),
         ("completions", {"prompt": "x", "stop": ["x"] * 17}, 400, "at most 16"),
         ("completions", {"prompt": ["x"] * 65, "n": 2}, 400, "130 texts at once; ask for 128"),
         ("completions", {"prompt": "x", "model": "gpt"}, 404, "ask for 'small'"),

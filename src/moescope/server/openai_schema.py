@@ -67,6 +67,11 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "mirostat": (0,),
     "typical_p": (1,),
     "length_penalty": (1,),
+    "return_routed_experts": (False,),
+    "moe_trace": (False,),
+    "num_experts_per_tok": (),
+    "disable_experts": ([],),
+    "force_experts": ([],),
 }
 """Fields that are not known here, each with values that ask for nothing, as null always does."""
 _FORMER = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice"} | {
