@@ -1,7 +1,6 @@
 """Any source of weights into a network, and a network into files."""
 
 import math
-import shutil
 from collections.abc import Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +12,7 @@ from torch import Tensor
 from moescope.config import ModelConfig
 from moescope.errors import UserError
 from moescope.families import save_config
+from moescope.files import atomic_folder
 from moescope.formats.gguf.model import GgufModel, is_gguf
 from moescope.formats.safetensors import WIDE, SafetensorsModel, save_tensors
 from moescope.formats.source import ReadBlocks, ReadExpert, WeightSource
@@ -199,9 +199,7 @@ def write_folder(
             if tell is not None:
                 tell(done, total)
 
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with atomic_folder(folder) as partial:
         save_tensors(config, tensors(), partial)
         source.refuse_unread()
         save_config(config, partial / "config.json", dtype)
@@ -210,11 +208,6 @@ def write_folder(
         replace(defaults, end_ids=end_ids).save(partial)
         if tokenizer is not None:
             tokenizer.save(partial)
-        partial.replace(folder)
-    except OSError as error:
-        raise UserError(f"cannot write {folder}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _type_of(name: str, dtype: torch.dtype) -> torch.dtype:

@@ -1,6 +1,5 @@
 """Any model that opens, rounded and written: as a GGUF file, or as a folder."""
 
-import shutil
 from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -15,7 +14,7 @@ from torch import Tensor
 from moescope.checkpoint import open_checkpoint
 from moescope.errors import UserError
 from moescope.families import save_config
-from moescope.files import atomic_path
+from moescope.files import atomic_folder, atomic_path
 from moescope.formats.gguf.container import TensorInfo
 from moescope.formats.gguf.file_types import FILE_TYPES, NARROWER_BLOCKS, tensor_type
 from moescope.formats.gguf.generation import SAMPLING_KEYS
@@ -215,20 +214,13 @@ def _folder(checkpoint: WeightSource, to: str, out: Path, tell: Tell | None) -> 
             if tell is not None:
                 tell(done, total)
 
-    partial = out.with_name(f".{out.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    try:
+    with atomic_folder(out) as partial:
         save_tensors(checkpoint.config, tensors(), partial, dtype=FOLDER_TYPES[to])
         save_config(checkpoint.config, partial / "config.json")
         checkpoint.generation_defaults().save(partial)
         tokenizer = checkpoint.tokenizer()
         if tokenizer is not None:
             tokenizer.save(partial)
-        partial.replace(out)
-    except OSError as error:
-        raise UserError(f"cannot write {out}: {error.strerror or error}") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
     files = [file for file in out.iterdir() if file.suffix == ".safetensors"]
     size = sum(file.stat().st_size for file in files)
     return Written(out, to, size, 8 * size / total, {to: len(shapes)}, 0)
