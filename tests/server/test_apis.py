@@ -1,6 +1,7 @@
 """Tools, forms, and the APIs of others, asked of a model that says what a script has it say."""
 
 import json
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -292,9 +293,20 @@ def test_the_rest(client: TestClient) -> None:
     assert refused.status_code == 400 and "makes no embeddings" in refused.text
     document = client.get("/openapi.json").json()
     assert {"ChatRequest", "MessagesRequest"} <= set(document["components"]["schemas"])
-    assert "/v1/responses" in document["paths"] and client.get("/docs").status_code == 200
+    assert "/v1/responses" in document["paths"]
     echoed = post(client, "/v1/completions", prompt="the moon", echo=True, max_tokens=2)
     assert echoed["choices"][0]["text"].startswith("the moon")
+
+
+def test_docs_need_no_network_and_no_key(talker: Model) -> None:
+    with served(talker, api_key="sesame") as client:
+        page = client.get("/docs").text
+        places = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
+        assert len(places) == 3 and all(place.startswith("/docs/files/") for place in places)
+        assert all(client.get(place).status_code == 200 for place in places)
+        assert "SwaggerUIBundle" in client.get(next(p for p in places if p[-3:] == ".js")).text
+        assert client.get("/docs/files/../../v1/models").status_code == 401
+        assert client.get("/redoc").status_code == 401
 
 
 # --- who may ask ----------------------------------------------------------------------------------

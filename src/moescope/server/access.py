@@ -9,7 +9,9 @@ from starlette.types import ASGIApp, Receive, Scope, Send
 
 from moescope.server.requests import Refuse, own_names, refused_name
 
-OPEN = frozenset({"/health", "/docs", "/openapi.json"})
+DOCS_FILES = "/docs/files"
+"""Where the scripts of /docs are, which needs no network."""
+OPEN = re.compile(rf"/health|/docs|{DOCS_FILES}/[^/]+|/openapi\.json")
 """Paths that need no key."""
 
 
@@ -33,7 +35,7 @@ class KeyNeeded:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
-        if scope["type"] == "http" and scope["path"] not in OPEN:
+        if scope["type"] == "http" and not OPEN.fullmatch(scope["path"]):
             request = Request(scope)
             keys = [self._api_key]
             if scope["path"] == "/metrics":

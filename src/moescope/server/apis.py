@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from importlib.metadata import version
 
 from fastapi import FastAPI
+from fastapi_offline import FastAPIOffline
 from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
 from starlette.exceptions import HTTPException
@@ -16,7 +17,7 @@ from starlette.responses import JSONResponse, Response
 
 from moescope.api import Model
 from moescope.errors import UserError
-from moescope.server.access import HostAllowed, KeyNeeded, OpenOnly
+from moescope.server.access import DOCS_FILES, HostAllowed, KeyNeeded, OpenOnly
 from moescope.server.errors import code_of, failed, refuse, status_of
 from moescope.server.messages import Messages
 from moescope.server.metrics import CONTENT_TYPE, CountAnswers, Metrics
@@ -73,7 +74,8 @@ def create_api(
         await asyncio.to_thread(thread.close)
         await service.chats.close()
 
-    app = FastAPI(
+    app = FastAPIOffline(
+        static_url=DOCS_FILES,
         title="moescope",
         version=version("moescope"),
         description=f"{name}, asked by the APIs of OpenAI, Anthropic and Ollama.",
