@@ -1,128 +1,128 @@
-"""Whatever is sent, no request fails the server, and none leaves something behind."""
+"""Whatever is sent, no request fails the server, and none leaves something behind.
+
+`FUZZ_BODIES` says how many are sent, `FUZZ_MODEL` to what model; `make fuzz` sends 100,000.
+"""
 
 import json
-from collections.abc import Iterator
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import closing
+from dataclasses import dataclass
+from http.client import HTTPConnection
 from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from bodies import damaged, encoded, of
+from hypothesis import HealthCheck, given, seed, settings
 from hypothesis import strategies as st
-from starlette.testclient import TestClient
+from served import ask, gauge, kilobytes, process, save_tool_caller
 
 from moescope.api import Model
-from moescope.server.apis import create_api
-from moescope.server.model_thread import ModelThread
-from moescope.text.tokenizer import Tokenizer
 
-PATHS = (
-    "/v1/completions",
-    "/v1/chat/completions",
-    "/v1/responses",
-    "/v1/messages",
-    "/v1/messages/count_tokens",
-    "/api/chat",
-    "/api/generate",
-    "/api/show",
-    "/tokenize",
-    "/detokenize",
-)
-SMALL = {"max_tokens": 2, "max_output_tokens": 2, "options": {"num_predict": 2}, "stream": False}
-TEMPLATE = "{% for m in messages %}{{ m.role }}{{ m.content }}{% endfor %}{{ tools }}<tool_call>"
+BODIES = int(os.environ.get("FUZZ_BODIES", "300"))
+MODEL = os.environ.get("FUZZ_MODEL")
+ROUND = 1000
+"""Bodies that are drawn by one seed."""
+WARM = 5
+"""Rounds in which a server's memory comes to what it needs."""
+SECONDS = 120.0
+"""That any of these bodies may take."""
+KNOWN = {"prompt": "the moon before", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
 
-pytestmark = pytest.mark.slow
+
+@dataclass
+class Served:
+    """A server process, and what it was asked.
+
+    Attributes:
+        process: that answers.
+        port: where.
+        document: its OpenAPI document.
+        statuses: answers by path and status.
+    """
+
+    process: subprocess.Popen[str]
+    port: int
+    document: Mapping[str, Any]
+    statuses: dict[tuple[str, int], int]
+
+    def send(self, path: str, body: bytes) -> tuple[int, str]:
+        """Return the status and the body of the answer."""
+        with closing(HTTPConnection("127.0.0.1", self.port, timeout=SECONDS)) as connection:
+            connection.request("POST", path, body, {"Content-Type": "application/json"})
+            answer = connection.getresponse()
+            told = answer.read().decode()
+        at = path, answer.status
+        self.statuses[at] = self.statuses.get(at, 0) + 1
+        return answer.status, told
 
 
 @pytest.fixture(scope="module")
-def client(model: Model) -> Iterator[TestClient]:
-    config = {**model.tokenizer._config, "chat_template": TEMPLATE}
-    talker = Model("small", model.network, Tokenizer(model.tokenizer._backend, config))
-    thread = ModelThread(talker.engine, 4, 2**24)
-    with TestClient(
-        create_api(talker, thread, name="small"),
-        base_url="http://127.0.0.1:8000",
-        raise_server_exceptions=False,
-    ) as client:
-        yield client
+def served(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
+    home = tmp_path_factory.mktemp("fuzz") / "small"
+    save_tool_caller(model, home, positions=512)
+    with process(MODEL or home, "--name", "small", "--cache-memory", "0.05") as (server, port):
+        yield Served(server, port, ask(port, "/openapi.json"), {})
+        assert server.poll() is None
 
 
-def fields(client: TestClient) -> list[str]:
-    schemas = client.get("/openapi.json").json()["components"]["schemas"]
-    return sorted({name for schema in schemas.values() for name in schema.get("properties", {})})
+def requests(document: Mapping[str, Any]) -> st.SearchStrategy[tuple[str, bytes]]:
+    """Paths, each with the bytes of what is sent there."""
+    posts = {path: how["post"] for path, how in document["paths"].items() if "post" in how}
+    drawn = [
+        st.tuples(st.just(path), encoded(damaged(of(_schema(post), document))))
+        for path, post in posts.items()
+    ]
+    return st.one_of(drawn) | st.tuples(st.sampled_from(sorted(posts)), st.binary(max_size=60))
 
 
-SCALARS = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 300), st.floats(), st.text(max_size=8)
-)
-VALUES = st.recursive(
-    SCALARS,
-    lambda inner: st.one_of(
-        st.lists(inner, max_size=3),
-        st.dictionaries(
-            st.sampled_from(("type", "text", "role", "content", "name", "function", "input")),
-            inner,
-            max_size=3,
-        ),
-    ),
-    max_leaves=8,
-)
-MESSAGES = st.lists(
-    st.fixed_dictionaries(
-        {
-            "role": st.sampled_from(("user", "assistant", "tool", "system")),
-            "content": st.one_of(st.text(max_size=6), VALUES),
-        }
-    ),
-    min_size=1,
-    max_size=2,
-)
+def _schema(post: Mapping[str, Any]) -> Any:
+    return post["requestBody"]["content"]["application/json"]["schema"]
 
 
-def checked(client: TestClient, path: str, body: bytes) -> None:
-    answer = client.post(path, content=body, headers={"content-type": "application/json"})
-    assert answer.status_code < 500, (path, body, answer.text)
-    if answer.status_code != 200:
-        error = answer.json()["error"]
+def checked(served: Served, path: str, body: bytes) -> None:
+    status, told = served.send(path, body)
+    assert status < 500, told
+    assert "server failed" not in told  # in the middle of a stream
+    if status != 200:
+        error = json.loads(told)["error"]
         message = error if isinstance(error, str) else error["message"]
         assert message and len(message) < 600, message
 
 
-@settings(max_examples=1500, suppress_health_check=list(HealthCheck))
-@given(data=st.data())
-def test_no_fields_fail_the_server(client: TestClient, data: st.DataObject) -> None:
-    path = data.draw(st.sampled_from(PATHS))
-    named = st.dictionaries(st.sampled_from(fields(client)), VALUES, max_size=4)
-    base = {"model": "small", "messages": data.draw(MESSAGES), "prompt": "x", "input": "x"}
-    asked: dict[str, Any] = base | {"tokens": [1], **SMALL} | data.draw(named)
-    limits = ("max_tokens", "max_completion_tokens", "max_output_tokens", "n", "options")
-    for name in limits:
-        if name not in SMALL:
-            asked.pop(name, None)
-        else:
-            asked[name] = SMALL[name]
-    checked(client, path, json.dumps(asked).encode())
+def test_no_body_fails_the_server(served: Served) -> None:
+    known = ask(served.port, "/v1/completions", KNOWN)["choices"]
+    sizes: list[int] = []
+    left = BODIES
+    for number in range(-(-BODIES // ROUND)):
+        count, left = min(ROUND, left), left - ROUND
+
+        @seed(number)
+        @settings(max_examples=count, database=None, suppress_health_check=list(HealthCheck))
+        @given(asked=requests(served.document))
+        def send(asked: tuple[str, bytes]) -> None:
+            checked(served, *asked)
+
+        send()
+        assert ask(served.port, "/v1/completions", KNOWN)["choices"] == known
+        assert gauge(served.port, "moescope_requests_running") == 0
+        assert gauge(served.port, "moescope_cache_bytes") == 0
+        if Path("/proc/self/status").exists():
+            sizes.append(kilobytes(served.process.pid))
+        print(number + 1, sizes[-1:], sorted(served.statuses.items()), flush=True)
+    if len(sizes) > 2 * WARM:
+        assert sizes[-1] < 1.05 * sizes[WARM], sizes
 
 
-@settings(max_examples=500, suppress_health_check=list(HealthCheck))
-@given(path=st.sampled_from(PATHS), body=st.binary(max_size=60))
-def test_no_bytes_fail_the_server(client: TestClient, path: str, body: bytes) -> None:
-    checked(client, path, body)
-    checked(client, path, b'{"prompt":' + body + b'","model":"small"}')
-
-
-def test_what_is_wrong_leaves_nothing_behind(client: TestClient) -> None:
-    status = Path("/proc/self/status")
-    if not status.exists():
+def test_what_is_wrong_leaves_nothing_behind(served: Served) -> None:
+    if not Path("/proc/self/status").exists():
         pytest.skip("no /proc")
-
-    def held() -> int:
-        lines = status.read_text().splitlines()
-        return int(next(line for line in lines if line.startswith("VmRSS")).split()[1])
-
     body = json.dumps({"messages": [{"role": "user", "content": [[1] * 9] * 999}]}).encode()
     for _ in range(30):
-        checked(client, "/v1/chat/completions", body)
-    before = held()
+        checked(served, "/v1/chat/completions", body)
+    before = kilobytes(served.process.pid)
     for _ in range(300):
-        checked(client, "/v1/chat/completions", body)
-    assert held() - before < 20_000
+        checked(served, "/v1/chat/completions", body)
+    assert kilobytes(served.process.pid) - before < 20_000

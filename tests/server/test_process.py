@@ -8,36 +8,11 @@ import sys
 import time
 import urllib.error
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import pytest
-
-
-@contextmanager
-def process(home: Path, *options: str) -> Iterator[tuple[subprocess.Popen[str], int]]:
-    """`moescope serve` over a folder, its process and its port."""
-    script = "from moescope.cli.main import main; main()"
-    arguments = [sys.executable, "-c", script, "serve", str(home), "--port", "0", *options]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True) as server:
-        assert server.stdout is not None
-        line = server.stdout.readline()
-        assert line.startswith("moescope serves"), server.communicate(timeout=60)
-        yield server, int(line.split()[4].rsplit(":", 1)[1].partition("/")[0])
-        if server.poll() is None:
-            server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=60) == 0
-
-
-def ask(port: int, path: str, asked: Any = None) -> Any:
-    data = None if asked is None else json.dumps(asked).encode()
-    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data)
-    request.add_header("Content-Type", "application/json")
-    with urllib.request.urlopen(request, timeout=60) as answer:
-        return json.load(answer)
+from served import ask, kilobytes, process
 
 
 def closed_after(connection: socket.socket) -> float:
@@ -124,18 +99,12 @@ def test_a_template_that_never_ends_leaves_health_and_signals_alive(
 
 def test_a_body_of_wrong_types_costs_little(home: Path) -> None:
     with process(home) as (server, port):
-        status = Path(f"/proc/{server.pid}/status")
-        if not status.exists():
+        if not Path("/proc/self/status").exists():
             pytest.skip("no /proc")
         ask(port, "/v1/completions", {"prompt": "x", "max_tokens": 1})
-
-        def peak() -> int:
-            lines = status.read_text().splitlines()
-            return int(next(line for line in lines if line.startswith("VmHWM")).split()[1])
-
-        before = peak()
+        before = kilobytes(server.pid, "VmHWM")
         wrong: list[Any] = [{"a": 1}, 1.5, [None]]
         with pytest.raises(urllib.error.HTTPError) as refusal:
             ask(port, "/v1/completions", {"prompt": wrong * 100_000})
         assert refusal.value.code == 400
-        assert peak() - before < 200_000  # kB; the body has 2 MB
+        assert kilobytes(server.pid, "VmHWM") - before < 200_000  # kB; the body has 2 MB

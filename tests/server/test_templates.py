@@ -24,7 +24,9 @@ def templates(tokenizer: Tokenizer, **options: Any) -> Templates:
 
 
 async def rendered(of: Templates, content: str) -> str:
-    return await of.render([{"role": "user", "content": content}], None, mood=" 月")
+    return await of.render(
+        [{"role": "user", "content": content}], None, {"mood": " 月", "self": 1, "messages": 2}
+    )
 
 
 def test_a_template_that_never_ends_is_ended(model: Any) -> None:

@@ -52,6 +52,10 @@ def serve(
     max_batch: Annotated[
         int, typer.Option(min=1, help="Texts that are continued at a time; others wait.")
     ] = 8,
+    cache_memory: Annotated[
+        float | None,
+        typer.Option(min=0, help="GB that all texts may take; else half of what is free."),
+    ] = None,
     backend: Backend = None,
     quantize: Quantize = None,
     stream_experts: StreamExperts = False,
@@ -81,4 +85,5 @@ def serve(
         insecure=insecure,
         grace=grace,
         max_batch=max_batch,
+        cache_bytes=None if cache_memory is None else int(cache_memory * 1e9),
     )

@@ -145,7 +145,7 @@ class Chats:
                 variables.setdefault("enable_thinking", False)
         begins = asked.add_generation_prompt and not asked.continue_final_message
         variables |= {"add_generation_prompt": begins}
-        text = await self.templates.render(messages, tools or None, **variables)
+        text = await self.templates.render(messages, tools or None, variables)
         if asked.continue_final_message:
             said = messages[-1]["content"].rstrip()
             at = text.rfind(said)

@@ -74,6 +74,7 @@ def serve_api(
     insecure: bool,
     grace: float,
     max_batch: int,
+    cache_bytes: int | None = None,
 ) -> None:
     """Answer the APIs for `model` at an address until Ctrl-C or SIGTERM.
 
@@ -87,6 +88,7 @@ def serve_api(
         insecure: whether everybody who reaches an address beyond this machine may ask.
         grace: seconds in which requests that run may end once the server does.
         max_batch: texts that are continued at a time.
+        cache_bytes: that all texts may take; None for `CACHE_SHARE` of the memory that is free.
 
     Raises:
         UserError: as `serve`; the model has no tokenizer; the key in MOESCOPE_API_KEY or `access`
@@ -107,10 +109,11 @@ def serve_api(
             "MOESCOPE_API_KEY or with --api-key, or say --insecure"
         )
     listener = listen(host, port, tries=1)
-    # Mapped weights count as free memory until they have moved to pages of their own.
-    mapped = cpu.unsettled() if cpu.available() else 0
-    room = int(max(0, memory()[1] - mapped) * CACHE_SHARE)
-    thread = ModelThread(model.engine, max_batch, room)
+    if cache_bytes is None:
+        # Mapped weights count as free memory until they have moved to pages of their own.
+        mapped = cpu.unsettled() if cpu.available() else 0
+        cache_bytes = int(max(0, memory()[1] - mapped) * CACHE_SHARE)
+    thread = ModelThread(model.engine, max_batch, cache_bytes)
     bound, found = listener.getsockname()[:2]
     shown = f"[{bound}]" if ":" in bound else bound
     say(f"moescope serves {name} at http://{shown}:{found}/v1  (Ctrl-C ends)")

@@ -34,9 +34,9 @@ class Templates:
         self,
         messages: Sequence[Mapping[str, Any]],
         tools: Sequence[Mapping[str, Any]] | None,
-        **variables: Any,
+        variables: Mapping[str, Any],
     ) -> str:
-        """Return what a template makes of messages.
+        """Return what a template makes of messages, with `variables` beside them.
 
         Raises:
             UserError: there is no template, it refuses the messages, or takes too long.
@@ -45,7 +45,7 @@ class Templates:
             "templates": self._tokenizer.chat_templates,
             "messages": messages,
             "tools": tools,
-            "variables": self._tokenizer.chat_variables(**variables),
+            "variables": self._tokenizer.chat_variables(variables),
             "seconds": self._seconds,
         }
         line = await asyncio.to_thread(lambda: json.dumps(asked).encode() + b"\n")

@@ -85,7 +85,7 @@ def render(
         templates: by name.
         messages: fields that are None are left out; a thought goes by all of its names.
         tools: what the model may call, as JSON schemas.
-        variables: what else the template may use.
+        variables: what else the template may use, by any other names.
 
     Raises:
         UserError: there is no template, or it refuses the messages.
@@ -97,7 +97,7 @@ def render(
     told = [_told(message) for message in messages]
     try:
         return _compiled(templates[chosen]).render(
-            **{"messages": told, "tools": tools, "documents": None, **variables}
+            {"documents": None, **variables, "messages": told, "tools": tools}
         )
     except _MISTAKES as error:
         raise UserError(

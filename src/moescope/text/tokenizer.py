@@ -265,10 +265,10 @@ class Tokenizer:
         Raises:
             UserError: there is no template, or it refuses the messages.
         """
-        told = self.chat_variables(add_generation_prompt=add_generation_prompt, **variables)
+        told = self.chat_variables({"add_generation_prompt": add_generation_prompt, **variables})
         return render(self.chat_templates, messages, tools=tools, variables=told)
 
-    def chat_variables(self, **variables: Any) -> dict[str, Any]:
+    def chat_variables(self, variables: Mapping[str, Any]) -> dict[str, Any]:
         """Return what a chat template may use besides messages: the named tokens, `variables`."""
         names = {key: spelling(self._config[key]) for key in NAMED_TOKENS if self._config.get(key)}
         return {**names, **variables}

@@ -1,0 +1,78 @@
+"""A real server process, and what is asked of it."""
+
+import json
+import signal
+import subprocess
+import sys
+import urllib.request
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from tokenizers import AddedToken
+from tokenizers import Tokenizer as BackendTokenizer
+
+from moescope.api import Model
+from moescope.families import config_fields, read_config
+from moescope.model.decoder import CausalLM, initialise
+from moescope.text.tokenizer import Tokenizer
+
+TEMPLATE = (
+    "{% if tools %}{% for t in tools %}{{ t.function | tojson }}{% endfor %}<tool_call>{% endif %}"
+    "{% for m in messages %}{{ m.role }}:{{ m.content }}"
+    "{% for c in m.tool_calls or [] %}{{ c.function.name }}{{ c.function.arguments }}{% endfor %}"
+    "{{ '\n' }}{% endfor %}{% if add_generation_prompt %}a:{% endif %}"
+)
+
+
+def save_tool_caller(model: Model, home: Path, positions: int) -> None:
+    """A small model of random weights whose template teaches tools."""
+    fields = config_fields(model.config)
+    fields |= {"max_position_embeddings": positions, "vocab_size": 320}
+    backend = BackendTokenizer.from_str(model.tokenizer._backend.to_str())
+    backend.add_tokens([AddedToken("<tool_call>"), AddedToken("</tool_call>")])
+    tokenizer = Tokenizer(backend, {**model.tokenizer._config, "chat_template": TEMPLATE})
+    network = CausalLM(read_config(fields))
+    initialise(network, seed=0)
+    Model("small", network, tokenizer).save(home)
+
+
+@contextmanager
+def process(
+    model: str | Path, *options: str, **more: Any
+) -> Iterator[tuple[subprocess.Popen[str], int]]:
+    """`moescope serve` over a model, its process and its port."""
+    script = "from moescope.cli.main import main; main()"
+    arguments = [sys.executable, "-c", script, "serve", str(model), "--port", "0", *options]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True, **more) as server:
+        assert server.stdout is not None
+        line = server.stdout.readline()
+        assert line.startswith("moescope serves"), server.communicate(timeout=60)
+        yield server, int(line.split()[4].rsplit(":", 1)[1].partition("/")[0])
+        if server.poll() is None:
+            server.send_signal(signal.SIGINT)
+        assert server.wait(timeout=60) == 0
+
+
+def ask(port: int, path: str, asked: Any = None) -> Any:
+    """Return what is answered, as JSON or text."""
+    data = None if asked is None else json.dumps(asked).encode()
+    request = urllib.request.Request(f"http://127.0.0.1:{port}{path}", data)
+    request.add_header("Content-Type", "application/json")
+    with urllib.request.urlopen(request, timeout=60) as answer:
+        told = answer.read().decode()
+    return json.loads(told) if told[:1] in "[{" else told
+
+
+def gauge(port: int, name: str) -> float:
+    """One of the numbers of /metrics."""
+    lines = ask(port, "/metrics").splitlines()
+    return float(next(line for line in lines if line.startswith(name + " ")).split()[1])
+
+
+def kilobytes(pid: int, field: str = "VmRSS") -> int:
+    """Memory of a process, by its status."""
+    lines = Path(f"/proc/{pid}/status").read_text().splitlines()
+    return int(next(line for line in lines if line.startswith(field)).split()[1])
