@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import time
 import urllib.request
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -70,6 +71,15 @@ def gauge(port: int, name: str) -> float:
     """One of the numbers of /metrics."""
     lines = ask(port, "/metrics").splitlines()
     return float(next(line for line in lines if line.startswith(name + " ")).split()[1])
+
+
+def nothing_runs(port: int, seconds: float = 10.0) -> None:
+    """Wait until no text runs or waits and none of the cache is held; fail if that never comes."""
+    names = ("moescope_requests_running", "moescope_requests_waiting", "moescope_cache_bytes")
+    until = time.monotonic() + seconds
+    while any(held := [gauge(port, name) for name in names]):
+        assert time.monotonic() < until, dict(zip(names, held, strict=True))
+        time.sleep(0.05)
 
 
 def kilobytes(pid: int, field: str = "VmRSS") -> int:

@@ -6,7 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM
 
-from moescope.api import Model
+from moescope.api import Model, load
+from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
 
 PROMPTS = ["床前", "the moon before my bed, is it frost? 床前明月光", "😀", "is"]
@@ -28,6 +29,20 @@ def test_greedy_text_is_what_transformers_generates(model: Model, saved: Path, p
         ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, pad_token_id=0
     )[0, len(prompt_ids) :].tolist()
     assert [token.id for token in model.generate(prompt, max_tokens=20).tokens] == expected
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpu"])
+def test_nothing_is_seen_of_what_blocks_held_before(saved: Path, backend: str) -> None:
+    engine = load(str(saved), backend=backend).engine
+    engine.limit_cache(2**20)
+    params = SamplingParams(max_tokens=40, ignore_eos=True)
+    made = [engine.generate(PROMPTS, params)]
+    with torch.inference_mode():
+        for held in engine.runner.pool._tensors():
+            held[1:] = torch.nan
+    engine.blocks.forget()
+    made.append(engine.generate(PROMPTS, params))
+    assert made[0] == made[1]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

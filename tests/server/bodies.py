@@ -40,9 +40,20 @@ values = st.recursive(
     ),
     max_leaves=8,
 )
-parts = st.fixed_dictionaries(
-    {"type": st.sampled_from(KINDS)},
-    optional={name: texts | values for name in NAMES if name != "type"},
+
+
+@st.composite
+def _objects(
+    draw: st.DrawFn, fields: Mapping[str, st.SearchStrategy[Any]], wanted: Collection[str]
+) -> dict[str, Any]:
+    """Draw an object with what is required, and a few of the other fields."""
+    others = sorted(fields.keys() - set(wanted))
+    few = draw(st.lists(st.sampled_from(others), max_size=4, unique=True)) if others else []
+    return {name: draw(fields[name]) for name in [*sorted(wanted), *few]}
+
+
+parts = _objects(
+    {"type": st.sampled_from(KINDS), **{n: texts | values for n in NAMES if n != "type"}}, {"type"}
 )
 """What content, histories and tools are made of, where the document says no more."""
 
@@ -127,16 +138,6 @@ def of(schema: Schema, document: Schema) -> st.SearchStrategy[Any]:
     simple = {"string": texts, "boolean": st.booleans(), "null": st.none()}
     simple |= {"object": parts | json_schemas}
     return simple[kind] if kind in simple else values | parts
-
-
-@st.composite
-def _objects(
-    draw: st.DrawFn, fields: Mapping[str, st.SearchStrategy[Any]], wanted: Collection[str]
-) -> dict[str, Any]:
-    """Draw an object with what is required, and a few of the other fields."""
-    others = sorted(fields.keys() - set(wanted))
-    few = draw(st.lists(st.sampled_from(others), max_size=4, unique=True)) if others else []
-    return {name: draw(fields[name]) for name in [*sorted(wanted), *few]}
 
 
 NAMED: Mapping[str, st.SearchStrategy[Any]] = {

@@ -28,7 +28,7 @@ class Move:
     Attributes:
         block: that is handed out.
         source: from which its first tokens are copied.
-        tokens: how many; the rest of the block is zeros.
+        tokens: how many.
     """
 
     block: int

@@ -44,19 +44,28 @@ class Runner:
         Returns:
             Logits after each chunk that is its text's last, `(texts, vocab)` float32, in order.
         """
-        self.pool.grow(self.blocks.count)
-        for move in self.blocks.moves:
-            self.pool.move(move.block, move.source, move.tokens)
-        self.blocks.moves.clear()
         decoder = self.model.model
         if isinstance(decoder, NativeDecoder) and recorder is None and decoder.is_joined:
+            self.prepare(clean=False)  # the kernels read no slot beyond a text's last
             states = self._together(decoder, chunks)
         else:
+            self.prepare(clean=True)
             states = self._by_length(chunks, recorder)
         if not any(chunk.is_last for chunk in chunks):
             return torch.empty(0, self.model.config.vocab_size)
         last = torch.stack([s for s, chunk in zip(states, chunks, strict=True) if chunk.is_last])
         return self.model.logits(self.model.model.norm(last))
+
+    def prepare(self, *, clean: bool) -> None:
+        """See that all blocks are there and begin as they should.
+
+        Args:
+            clean: as for `BlockPool.move`.
+        """
+        self.pool.grow(self.blocks.count)
+        for move in self.blocks.moves:
+            self.pool.move(move.block, move.source, move.tokens, clean=clean)
+        self.blocks.moves.clear()
 
     def _together(self, decoder: NativeDecoder, chunks: Sequence[Chunk]) -> list[Tensor]:
         """The last hidden state `(hidden,)` of each chunk, in one pass over the weights."""

@@ -154,12 +154,20 @@ class BlockPool:
         for key, held in self._further.items():
             self._further[key] = _Further(self._sized(held.states), held.tokens_per_slot)
 
-    def move(self, block: int, source: int, tokens: int) -> None:
-        """Begin a block with the first tokens of another, and fill it up with zeros."""
+    def move(self, block: int, source: int, tokens: int, *, clean: bool = True) -> None:
+        """Begin a block with the first tokens of another.
+
+        Args:
+            block: that a text is given.
+            source: whose first tokens it begins with.
+            tokens: how many.
+            clean: whether the rest becomes zeros, as whoever reads whole blocks needs it. Else it
+                stays what it is, and memory that nobody has touched yet stays so.
+        """
         for slots in (slots for pair in self._slots.values() for slots in pair):
-            _begin(slots, block, source, tokens)
+            _begin(slots, block, source, tokens, clean)
         for held in self._further.values():
-            _begin(held.states, block, source, held.slots(tokens))
+            _begin(held.states, block, source, held.slots(tokens), clean)
 
     def rows(self, tables: Sequence[Sequence[int]], length: int) -> "BlockRows":
         """Return the cache of a batch of texts in these blocks, the longest of `length` tokens."""
@@ -195,7 +203,9 @@ class BlockPool:
 
     def _new(self, like: Tensor, tokens_per_slot: int) -> Tensor:
         shape = (0, self.block_tokens // tokens_per_slot, *like.shape[2:])
-        return self._sized(like.new_empty(shape))
+        made = self._sized(like.new_empty(shape))
+        made[: self._count] = 0  # those that were begun when nothing was there yet
+        return made
 
     def _sized(self, blocks: Tensor) -> Tensor:
         """Blocks with room for all that there are, and for all that may be where that is free."""
@@ -207,7 +217,6 @@ class BlockPool:
             capacity = self.limit + 1 if lazy else min(capacity, self.limit + 1)
         grown = blocks.new_empty(capacity, *blocks.shape[1:])
         grown[: len(blocks)] = blocks
-        grown[len(blocks) : self._count] = 0
         self._handle = None
         return grown
 
@@ -268,9 +277,11 @@ class BlockRows:
         return held[tables].flatten(1, 2)[:, :used]
 
 
-def _begin(slots: Tensor, block: int, source: int, count: int) -> None:
-    slots[block, :count] = slots[source, :count]
-    slots[block, count:] = 0
+def _begin(slots: Tensor, block: int, source: int, count: int, clean: bool) -> None:
+    if count:
+        slots[block, :count] = slots[source, :count]
+    if clean:
+        slots[block, count:] = 0
 
 
 def _room(like: Tensor, slots: int) -> Tensor:
