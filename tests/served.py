@@ -4,6 +4,7 @@ import json
 import signal
 import subprocess
 import sys
+import tempfile
 import time
 import urllib.request
 from collections.abc import Iterator
@@ -46,15 +47,32 @@ def process(
     """`moescope serve` over a model, its process and its port."""
     script = "from moescope.cli.main import main; main()"
     arguments = [sys.executable, "-c", script, "serve", str(model), "--port", "0", *options]
-    pipe = subprocess.PIPE
-    with subprocess.Popen(arguments, stdout=pipe, stderr=pipe, text=True, **more) as server:
+    with (
+        tempfile.TemporaryFile("w+") as errors,  # a pipe that nobody reads would fill up
+        subprocess.Popen(
+            arguments, stdout=subprocess.PIPE, stderr=errors, text=True, **more
+        ) as server,
+    ):
+        server.stderr = errors
         assert server.stdout is not None
         line = server.stdout.readline()
-        assert line.startswith("moescope serves"), server.communicate(timeout=60)
-        yield server, int(line.split()[4].rsplit(":", 1)[1].partition("/")[0])
+        assert line.startswith("moescope serves"), said(server)
+        try:
+            yield server, int(line.split()[4].rsplit(":", 1)[1].partition("/")[0])
+        except BaseException:
+            print(said(server)[-5000:])
+            server.kill()
+            raise
         if server.poll() is None:
             server.send_signal(signal.SIGINT)
-        assert server.wait(timeout=60) == 0
+        assert server.wait(timeout=60) == 0, said(server)
+
+
+def said(server: subprocess.Popen[str]) -> str:
+    """What a process has written to its stderr so far."""
+    assert server.stderr is not None
+    server.stderr.seek(0)
+    return server.stderr.read()
 
 
 def ask(port: int, path: str, asked: Any = None) -> Any:

@@ -226,7 +226,9 @@ def encoded(draw: st.DrawFn, bodies: st.SearchStrategy[Any]) -> bytes:
     body = short(draw(bodies))
     text = json.dumps(body, ensure_ascii=draw(st.booleans()))
     sent = text.encode(errors="surrogatepass")
-    how = draw(st.sampled_from(("whole",) * 10 + ("cut", "flip", "insert", "deep", "long")))
+    how = draw(
+        st.sampled_from(("whole",) * 10 + ("cut", "flip", "insert", "deep", "long", "large"))
+    )
     at = draw(st.integers(0, len(sent)))
     if how == "cut":
         return sent[:at]
@@ -240,6 +242,9 @@ def encoded(draw: st.DrawFn, bodies: st.SearchStrategy[Any]) -> bytes:
         nested = opened * depth + b"1" + closed * depth
         name = draw(st.sampled_from(("tools", "input", "messages", "prompt", "format", "schema")))
         return sent.rstrip(b"}") + b',"' + name.encode() + b'":' + nested + b"}"
+    if how == "large":
+        number = draw(st.sampled_from((b"1e999", b"-1e400", b"NaN", b"9" * 400, b"9" * 5000)))
+        return sent.replace(b'"the moon"', number) + b" "
     if how == "long":
         word = draw(st.sampled_from(("x", "床", "<tool_call>", "\\u0000"))).encode()
         return sent.replace(b"the moon", word * draw(st.integers(100, 3000)))

@@ -298,6 +298,14 @@ def test_the_rest(client: TestClient) -> None:
     assert echoed["choices"][0]["text"].startswith("the moon")
 
 
+def test_numbers_that_no_json_has_are_refused(client: TestClient) -> None:
+    for number in ("NaN", "-Infinity", "1e999", "9" * 400 + ".0"):
+        told = f'{{"model": "small", "input": "x", "metadata": {{"a": [{number}]}}}}'
+        headers = {"content-type": "application/json"}
+        refused = client.post("/v1/responses", content=told, headers=headers)
+        assert refused.status_code == 400 and "not finite" in refused.text
+
+
 def test_docs_need_no_network_and_no_key(talker: Model) -> None:
     with served(talker, api_key="sesame") as client:
         page = client.get("/docs").text

@@ -17,7 +17,7 @@ import pytest
 from bodies import damaged, encoded, of
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
-from served import ask, kilobytes, nothing_runs, process, save_tool_caller
+from served import ask, kilobytes, nothing_runs, process, said, save_tool_caller
 
 from moescope.api import Model
 
@@ -70,7 +70,7 @@ def served(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[S
     with process(MODEL or home, "--name", "small", "--cache-memory", "0.05") as (server, port):
         known = ask(port, "/v1/completions", KNOWN)
         yield Served(server, port, ask(port, "/openapi.json"), known["choices"])
-        assert server.poll() is None
+        assert server.poll() is None and said(server) == ""
 
 
 def requests(document: Mapping[str, Any]) -> st.SearchStrategy[tuple[str, bytes]]:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from served import ask, kilobytes, process
+from served import ask, kilobytes, process, said
 
 
 def closed_after(connection: socket.socket) -> float:
@@ -35,8 +35,7 @@ def test_who_sends_nothing_or_half_is_closed(home: Path) -> None:
             gone.sendall(head.encode())
         assert ask(port, "/health") == {"status": "ok"}
         server.send_signal(signal.SIGINT)
-        _, errors = server.communicate(timeout=60)
-        assert errors == ""
+        assert server.wait(timeout=60) == 0 and said(server) == ""
 
 
 def test_what_runs_may_end_in_the_time_of_grace(home: Path) -> None:
@@ -59,7 +58,7 @@ def test_what_runs_may_end_in_the_time_of_grace(home: Path) -> None:
                     and "shutting down" in json.loads(rest[-1][6:])["error"]["message"]
                 )
             server.wait(timeout=60)
-            assert server.stderr is not None and server.stderr.read() == ""
+            assert said(server) == ""
             server.returncode = 0  # a signal ended it, as it should
 
 

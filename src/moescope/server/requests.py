@@ -2,12 +2,14 @@
 
 import asyncio
 import ipaddress
+import json
 import re
 import socket
 from collections.abc import Awaitable, Callable
 from typing import TypeVar
 
 from pydantic import BaseModel, ValidationError
+from pydantic_core import from_json
 from starlette.exceptions import HTTPException
 from starlette.requests import ClientDisconnect, Request
 from starlette.responses import Response
@@ -38,11 +40,24 @@ async def read_json(request: Request, kind: type[Question], most_bytes: int) -> 
             comes too slowly, or its sender has gone.
         TooMuch: it has more than `most_bytes`.
         ValidationError: it is not what `kind` says.
+        UserError: a number in it is not finite.
     """
     if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
         raise HTTPException(415, "send the question as application/json")
     body = await read_body(request, most_bytes)
-    return await asyncio.to_thread(kind.model_validate_json, body)
+    return await asyncio.to_thread(_checked, kind, body)
+
+
+def _checked(kind: type[Question], body: bytes) -> Question:
+    """Read JSON whose numbers can be told again: pydantic's parser also takes NaN and 1e999."""
+    asked = kind.model_validate_json(body)
+    try:
+        json.dumps(from_json(body), allow_nan=False)
+    except ValueError as error:
+        raise UserError(
+            "a number in the request is not finite, as 1e999; send finite ones"
+        ) from error
+    return asked
 
 
 async def read_body(request: Request, most_bytes: int) -> bytes:
