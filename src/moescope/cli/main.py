@@ -13,6 +13,7 @@ import typer
 
 from moescope.cli import command, tokenizer
 from moescope.cli.ablate import ablate
+from moescope.cli.bench import bench
 from moescope.cli.chat import chat
 from moescope.cli.compare import compare
 from moescope.cli.doctor import doctor
@@ -67,6 +68,7 @@ for verb, example in (
     (open, "moescope open my-model --port 8080"),
     (generate, 'moescope generate "春眠不觉晓，" --max-tokens 24'),
     (serve, "moescope serve my-model --backend cpu --port 8080"),
+    (bench, "moescope bench http://127.0.0.1:8000 --max-concurrency 8"),
     (chat, 'moescope chat "What is 17 + 25?"'),
     (explain, 'moescope explain "It is a truth universally acknowledged"'),
     (plan, "moescope plan deepseek-v3"),
