@@ -57,9 +57,10 @@ void Norm::forward(const float* x, float* out) const {
   kernels().rms_norm(x, weight.data(), eps, width(), out);
 }
 
-void Router::forward(const float* x, const int64_t* ids, int64_t tokens, int64_t* topk_ids,
-                     float* topk_weights) const {
+void route(const Router* const* routers, const float* x, const int64_t* ids, int64_t tokens,
+           Chosen chosen) {
   static thread_local std::vector<float> caller_scores;
+  const int64_t experts = routers[0]->experts, hidden = routers[0]->hidden, slots = chosen.slots;
   grow(caller_scores, tokens * experts);
   float* scores = caller_scores.data();  // (tokens, experts); the caller's, seen by all threads
   // Even one token's work is shared: memory gives one thread but half of what it gives two.
@@ -68,28 +69,34 @@ void Router::forward(const float* x, const int64_t* ids, int64_t tokens, int64_t
     const int64_t first = task % expert_blocks * kBlock, start = task / expert_blocks * kBlock;
     const int64_t count = std::min(kBlock, experts - first);
     for (int64_t token = start; token < std::min(start + kBlock, tokens); ++token)
-      kernels().dot_rows(weight.get() + first * hidden, count, x + token * hidden, hidden,
-                         scores + token * experts + first);
+      kernels().dot_rows(routers[token]->weight.get() + first * hidden, count, x + token * hidden,
+                         hidden, scores + token * experts + first);
   });
   parallel_rows(tokens, [&](int64_t first, int64_t last) {
-    for (int64_t token = first; token < last; ++token) {
-      float *token_scores = scores + token * experts, *weights = topk_weights + token * top_k;
-      int64_t* chosen = topk_ids + token * top_k;
-      score(token_scores);
-      if (table.ids.empty())
-        choose(token_scores, chosen);
-      else
-        std::copy_n(table.ids.data() + ids[token] * top_k, top_k, chosen);
-      float sum = 1e-20f;
-      for (int64_t slot = 0; slot < top_k; ++slot) {
-        weights[slot] = chosen[slot] < 0 ? 0 : token_scores[chosen[slot]];
-        if (scoring == Scoring::relu) weights[slot] = std::max(weights[slot], 0.0f);
-        sum += weights[slot];
-      }
-      for (int64_t slot = 0; slot < top_k; ++slot)
-        weights[slot] = weights[slot] / (normalise ? sum : 1.0f) * factor;
-    }
+    for (int64_t token = first; token < last; ++token)
+      routers[token]->decide(scores + token * experts, ids ? ids[token] : 0,
+                             {slots, chosen.ids + token * slots, chosen.weights + token * slots,
+                              chosen.scores ? chosen.scores + token * slots : nullptr});
   });
+}
+
+void Router::decide(float* logits, int64_t id, Chosen slots) const {
+  score(logits);
+  if (table.ids.empty())
+    choose(logits, slots.ids);
+  else
+    std::copy_n(table.ids.data() + id * top_k, top_k, slots.ids);
+  std::fill(slots.ids + top_k, slots.ids + slots.slots, -1);
+  float sum = 1e-20f;
+  for (int64_t slot = 0; slot < slots.slots; ++slot) {
+    float& weight = slots.weights[slot];
+    weight = slots.ids[slot] < 0 ? 0 : logits[slots.ids[slot]];
+    if (scoring == Scoring::relu) weight = std::max(weight, 0.0f);
+    if (slots.scores) slots.scores[slot] = weight;
+    sum += weight;
+  }
+  for (int64_t slot = 0; slot < slots.slots; ++slot)
+    slots.weights[slot] = slots.weights[slot] / (normalise ? sum : 1.0f) * factor;
 }
 
 void Router::score(float* logits) const {
@@ -136,21 +143,21 @@ void Router::choose(const float* scores, int64_t* topk_ids) const {
     topk_ids[slot] = choice[chosen[slot]] == kNever ? -1 : chosen[slot];
 }
 
-void FeedForwardBlock::forward(float* x, const int64_t* ids, int64_t tokens) const {
-  static thread_local std::vector<float> caller_normed, caller_weights;
-  static thread_local std::vector<int64_t> caller_ids;
-  const int64_t hidden = norm.width(), slots = router ? router->top_k : 0;
+void FeedForwardBlock::forward(float* x, const int64_t* ids, int64_t tokens,
+                               const Router* const* routers, Chosen chosen) const {
+  static thread_local std::vector<float> caller_normed;
+  const int64_t hidden = norm.width();
   grow(caller_normed, tokens * hidden);
-  grow(caller_weights, tokens * slots);
-  caller_ids.resize(tokens * slots);
-  float *normed = caller_normed.data(), *topk_weights = caller_weights.data();
-  int64_t* topk_ids = caller_ids.data();
+  float* normed = caller_normed.data();
   parallel_rows(tokens, [&](int64_t first, int64_t last) {
     for (int64_t token = first; token < last; ++token)
       norm.forward(x + token * hidden, normed + token * hidden);
   });
-  if (router) router->forward(normed, ids, tokens, topk_ids, topk_weights);
-  layer->forward(normed, tokens, topk_ids, topk_weights, slots, x, residual_multiplier);
+  if (!router)
+    chosen = {};
+  else
+    route(routers, normed, ids, tokens, chosen);
+  layer->forward(normed, tokens, chosen.ids, chosen.weights, chosen.slots, x, residual_multiplier);
 }
 
 void Embedding::read(int64_t row, float* out) const {
@@ -176,8 +183,9 @@ void Rotation::at(int64_t position, float* cosine, float* sine) const {
 void Decoder::forward(const int64_t* ids, const int64_t* positions, int64_t rows, int64_t singles,
                       const int64_t* starts, const int64_t* table, int64_t table_width,
                       const std::vector<Slots>& keys, const std::vector<Slots>& values,
-                      float* out) const {
-  static thread_local std::vector<float> caller_cosine, caller_sine;
+                      const Steering& steering, Chosen chosen, float* out) const {
+  static thread_local std::vector<float> caller_cosine, caller_sine, caller_weights;
+  static thread_local std::vector<int64_t> caller_ids;
   const int64_t count = starts[rows], half = static_cast<int64_t>(rotation.frequencies.size());
   grow(caller_cosine, count * half);
   grow(caller_sine, count * half);
@@ -195,11 +203,44 @@ void Decoder::forward(const int64_t* ids, const int64_t* positions, int64_t rows
       rotation.at(positions[token], cosine + token * half, sine + token * half);
     }
   });
+  const bool watched = chosen.ids != nullptr;
+  if (!watched) {  // what one layer chose is forgotten in the next
+    chosen.slots = most_slots(steering);
+    caller_ids.resize(count * chosen.slots);
+    grow(caller_weights, count * chosen.slots);
+    chosen.ids = caller_ids.data();
+    chosen.weights = caller_weights.data();
+  }
+  std::vector<const Router*> routers(count);
   for (size_t layer = 0; layer < attention.size(); ++layer) {
     attention[layer]->forward(out, tokens, keys[layer].of_rows(table, table_width),
                               values[layer].of_rows(table, table_width));
-    feed_forward[layer]->forward(out, ids, count);
+    const FeedForwardBlock& block = *feed_forward[layer];
+    for (int64_t token = 0; block.router && token < count; ++token) {
+      const int64_t set = steering.set_of_row.empty() ? -1 : steering.set_of_row[row_of[token]];
+      routers[token] = set < 0 ? block.router.get() : steering.sets[set][layer].get();
+    }
+    block.forward(out, ids, count, routers.data(), chosen);
+    if (watched && block.router) {
+      const int64_t size = count * chosen.slots;
+      chosen = {chosen.slots, chosen.ids + size, chosen.weights + size, chosen.scores + size};
+    }
   }
+}
+
+int64_t Decoder::sparse_layers() const {
+  return std::count_if(feed_forward.begin(), feed_forward.end(),
+                       [](const auto& block) { return block->router != nullptr; });
+}
+
+int64_t Decoder::most_slots(const Steering& steering) const {
+  int64_t most = 0;
+  for (size_t layer = 0; layer < feed_forward.size(); ++layer) {
+    if (!feed_forward[layer]->router) continue;
+    most = std::max(most, feed_forward[layer]->router->top_k);
+    for (const Routers& set : steering.sets) most = std::max(most, set[layer]->top_k);
+  }
+  return most;
 }
 
 }  // namespace moescope

@@ -34,7 +34,8 @@ template <int Dimensions>
 using Output = nb::ndarray<float, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
 template <int Dimensions>
 using Ids = nb::ndarray<const int64_t, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
-using MutableIds = nb::ndarray<int64_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+template <int Dimensions>
+using MutableIds = nb::ndarray<int64_t, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
 using CacheArray = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using MutableBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -391,9 +392,36 @@ void make_cache_slots(CacheSlots* self, std::vector<CacheArray> keys,
   new (self) CacheSlots(std::move(made));
 }
 
+// Other routers for some rows, as far as they fit the network.
+Steering steering_of(const Decoder& decoder, const std::vector<Routers>& sets,
+                     const std::vector<int64_t>& set_of_row, int64_t rows) {
+  for (const Routers& set : sets) {
+    require(set.size() == decoder.feed_forward.size(), "every layer needs its routers");
+    for (size_t layer = 0; layer < set.size(); ++layer) {
+      const Router *own = decoder.feed_forward[layer]->router.get(), *other = set[layer].get();
+      require((own == nullptr) == (other == nullptr) &&
+                  (!own || (other->experts == own->experts && other->hidden == own->hidden &&
+                            other->table.ids.empty())),
+              "the routers do not fit the network");
+    }
+  }
+  require(set_of_row.empty() || static_cast<int64_t>(set_of_row.size()) == rows,
+          "every row needs routers");
+  for (int64_t set : set_of_row)
+    require(set >= -1 && set < static_cast<int64_t>(sets.size()), "there are no such routers");
+  return {sets, set_of_row};
+}
+
+int64_t slots_of_decoder(const Decoder& decoder, const std::vector<Routers>& sets) {
+  return decoder.most_slots(steering_of(decoder, sets, {}, 0));
+}
+
 void apply_decoder(const Decoder& decoder, const Ids<1>& ids, const Ids<1>& positions,
                    const Ids<1>& starts, int64_t singles, const Ids<2>& table,
-                   const CacheSlots& cache, const Output<2>& out) {
+                   const CacheSlots& cache, const std::vector<Routers>& sets,
+                   const std::vector<int64_t>& set_of_row, const std::optional<MutableIds<3>>& topk_ids,
+                   const std::optional<Output<3>>& topk_weights,
+                   const std::optional<Output<3>>& topk_scores, const Output<2>& out) {
   const int64_t count = ids.shape(0), rows = table.shape(0), width = table.shape(1);
   require(has_shape(out, {count, decoder.embedding.width}) && has_shape(positions, {count}) &&
               has_shape(starts, {rows + 1}) && count > 0 && singles >= 0 && singles <= rows &&
@@ -418,9 +446,19 @@ void apply_decoder(const Decoder& decoder, const Ids<1>& ids, const Ids<1>& posi
   for (int64_t token = 0; token < count; ++token)
     require(ids.data()[token] >= 0 && ids.data()[token] < decoder.embedding.rows,
             "an id is not in the vocabulary");
+  const Steering steering = steering_of(decoder, sets, set_of_row, rows);
+  const int64_t slots = decoder.most_slots(steering), sparse = decoder.sparse_layers();
+  Chosen chosen{};
+  if (topk_ids && sparse) {
+    require(topk_weights && topk_scores && has_shape(*topk_ids, {sparse, count, slots}) &&
+                has_shape(*topk_weights, {sparse, count, slots}) &&
+                has_shape(*topk_scores, {sparse, count, slots}),
+            "topk_ids, topk_weights or topk_scores do not fit the network");
+    chosen = {slots, topk_ids->data(), topk_weights->data(), topk_scores->data()};
+  }
   nb::gil_scoped_release unlocked;
   decoder.forward(ids.data(), positions.data(), rows, singles, starts.data(), table.data(), width,
-                  cache.keys, cache.values, out.data());
+                  cache.keys, cache.values, steering, chosen, out.data());
 }
 
 Scoring scoring_of(const std::string& name) {
@@ -484,7 +522,7 @@ std::shared_ptr<Router> make_router(const Floats<2>& weight,
 }
 
 void apply_router(const Router& router, const Floats<2>& x, const std::optional<Ids<1>>& ids,
-                  const MutableIds& topk_ids, const Output<2>& topk_weights) {
+                  const MutableIds<2>& topk_ids, const Output<2>& topk_weights) {
   const int64_t tokens = x.shape(0);
   require(has_shape(x, {tokens, router.hidden}) && has_shape(topk_ids, {tokens, router.top_k}) &&
               has_shape(topk_weights, {tokens, router.top_k}) &&
@@ -494,8 +532,10 @@ void apply_router(const Router& router, const Floats<2>& x, const std::optional<
     require(ids->data()[token] >= 0 && ids->data()[token] < router.table.vocab,
             "an id is not in the table");
   nb::gil_scoped_release unlocked;
-  router.forward(x.data(), ids ? ids->data() : nullptr, tokens, topk_ids.data(),
-                 topk_weights.data());
+  const std::vector<const Router*> routers(tokens, &router);
+  if (tokens > 0)
+    route(routers.data(), x.data(), ids ? ids->data() : nullptr, tokens,
+          {router.top_k, topk_ids.data(), topk_weights.data(), nullptr});
 }
 
 std::shared_ptr<FeedForwardBlock> make_feed_forward_block(
@@ -509,7 +549,7 @@ std::shared_ptr<FeedForwardBlock> make_feed_forward_block(
   return std::make_shared<FeedForwardBlock>(FeedForwardBlock{norm_of(norm, eps), residual_multiplier, router, layer});
 }
 
-void apply_likeliest(const Floats<2>& logits, const MutableIds& ids, const Output<2>& values) {
+void apply_likeliest(const Floats<2>& logits, const MutableIds<2>& ids, const Output<2>& values) {
   const int64_t rows = logits.shape(0), vocab = logits.shape(1), count = ids.shape(1);
   require(has_shape(ids, {rows, count}) && has_shape(values, {rows, count}) && count > 0 &&
               count <= vocab,
@@ -643,7 +683,9 @@ NB_MODULE(_native, m) {
   nb::class_<Decoder>(m, "Decoder")
       .def("__deepcopy__", &same)
       .def("__call__", &apply_decoder, "ids"_a, "positions"_a, "starts"_a, "singles"_a, "table"_a,
-           "cache"_a, "out"_a);
+           "cache"_a, "sets"_a, "set_of_row"_a, "topk_ids"_a.none(), "topk_weights"_a.none(),
+           "topk_scores"_a.none(), "out"_a)
+      .def("most_slots", &slots_of_decoder, "sets"_a);
   m.def("decoder", &make_decoder, "embedding"_a, "attention"_a, "feed_forward"_a, "frequencies"_a,
         "rotation_factor"_a, "embedding_multiplier"_a);
   nb::class_<CacheSlots>(m, "CacheSlots")

@@ -228,6 +228,15 @@ struct HashTable {
   int64_t vocab;
 };
 
+// What routers chose, (tokens, slots) each: slots that no expert is left for, or that a router of fewer
+// experts leaves over, have id -1, weight 0 and score 0.
+struct Chosen {
+  int64_t slots;
+  int64_t* ids;
+  float* weights;
+  float* scores;  // before they become weights; null if nobody asks
+};
+
 // The router's matrix and rule, in float32: scores, then the best experts of the best groups. Vectors
 // are (experts,), or empty without.
 struct Router {
@@ -242,10 +251,10 @@ struct Router {
   Scoring scoring;
   bool normalise;
   float factor;
-  // x (tokens, hidden), ids (tokens,), which the table alone needs, below its vocab; topk_ids and
-  // topk_weights (tokens, top_k), where slots that no expert is left for have id -1 and weight 0.
-  void forward(const float* x, const int64_t* ids, int64_t tokens, int64_t* topk_ids,
-               float* topk_weights) const;
+  // Turns one token's logits (experts,) into scores, in place, and writes what it chooses to the
+  // token's slots, of which there are `top_k` at least. `id` is the token's, which the table alone
+  // needs, below its vocab.
+  void decide(float* logits, int64_t id, Chosen slots) const;
 
  private:
   // Turns one token's logits into scores; with relu they stay what they are.
@@ -254,14 +263,30 @@ struct Router {
   void choose(const float* scores, int64_t* topk_ids) const;
 };
 
+// Lets each token's own router decide: x (tokens, hidden), `routers` and ids (tokens,). They may differ
+// from token to token, but in the number of experts and the hidden width.
+void route(const Router* const* routers, const float* x, const int64_t* ids, int64_t tokens,
+           Chosen chosen);
+
 // x (tokens, hidden) += `residual_multiplier` times the feed-forward part of norm(x).
 struct FeedForwardBlock {
   Norm norm;
   float residual_multiplier;
   std::shared_ptr<const Router> router;  // null without routed experts
   std::shared_ptr<const FeedForward> layer;
-  // ids (tokens,), which a hash router needs.
-  void forward(float* x, const int64_t* ids, int64_t tokens) const;
+  // `routers` (tokens,) are the tokens' own, and `chosen` is where they write; both are not looked at
+  // without routed experts.
+  void forward(float* x, const int64_t* ids, int64_t tokens, const Router* const* routers,
+               Chosen chosen) const;
+};
+
+// The routers of all layers, null where one has no routed experts.
+using Routers = std::vector<std::shared_ptr<const Router>>;
+
+// Other routers than a network's own, for some rows.
+struct Steering {
+  std::vector<Routers> sets;
+  std::vector<int64_t> set_of_row;  // (rows,): the place of a row's own in `sets`, or -1
 };
 
 // Rows of float32 or bf16 numbers.
@@ -288,10 +313,16 @@ struct Decoder {
   std::vector<std::shared_ptr<const FeedForwardBlock>> feed_forward;
   // ids and positions (tokens,), ids below embedding.rows; out (tokens, hidden) is what the last layer
   // hands on. `starts` and `singles` are as in `Tokens`, `table` (rows, table_width) as in `Slots`.
-  // `keys` and `values` have one entry a layer.
+  // `keys` and `values` have one entry a layer. `chosen`, (layers with routers, tokens, slots), gets what
+  // was chosen, unless its `ids` are null; its slots are no fewer than any router's top_k.
   void forward(const int64_t* ids, const int64_t* positions, int64_t rows, int64_t singles,
                const int64_t* starts, const int64_t* table, int64_t table_width,
-               const std::vector<Slots>& keys, const std::vector<Slots>& values, float* out) const;
+               const std::vector<Slots>& keys, const std::vector<Slots>& values,
+               const Steering& steering, Chosen chosen, float* out) const;
+  // Experts that any token visits at most in one layer, 0 without routers.
+  int64_t most_slots(const Steering& steering) const;
+  // Layers with routers.
+  int64_t sparse_layers() const;
 };
 
 // For each row of logits (rows, vocab): its `count` greatest, in order, of equal ones the first,

@@ -1,10 +1,14 @@
 """Experts' matrices, packed for the native kernels."""
 
+import copy
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
+
+from moescope.model.decoder import CausalLM
+from moescope.native.network import Packer
 
 if TYPE_CHECKING:
     from moescope.kernels.cpu import Weights
@@ -28,3 +32,11 @@ def expert_weights(
     gate: Tensor, up: Tensor, down: Tensor, pack: Pack
 ) -> "tuple[Weights, Weights, Weights]":
     return pack(gate), pack(up), pack(down)
+
+
+def packed_copy(network: CausalLM, weight_format: str = "int8") -> CausalLM:
+    """The same network on the native kernels."""
+    state = {name: tensor.clone() for name, tensor in network.state_dict().items()}
+    made = copy.deepcopy(network)
+    Packer(weight_format).pack(made, state.__getitem__, expert_reader(state))
+    return made

@@ -287,6 +287,13 @@ def test_ollama(client: TestClient) -> None:
     assert client.post("/api/show", json={"model": "no"}).json()["error"].startswith("model 'no'")
 
 
+def test_what_lm_eval_asks_of_a_tokenizer(client: TestClient, talker: Model) -> None:
+    told = client.get("/tokenizer_info").json()
+    ends = post(client, "/tokenize", prompt=told["eos_token"], add_special_tokens=False)
+    assert ends["tokens"] == [talker.tokenizer.eos_id]
+    assert told["chat_template"] == talker.tokenizer.chat_templates["default"]
+
+
 def test_the_rest(client: TestClient) -> None:
     assert client.get("/v1/models/").json()["data"][0]["id"] == "small"
     refused = client.post("/v1/embeddings", json={"input": "x"})

@@ -8,6 +8,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from itertools import chain
 from typing import Any
 
 import openai
@@ -15,18 +16,23 @@ import pytest
 import torch
 import uvicorn
 from packing import expert_reader
+from questions import events_of
 from starlette.testclient import TestClient
 
 from moescope.api import Model, sampling_params
+from moescope.engine.routed import RoutingRecorder
 from moescope.engine.runner import Runner
 from moescope.engine.sampling import Choice
 from moescope.engine.sequence import Sequence, Token
 from moescope.engine.thinking import BEGIN, END
+from moescope.errors import UserError
 from moescope.kernels import cpu
 from moescope.model.decoder import CausalLM
 from moescope.native.network import Packer
 from moescope.server.apis import Access, create_api
 from moescope.server.model_thread import ModelThread
+from moescope.server.openai_answers import spelled
+from moescope.server.texts import refuse_too_much
 from moescope.text.tokenizer import Tokenizer
 
 PROMPT = "the moon before my bed"
@@ -246,6 +252,94 @@ def test_logprobs_are_the_models(peer: openai.OpenAI, talker: Model) -> None:
     assert all(one.logprob == one.top_logprobs[0].logprob for one in content)
 
 
+def test_an_echo_with_logprobs_has_one_entry_for_every_token(
+    peer: openai.OpenAI, talker: Model
+) -> None:
+    ids = [*talker.engine.encode(PROMPT), *talker.tokenizer.encode("，床😀")]
+    known = talker.logits(torch.tensor([ids])).log_softmax(-1)[0]
+    asked: dict[str, Any] = {"model": "small", "prompt": [ids, ids[:4]], "temperature": 0, "n": 2}
+    for limit in (0, 1):
+        answer = peer.completions.create(**asked, echo=True, logprobs=1, max_tokens=limit)
+        assert answer.usage is not None and answer.usage.completion_tokens == 4 * limit
+        for row, choice in enumerate(answer.choices):
+            own, told = (ids, ids, ids[:4], ids[:4])[row], choice.logprobs
+            assert told is not None and told.tokens and told.token_logprobs and told.text_offset
+            assert told.top_logprobs is not None
+            counts = {len(told.tokens), len(told.token_logprobs), len(told.text_offset)}
+            assert counts == {len(own) + limit, len(told.top_logprobs)}
+            assert told.token_logprobs[0] is None and told.top_logprobs[0] is None
+            for at in range(1, len(own)):
+                here = known[at - 1]
+                assert told.token_logprobs[at] == pytest.approx(float(here[own[at]]), abs=1e-4)
+                best = max(told.top_logprobs[at].values())
+                assert best == pytest.approx(float(here.max()), abs=1e-4)
+                likeliest = int(here.argmax()) == own[at]
+                assert (told.token_logprobs[at] == best) == likeliest
+                assert told.tokens[at] in told.top_logprobs[at]
+            assert choice.text.startswith(talker.tokenizer.decode(own))
+            assert told.text_offset == sorted(told.text_offset)
+            if limit == 0:
+                assert choice.text == talker.tokenizer.decode(own)
+                assert choice.finish_reason == "length"
+    pieces = list(
+        peer.completions.create(**asked, echo=True, logprobs=1, max_tokens=3, stream=True)
+    )
+    whole = peer.completions.create(**asked, echo=True, logprobs=1, max_tokens=3)
+    for choice in whole.choices:
+        own = [c for piece in pieces for c in piece.choices if c.index == choice.index]
+        assert "".join(c.text for c in own) == choice.text
+        assert choice.logprobs is not None
+        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
+            parts = [getattr(c.logprobs, name) for c in own if c.logprobs is not None]
+            assert list(chain(*parts)) == getattr(choice.logprobs, name)
+
+
+def test_an_echo_counts_an_end_token(peer: openai.OpenAI, talker: Model) -> None:
+    ids = talker.engine.encode(PROMPT)
+    end = max(talker.engine.end_ids)
+    asked: dict[str, Any] = {"model": "small", "prompt": ids, "max_tokens": 1, "logprobs": 1}
+    for echo in (False, True):
+        made = peer.completions.create(**asked, echo=echo, logit_bias={str(end): 100})
+        assert made.choices[0].finish_reason == "stop" and made.choices[0].logprobs is not None
+        assert len(made.choices[0].logprobs.tokens or []) == (len(ids) + 1 if echo else 0)
+
+
+def test_prompt_logprobs_have_the_names_and_shape_of_vllm(
+    client: TestClient, talker: Model
+) -> None:
+    ids = talker.engine.encode(PROMPT)
+    known = talker.logits(torch.tensor([ids])).log_softmax(-1)[0]
+    made = client.post(
+        "/v1/completions",
+        json={"prompt": ids, "max_tokens": 0, "prompt_logprobs": 2, "logprobs": 0},
+    ).json()
+    told = made["choices"][0]["prompt_logprobs"]
+    assert made["choices"][0]["text"] == "" and made["choices"][0]["logprobs"]["tokens"] == []
+    messages = [{"role": "user", "content": "moon"}]
+    chat = client.post(
+        "/v1/chat/completions", json={"messages": messages, "prompt_logprobs": 2, "max_tokens": 2}
+    ).json()
+    chat_ids = talker.engine.encode_chat(messages)
+    assert [entry and next(iter(entry)) for entry in chat["prompt_logprobs"]] == [
+        None,
+        *map(str, chat_ids[1:]),
+    ]
+    assert told[0] is None and len(told) == len(ids)
+    for at, entry in enumerate(told[1:], start=1):
+        here = known[at - 1]
+        assert next(iter(entry)) == str(ids[at])
+        best = {str(i) for i in here.topk(2).indices.tolist()}
+        assert set(entry) == best | {str(ids[at])}
+        for token_id, one in entry.items():
+            assert one["logprob"] == pytest.approx(float(here[int(token_id)]), abs=1e-4)
+            assert one["rank"] == int((here > here[int(token_id)]).sum()) + 1
+            assert one["decoded_token"] == spelled(talker.tokenizer, int(token_id))
+    refused = client.post(
+        "/v1/completions", json={"prompt": "x", "prompt_logprobs": 1, "stream": True}
+    )
+    assert refused.status_code == 400 and "not told in streams" in refused.text
+
+
 def test_a_stop_text_ends_it_and_is_left_out(peer: openai.OpenAI, talker: Model) -> None:
     whole = text_of(expected(talker, PROMPT))
     stop = whole[len(whole) // 2 :][:3]
@@ -328,8 +422,16 @@ def test_what_cannot_be_done_is_said(peer: openai.OpenAI) -> None:
             "one thing at a time",
         ),
         ("completions", {"prompt": "x", "logit_bias": {"a": 1}}, 400, "is no id of a token"),
-        ("completions", {"prompt": "x", "moe_trace": True}, 400, "does not know moe_trace"),
-        ("completions", {"prompt": "x", "disable_experts": [[1, 2]]}, 400, "disable_experts"),
+        ("completions", {"prompt": "x", "num_experts_per_tok": 9}, 400, "the model has 1 to 8"),
+        ("completions", {"prompt": "x", "disable_experts": [[0, 1]]}, 400, "expert 0:1 is in no"),
+        ("completions", {"prompt": "x", "force_experts": [[1, 8]]}, 400, "no expert 8 in layer 1"),
+        ("completions", {"prompt": "x", "force_experts": [[1]]}, 400, "force_experts"),
+        (
+            "completions",
+            {"prompt": "x", "force_experts": [[1, 2]], "disable_experts": [[1, 2]]},
+            400,
+            "expert 1:2 is both disabled and forced",
+        ),
         ("completions", {"prompt": "x", "stop": ["x"] * 17}, 400, "at most 16"),
         ("completions", {"prompt": ["x"] * 65, "n": 2}, 400, "130 texts at once; ask for 128"),
         ("completions", {"prompt": "x", "model": "gpt"}, 404, "ask for 'small'"),
@@ -465,6 +567,134 @@ def listening(api: Any) -> Iterator[int]:
         yield listener.getsockname()[1]
         server.should_exit = True
         thread.join()
+
+
+# --- experts --------------------------------------------------------------------------------------
+
+
+def routing_of(model: Model, ids: list[int]) -> list[list[list[int]]]:
+    """What each router chooses for each token, `[tokens, layers, top_k]`."""
+    recorder = RoutingRecorder()
+    with torch.inference_mode():
+        model.network.model(torch.tensor([ids]), recorder=recorder)
+    chosen = recorder.chosen()
+    assert chosen is not None
+    return chosen.ids.transpose(0, 1).tolist()
+
+
+def pieces_of(client: TestClient, path: str, asked: dict[str, Any]) -> list[dict[str, Any]]:
+    """The events of a stream, but the last, which says that it is done."""
+    streamed = client.post(path, json=asked | {"stream": True}).text
+    return events_of(streamed.removesuffix("data: [DONE]\n\n"))
+
+
+def test_routed_experts_have_the_names_and_shape_of_vllm(client: TestClient, talker: Model) -> None:
+    ids = talker.engine.encode(PROMPT)
+    asked = {"prompt": ids, "max_tokens": 6, "temperature": 0, "n": 2, "moe_trace": True}
+    asked |= {"return_routed_experts": True, "ignore_eos": True}
+    whole = client.post("/v1/completions", json=asked).json()
+    made = [token.id for token in expected(talker, PROMPT, max_tokens=6, ignore_eos=True)]
+    experts = routing_of(talker, [*ids, *made[:-1]])
+    assert whole["prompt_routed_experts"] == experts[: len(ids)]
+    for choice in whole["choices"]:
+        assert choice["routed_experts"] == experts[len(ids) :]
+        trace = choice["moe_trace"]
+        assert (trace["start"], trace["layers"], trace["experts"]) == (0, [1, 2], experts)
+        weights, scores = torch.tensor(trace["weights"]), torch.tensor(trace["scores"])
+        assert weights.shape == scores.shape == (len(experts), 2, 3) and (scores > 0).all()
+        factor = talker.config.routed_scaling_factor
+        normalised = scores / scores.sum(-1, keepdim=True) * factor
+        torch.testing.assert_close(
+            weights, normalised if talker.config.norm_topk_prob else scores * factor
+        )
+    pieces = pieces_of(client, "/v1/completions", asked)
+    assert [p["prompt_routed_experts"] for p in pieces if "prompt_routed_experts" in p] == [
+        experts[: len(ids)]
+    ]
+    for row in (0, 1):
+        own = [c for piece in pieces for c in piece["choices"] if c["index"] == row]
+        traced = [c["moe_trace"] for c in own if "moe_trace" in c]
+        assert [one["start"] for one in traced] == [0, *range(len(ids), len(experts))]
+        assert list(chain(*(one["experts"] for one in traced))) == experts
+        assert list(chain(*(c.get("routed_experts", []) for c in own))) == experts[len(ids) :]
+    several = client.post("/v1/completions", json=asked | {"prompt": [ids, ids[:3]], "n": 1}).json()
+    assert [c["prompt_routed_experts"] for c in several["choices"]] == [
+        experts[: len(ids)],
+        experts[:3],
+    ]
+
+
+def test_a_chat_tells_its_experts_with_each_event(client: TestClient, talker: Model) -> None:
+    messages = [{"role": "user", "content": "moon"}]
+    ids = talker.engine.encode_chat(messages)
+    asked = {"messages": messages, "max_tokens": 5, "temperature": 0, "moe_trace": True}
+    asked |= {"return_routed_experts": True, "ignore_eos": True}
+    whole = client.post("/v1/chat/completions", json=asked).json()
+    choice = whole["choices"][0]
+    experts = [*whole["prompt_routed_experts"], *choice["routed_experts"]]
+    assert len(experts) == len(ids) + 4 and choice["moe_trace"]["experts"] == experts
+    assert experts[: len(ids)] == routing_of(talker, ids)
+    pieces = pieces_of(client, "/v1/chat/completions", asked)
+    traced = [c["moe_trace"] for p in pieces for c in p["choices"] if "moe_trace" in c]
+    assert [one["start"] for one in traced] == [0, *range(len(ids), len(ids) + 4)]
+    assert list(chain(*(one["experts"] for one in traced))) == experts
+
+
+def test_a_request_may_steer_the_routers_and_no_other_is_changed(
+    client: TestClient, talker: Model
+) -> None:
+    asked = {"prompt": PROMPT, "max_tokens": 12, "temperature": 0, "return_routed_experts": True}
+    changes: list[tuple[dict[str, Any], dict[str, Any]]] = [
+        ({}, {}),
+        ({"num_experts_per_tok": 1}, {"num_experts_per_tok": 1}),
+        ({"disable_experts": [[1, 0], [2, 3]]}, {"disabled": [(1, 0), (2, 3)]}),
+        ({"force_experts": [[2, 7]]}, {"forced": [(2, 7)]}),
+    ]
+    texts = [text_of(list(talker.steer(**c).stream(PROMPT, max_tokens=12))) for _, c in changes]
+    assert len(set(texts)) > 1
+    told: dict[int, Any] = {}
+
+    def ask(at: int) -> None:
+        answer = client.post("/v1/completions", json=asked | changes[at % len(changes)][0])
+        told[at] = answer.json()["choices"][0]
+
+    threads = [threading.Thread(target=ask, args=(at,)) for at in range(3 * len(changes))]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for at, choice in told.items():
+        assert choice["text"] == texts[at % len(changes)]
+    assert {len(slots) for token in told[1]["routed_experts"] for slots in token} == {1}
+    assert all(7 in token[1] for token in told[3]["routed_experts"])
+
+
+def test_no_request_is_told_more_of_its_prompts_than_a_server_should_hold(model: Model) -> None:
+    prompts, traced = [[5] * 1000] * 8, sampling_params({"routed_experts": True})
+    scored = sampling_params({"prompt_logprobs": 20})
+    refuse_too_much(model.config, prompts, [scored, traced])  # 8,000 * (21 + 3 * 3)
+    for params in ([scored] * 6, [traced] * 14):
+        with pytest.raises(UserError, match=r"1,008,000 numbers about its prompts; ask for 1,000"):
+            refuse_too_much(model.config, prompts, params)
+    with pytest.raises(UserError, match="no routed experts of which to tell"):
+        dense = model.config.model_copy(update={"n_routed_experts": None})
+        refuse_too_much(dense, [[5]], [traced])
+
+
+def test_the_load_of_each_expert_is_counted(talker: Model) -> None:
+    with served(talker) as (client, _):
+        before = numbers(client)
+        asked = {"prompt": PROMPT, "max_tokens": 3, "temperature": 0, "return_routed_experts": True}
+        told = client.post("/v1/completions", json=asked | {"ignore_eos": True}).json()
+        after = numbers(client)
+    experts = [*told["prompt_routed_experts"], *told["choices"][0]["routed_experts"]]
+    names = [name for name in after if name.startswith("moescope_expert_tokens_total")]
+    assert len(names) == 2 * 8
+    for layer in (1, 2):
+        for expert in range(8):
+            name = f'moescope_expert_tokens_total{{expert="{expert}",layer="{layer}"}}'
+            served_tokens = sum(expert in token[layer - 1] for token in experts)
+            assert after[name] - before[name] == served_tokens
 
 
 # --- metrics --------------------------------------------------------------------------------------

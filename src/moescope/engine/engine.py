@@ -12,6 +12,7 @@ from torch import Tensor
 
 from moescope.engine.blocks import Blocks
 from moescope.engine.not_finite import not_finite
+from moescope.engine.prompt_logprobs import all_finite
 from moescope.engine.runner import Runner, block_tokens, bytes_per_block
 from moescope.engine.sampling import (
     Choice,
@@ -25,6 +26,7 @@ from moescope.engine.sampling import (
 )
 from moescope.engine.scheduler import CHUNK, Chunk, Scheduler
 from moescope.engine.sequence import FinishReason, Sequence, Token, Writer
+from moescope.engine.steered import Steerings
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM
 from moescope.model.recorder import Recorder
@@ -52,6 +54,7 @@ class Engine:
         own_tokenizer: the model's; None where it has none, and computes with ids alone.
         blocks: of the cache, in which all texts lie, those that ended too while there is room.
         runner: what computes.
+        steerings: networks whose routers decide otherwise for some texts.
     """
 
     def __init__(
@@ -70,6 +73,7 @@ class Engine:
         self._lock = RLock()
         self.blocks = Blocks(block_tokens(model.config))
         self.runner = Runner(self.model, self.blocks)
+        self.steerings = Steerings(self.model)
 
     def limit_cache(self, cache_bytes: int) -> None:
         """Hold all texts in a cache of so many bytes; what it held is forgotten.
@@ -191,9 +195,11 @@ class Engine:
             request: whose it is.
 
         Raises:
-            UserError: as for `check`, or there is no memory for it.
+            UserError: as for `check`, there is no memory for it, or the model cannot do what its
+                steering asks.
         """
         self.check(ids)
+        steered = self.steerings.of(params.steering)
         readable, limit = self.model.config.max_position_embeddings, self.blocks.limit
         if limit is not None:
             readable = min(readable, limit * self.blocks.size)
@@ -206,7 +212,8 @@ class Engine:
         room = min(params.max_tokens, readable + 1 - len(ids))
         skip = params.skip_special_tokens
         writer = Writer(self.tokenizer, end_ids, params.stop, skip_special_tokens=skip)
-        return Sequence(list(ids), params, room, number, request, writer=writer)
+        salt = b"" if steered is None else steered.salt
+        return Sequence(list(ids), params, room, number, request, salt, writer, steered)
 
     @torch.inference_mode()
     def step(
@@ -234,7 +241,7 @@ class Engine:
                 scheduler.advance(chunk)
             made: list[tuple[Sequence, Token | Exception]] = []
             for text, choice in zip(texts, self.pick(logits, texts), strict=True):
-                if choice is None:
+                if choice is None or (text.is_new and not all_finite(text.prompt_logprobs)):
                     scheduler.blocks.distrust(text)
                     made.append((text, not_finite(self.model, text.ids)))
                 elif isinstance(choice, Exception):

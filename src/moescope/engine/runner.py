@@ -8,10 +8,14 @@ from torch import Tensor
 
 from moescope.config import ModelConfig
 from moescope.engine.blocks import Blocks
+from moescope.engine.prompt_logprobs import score_prompt
+from moescope.engine.routed import ExpertLoad, RoutingRecorder, deal_out
 from moescope.engine.scheduler import Chunk
+from moescope.kernels.cpu import Chosen, RowRouters
 from moescope.model.cache import BlockPool
 from moescope.model.decoder import CausalLM
 from moescope.model.recorder import Recorder
+from moescope.model.steering import moe_layers
 from moescope.native.decoder import NativeDecoder
 
 BLOCK_TOKENS = 64
@@ -31,15 +35,19 @@ class Runner:
     Args:
         model: the network.
         blocks: in which texts lie; whoever hands them out does it here.
+
+    Attributes:
+        load: how many tokens each expert has been given; not where a recorder looked on.
     """
 
     def __init__(self, model: CausalLM, blocks: Blocks) -> None:
         self.model, self.blocks = model, blocks
         self.pool = BlockPool(blocks.size, blocks.limit)
         self.device = model.lm_head.weight.device
+        self.load = ExpertLoad(list(moe_layers(model)), model.config.n_routed_experts or 0)
 
     def run(self, chunks: Sequence[Chunk], recorder: Recorder | None = None) -> Tensor:
-        """Read chunks, single tokens first.
+        """Read chunks, single tokens first, and note what texts want to know of their tokens.
 
         Returns:
             Logits after each chunk that is its text's last, `(texts, vocab)` float32, in order.
@@ -51,10 +59,13 @@ class Runner:
         else:
             self.prepare(clean=True)
             states = self._by_length(chunks, recorder)
-        if not any(chunk.is_last for chunk in chunks):
+        for chunk in chunks:
+            if chunk.sequence.prompt_logprobs is not None:
+                score_prompt(chunk.sequence, chunk.start, states[chunk], self._logits)
+        last = [states[chunk][-1] for chunk in chunks if chunk.is_last]
+        if not last:
             return torch.empty(0, self.model.config.vocab_size)
-        last = torch.stack([s for s, chunk in zip(states, chunks, strict=True) if chunk.is_last])
-        return self.model.logits(self.model.model.norm(last))
+        return self._logits(torch.stack(last))
 
     def prepare(self, *, clean: bool) -> None:
         """See that all blocks are there and begin as they should.
@@ -67,43 +78,70 @@ class Runner:
             self.pool.move(move.block, move.source, move.tokens, clean=clean)
         self.blocks.moves.clear()
 
-    def _together(self, decoder: NativeDecoder, chunks: Sequence[Chunk]) -> list[Tensor]:
-        """The last hidden state `(hidden,)` of each chunk, in one pass over the weights."""
-        counts = torch.tensor([0, *(chunk.count for chunk in chunks)])
-        starts = counts.cumsum(0)
+    def _logits(self, states: Tensor) -> Tensor:
+        return self.model.logits(self.model.model.norm(states))
+
+    def _together(self, decoder: NativeDecoder, chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
+        """The hidden states `(tokens, hidden)` of each chunk, in one pass over the weights."""
+        counts = [chunk.count for chunk in chunks]
+        others = _row_routers(chunks)
+        chosen = decoder.choices(sum(counts), others)
         states = decoder.run_rows(
             torch.tensor([token_id for chunk in chunks for token_id in chunk.ids]),
             torch.tensor([at for c in chunks for at in range(c.start, c.start + c.count)]),
-            starts,
+            torch.tensor([0, *counts]).cumsum(0),
             sum(chunk.is_single for chunk in chunks),
             self.pool.rows([chunk.sequence.blocks for chunk in chunks], _length(chunks)),
             _length(chunks),
+            others,
+            chosen,
         )
-        return list(states[starts[1:] - 1])
+        self._note(chosen, chunks)
+        return dict(zip(chunks, states.split(counts), strict=True))
 
-    def _by_length(self, chunks: Sequence[Chunk], recorder: Recorder | None) -> list[Tensor]:
-        """The same, in one pass for all chunks of the same number of tokens."""
+    def _by_length(self, chunks: Sequence[Chunk], recorder: Recorder | None) -> dict[Chunk, Tensor]:
+        """The same, in one pass for all chunks of the same number of tokens and steering."""
         states: dict[Chunk, Tensor] = {}
+        own = RoutingRecorder()
         for batch in by_length(chunks):
-            count = batch[0].count
+            count, steered = batch[0].count, batch[0].sequence.steered
+            network = self.model if steered is None else steered.network
             cache = self.pool.rows([chunk.sequence.blocks for chunk in batch], _length(batch))
-            hidden_states = self.model.model(
+            hidden_states = network.model(
                 self._tensor([chunk.ids for chunk in batch]),
                 self._tensor([list(range(c.start, c.start + count)) for c in batch]),
                 cache,
-                recorder,
+                recorder or own,
             )  # (batch, count, hidden)
-            states.update(zip(batch, hidden_states[:, -1], strict=True))
-        return [states[chunk] for chunk in chunks]
+            states.update(zip(batch, hidden_states, strict=True))
+            if (chosen := own.chosen()) is not None:
+                self._note(chosen, batch)
+        return states
+
+    def _note(self, chosen: Chosen, chunks: Sequence[Chunk]) -> None:
+        if self.load.layers:
+            self.load.add(chosen)
+            deal_out(chosen, chunks, self.load.layers)
 
     def _tensor(self, numbers: list[list[int]]) -> Tensor:
         return torch.tensor(numbers, dtype=torch.int64, device=self.device)
 
 
 def by_length(chunks: Sequence[Chunk]) -> list[list[Chunk]]:
-    """Chunks of the same number of tokens, together: a pass each, with a recorder at any rate."""
-    counts = dict.fromkeys(chunk.count for chunk in chunks)
-    return [[chunk for chunk in chunks if chunk.count == count] for count in counts]
+    """Chunks of the same number of tokens, and of the same routers, together: a pass each."""
+    kinds = dict.fromkeys((chunk.count, chunk.sequence.steered) for chunk in chunks)
+    return [[c for c in chunks if (c.count, c.sequence.steered) == kind] for kind in kinds]
+
+
+def _row_routers(chunks: Sequence[Chunk]) -> RowRouters | None:
+    """The routers of those texts that have their own."""
+    steerings = [chunk.sequence.steered for chunk in chunks]
+    distinct = [steered for steered in dict.fromkeys(steerings) if steered is not None]
+    if not distinct:
+        return None
+    places = {None: -1} | {steered: at for at, steered in enumerate(distinct)}
+    sets = [steered.routers for steered in distinct]
+    return RowRouters(sets, [places[steered] for steered in steerings])
 
 
 def _length(chunks: Sequence[Chunk]) -> int:

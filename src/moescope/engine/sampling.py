@@ -9,6 +9,7 @@ from torch import Tensor
 from moescope.engine.constraint import Constraint
 from moescope.errors import UserError
 from moescope.kernels import cpu
+from moescope.model.steering import Steering
 
 MOST_TOP_LOGPROBS = 20
 LARGEST = 1e30
@@ -51,10 +52,14 @@ class SamplingParams:
         stop_token_ids: ids that end it, besides the model's own end token.
         ignore_eos: whether the model's own end token does not.
         top_logprobs: how many of the likeliest tokens are told with each token.
+        prompt_logprobs: how many are told with each token of the prompt, beside how likely that
+            token was; None tells nothing of them.
         min_tokens: tokens to make before one may end the text.
         logit_bias: what is added to the logits of some tokens, by id.
         constraint: what the text must be.
         skip_special_tokens: whether special tokens leave no text.
+        routed_experts: whether it is told which experts served each token.
+        steering: what the routers do otherwise for this text.
     """
 
     max_tokens: int = 64
@@ -70,10 +75,13 @@ class SamplingParams:
     stop_token_ids: Sequence[int] = ()
     ignore_eos: bool = False
     top_logprobs: int = 0
+    prompt_logprobs: int | None = None
     min_tokens: int = 0
     logit_bias: Mapping[int, float] = field(default_factory=dict[int, float])
     constraint: Constraint | None = None
     skip_special_tokens: bool = True
+    routed_experts: bool = False
+    steering: Steering | None = None
 
     def __post_init__(self) -> None:
         """Refuse values without meaning.
@@ -83,6 +91,7 @@ class SamplingParams:
         """
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
+        known_of_prompt = self.prompt_logprobs or 0
         checks = {
             "max_tokens": (self.max_tokens >= 0, "0 or more"),
             "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
@@ -95,6 +104,7 @@ class SamplingParams:
             "stop": ("" not in self.stop, "texts that are not empty"),
             "min_tokens": (self.min_tokens >= 0, "0 or more"),
             "top_logprobs": (0 <= self.top_logprobs <= MOST_TOP_LOGPROBS, "from 0 to 20"),
+            "prompt_logprobs": (0 <= known_of_prompt <= MOST_TOP_LOGPROBS, "from 0 to 20"),
         }
         for name, (fine, allowed) in checks.items():
             if not fine:
@@ -238,15 +248,13 @@ class Shortlist:
     def of(cls, logits: Tensor, temperatures: Sequence[float]) -> "Shortlist":
         """Take the shortlist of `(rows, vocab)` logits, each row of its own temperature."""
         count = min(SHORTLIST, logits.shape[-1])
-        native = cpu.available() and logits.device.type == "cpu"
-        log_sums_of = cpu.log_sums if native else _log_sums
-        ids, values = cpu.likeliest(logits, count) if native else _likeliest(logits, count)
-        log_sums = log_sums_of(logits)
-        tempered = log_sums.clone()
+        ids, values = likeliest(logits, count)
+        sums = log_sums(logits)
+        tempered = sums.clone()
         for temperature in {*temperatures} - {0.0, 1.0}:
             rows = [row for row, other in enumerate(temperatures) if other == temperature]
-            tempered[rows] = log_sums_of(logits[rows], 1 / temperature)
-        return cls(ids, values, log_sums, tempered, logits.shape[-1])
+            tempered[rows] = log_sums(logits[rows], 1 / temperature)
+        return cls(ids, values, sums, tempered, logits.shape[-1])
 
     def choose(self, row: int, params: SamplingParams, drawn: float) -> int | None:
         """Choose as `choose` does, or return None where it takes all logits."""
@@ -291,10 +299,20 @@ class Shortlist:
         )
 
 
-def _likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """Ids and logits, `(rows, count)` each, of the `count` highest of `(rows, vocab)`, in order."""
+    if _native(logits):
+        return cpu.likeliest(logits, count)
     values, ids = logits.topk(count)
     return ids.cpu(), values.cpu()
 
 
-def _log_sums(logits: Tensor, scale: float = 1.0) -> Tensor:
+def log_sums(logits: Tensor, scale: float = 1.0) -> Tensor:
+    """Logarithm of the summed exponentials of `(rows, vocab)` logits times `scale`, `(rows,)`."""
+    if _native(logits):
+        return cpu.log_sums(logits, scale)
     return (logits * scale).logsumexp(-1).cpu()
+
+
+def _native(logits: Tensor) -> bool:
+    return cpu.available() and logits.device.type == "cpu"

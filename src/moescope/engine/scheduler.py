@@ -75,7 +75,7 @@ class Scheduler:
         blocks: of the cache.
         max_running: texts that run at a time; None for all.
         chunk: tokens of prompts that are read in one step; None for all.
-        reuse: whether a text takes what is known of its beginning.
+        reuse: whether a text takes what is known of its beginning, unless it is to be read whole.
     """
 
     def __init__(
@@ -217,7 +217,7 @@ class Scheduler:
     # --- room -------------------------------------------------------------------------------------
 
     def _begin(self, sequence: Sequence) -> None:
-        if self._reuse:
+        if self._reuse and not sequence.is_read_whole:
             self.blocks.begin(sequence)
         else:
             sequence.digests = [sequence.salt]

@@ -6,13 +6,66 @@ from functools import cached_property
 from typing import Literal
 
 import torch
+import torch.nn.functional as F
+from torch import Tensor
 
 from moescope.engine.constraint import State
 from moescope.engine.sampling import Choice, SamplingParams
+from moescope.engine.steered import Steered
 from moescope.engine.stopping import StopFinder
 from moescope.text.tokenizer import StreamDecoder, Tokenizer
 
 FinishReason = Literal["stop", "length"]
+
+
+@dataclass(frozen=True)
+class PromptLogprob:
+    """How likely a given token was, after those before it.
+
+    Attributes:
+        id: of the token.
+        logprob: natural logarithm of its probability.
+        rank: its place among all tokens, the likeliest being 1.
+        top_logprobs: ids and logprobs of the likeliest tokens, as many as were asked for.
+    """
+
+    id: int
+    logprob: float
+    rank: int
+    top_logprobs: tuple[tuple[int, float], ...] = ()
+
+
+@dataclass(frozen=True)
+class RoutedTokens:
+    """Which experts served tokens of a text that were read, in each layer that has routers.
+
+    Attributes:
+        start: place of the first of them in the text.
+        layers: those layers, by index.
+        ids: `(tokens, layers, slots)` int16, -1 in a slot that no expert is left for.
+        weights: `(tokens, layers, slots)` float32.
+        scores: the same before they became weights.
+    """
+
+    start: int
+    layers: tuple[int, ...]
+    ids: Tensor
+    weights: Tensor
+    scores: Tensor
+
+    @classmethod
+    def join(cls, parts: "Iterable[RoutedTokens]") -> "RoutedTokens":
+        """Put together what follows each other, at least one part."""
+        parts = list(parts)
+        slots = max(part.ids.shape[-1] for part in parts)
+        padded = [(part, (0, slots - part.ids.shape[-1])) for part in parts]
+        return cls(
+            parts[0].start,
+            parts[0].layers,
+            torch.cat([F.pad(part.ids, room, value=-1) for part, room in padded]),
+            torch.cat([F.pad(part.weights, room) for part, room in padded]),
+            torch.cat([F.pad(part.scores, room) for part, room in padded]),
+        )
 
 
 @dataclass(frozen=True)
@@ -27,6 +80,10 @@ class Token:
         finish_reason: set on a row's last token: "stop" at an end token or stop text, "length"
             at `max_tokens` or where the model's context or the memory for it ends.
         top_logprobs: ids and logprobs of the likeliest tokens, as many as were asked for.
+        prompt_logprobs: with a row's first token, what is known of each token of its prompt, if it
+            was asked for; None for the first, which follows nothing.
+        routed: of the tokens that were read for it, if it was asked for: a row's whole prompt with
+            its first token, then the token before. The last that is made is read no more.
     """
 
     row: int
@@ -35,6 +92,8 @@ class Token:
     logprob: float
     finish_reason: FinishReason | None
     top_logprobs: tuple[tuple[int, float], ...] = ()
+    prompt_logprobs: tuple[PromptLogprob | None, ...] | None = None
+    routed: RoutedTokens | None = None
 
 
 @dataclass(eq=False)
@@ -57,6 +116,9 @@ class Sequence:
         cancelled: whether nobody waits for it any more.
         ended: whether its last token was made.
         state: how far it is in what it must be; None if it may be anything.
+        prompt_logprobs: what is known of its prompt's tokens so far; None if nobody asks.
+        steered: routers of its own, if it has such.
+        routed_tokens: of how many, from the first, it has been told which experts served them.
     """
 
     ids: list[int]
@@ -66,6 +128,7 @@ class Sequence:
     request: Hashable = None
     salt: bytes = b""
     writer: "Writer | None" = None
+    steered: Steered | None = None
     prompt_tokens: int = field(init=False)
     read: int = 0
     blocks: list[int] = field(default_factory=list[int])
@@ -74,11 +137,20 @@ class Sequence:
     cancelled: bool = False
     ended: bool = False
     state: State | None = field(init=False)
+    prompt_logprobs: list[PromptLogprob | None] | None = field(init=False)
+    routed_tokens: int = 0
+    _routed: list[RoutedTokens] = field(default_factory=list[RoutedTokens])
 
     def __post_init__(self) -> None:
         self.prompt_tokens = len(self.ids)
         constraint = self.params.constraint
         self.state = None if constraint is None else constraint.start()
+        self.prompt_logprobs = None if self.params.prompt_logprobs is None else [None]
+
+    @property
+    def is_read_whole(self) -> bool:
+        """Whether something of each token is wanted, so that none may be taken for known."""
+        return self.prompt_logprobs is not None or self.params.routed_experts
 
     @property
     def unread(self) -> int:
@@ -105,8 +177,14 @@ class Sequence:
             generator.manual_seed(self.params.seed)
         return generator
 
+    def add_routed(self, routed: RoutedTokens) -> None:
+        """Be told which experts served the next of its tokens."""
+        self._routed.append(routed)
+        self.routed_tokens += len(routed.ids)
+
     def append(self, choice: Choice) -> Token:
         """Add a token; tell what text it made certain and whether the text ends with it."""
+        prompt = tuple(self.prompt_logprobs) if self.is_new and self.prompt_logprobs else None
         self.ids.append(choice.id)
         self.room -= 1
         assert self.writer is not None
@@ -115,7 +193,10 @@ class Sequence:
         reason: FinishReason | None = None if self.room else "length"
         reason = "stop" if stops or complete else reason
         self.ended = reason is not None
-        return Token(self.number, choice.id, text, choice.logprob, reason, choice.top_logprobs)
+        routed = RoutedTokens.join(self._routed) if self._routed else None
+        self._routed.clear()
+        top = choice.top_logprobs
+        return Token(self.number, choice.id, text, choice.logprob, reason, top, prompt, routed)
 
 
 class Writer:

@@ -75,8 +75,14 @@ class Decoder:
         singles: int,
         table: Array,
         cache: CacheSlots,
+        sets: list[list[Router | None]],
+        set_of_row: list[int],
+        topk_ids: Array | None,
+        topk_weights: Array | None,
+        topk_scores: Array | None,
         out: Array,
     ) -> None: ...
+    def most_slots(self, sets: list[list[Router | None]]) -> int: ...
 
 def latent_attention(
     input_norm: Array,

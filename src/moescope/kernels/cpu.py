@@ -639,6 +639,42 @@ def cache_slots(slots: list[tuple[Tensor, Tensor]]) -> CacheSlots:
     )
 
 
+@dataclass(frozen=True)
+class Chosen:
+    """What routers chose, `(layers with routers, tokens, slots)` each.
+
+    Attributes:
+        ids: of experts, int64; -1 in a slot that no expert is left for.
+        weights: float32.
+        scores: before they became weights, float32.
+    """
+
+    ids: Tensor
+    weights: Tensor
+    scores: Tensor
+
+
+@dataclass(frozen=True)
+class RowRouters:
+    """Other routers than a decoder's own for some rows.
+
+    Attributes:
+        sets: routers of all layers, None where one has no routed experts.
+        set_of_row: for each row the place of its routers in `sets`, or -1.
+    """
+
+    sets: list[list[Router | None]]
+    set_of_row: list[int]
+
+
+def choices(layers: Decoder, depth: int, tokens: int, others: RowRouters | None) -> Chosen:
+    """Room for what `depth` routers of a decoder choose for so many tokens."""
+    slots = layers.most_slots([] if others is None else others.sets)
+    shape = depth, tokens, slots
+    ids = torch.empty(shape, dtype=torch.int64)
+    return Chosen(ids, torch.empty(shape), torch.empty(shape))
+
+
 def run_decoder(
     layers: Decoder,
     input_ids: Tensor,
@@ -648,6 +684,8 @@ def run_decoder(
     singles: int,
     table: Tensor,
     slots: CacheSlots,
+    others: RowRouters | None = None,
+    chosen: Chosen | None = None,
 ) -> Tensor:
     """Embed the tokens of several rows and run all layers: `(tokens, hidden)` float32.
 
@@ -660,6 +698,8 @@ def run_decoder(
         singles: how many rows, the first ones, have one token that is read as generated ones are.
         table: `(rows, width)` int64, the blocks in which a row's slots lie, in order.
         slots: to which the new tokens' keys and values are written.
+        others: routers of rows that have others than the network; no other row's numbers change.
+        chosen: made by `choices`, gets what is chosen.
     """
     out = torch.empty(*input_ids.shape, hidden)
     layers(
@@ -669,6 +709,11 @@ def run_decoder(
         singles,
         to_dlpack(table.contiguous()),
         slots,
+        [] if others is None else others.sets,
+        [] if others is None else others.set_of_row,
+        None if chosen is None else to_dlpack(chosen.ids),
+        None if chosen is None else to_dlpack(chosen.weights),
+        None if chosen is None else to_dlpack(chosen.scores),
         to_dlpack(out),
     )
     return out

@@ -57,7 +57,8 @@ class Decoder(nn.Module):
             hidden_states = layer(
                 hidden_states, input_ids, rotation, positions, cache, recorder, picks
             )
-            if self.hc_head is not None and recorder is not None:
+            shown = recorder is not None and not recorder.wants_routing_alone
+            if self.hc_head is not None and recorder is not None and shown:
                 recorder.layer(layer_idx, self.hc_head(hidden_states))
         return hidden_states if self.hc_head is None else self.hc_head(hidden_states)
 

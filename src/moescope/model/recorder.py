@@ -18,6 +18,8 @@ class Recorder:
     """
 
     wants_attention: bool = False
+    wants_routing_alone: bool = False
+    """Whether it looks at nothing else, so that nothing need be computed for it."""
 
     def embedding(self, hidden_states: Tensor) -> None:
         """The embedded tokens, `(batch, seq, hidden)`."""

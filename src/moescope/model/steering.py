@@ -136,11 +136,8 @@ def steered(model: CausalLM, steering: Steering) -> CausalLM:
     """
     if steering.changes_nothing:
         return model
-    mixtures = moe_layers(model)
-    gates = {layer_idx: moe.gate for layer_idx, moe in mixtures.items()}
-    _check(steering, model.config, gates)
-    changed = [i for i in gates if not steering.in_layer(i).changes_nothing]
-    replaced = {id(gates[i]): SteeredRouter(model.config, gates[i], i, steering) for i in changed}
+    changed, mixtures = steered_gates(model, steering), moe_layers(model)
+    replaced = {id(mixtures[i].gate): gate for i, gate in changed.items()}
     # Only the modules on the way down to a new gate are copied; all others are shared.
     layers = model.model.layers
     way = {model, model.model, layers, *(layers[i] for i in changed)}
@@ -151,6 +148,18 @@ def steered(model: CausalLM, steering: Steering) -> CausalLM:
     shared += [*model.parameters(), *model.buffers()]
     memo: dict[int, Any] = {id(thing): thing for thing in shared} | replaced
     return copy.deepcopy(model, memo)
+
+
+def steered_gates(model: CausalLM, steering: Steering) -> "dict[int, SteeredRouter]":
+    """Return the gates, by layer index, of the layers of `model` that `steering` changes.
+
+    Raises:
+        UserError: as for `steered`.
+    """
+    gates = {layer_idx: moe.gate for layer_idx, moe in moe_layers(model).items()}
+    _check(steering, model.config, gates)
+    changed = [i for i in gates if not steering.in_layer(i).changes_nothing]
+    return {i: SteeredRouter(model.config, gates[i], i, steering) for i in changed}
 
 
 def moe_layers(model: CausalLM) -> dict[int, MoE]:

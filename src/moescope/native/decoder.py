@@ -1,5 +1,6 @@
 """All layers in one call."""
 
+from collections.abc import Mapping
 from typing import cast
 
 import torch
@@ -16,7 +17,7 @@ from moescope.model.routing import Router
 from moescope.native.experts import NativeMLP, NativeMoE
 from moescope.native.grouped_attention import NativeGroupedAttention
 from moescope.native.latent_attention import NativeLatentAttention
-from moescope.native.router import native_router
+from moescope.native.router import native_routers
 
 NativeAttention = NativeLatentAttention | NativeGroupedAttention
 
@@ -85,6 +86,8 @@ class NativeDecoder(Decoder):
         singles: int,
         cache: Cache | BlockRows,
         length: int,
+        others: cpu.RowRouters | None = None,
+        chosen: cpu.Chosen | None = None,
     ) -> Tensor:
         """Run all layers over rows of unequal length, `(tokens,)`, where `is_joined`.
 
@@ -95,6 +98,8 @@ class NativeDecoder(Decoder):
             singles: rows, the first ones, of one token that is read as generated ones are.
             cache: of the rows.
             length: of the longest text, with these tokens.
+            others: routers, of `joined_routers`, of rows that have others than this network.
+            chosen: made by `choices`, gets what is chosen.
 
         Returns:
             `(tokens, hidden)` before the norm.
@@ -105,8 +110,29 @@ class NativeDecoder(Decoder):
         )
         width = self.embed_tokens.embedding_dim
         return cpu.run_decoder(
-            self.all_layers, input_ids, width, positions, starts, singles, table, held
+            self.all_layers,
+            input_ids,
+            width,
+            positions,
+            starts,
+            singles,
+            table,
+            held,
+            others,
+            chosen,
         )
+
+    def choices(self, tokens: int, others: cpu.RowRouters | None) -> cpu.Chosen:
+        """Room for what all routers choose for so many tokens."""
+        assert self.all_layers is not None
+        depth = sum(gate is not None for gate in self.joined_gates)
+        return cpu.choices(self.all_layers, depth, tokens, others)
+
+    def joined_routers(self, gates: Mapping[int, Router]) -> "list[cpu.Router | None]":
+        """The routers of all layers, with other gates of known rules in some, for the one call."""
+        rules = native_routers([gates.get(at, own) for at, own in enumerate(self._gates())])
+        assert rules is not None
+        return rules
 
     def _layers(self) -> "list[DecoderLayer]":
         return cast("list[DecoderLayer]", list(self.layers))
@@ -121,8 +147,8 @@ class NativeDecoder(Decoder):
         self.all_layers: cpu.Decoder | None = None
         if not self.attention:
             return
-        rules = [None if gate is None else native_router(gate) for gate in gates]
-        if any(gate is not None and rule is None for gate, rule in zip(gates, rules, strict=True)):
+        rules = native_routers(gates)
+        if rules is None:
             return
         blocks: list[cpu.FeedForwardBlock] = []
         for layer, rule in zip(self._layers(), rules, strict=True):

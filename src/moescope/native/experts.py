@@ -98,7 +98,9 @@ class NativeMoE(MoE):
         self, hidden_states: Tensor, input_ids: Tensor, recorder: Recorder | None = None
     ) -> Tensor:
         """Map `(batch, seq, hidden)` to the same shape; `input_ids` is `(batch, seq)`."""
-        if recorder is not None:
+        if recorder is not None and not recorder.wants_routing_alone:
             return super().forward(hidden_states, input_ids, recorder)
         routing = self.gate(hidden_states.flatten(0, 1), input_ids.flatten())
+        if recorder is not None:
+            recorder.routing(self.layer_idx, routing)
         return cpu.feed_forward(self.layer, hidden_states, routing.topk_ids, routing.topk_weights)

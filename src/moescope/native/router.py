@@ -1,5 +1,7 @@
 """Routers' rules, as the kernels know them."""
 
+from collections.abc import Sequence
+
 from moescope.kernels import cpu
 from moescope.model.routing import (
     Greedy,
@@ -14,6 +16,13 @@ from moescope.model.steering import SteeredRouter
 
 NATIVE_RULES = (Greedy, RandomFrozen, Sinkhorn, GroupLimitedGreedy, NoAuxTopK, ReLU)
 """Rules that the kernels know; Sinkhorn's outside training, where it is greedy."""
+
+
+def native_routers(gates: Sequence[Router | None]) -> "list[cpu.Router | None] | None":
+    """The same of each layer, None where it is dense; None if the kernels do not know a rule."""
+    rules = [None if gate is None else native_router(gate) for gate in gates]
+    known = all(gate is None or rule is not None for gate, rule in zip(gates, rules, strict=True))
+    return rules if known else None
 
 
 def native_router(gate: Router) -> "cpu.Router | None":

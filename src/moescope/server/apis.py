@@ -164,7 +164,8 @@ async def _health(_request: Request) -> Response:
 
 async def _metrics(request: Request) -> Response:
     """What was counted, for Prometheus."""
-    return Response(request.app.state.metrics.text(), headers={"Content-Type": CONTENT_TYPE})
+    told = await asyncio.to_thread(request.app.state.metrics.text)
+    return Response(told, headers={"Content-Type": CONTENT_TYPE})
 
 
 async def _mistake(request: Request, error: Exception) -> Response:
@@ -177,7 +178,7 @@ async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
     message = error.detail
     if error.status_code == 404 and message == "Not Found":
-        paths = ", ".join(request.app.state.paths)
+        paths = ", ".join(path for path in request.app.state.paths if "{" not in path)
         message = f"there is no {request.url.path[:200]} here; there are {paths}"
     if error.status_code == 405:
         message = f"{request.url.path} is not asked by {request.method}"

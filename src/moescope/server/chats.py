@@ -236,7 +236,7 @@ class Chats:
             skip_special_tokens=False,
             **more,
         )
-        texts = Texts(self._thread, self._metrics, arrived, [ids], params)
+        texts = await Texts.begin(self._thread, self._metrics, arrived, [ids], params)
         told = tools if may_call else None
         readers = [AnswerReader(form, prompt, told) for _ in params]
         answers = Answers(texts, prompt, readers, self._model)

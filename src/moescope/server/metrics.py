@@ -95,6 +95,17 @@ class _Now(Collector):
             "Bytes of the cache that texts take which run or wait.",
             thread.held_bytes,
         )
+        load = thread.engine.runner.load
+        if load.layers:  # as many labels as the model has experts, whatever is asked of it
+            tokens = CounterMetricFamily(
+                "moescope_expert_tokens",
+                "Tokens that each routed expert has served.",
+                labels=("layer", "expert"),
+            )
+            for layer, counts in zip(load.layers, load.tokens.tolist(), strict=True):
+                for expert, count in enumerate(counts):
+                    tokens.add_metric((str(layer), str(expert)), count)
+            yield tokens
         if cpu.available():
             yield CounterMetricFamily(
                 "moescope_weight_bytes_read",

@@ -2,7 +2,7 @@
 
 import asyncio
 import time
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Callable
 
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
@@ -57,24 +57,22 @@ class OpenAI:
         constraint = await self._service.chats.constraint(asked)
         more: Json = {} if constraint is None else {"constraint": constraint}
         limit = DEFAULT_TOKENS if asked.max_tokens is None else asked.max_tokens
+        if limit == 0 and not asked.echo and asked.prompt_logprobs is None:
+            raise UserError("max_tokens is 0; ask for one token at least, or for echo")
         if limit == -1:
             limit = self._service.model.config.max_position_embeddings
         params = asked.sampling(
-            limit, asked.logprobs or 0, self._service.model.engine.defaults.sampling, **more
+            max(1, limit),  # the model is asked even where no more is told than of the prompt
+            asked.logprobs or 0,
+            self._service.model.engine.defaults.sampling,
+            prompt_logprobs=asked.known_of_prompts,
+            **more,
         )
-        echoes = await self._echoes(asked, prompts)
-        form = CompletionForm(
-            self._service.model.tokenizer,
-            self._service.name,
-            echoes,
-            tells_logprobs=asked.logprobs is not None,
-        )
-        if limit == 0:  # only what is known of the prompt is asked for
-            return JSONResponse(form.whole([], len(echoes), _usage(prompts)))
-        texts = self._service.begin(arrived, prompts, params)
+        form = CompletionForm(self._service.model.tokenizer, self._service.name, asked, prompts)
+        texts = await self._service.begin(arrived, prompts, params)
         if not asked.stream:
             tokens = await unless_gone(request, collected(texts))
-            return JSONResponse(form.whole(tokens, texts.count, texts.usage))
+            return await _told(lambda: form.whole(tokens, texts.usage))
         events = _completion_events(texts, form, tells_usage=asked.tells_usage)
         return streamed(events, texts.end, _told_wrong)
 
@@ -84,15 +82,10 @@ class OpenAI:
         asked = await read_json(request, ChatRequest, MAX_BYTES)
         self._service.check_name(asked.model)
         answers = await self._service.chats.begin(asked, arrived)
-        form = ChatForm(
-            self._service.model.tokenizer,
-            self._service.name,
-            answers.count,
-            tells_logprobs=bool(asked.logprobs),
-        )
+        form = ChatForm(self._service.model.tokenizer, self._service.name, asked)
         if not asked.stream:
             steps = await unless_gone(request, collected(answers))
-            return JSONResponse(form.whole(steps, answers.usage))
+            return await _told(lambda: form.whole(steps, answers.usage))
         events = _chat_events(answers, form, tells_usage=asked.tells_usage)
         return streamed(events, answers.end, _told_wrong)
 
@@ -102,40 +95,21 @@ class OpenAI:
         self._service.chats.check(prompt)
         return prompt
 
-    async def _echoes(self, asked: CompletionRequest, prompts: list[list[int]]) -> list[Json]:
-        """What is told of each text before its continuation."""
-        if asked.prompt_logprobs is not None:
-            raise UserError("this server does not know prompt_logprobs; leave it out")
-        if asked.max_tokens == 0 and not asked.echo:
-            raise UserError("max_tokens is 0; ask for one token at least, or for echo")
-        if not asked.echo:
-            return []
-        if asked.logprobs is not None:
-            raise UserError("this server does not know echo with logprobs; leave one of them out")
-        texts = [await asyncio.to_thread(self._text, ids) for ids in prompts]
-        echoes: list[Json] = [{"text": text, "logprobs": None} for text in texts]
-        return [echo for echo in echoes for _ in range(asked.choices)]
 
-    def _text(self, ids: list[int]) -> str:
-        return self._service.model.tokenizer.decode(ids)
-
-
-def _usage(prompts: list[list[int]]) -> Json:
-    read = sum(len(prompt) for prompt in prompts)
-    return {"prompt_tokens": read, "completion_tokens": 0, "total_tokens": read}
+async def _told(whole: Callable[[], Json]) -> Response:
+    """Write an answer in a thread: what is known of a long prompt takes its time."""
+    return await asyncio.to_thread(lambda: JSONResponse(whole()))
 
 
 async def _completion_events(
     texts: Texts, form: CompletionForm, *, tells_usage: bool
 ) -> AsyncIterator[str]:
     usage = {"usage": None} if tells_usage else {}
-    for opening in form.openings(texts.count):
-        yield event(opening | usage)
     async for token in texts:
         if (chunk := form.piece(token)) is not None:
             yield event(chunk | usage)
     if tells_usage:
-        yield event(form.chunk([]) | {"usage": texts.usage})
+        yield event(form.usage(texts.usage))
     yield "data: [DONE]\n\n"
 
 

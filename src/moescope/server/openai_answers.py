@@ -3,12 +3,15 @@
 import time
 import uuid
 from collections.abc import Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
-from moescope.engine.sequence import Token
+from moescope.engine.sequence import PromptLogprob, Token
 from moescope.server.chats import Step
+from moescope.server.expert_answers import experts_told
+from moescope.server.openai_schema import ChatRequest, CompletionRequest
 from moescope.text.answers.pieces import Arguments, Call, Content, Thought
-from moescope.text.tokenizer import Tokenizer
+from moescope.text.tokenizer import StreamDecoder, Tokenizer
 
 Json = dict[str, Any]
 
@@ -32,82 +35,161 @@ def head(prefix: str, kind: str, name: str) -> Json:
     }
 
 
+def prompt_logprobs(
+    tokenizer: Tokenizer, known: Sequence[PromptLogprob | None], top: int
+) -> list[Json | None]:
+    """What is known of a prompt's tokens, by vLLM's names: the token itself, then the likeliest."""
+    told: list[Json | None] = []
+    for one in known:
+        if one is None:
+            told.append(None)
+            continue
+        entries = [(one.id, one.logprob, one.rank)]
+        likeliest = enumerate(one.top_logprobs[:top], start=1)
+        entries += [(i, logprob, rank) for rank, (i, logprob) in likeliest if i != one.id]
+        told.append(
+            {
+                str(token_id): {
+                    "logprob": logprob,
+                    "rank": rank,
+                    "decoded_token": spelled(tokenizer, token_id),
+                }
+                for token_id, logprob, rank in entries
+            }
+        )
+    return told
+
+
 class CompletionForm:
     """The continuations of prompts.
 
     Args:
         tokenizer: the model's.
         name: the model's.
-        echoes: what is told of each text before its continuation; none if nothing is.
-        tells_logprobs: whether what is known of each token is told.
+        asked: the request.
+        prompts: as ids, each continued in as many ways as the request says.
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, name: str, echoes: Sequence[Json], *, tells_logprobs: bool
+        self,
+        tokenizer: Tokenizer,
+        name: str,
+        asked: CompletionRequest,
+        prompts: Sequence[Sequence[int]],
     ) -> None:
-        self._tokenizer, self._tells_logprobs = tokenizer, tells_logprobs
+        self._tokenizer, self._asked, self._prompts = tokenizer, asked, prompts
         self._head = head("cmpl", "text_completion", name)
-        self._echoes = echoes
-        self._offsets = {row: len(echo["text"]) for row, echo in enumerate(echoes)}
+        self._offsets: dict[int, int] = {}  # of the text told of each row
+        self._count = len(prompts) * asked.choices
 
-    def whole(self, tokens: Sequence[Token], count: int, usage: Json) -> Json:
-        """Tell all of `count` texts at once."""
-        made: list[list[Token]] = [[] for _ in range(count)]
+    def whole(self, tokens: Sequence[Token], usage: Json) -> Json:
+        """Tell all texts at once."""
+        made: list[list[Token]] = [[] for _ in range(self._count)]
         for token in tokens:
             made[token.row].append(token)
-        choices = [self._choice(row, of) for row, of in enumerate(made)]
-        for choice, echo in zip(choices, self._echoes, strict=False):
-            choice["text"] = echo["text"] + choice["text"]
-            if self._tells_logprobs and echo["logprobs"]:
-                known = choice["logprobs"] or {name: [] for name in echo["logprobs"]}
-                choice["logprobs"] = {
-                    name: [*before, *known[name]] for name, before in echo["logprobs"].items()
-                }
-        return self._head | {"choices": choices, "usage": usage}
-
-    def openings(self, count: int) -> list[Json]:
-        """What is told of `count` texts before their first tokens."""
-        return [
-            self.chunk([{"index": row, "finish_reason": None} | echo])
-            for row, echo in enumerate(self._echoes[:count])
-        ]
-
-    def chunk(self, choices: list[Json]) -> Json:
-        """Tell a piece of a stream."""
-        return self._head | {"choices": choices}
+        choices = [self._choice(row, of, first=True) for row, of in enumerate(made)]
+        told = self._head | {"choices": choices, "usage": self._counted(usage)}
+        return told | self._prompt_experts(tokens)
 
     def piece(self, token: Token) -> Json | None:
-        """Tell one token; None if there is nothing to tell yet."""
-        choice = self._choice(token.row, [token])
-        if token.finish_reason is None and not (choice["text"] or choice["logprobs"]):
+        """Tell one token, and before a text's first the prompt; None if there is nothing yet."""
+        first = token.row not in self._offsets
+        choice = self._choice(token.row, [token], first=first)
+        told = choice["text"] or choice["logprobs"] or token.routed is not None
+        if choice["finish_reason"] is None and not told:
             return None
-        return self.chunk([choice])
+        return self._head | {"choices": [choice]} | self._prompt_experts([token])
 
-    def _choice(self, row: int, tokens: Sequence[Token]) -> Json:
-        return {
-            "index": row,
-            "finish_reason": tokens[-1].finish_reason if tokens else "length",
-            "text": "".join(token.text for token in tokens),
-            "logprobs": self._logprobs(row, tokens) if self._tells_logprobs else None,
-        }
+    def usage(self, usage: Json) -> Json:
+        """The last event of a stream that counts."""
+        return self._head | {"choices": [], "usage": self._counted(usage)}
 
-    def _logprobs(self, row: int, tokens: Sequence[Token]) -> Json | None:
-        """What is known of tokens; an end token is part of no text."""
-        offset, known = self._offsets.get(row, 0), dict[str, list[Any]]()
-        for name in ("tokens", "token_logprobs", "top_logprobs", "text_offset"):
-            known[name] = []
+    def _prompt_experts(self, tokens: Sequence[Token]) -> Json:
+        """The experts of the prompt, told once; those of several stand with their choices."""
+        if len(self._prompts) > 1:
+            return {}
+        _, prompt = experts_told(self._asked, [token for token in tokens if token.row == 0])
+        return {} if prompt is None else {"prompt_routed_experts": prompt}
+
+    def _counted(self, usage: Json) -> Json:
+        if self._asked.max_tokens != 0:
+            return usage
+        return usage | {"completion_tokens": 0, "total_tokens": usage["prompt_tokens"]}
+
+    def _choice(self, row: int, tokens: Sequence[Token], *, first: bool) -> Json:
+        """Tell tokens of a text; where no more than the prompt is asked for, none that was made."""
+        asked, known = self._asked, tokens[0].prompt_logprobs if tokens else None
+        reason = tokens[-1].finish_reason if tokens else "length"
+        told = _Told() if asked.logprobs is not None else None
+        text, made = "", tokens
+        if asked.max_tokens == 0:
+            reason, made = "length", ()
+        offset = self._offsets.get(row, 0)
+        if first and asked.echo:
+            text = self._echo(row, known, told)
+        if told is not None:
+            self._tell(told, made, offset + len(text))
+        text += "".join(token.text for token in made)
+        self._offsets[row] = offset + len(text)
+        choice: Json = {"index": row, "finish_reason": reason, "text": text}
+        choice["logprobs"] = None if told is None else vars(told)
+        if asked.prompt_logprobs is not None and known is not None:
+            top = asked.prompt_logprobs
+            choice["prompt_logprobs"] = prompt_logprobs(self._tokenizer, known, top)
+        experts, prompt = experts_told(asked, tokens)
+        if prompt is not None and len(self._prompts) > 1:
+            choice["prompt_routed_experts"] = prompt
+        return choice | experts
+
+    def _echo(
+        self, row: int, known: Sequence[PromptLogprob | None] | None, told: "_Told | None"
+    ) -> str:
+        """The text of a prompt; `told` gets what is known of its tokens."""
+        ids, decoder = self._prompts[row // self._asked.choices], StreamDecoder(self._tokenizer)
+        text = ""
+        for at, token_id in enumerate(ids):
+            one = known[at] if known else None
+            if told is not None:
+                told.tokens.append(spelled(self._tokenizer, token_id))
+                told.text_offset.append(len(text))
+                told.token_logprobs.append(None if one is None else one.logprob)
+                told.top_logprobs.append(None if one is None else self._likeliest(one))
+            text += decoder.feed(token_id)
+        return text + decoder.flush()
+
+    def _tell(self, told: "_Told", tokens: Sequence[Token], offset: int) -> None:
+        """Add what is known of tokens.
+
+        An end token is part of no text, but of an echo: who scores texts by it counts tokens.
+        """
         for token in tokens:
-            if token.finish_reason == "stop" and not token.text:
+            if token.finish_reason == "stop" and not token.text and not self._asked.echo:
                 continue
-            known["tokens"].append(spelled(self._tokenizer, token.id))
-            known["token_logprobs"].append(token.logprob)
-            known["top_logprobs"].append(
-                {spelled(self._tokenizer, i): logprob for i, logprob in token.top_logprobs}
-            )
-            known["text_offset"].append(offset)
+            told.tokens.append(spelled(self._tokenizer, token.id))
+            told.token_logprobs.append(token.logprob)
+            told.top_logprobs.append(self._likeliest(token))
+            told.text_offset.append(offset)
             offset += len(token.text)
-        self._offsets[row] = offset
-        return known
+
+    def _likeliest(self, one: Token | PromptLogprob) -> dict[str, float]:
+        """The likeliest tokens, and this one; of two that are spelled alike the likelier."""
+        entries = [*one.top_logprobs[: self._asked.logprobs], (one.id, one.logprob)]
+        told: dict[str, float] = {}
+        for token_id, logprob in entries:
+            told.setdefault(spelled(self._tokenizer, token_id), logprob)
+        return told
+
+
+@dataclass
+class _Told:
+    """What is known of tokens, by OpenAI's names."""
+
+    tokens: list[str] = field(default_factory=list[str])
+    token_logprobs: list[float | None] = field(default_factory=list[float | None])
+    top_logprobs: list[dict[str, float] | None] = field(
+        default_factory=list[dict[str, float] | None]
+    )
+    text_offset: list[int] = field(default_factory=list[int])
 
 
 class ChatForm:
@@ -116,16 +198,14 @@ class ChatForm:
     Args:
         tokenizer: the model's.
         name: the model's.
-        count: of answers.
-        tells_logprobs: whether what is known of each token is told.
+        asked: the request.
     """
 
-    def __init__(
-        self, tokenizer: Tokenizer, name: str, count: int, *, tells_logprobs: bool
-    ) -> None:
-        self._tokenizer, self._name, self._tells_logprobs = tokenizer, name, tells_logprobs
+    def __init__(self, tokenizer: Tokenizer, name: str, asked: ChatRequest) -> None:
+        self._tokenizer, self._name, self._asked = tokenizer, name, asked
+        self._tells_logprobs = bool(asked.logprobs)
         self._head = head("chatcmpl", "chat.completion.chunk", name)
-        self._calls: list[list[Json]] = [[] for _ in range(count)]
+        self._calls: list[list[Json]] = [[] for _ in range(asked.choices)]
 
     def whole(self, steps: Sequence[Step], usage: Json) -> Json:
         """Tell all answers at once."""
@@ -148,10 +228,15 @@ class ChatForm:
                     "finish_reason": own[-1].finish_reason if own else "length",
                     "message": message,
                     "logprobs": {"content": known} if self._tells_logprobs else None,
+                    **experts_told(self._asked, [step.token for step in own])[0],
                 }
             )
-        told = self._head | {"object": "chat.completion"}
-        return told | {"choices": choices, "usage": usage}
+        told = self._head | {"object": "chat.completion", "choices": choices, "usage": usage}
+        known = next((s.token.prompt_logprobs for s in steps if s.token.prompt_logprobs), None)
+        if known and self._asked.prompt_logprobs is not None:
+            top = self._asked.prompt_logprobs
+            told["prompt_logprobs"] = prompt_logprobs(self._tokenizer, known, top)
+        return told | self._prompt_experts([step.token for step in steps])
 
     def openings(self) -> list[Json]:
         """Who speaks."""
@@ -165,11 +250,16 @@ class ChatForm:
         known = None
         if self._tells_logprobs:
             known = {"content": [] if step.is_end else [self._known(step.token)]}
+        experts, _ = experts_told(self._asked, [step.token])
+        if known or experts:
             deltas = deltas or [{}]
         told = [
             self._chunk(row, delta, None, known if at == 0 else None)
             for at, delta in enumerate(deltas)
         ]
+        if experts:
+            told[0]["choices"][0] |= experts
+            told[0] |= self._prompt_experts([step.token])
         if step.finish_reason is not None:
             told.append(self._chunk(row, {}, step.finish_reason, None))
         return told
@@ -177,6 +267,11 @@ class ChatForm:
     def usage(self, usage: Json) -> Json:
         """The last event of a stream that counts."""
         return self._head | {"choices": [], "usage": usage}
+
+    def _prompt_experts(self, tokens: Sequence[Token]) -> Json:
+        """The experts of the conversation, told once."""
+        _, prompt = experts_told(self._asked, [token for token in tokens if token.row == 0])
+        return {} if prompt is None else {"prompt_routed_experts": prompt}
 
     def _delta(self, row: int, piece: Any) -> Json:
         if isinstance(piece, Thought):

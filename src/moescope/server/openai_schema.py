@@ -20,12 +20,15 @@ from pydantic import (
 
 from moescope.engine.constraint import Kind
 from moescope.engine.sampling import MOST_TOP_LOGPROBS, SamplingParams
+from moescope.model.steering import Steering
 from moescope.text.generation import RANGES
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
 MAX_TOOLS = 512
 MAX_BIASES = 1024
+MAX_EXPERTS = 16_384
+"""That a request may name: more than any published model has."""
 DEFAULT_TOKENS = 16
 """Of a completion; a chat goes on to its end."""
 LEAST_TOP_P = 1e-6
@@ -42,6 +45,9 @@ class First(FailFast):
 Item = TypeVar("Item")
 List = Annotated[list[Item], First()]
 Id = Annotated[int, Strict()]
+
+Experts = Annotated[list[tuple[Id, Id]], First(), Field(max_length=MAX_EXPERTS)]
+"""A layer and an expert in it each, both from 0."""
 
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
@@ -67,11 +73,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "mirostat": (0,),
     "typical_p": (1,),
     "length_penalty": (1,),
-    "return_routed_experts": (False,),
-    "moe_trace": (False,),
-    "num_experts_per_tok": (),
-    "disable_experts": ([],),
-    "force_experts": ([],),
 }
 """Fields that are not known here, each with values that ask for nothing, as null always does."""
 _FORMER = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice"} | {
@@ -136,10 +137,16 @@ class Request(Lenient):
     stop_token_ids: List[Id] | None = None
     ignore_eos: bool | None = None
     seed: int | None = Field(default=None, ge=-(2**63), lt=2**63)
+    prompt_logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP_LOGPROBS)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
+    return_routed_experts: bool | None = None
+    moe_trace: bool | None = None
+    num_experts_per_tok: int | None = Field(default=None, ge=1)
+    disable_experts: Experts | None = None
+    force_experts: Experts | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -182,6 +189,13 @@ class Request(Lenient):
         return biases
 
     @model_validator(mode="after")
+    def refuse_prompts_in_streams(self) -> Self:
+        """What is known of a prompt is told at once, as vLLM does."""
+        if self.stream and self.prompt_logprobs is not None:
+            raise ValueError("prompt_logprobs are not told in streams; leave stream out")
+        return self
+
+    @model_validator(mode="after")
     def refuse_two_rules(self) -> Self:
         """A text is held to one thing at most."""
         _ = self.held_to
@@ -196,6 +210,25 @@ class Request(Lenient):
     def tells_usage(self) -> bool:
         """Whether a stream ends with a count of its tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+    @property
+    def tells_experts(self) -> bool:
+        """Whether it is told which experts served each token."""
+        return bool(self.return_routed_experts or self.moe_trace)
+
+    @property
+    def steering(self) -> Steering | None:
+        """What the routers do otherwise for its texts.
+
+        Raises:
+            UserError: it contradicts itself.
+        """
+        made = Steering(
+            self.num_experts_per_tok,
+            disabled=self.disable_experts or (),
+            forced=self.force_experts or (),
+        )
+        return None if made.changes_nothing else made
 
     @property
     def held_to(self) -> tuple[Kind, Any] | None:
@@ -258,6 +291,8 @@ class Request(Lenient):
             fields["logit_bias"] = {int(i): float(bias) for i, bias in self.logit_bias.items()}
         if self.min_tokens:
             fields["min_tokens"] = self.min_tokens
+        fields.setdefault("prompt_logprobs", self.prompt_logprobs)
+        fields |= {"routed_experts": self.tells_experts, "steering": self.steering}
         stop = [self.stop] if isinstance(self.stop, str) else self.stop or []
         seed = None if self.seed == -1 else self.seed
         return [
@@ -282,7 +317,13 @@ class CompletionRequest(Request):
     prompt: str | List[str] | List[Id] | List[List[Id]]
     logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP_LOGPROBS)
     echo: bool | None = None
-    prompt_logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP_LOGPROBS)
+
+    @property
+    def known_of_prompts(self) -> int | None:
+        """Likeliest tokens that are told with each of a prompt; None if nothing is."""
+        echoed = self.logprobs if self.echo else None
+        asked = [count for count in (self.prompt_logprobs, echoed) if count is not None]
+        return max(asked, default=None)
 
     @property
     def prompts(self) -> list[str | list[int]]:

@@ -66,11 +66,11 @@ class Service:
             message = f"there is no model {name[:200]!r} here; ask for {self.name!r}"
             raise HTTPException(404, message)
 
-    def begin(
+    async def begin(
         self, arrived: float, prompts: list[list[int]], params: list[SamplingParams]
     ) -> Texts:
         """Begin to continue prompts, each in all ways of `params`."""
-        return Texts(self._thread, self.metrics, arrived, prompts, params)
+        return await Texts.begin(self._thread, self.metrics, arrived, prompts, params)
 
 
 async def collected(made: AsyncIterable[Made]) -> list[Made]:

@@ -6,6 +6,7 @@ from collections.abc import AsyncIterator
 from contextlib import suppress
 from typing import Any
 
+from moescope.config import ModelConfig
 from moescope.engine.sampling import SamplingParams
 from moescope.engine.sequence import Sequence, Token
 from moescope.errors import UserError
@@ -14,6 +15,9 @@ from moescope.server.model_thread import ModelThread
 
 MAX_TEXTS = 128
 """That one request may ask for."""
+
+MAX_TOLD = 1_000_000
+"""Numbers that one request may ask for about the tokens of its prompts."""
 
 
 class Texts:
@@ -55,6 +59,24 @@ class Texts:
         except UserError:
             self.end()
             raise
+
+    @classmethod
+    async def begin(
+        cls,
+        thread: ModelThread,
+        metrics: Metrics,
+        arrived: float,
+        prompts: list[list[int]],
+        params: list[SamplingParams],
+    ) -> "Texts":
+        """Begin to continue prompts, once their steering is ready.
+
+        Raises:
+            UserError: they cannot be continued so, or too much is asked for.
+        """
+        refuse_too_much(thread.engine.model.config, prompts, params)
+        await asyncio.to_thread(thread.engine.steerings.of, params[0].steering)
+        return cls(thread, metrics, arrived, prompts, params)
 
     @property
     def reused_tokens(self) -> int:
@@ -100,3 +122,28 @@ class Texts:
         """Make no more tokens."""
         for text in self._texts:
             self._thread.cancel(text)
+
+
+def refuse_too_much(
+    config: ModelConfig, prompts: list[list[int]], params: list[SamplingParams]
+) -> None:
+    """Refuse to tell more of prompts than a server should hold for one request.
+
+    Raises:
+        UserError: more is asked for, or something that the model does not have.
+    """
+    of_each = 0  # numbers that are told of each token
+    for how in params:
+        of_each += 0 if how.prompt_logprobs is None else 1 + how.prompt_logprobs
+        if how.routed_experts:
+            if not config.n_routed_experts:
+                raise UserError("the model has no routed experts of which to tell", "no_experts")
+            steered = how.steering and how.steering.num_experts_per_tok
+            slots = steered or config.num_experts_per_tok or config.n_routed_experts
+            of_each += config.num_hidden_layers * slots
+    told = of_each * sum(len(prompt) for prompt in prompts)
+    if told > MAX_TOLD:
+        raise UserError(
+            f"the request asks for {told:,} numbers about its prompts; ask for {MAX_TOLD:,} at "
+            "most: fewer or shorter prompts, or less of each token"
+        )

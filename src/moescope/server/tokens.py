@@ -1,4 +1,4 @@
-"""Texts into ids and back, as vLLM's `/tokenize` and `/detokenize`."""
+"""Texts into ids and back, as vLLM's `/tokenize`, `/detokenize` and `/tokenizer_info`."""
 
 import asyncio
 from typing import Annotated, Any
@@ -47,6 +47,7 @@ class Tokens:
         return [
             Endpoint("/tokenize", self.tokenize, TokenizeRequest),
             Endpoint("/detokenize", self.detokenize, DetokenizeRequest),
+            Endpoint("/tokenizer_info", self.info),
             Endpoint("/v1/embeddings", self.embeddings, Lenient),
         ]
 
@@ -82,6 +83,15 @@ class Tokens:
         tokenizer = self._service.model.tokenizer
         text = await asyncio.to_thread(tokenizer.decode, asked.tokens, skip_special_tokens=False)
         return JSONResponse({"prompt": text})
+
+    async def info(self, _request: Request) -> Response:
+        """The named special tokens and the chat template, as a tokenizer's files have them."""
+        tokenizer = self._service.model.tokenizer
+        told: dict[str, Any] = dict.fromkeys(("bos_token", "eos_token", "pad_token", "unk_token"))
+        told |= tokenizer.chat_variables({})
+        told["chat_template"] = tokenizer.chat_templates.get("default")
+        told["model_max_length"] = self._service.model.config.max_position_embeddings
+        return JSONResponse(told)
 
     async def embeddings(self, _request: Request) -> Response:
         """Refused: the model continues text."""

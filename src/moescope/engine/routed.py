@@ -1,0 +1,96 @@
+"""Which experts served which tokens: what a pass chose, dealt out to the texts that were in it."""
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+
+from moescope.engine.scheduler import Chunk
+from moescope.engine.sequence import RoutedTokens
+from moescope.kernels.cpu import Chosen
+from moescope.model.recorder import Recorder
+from moescope.model.routing import UNUSED, Routing
+
+
+class RoutingRecorder(Recorder):
+    """Keeps what each router of one pass chose."""
+
+    wants_routing_alone = True
+
+    def __init__(self) -> None:
+        self._layers: list[Chosen] = []  # (tokens, slots) each
+
+    def routing(self, layer_idx: int, routing: Routing) -> None:
+        """See what the router of a layer decided."""
+        ids = routing.topk_ids
+        scores = routing.scores.float().gather(1, ids.clamp(min=0)).masked_fill(ids == UNUSED, 0.0)
+        weights = routing.topk_weights.float()
+        self._layers.append(Chosen(ids.cpu(), weights.cpu(), scores.cpu()))
+
+    def chosen(self) -> Chosen | None:
+        """Return it, and forget it; None where there is no router."""
+        layers, self._layers = self._layers, []
+        if not layers:
+            return None
+        slots = max(layer.ids.shape[1] for layer in layers)
+        padded = [(layer, (0, slots - layer.ids.shape[1])) for layer in layers]
+        return Chosen(
+            torch.stack([F.pad(layer.ids, room, value=UNUSED) for layer, room in padded]),
+            torch.stack([F.pad(layer.weights, room) for layer, room in padded]),
+            torch.stack([F.pad(layer.scores, room) for layer, room in padded]),
+        )
+
+
+class ExpertLoad:
+    """Counts how many tokens each expert of each layer has been given.
+
+    Args:
+        layers: that have routers, by index.
+        experts: of each.
+
+    Attributes:
+        layers: as given.
+        tokens: `(layers, experts)` int64.
+    """
+
+    def __init__(self, layers: Sequence[int], experts: int) -> None:
+        self.layers = tuple(layers)
+        self.tokens = torch.zeros(len(self.layers), experts, dtype=torch.int64)
+
+    def add(self, chosen: Chosen) -> None:
+        """Count what a pass chose."""
+        layers, experts = self.tokens.shape
+        bins = 1 + experts  # the first for slots without an expert
+        first = torch.arange(layers)[:, None] * bins + 1
+        counts = (chosen.ids.flatten(1) + first).flatten().bincount(minlength=layers * bins)
+        self.tokens += counts.view(layers, bins)[:, 1:]
+
+
+def deal_out(chosen: Chosen, chunks: Sequence[Chunk], layers: tuple[int, ...]) -> None:
+    """Give each text that asks for it what was chosen for its tokens, each of them once.
+
+    Args:
+        chosen: in a pass over the chunks, one after the other.
+        chunks: that were read.
+        layers: that have routers, by index.
+    """
+    first = 0
+    for chunk in chunks:
+        sequence, last = chunk.sequence, first + chunk.count
+        known = sequence.routed_tokens - chunk.start  # where a text is read again
+        if sequence.params.routed_experts and known < chunk.count:
+            at = slice(first + known, last)
+            ids = chosen.ids[:, at]
+            slots = int(
+                (ids != UNUSED).any(0).any(0).sum()
+            )  # an expert never follows an empty slot
+            sequence.add_routed(
+                RoutedTokens(
+                    chunk.start + known,
+                    layers,
+                    ids[..., :slots].transpose(0, 1).to(torch.int16),
+                    chosen.weights[:, at, :slots].transpose(0, 1).clone(),
+                    chosen.scores[:, at, :slots].transpose(0, 1).clone(),
+                )
+            )
+        first = last
