@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TEST_SECONDS ?= 1800
 
-.PHONY: run test test-all fuzz lint sanitize
+.PHONY: run test test-all fuzz load lint sanitize
 
 run: .venv/.installed
 	$(BIN)/moescope explain "床前明月光，疑是地上"
@@ -23,6 +23,10 @@ test-all: lint .venv/.installed-oracle .venv-clients/.installed
 # Bodies of requests by the hundred thousand, drawn from the OpenAPI document; an hour.
 fuzz: .venv/.installed-dev
 	FUZZ_BODIES=100000 $(BIN)/python -m pytest tests/server/test_fuzz.py -s
+
+# Sixty-four clients for five minutes, a third of whom hang up.
+load: .venv/.installed-dev
+	LOAD_SECONDS=300 $(BIN)/python -m pytest tests/server/test_load.py -s -o faulthandler_timeout=900
 
 # The kernels under the compiler's sanitizers, and on a processor that is not at hand; minutes.
 sanitize: .venv/.installed-dev

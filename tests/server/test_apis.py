@@ -313,6 +313,18 @@ def test_numbers_that_no_json_has_are_refused(client: TestClient) -> None:
         assert refused.status_code == 400 and "not finite" in refused.text
 
 
+def test_a_thought_in_a_history_is_text(client: TestClient) -> None:
+    said = {"role": "user", "content": "weather?"}
+    for content in (None, [], "hm", ["hm"], [{"type": "reasoning_text", "text": "hm"}]):
+        item = {"type": "reasoning", "summary": [], "content": content}
+        post(client, "/v1/responses", input=[said, item, said], max_output_tokens=1)
+    for content in (5, [5], [{"type": "image"}], {"text": 5}):
+        item = {"type": "reasoning", "content": content}
+        asked = {"model": "small", "input": [said, item]}
+        refused = client.post("/v1/responses", json=asked)
+        assert refused.status_code == 400 and "part" in refused.text
+
+
 def test_docs_need_no_network_and_no_key(talker: Model) -> None:
     with served(talker, api_key="sesame") as client:
         page = client.get("/docs").text

@@ -16,8 +16,12 @@ def chat_request(fields: Fields) -> ChatRequest:
     return ChatRequest.model_validate({k: v for k, v in fields.items() if v is not None})
 
 
-def text_of(content: Any) -> str:
+def text_of(content: Any, kinds: Sequence[str] = TEXTS) -> str:
     """The text of content in parts.
+
+    Args:
+        content: a text, or parts.
+        kinds: types of parts that have text to be told.
 
     Raises:
         UserError: a part is no text.
@@ -32,7 +36,7 @@ def text_of(content: Any) -> str:
             told += part
             continue
         kind = part.get("type") if isinstance(part, Mapping) else None
-        if kind not in TEXTS:
+        if kind not in kinds:
             raise UserError(
                 f"this model reads text alone, no part of type {str(kind)[:40]!r}; send text"
             )

@@ -94,8 +94,7 @@ class ResponsesRequest(Lenient):
             if kind == "message":
                 said = {"role": item.get("role"), "content": text_of(item.get("content"))}
             elif kind == "reasoning":
-                parts: Any = item.get("content") or []
-                thought += "".join(str(part.get("text", "")) for part in parts)
+                thought += text_of(item.get("content"), ("reasoning_text", "text"))
                 continue
             elif kind == "function_call":
                 function = {"name": item.get("name"), "arguments": item.get("arguments")}
