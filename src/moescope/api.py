@@ -280,8 +280,9 @@ class Model:
             prompt: text, or several texts of any lengths.
             sampling: fields of `SamplingParams`: `max_tokens`, `temperature`, `top_k`, `top_p`,
                 `min_p`, `repetition_penalty`, `frequency_penalty`, `presence_penalty`, `seed`,
-                `stop`, `stop_token_ids`, `ignore_eos`. What is not given is as the model's files
-                say (`generation_config.json`), else as `SamplingParams` has it.
+                `stop`, `stop_token_ids`, `ignore_eos`; `prompt_logprobs` and `routed_experts` for
+                what tokens tell besides. What is not given is as the model's files say
+                (`generation_config.json`), else as `SamplingParams` has it.
 
         Raises:
             UserError: a prompt is empty or too long, or a field has no meaning.
