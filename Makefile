@@ -17,7 +17,7 @@ run: .venv/.installed
 test: lint
 	timeout $(TEST_SECONDS) $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
 
-test-all: lint .venv/.installed-oracle .venv-clients/.installed
+test-all: lint .venv/.installed-oracle .venv-clients/.installed tests/clients/node/node_modules
 	timeout $(TEST_SECONDS) $(BIN)/python -m pytest -n auto --maxprocesses 4
 
 # Bodies of requests by the hundred thousand, drawn from the OpenAPI document; an hour.
@@ -68,6 +68,11 @@ SOURCES := hatch_build.py $(shell find web csrc -name node_modules -prune -o -ty
 	@$(BIN)/python -m venv .venv-clients
 	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
+
+# The same from npm, where there is Node.
+tests/clients/node/node_modules: tests/clients/node/package-lock.json
+	@cd tests/clients/node && npm ci --silent || echo "npm or its registry is missing: its clients go untried"
+	@test ! -d $@ || touch $@
 
 $(BIN)/pip:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \

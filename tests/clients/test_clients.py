@@ -17,10 +17,13 @@ from moescope.text.tokenizer import Tokenizer
 
 PYTHON = Path(__file__).parents[2] / ".venv-clients" / "bin" / "python"
 CLIENTS = ("openai", "anthropic", "langchain", "litellm", "pydantic_ai", "instructor", "ollama")
-pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.skipif(not PYTHON.exists(), reason="no .venv-clients; make test-all makes it"),
-]
+NODE = Path(__file__).parent / "node" / "node_modules"
+NODE_CLIENTS = ("openai", "ai_responses", "ai_chat", "ai_compatible")
+
+pytestmark = pytest.mark.slow
+from_pypi = pytest.mark.skipif(
+    not PYTHON.exists(), reason="no .venv-clients; make test-all makes it"
+)
 
 
 @pytest.fixture(scope="module")
@@ -38,6 +41,7 @@ def url(home: Path) -> Iterator[str]:
         yield f"http://127.0.0.1:{port}"
 
 
+@from_pypi
 @pytest.mark.parametrize("client", CLIENTS)
 def test_a_client_is_served(url: str, client: str) -> None:
     asked = [str(PYTHON), str(Path(__file__).with_name("ask.py")), client, url]
@@ -54,6 +58,7 @@ QUESTIONS = [
 PAGES = ["the moon before my bed, is it frost?\n" * 3, "床前明月光，疑是地上霜。", "😀 is it 7?"]
 
 
+@from_pypi
 def test_lm_evaluation_harness_scores_as_transformers_does(
     url: str, home: Path, tmp_path: Path
 ) -> None:
@@ -98,6 +103,15 @@ def test_lm_evaluation_harness_scores_as_transformers_does(
     assert measured == pytest.approx(bits, rel=1e-4)
 
 
+@pytest.mark.skipif(not NODE.exists(), reason="no clients from npm; make test-all brings them")
+@pytest.mark.parametrize("client", NODE_CLIENTS)
+def test_a_client_from_npm_is_served(url: str, client: str) -> None:
+    asked = ["node", "ask.mjs", client, url]
+    told = subprocess.run(asked, capture_output=True, text=True, timeout=280, cwd=NODE.parent)
+    assert told.returncode == 0, told.stderr[-3000:]
+
+
+@from_pypi
 def test_schemathesis_finds_no_failure_of_the_server(url: str, tmp_path: Path) -> None:
     asked = [str(PYTHON.with_name("st")), "run", f"{url}/openapi.json", "--max-examples", "15"]
     asked += ["--checks", "not_a_server_error", "-H", "Authorization: Bearer sesame"]
