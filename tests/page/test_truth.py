@@ -10,6 +10,7 @@ from moescope.catalog import BOX, count_parameters
 from moescope.scope.bytes import WeightBytes
 from moescope.scope.detail import Reading
 from moescope.scope.specialization import Specialization
+from moescope.text.deepseek_vocabulary import deepseek_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.page]
 
@@ -175,6 +176,23 @@ def test_every_sentence_with_a_number_has_the_engines(
     assert str(kept) in words and str(full) in words and f"{round(100 * kept / full)}%" in words
     summary = page.get_by_test_id("station-summary").inner_text()
     assert f"{counted.total / counted.active:.1f}" in summary
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_text_is_cut_by_two_vocabularies(open_page, engine: Model, language: str) -> None:
+    page = open_page(f"lang={language}")
+    write(page, TEXT[language])
+    page.get_by_test_id("station-tokens").scroll_into_view_if_needed()
+    theirs = page.get_by_test_id("cut-reference")
+    theirs.wait_for()
+    settle(page)
+    ids = [i for i in token_ids(page) if i not in engine.tokenizer.special_ids]
+    assert int(page.get_by_test_id("cut-own").get_attribute("data-tokens")) == len(ids)
+    deepseek = deepseek_tokenizer()
+    assert deepseek is not None
+    expected = deepseek.encode(engine.tokenizer.decode(ids))
+    assert int(theirs.get_attribute("data-tokens")) == len(expected)
+    assert str(len(expected)) in theirs.inner_text() and "129,280" in theirs.inner_text()
 
 
 def open_reference():

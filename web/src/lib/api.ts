@@ -2,6 +2,7 @@
 import { t, type Key } from './i18n.svelte';
 import errors from '../messages/en/errors';
 import type {
+  CutAnswer,
   DenseAnswer,
   DenseRequest,
   ErrorEvent,
@@ -60,6 +61,8 @@ export const token = (request: Partially<TokenRequest, Text | 'sampling'>, signa
 
 export const expert = (request: Partially<ExpertRequest, Text>, signal?: AbortSignal) =>
   post<ExpertAnswer>('api/expert', request, signal);
+
+export const cut = (text: string, signal?: AbortSignal) => post<CutAnswer>('api/cut', { text }, signal);
 
 export const dense = (request: Partial<DenseRequest>, signal?: AbortSignal) =>
   post<DenseAnswer>('api/dense', request, signal);

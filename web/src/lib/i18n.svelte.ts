@@ -17,10 +17,11 @@ export const i18n = $state({ language: browserLanguage() });
 export function t(key: Key, values: Values = {}): string {
   const [section, name] = key.split('.') as [keyof Catalogue, never];
   const message: string = catalogues[i18n.language][section][name];
-  return message.replace(/\{(\w+)\}/g, (_, field: string) => {
+  const said = message.replace(/\{(\w+)\}/g, (_, field: string) => {
     const value = values[field];
     return typeof value === 'number' ? formatNumber(value) : String(value);
   });
+  return said.replace(/([万亿]) (?=\p{Script=Han})/gu, '$1'); // 3000万个, not 3000万 个
 }
 
 /** A layer as people count, from 1; addresses and requests count from 0, as the model's files do. */

@@ -245,6 +245,55 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/cut": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** A text in DeepSeek's vocabulary */
+        post: {
+            parameters: {
+                query?: never;
+                header?: never;
+                path?: never;
+                cookie?: never;
+            };
+            requestBody: {
+                content: {
+                    "application/json": components["schemas"]["CutRequest"];
+                };
+            };
+            responses: {
+                /** @description The answer */
+                200: {
+                    headers: {
+                        [name: string]: unknown;
+                    };
+                    content: {
+                        "application/json": components["schemas"]["CutAnswer"];
+                    };
+                };
+                /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
+                "4XX": {
+                    headers: {
+                        [name: string]: unknown;
+                    };
+                    content: {
+                        "application/json": components["schemas"]["ErrorEvent"];
+                    };
+                };
+            };
+        };
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/specialization": {
         parameters: {
             query?: never;
@@ -634,6 +683,22 @@ export interface components {
             norm: number;
             /** Projection */
             projection: number;
+        };
+        /**
+         * CutAnswer
+         * @description The text's tokens in DeepSeek's vocabulary; None where that vocabulary is not installed.
+         */
+        CutAnswer: {
+            /** Pieces */
+            pieces: components["schemas"]["Piece"][] | null;
+        };
+        /**
+         * CutRequest
+         * @description A text to be cut as DeepSeek-V3 and R1 do.
+         */
+        CutRequest: {
+            /** Text */
+            text: string;
         };
         /**
          * DenseAnswer
@@ -1063,6 +1128,16 @@ export interface components {
             logit: number;
             /** Filtered Probability */
             filtered_probability: number;
+        };
+        /**
+         * Piece
+         * @description A token of another vocabulary; in its spelling a piece of a character reads U+FFFD.
+         */
+        Piece: {
+            /** Text */
+            text: string;
+            /** Bytes */
+            bytes: number[];
         };
         /**
          * ReferenceInfo

@@ -21,7 +21,7 @@ function inWords(name: string): string {
 }
 
 /** Spelling of a step; a piece of a character shows its bytes. */
-export function spelling(step: TokenStep): string {
+export function spelling(step: Pick<TokenStep, 'text' | 'bytes'>): string {
   return step.text.includes(REPLACEMENT) && step.bytes.length > 0
     ? step.bytes.map(hex).join(' ')
     : shown(step.text);

@@ -5,7 +5,7 @@ export default {
   relu: 'ReLU',
   jump: 'Top-k: at the line an expert’s weight jumps from nothing to something. No gradient tells the router what lies beyond the jump.',
   bend: 'ReLU: the weight grows from zero without a jump, so gradients flow from end to end, and the number of experts follows the token.',
-  counts: 'Experts asked for each token of your text, in layer {layer} of {total}',
+  counts: 'Experts asked for each token of your text, in layer {layer} (of {total} experts)',
   mean: '{n} on average, {low} to {high}',
   note: 'This model was trained with its own rule; the bars show whom the same scores would call under another one. A model trained with ReLU keeps the average low by a penalty.',
 };

