@@ -29,8 +29,8 @@ from rich.table import Table
 TEXT = "It is a truth universally acknowledged, that"
 GOALS = {
     "bytes_kb": 350,
-    "first_paint_s": 1,
-    "ready_s": 1.5,
+    "first_paint_s": 0.2,
+    "ready_s": 0.8,
     "change_ms": 100,
     "longest_frame_ms": 17,
     "frames_per_second": 60,

@@ -7,6 +7,8 @@ STATIONS = [
     *("experts", "fine", "merge", "next", "whatif", "balance", "dense", "thinking", "reasoning"),
     *("training", "service", "summary"),
 ]
+PLAYED = 240_000
+"""Milliseconds that a text may take on a machine that is busy with other things."""
 
 
 def settle(page) -> None:
@@ -35,7 +37,7 @@ def write(page, text: str) -> None:
     play = page.get_by_test_id("play")
     play.click()
     page.locator("[data-testid=play][aria-pressed=true]").wait_for()
-    page.locator("[data-testid=play][aria-pressed=false]").wait_for()
+    page.locator("[data-testid=play][aria-pressed=false]").wait_for(timeout=PLAYED)
     settle(page)
 
 

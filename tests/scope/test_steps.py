@@ -86,6 +86,21 @@ def test_steps_tell_the_numbers_of_a_plain_forward_pass(
             )
 
 
+@pytest.mark.parametrize("at_once", [1, 3, 256])
+def test_known_tokens_are_read_and_not_told(
+    model: Model, monkeypatch: pytest.MonkeyPatch, at_once: int
+) -> None:
+    monkeypatch.setattr("moescope.scope.steps.ROWS_AT_ONCE", at_once * 3)
+    ids = model.engine.encode(TEXT)
+    whole = [*stream(model.engine, ids, sampling_params({"max_tokens": 5}))]
+    for known in (0, 1, 2, len(ids) - 1, len(ids), len(ids) + 2):
+        told = [*stream(model.engine, ids, sampling_params({"max_tokens": 5}), known)]
+        for step, same in zip(told[:-1], whole[known:-1], strict=True):
+            assert isinstance(step, TokenStep) and isinstance(same, TokenStep)
+            assert step.logprob == (same.logprob and pytest.approx(same.logprob, rel=1e-5))
+            assert (step.index, step.id, step.layers) == (same.index, same.id, same.layers)
+
+
 def test_reading_all_at_once_tells_the_same(model: Model) -> None:
     steps, _ = streamed(model, model.engine.encode(TEXT), max_tokens=0)
     assert read(model.engine, [step.id for step in steps]) == steps

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,15 @@ from moescope.server.app import create_app
 from moescope.server.studio import Studio
 
 STEERING = {"num_experts_per_tok": 2, "disabled": [{"layer": 1, "expert": 3}], "noise": 0.2}
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """As the page computes with small models; more threads round otherwise."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
 
 
 def steered(model: Model) -> Model:
@@ -49,7 +59,7 @@ def test_the_model_is_described(client: TestClient, model: Model) -> None:
         {"name": "small-dense", "role": "dense", "problem": None},
         {"name": "small-unbalanced", "role": "unbalanced", "problem": None},
     ]
-    assert (info["has_specialization"], info["has_training"], info["watching"]) == (1, 1, 0)
+    assert (info["has_training"], info["watching"]) == (1, 0)
     assert {e["domain"] for e in info["examples"]} >= {"poetry", "prose", "code", "arithmetic"}
     asked = [e["text"] for e in info["examples"] if e["domain"] == "arithmetic"]
     assert info["question_form"] == "<｜User｜>{question}<｜Assistant｜>" and info["thinks"]
@@ -175,7 +185,7 @@ def test_the_training_is_told_from_its_own_files(client: TestClient) -> None:
 def test_a_bare_model_says_what_is_missing(model: Model) -> None:
     with TestClient(create_app(Studio(model)), base_url="http://localhost") as bare:
         info = bare.get("/api/model").json()
-        assert (info["has_specialization"], info["has_training"], info["companions"]) == (0, 0, [])
+        assert (info["has_training"], info["companions"]) == (0, [])
         for answer, words in (
             (bare.get("/api/specialization"), "nothing is known of what the experts of small"),
             (bare.get("/api/training"), "the history of the training of small was not kept"),

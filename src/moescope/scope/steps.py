@@ -90,16 +90,18 @@ class End:
 
 @torch.inference_mode()
 def stream(
-    engine: Engine, prompt_ids: Sequence[int], params: SamplingParams
+    engine: Engine, prompt_ids: Sequence[int], params: SamplingParams, known: int = 0
 ) -> Iterator[TokenStep | End]:
     """Continue `prompt_ids` as `Engine.repeat` does; yield every token once it has been read.
+
+    The first `known` tokens are read, too, but not told.
 
     The prompt's tokens come first, then each that is made, then the end. A made token is known
     before it is read, but what the layers do with it is not: so one more token is asked for than
     `params.max_tokens`, which has the last one read, and is dropped.
     """
     recorder = TraceRecorder()
-    describe = Describer(engine.model, engine.tokenizer, len(prompt_ids))
+    describe = Describer(engine.model, engine.tokenizer, len(prompt_ids), known)
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else engine.end_ids)}
     asked = replace(params, max_tokens=params.max_tokens + 1, stop_token_ids=(), ignore_eos=True)
     made = engine.repeat([prompt_ids], asked, recorder)
@@ -135,12 +137,18 @@ def describe(
 
 
 class Describer:
-    """Turns what a recorder saw of the next tokens of a text into steps, in order."""
+    """Turns what a recorder saw of the next tokens of a text into steps, in order.
 
-    def __init__(self, model: CausalLM, tokenizer: Tokenizer, prompt_tokens: int) -> None:
+    The first `known` tokens of the text make no steps.
+    """
+
+    def __init__(
+        self, model: CausalLM, tokenizer: Tokenizer, prompt_tokens: int, known: int = 0
+    ) -> None:
         self.model, self.tokenizer, self.prompt_tokens = model, tokenizer, prompt_tokens
+        self.known = known
         self._ids: list[int] = []
-        self._last = torch.empty(0)  # (1, vocab) log probabilities after the last token so far
+        self._last = torch.empty(0)  # (1, vocab) log probabilities after the last token described
 
     def __call__(self, recorder: TraceRecorder, ids: Sequence[int]) -> list[TokenStep]:
         """Describe the `ids` that the recorder has just seen."""
@@ -148,16 +156,21 @@ class Describer:
         layers = [_layer_steps(recorder, layer_idx) for layer_idx in recorder.hidden_states]
         steps: list[TokenStep] = []
         at_once = max(1, ROWS_AT_ONCE // len(layers))
-        for start in range(0, len(ids), at_once):
+        # What comes before the first step says how likely that one was.
+        untold = max(0, min(self.known - 1, len(ids)) - len(self._ids))
+        self._ids.extend(ids[:untold])
+        for start in range(untold, len(ids), at_once):
             part = slice(start, start + at_once)
             states = torch.stack([states[part] for states in recorder.hidden_states.values()], 1)
             logits = self.model.logits(self.model.model.norm(states))  # (tokens, layers, vocab)
             logprobs, candidates = self._predictions(logits[:, -1], ids[part])
             lenses = self._likeliest(logits)
-            known = zip(ids[part], logprobs, candidates, lenses, strict=True)
-            for offset, (token_id, logprob, guesses, lens) in enumerate(known, start):
+            rows = zip(ids[part], logprobs, candidates, lenses, strict=True)
+            for offset, (token_id, logprob, guesses, lens) in enumerate(rows, start):
                 index = len(self._ids)
                 self._ids.append(token_id)
+                if index < self.known:
+                    continue
                 steps.append(
                     TokenStep(
                         index=index,
@@ -183,7 +196,7 @@ class Describer:
         `logits` are those after each of them, `(tokens, vocab)`.
         """
         after = logits.log_softmax(dim=-1)  # (tokens, vocab)
-        before = torch.cat([self._last, after[:-1]]) if self._ids else after[:-1]
+        before = torch.cat([self._last, after[:-1]]) if len(self._last) else after[:-1]
         self._last = after[-1:]
         came = torch.tensor(ids[len(ids) - len(before) :], dtype=torch.int64, device=after.device)
         logprobs = before.gather(1, came[:, None])[:, 0].tolist()

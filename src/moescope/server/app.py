@@ -12,6 +12,7 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import torch
 from pydantic import TypeAdapter, ValidationError
 from starlette.applications import Starlette
 from starlette.datastructures import State
@@ -44,7 +45,12 @@ def create_app(studio: Studio) -> Starlette:
 
     Streams end early once its `state.ending` is set.
     """
-    thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="model")
+    thread = ThreadPoolExecutor(
+        max_workers=1,
+        thread_name_prefix="model",
+        initializer=torch.set_num_threads,
+        initargs=(studio.threads,),
+    )
 
     async def compute(function: Callable[..., Any], *given: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(thread, function, *given)

@@ -168,7 +168,6 @@ class ModelInfo(Message):
         context: tokens at most.
         reference: DeepSeek-R1, to scale.
         companions: models that can be shown beside this one, at most one of each role.
-        has_specialization: whether `/api/specialization` answers.
         has_training: whether `/api/training` answers.
         watching: whether `/api/training/live` follows a training that runs now.
         question_form: the model's chat form, with `{question}` in it; None where it has none.
@@ -191,7 +190,6 @@ class ModelInfo(Message):
     cache: CacheInfo
     reference: ReferenceInfo
     companions: list[CompanionInfo]
-    has_specialization: bool
     has_training: bool
     watching: bool
     question_form: str | None
@@ -203,10 +201,15 @@ class ModelInfo(Message):
 
 
 class GenerateRequest(Message):
-    """Continue a text; `ids` continues exactly these tokens instead."""
+    """Continue a text; `ids` continues exactly these tokens instead.
+
+    Attributes:
+        known: tokens at the beginning that the asker has, and of which no events come.
+    """
 
     prompt: Annotated[str, Field(max_length=MAX_TEXT)] = ""
     ids: list[int] | None = None
+    known: int = Field(default=0, ge=0)
     max_tokens: int = Field(default=32, ge=0, le=1024)
     sampling: SamplingRequest = SamplingRequest()
     steering: SteeringRequest = SteeringRequest()

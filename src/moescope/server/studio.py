@@ -6,6 +6,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Generic, Literal, TypeVar
 
+import torch
+
 from moescope.api import Model, load
 from moescope.catalog import catalog, count_parameters
 from moescope.config import ModelConfig
@@ -13,6 +15,7 @@ from moescope.engine import thinking
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
 from moescope.lab.beside import ParameterCount, beside, expert_loads
+from moescope.native.decoder import NativeDecoder
 from moescope.scope.cards import cards_of
 from moescope.scope.detail import Reading, TokenDetail
 from moescope.scope.history import FILE as HISTORY_FILE
@@ -27,6 +30,8 @@ from moescope.text.tokenizer import Tokenizer
 
 REFERENCE = "deepseek-r1"
 SPECIALIZATION = "specialization.json"
+SMALL = 200_000_000
+"""Parameters at work on a token, below which one thread is as fast as many."""
 KEPT = 8
 """Forward passes and steered models that are kept for the next question."""
 
@@ -121,13 +126,22 @@ class Studio:
             cache=_cache(config),
             reference=_reference(catalog()[REFERENCE].config),
             companions=[_companion_info(c) for c in self.companions],
-            has_specialization=self._specialization is not None,
             has_training=self._has_training,
             watching=self.watching is not None,
             question_form=question_form(self.model.tokenizer),
             thinks=_thinks(self.model.tokenizer),
             examples=examples(self.model.tokenizer),
         )
+
+    @property
+    def threads(self) -> int:
+        """Threads for PyTorch: one where a second would take longer to wake than to compute.
+
+        So it is with small matrices, and beside native kernels, which have threads of their own.
+        """
+        packed = isinstance(self.model.network.model, NativeDecoder)
+        small = _parameters(self.model.config).active < SMALL
+        return 1 if small or packed else torch.get_num_threads()
 
     # --- a text -----------------------------------------------------------------------------------
 
@@ -141,7 +155,7 @@ class Studio:
         """
         engine = self._steer(request.steering).engine
         params = _params(request.sampling, max_tokens=request.max_tokens)
-        for step in stream(engine, self._ids(request), params):
+        for step in stream(engine, self._ids(request), params, request.known):
             if isinstance(step, End):
                 yield schema.EndEvent(
                     finish_reason=step.finish_reason,

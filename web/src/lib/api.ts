@@ -25,8 +25,15 @@ import type {
 /** Characters of a prompt that the server takes (`MAX_TEXT` in server/schema.py). */
 export const MAX_TEXT = 20_000;
 
-/** A failure as one sentence for the reader. */
-export class ApiError extends Error {}
+/** A failure as one sentence for the reader; `code` is the server's word for it, if it has one. */
+export class ApiError extends Error {
+  constructor(
+    message: string,
+    readonly code = '',
+  ) {
+    super(message);
+  }
+}
 
 /** Whether the last question found no server. */
 let gone = false;
@@ -48,8 +55,15 @@ type Text = 'prompt' | 'ids' | 'steering';
 
 export const getModel = (signal?: AbortSignal) => get<ModelInfo>('api/model', signal);
 
-export const getSpecialization = (signal?: AbortSignal) =>
-  get<SpecializationAnswer>('api/specialization', signal);
+/** What was measured of the experts; null where nothing was. */
+export async function getSpecialization(signal?: AbortSignal): Promise<SpecializationAnswer | null> {
+  try {
+    return await get<SpecializationAnswer>('api/specialization', signal);
+  } catch (error) {
+    if (error instanceof ApiError && error.code === 'no_specialization') return null;
+    throw error;
+  }
+}
 
 export const getTraining = (signal?: AbortSignal) => get<TrainingAnswer>('api/training', signal);
 
@@ -128,7 +142,7 @@ async function answerOf<T>(response: Response): Promise<T> {
     if (isAbort(error)) throw error;
     throw new ApiError(t('common.serverGone'));
   }
-  if (isMistake(answer)) throw new ApiError(told(answer));
+  if (isMistake(answer)) throw new ApiError(told(answer), answer.code);
   return answer as T;
 }
 

@@ -908,6 +908,9 @@ export interface components {
         /**
          * GenerateRequest
          * @description Continue a text; `ids` continues exactly these tokens instead.
+         *
+         *     Attributes:
+         *         known: tokens at the beginning that the asker has, and of which no events come.
          */
         GenerateRequest: {
             /**
@@ -920,6 +923,11 @@ export interface components {
              * @default null
              */
             ids: number[] | null;
+            /**
+             * Known
+             * @default 0
+             */
+            known: number;
             /**
              * Max Tokens
              * @default 32
@@ -1043,7 +1051,6 @@ export interface components {
          *         context: tokens at most.
          *         reference: DeepSeek-R1, to scale.
          *         companions: models that can be shown beside this one, at most one of each role.
-         *         has_specialization: whether `/api/specialization` answers.
          *         has_training: whether `/api/training` answers.
          *         watching: whether `/api/training/live` follows a training that runs now.
          *         question_form: the model's chat form, with `{question}` in it; None where it has none.
@@ -1078,8 +1085,6 @@ export interface components {
             reference: components["schemas"]["ReferenceInfo"];
             /** Companions */
             companions: components["schemas"]["CompanionInfo"][];
-            /** Has Specialization */
-            has_specialization: boolean;
             /** Has Training */
             has_training: boolean;
             /** Watching */

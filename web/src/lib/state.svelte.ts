@@ -155,9 +155,9 @@ export class AppState {
     this.error = null;
     const wanted = this.fromUrl();
     await this.#guard(async () => {
-      const model = await getModel();
       // Known before the model is shown: from then on the reader may play, which nothing may overtake.
-      this.specialization = model.has_specialization ? await getSpecialization() : null;
+      const [model, specialization] = await Promise.all([getModel(), getSpecialization()]);
+      this.specialization = specialization;
       this.model = model;
       this.sampling = { ...model.sampling, ...wanted.sampling };
       this.setLayer(wanted.layer ?? this.readable);
@@ -393,7 +393,9 @@ export class AppState {
       this.endEvent = null;
       this.select(this.steps.length - 1);
       await this.#playBack(run, fresh, {
-        ...(fresh ? { prompt: this.prompt.toWellFormed() } : { ids: this.ids }),
+        ...(fresh
+          ? { prompt: this.prompt.toWellFormed() }
+          : { ids: this.ids, known: this.ids.length }),
         max_tokens: maxTokens,
         sampling: this.sampling,
         steering: this.steering,
@@ -407,7 +409,6 @@ export class AppState {
     fresh: boolean,
     request: Partial<GenerateRequest>,
   ): Promise<void> {
-    const known = fresh ? 0 : this.steps.length;
     const { prompt } = this;
     let shown = Promise.resolve();
     let failure: unknown = null;
@@ -422,7 +423,7 @@ export class AppState {
       (event) => {
         if (event.type === 'error') failure = new ApiError(told(event));
         else if (event.type === 'end') enqueue(0, () => this.#end(event));
-        else if (event.step.index >= known) {
+        else {
           const { step } = event;
           const inPrompt = fresh ? step.in_prompt : false;
           enqueue(inPrompt ? PACE.prompt : PACE.made, () => {
