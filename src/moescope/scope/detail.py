@@ -20,7 +20,7 @@ from moescope.model.recorder import Recorder
 from moescope.model.steering import SteeredRouter, Steering, moe_layers
 from moescope.native.experts import NativeExperts
 from moescope.scope.recording import TraceRecorder, chosen
-from moescope.scope.steps import TokenStep, describe, spell
+from moescope.scope.steps import TokenStep, describe, legible
 from moescope.scope.trace import Candidate
 
 CANDIDATES = 40
@@ -427,7 +427,7 @@ class Reading:
         candidates = [
             PickCandidate(
                 id=token_id,
-                text=spell(self.tokenizer, token_id),
+                text=legible(self.tokenizer, token_id),
                 probability=float(probabilities[token_id]),
                 logit=float(logits[token_id]),
                 filtered_probability=float(filtered[token_id]),
@@ -439,7 +439,7 @@ class Reading:
     def _likeliest(self, logits: Tensor) -> list[Candidate]:
         best = logits.softmax(dim=-1).topk(min(LENS_CANDIDATES, logits.shape[-1]))
         return [
-            Candidate(token_id, spell(self.tokenizer, token_id), probability)
+            Candidate(token_id, legible(self.tokenizer, token_id), probability)
             for token_id, probability in zip(
                 best.indices.tolist(), best.values.tolist(), strict=True
             )
@@ -454,7 +454,7 @@ class Reading:
         similarity = F.cosine_similarity(table[near].float(), table[token_id].float()[None])
         best = similarity.topk(min(NEIGHBOURS, len(near)))
         return [
-            Neighbour(i, spell(self.tokenizer, i), cosine)
+            Neighbour(i, legible(self.tokenizer, i), cosine)
             for i, cosine in zip(near[best.indices].tolist(), best.values.tolist(), strict=True)
         ]
 

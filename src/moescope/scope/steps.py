@@ -203,7 +203,7 @@ class Describer:
         best = after.topk(min(CANDIDATES, after.shape[-1]), dim=-1)
         candidates = [
             [
-                Candidate(token_id, spell(self.tokenizer, token_id), probability)
+                Candidate(token_id, legible(self.tokenizer, token_id), probability)
                 for token_id, probability in zip(row_ids, probabilities, strict=True)
             ]
             for row_ids, probabilities in zip(
@@ -218,7 +218,7 @@ class Describer:
         probabilities = (best.values - logits.logsumexp(dim=-1)).exp()  # (tokens, layers)
         return [
             [
-                Candidate(token_id, spell(self.tokenizer, token_id), probability)
+                Candidate(token_id, legible(self.tokenizer, token_id), probability)
                 for token_id, probability in zip(row_ids, row, strict=True)
             ]
             for row_ids, row in zip(best.indices.tolist(), probabilities.tolist(), strict=True)
@@ -228,6 +228,12 @@ class Describer:
 def spell(tokenizer: Tokenizer, token_id: int) -> str:
     """The text of one token; a piece of a character reads U+FFFD."""
     return tokenizer.decode([token_id], skip_special_tokens=False)
+
+
+def legible(tokenizer: Tokenizer, token_id: int) -> str:
+    """The text of one token, for the eye: a piece of a character reads as its bytes, `E6 9C`."""
+    text = spell(tokenizer, token_id)
+    return tokenizer.token_bytes(token_id).hex(" ").upper() if "\ufffd" in text else text
 
 
 def _layer_steps(recorder: TraceRecorder, layer_idx: int) -> list[LayerStep] | None:

@@ -12,6 +12,7 @@ export default {
   path4: 'The best of its own chains, with other texts, are learned once more.',
   path5: 'Reinforcement learning again, now for helpfulness and harmlessness, too.',
   lacks: 'The model here learned its steps from examples alone, as in step 2. It has had no reinforcement learning; there is no history of one to replay.',
+  unknown: 'No history of its training came with this model, so nothing tells which of these steps it went, and there is none to replay.',
   compare: 'The same questions with and without thinking',
   attempt: 'Ask {n} sums both ways',
   direct: 'Straight to the answer',
