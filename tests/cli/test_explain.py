@@ -39,7 +39,7 @@ def test_labels_are_in_the_language_of_the_text(model: Model) -> None:
 
 def test_each_token_has_its_leading_experts_in_its_row(model: Model) -> None:
     trace, picture = model.trace(ENGLISH, max_tokens=4), drawn(model, ENGLISH)
-    rows = picture.split("L1", 1)[1].splitlines()[1:]
+    rows = picture.split("L2", 1)[1].splitlines()[1:]
     for number in range(len(trace.tokens)):
         leading = [layer.router.topk_ids[number][0] for layer in trace.layers if layer.router]
         numbers = "\\s+".join(map(str, leading))

@@ -17,7 +17,8 @@ def ablate(
         ),
     ],
     layer: Annotated[
-        list[int] | None, typer.Option(help="Try this layer's experts only; may be repeated.")
+        list[int] | None,
+        typer.Option(help="Try this layer's experts only, by its tensors' number (from 0)."),
     ] = None,
     force: Annotated[
         bool, typer.Option("--force", help="Send every token to the expert instead.")

@@ -81,7 +81,7 @@ def _draw_layer(
     lows = [low for by_layer in found.low for low in by_layer[position]]
     most = max(1e-12, *(max(row) for row in costs.values()))
     title = labels.layer.format(
-        layer=found.layers[position],
+        layer=found.layers[position] + 1,
         most=most,
         certain=sum(low > 0 for low in lows),
         all=len(lows),
@@ -102,7 +102,7 @@ def _draw_missed(
     places.sort(key=lambda place: -found.cost[domain][place[0]][place[1]])
     for number, (position, expert) in enumerate(places[:MISSED]):
         told = labels.expert.format(
-            layer=found.layers[position],
+            layer=found.layers[position] + 1,
             expert=expert,
             cost=found.cost[domain][position][expert],
             low=found.low[domain][position][expert],

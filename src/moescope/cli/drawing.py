@@ -148,7 +148,8 @@ def _draw_paths(trace: Trace, labels: Labels, console: Console, width: int) -> N
     table = Table(box=None, padding=(0, 1, 0, 0), show_edge=False)
     table.add_column(labels.token, no_wrap=True, max_width=13, min_width=8)
     for at, _ in shown:
-        table.add_column(labels.column.format(at=at), justify="right", no_wrap=True, min_width=3)
+        name = labels.column.format(at=at + 1)
+        table.add_column(name, justify="right", no_wrap=True, min_width=3)
     table.add_column(labels.parameters, justify="right", no_wrap=True, min_width=6)
     table.add_column(labels.shared, justify="right", no_wrap=True, min_width=4)
     table.add_column(labels.next_token, no_wrap=True, overflow="ellipsis", ratio=1)
@@ -177,7 +178,7 @@ def _draw_load(trace: Trace, labels: Labels, console: Console, width: int, block
     for at, router in routed:
         load = router.load
         most = max(load)
-        line = Text(f"{labels.layer} {at:<3}".ljust(8 - cell_len(labels.layer) + len(labels.layer)))
+        line = Text(_head(at, labels))
         for start in range(0, experts, columns):
             if start:
                 line.append("\n" + " " * 8)
@@ -191,6 +192,12 @@ def _draw_load(trace: Trace, labels: Labels, console: Console, width: int, block
         console.print(Text(" " * 8 + told, style="dim"), width=width)
 
 
+def _head(at: int, labels: Labels) -> str:
+    """What a layer's line begins with, eight columns; people count layers from 1."""
+    width = 8 - cell_len(labels.layer) + len(labels.layer)
+    return f"{labels.layer} {at + 1:<3}".ljust(width)
+
+
 def _draw_parts(trace: Trace, labels: Labels, console: Console, width: int) -> None:
     """What layers have beside attention to all tokens and learned choices, a line each."""
     told = [(at, _parts(layer, labels)) for at, layer in enumerate(trace.layers)]
@@ -200,10 +207,7 @@ def _draw_parts(trace: Trace, labels: Labels, console: Console, width: int) -> N
     console.print(Text(labels.parts, style="bold"), width=width)
     for at, parts in told:
         for number, part in enumerate(parts):
-            head = f"{labels.layer} {at:<3}" if not number else ""
-            line = Text(
-                head.ljust(8 - cell_len(labels.layer) + len(labels.layer)) if head else " " * 8
-            )
+            line = Text(" " * 8 if number else _head(at, labels))
             line.append(part)
             console.print(line, width=width)
 
@@ -232,7 +236,7 @@ def _draw_lens(trace: Trace, labels: Labels, console: Console, width: int) -> No
     console.print()
     console.print(Text(title, style="bold"), width=width)
     for at, layer in enumerate(trace.layers):
-        line = Text(f"{labels.layer} {at:<3}".ljust(8 - cell_len(labels.layer) + len(labels.layer)))
+        line = Text(_head(at, labels))
         line.append(_guess(layer.guesses[place]))
         line.truncate(width, overflow="ellipsis")
         console.print(line, width=width, no_wrap=True)

@@ -90,7 +90,8 @@ def draw_cards(found: Specialization, console: Console) -> None:
     console.print(Text(labels.cards, style="bold"), width=width)
     for layer, cards in zip(found.layers, cards_of(found), strict=True):
         console.print()
-        console.print(Text(labels.card_layer.format(layer=layer), style="bold"), width=width)
+        title = labels.card_layer.format(layer=layer + 1)
+        console.print(Text(title, style="bold"), width=width)
         for expert, card in enumerate(cards):
             name = (card.zh if labels is CHINESE else card.en) or ""
             domain = f"{found.domains[card.domain]} {card.domain_share:.0%}"
@@ -110,7 +111,7 @@ def _draw_layer(
     width: int,
 ) -> None:
     title = labels.layer.format(
-        layer=found.layers[position],
+        layer=found.layers[position] + 1,
         bits=found.mutual_information[position],
         error=found.mutual_information_error[position],
         most=math.log2(len(found.domains)),
@@ -140,7 +141,7 @@ def _draw_devoted(
     for number, (position, expert) in enumerate(best):
         line = Text(named("" if number else found.domains[domain]))
         told = labels.expert.format(
-            layer=found.layers[position], expert=expert, share=devotion[position, expert]
+            layer=found.layers[position] + 1, expert=expert, share=devotion[position, expert]
         )
         line.append(told + " " * max(1, 26 - cell_len(told)), style="dim")
         line.append("  ".join(visible(token.text) for token in found.typical[position][expert]))

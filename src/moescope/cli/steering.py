@@ -12,11 +12,13 @@ if TYPE_CHECKING:
 NumExpertsPerTok = Annotated[int | None, typer.Option(help="Experts that a token visits.")]
 DisableExpert = Annotated[
     list[str] | None,
-    typer.Option(metavar="LAYER:ID", help="Switch an expert off; may be given again."),
+    typer.Option(
+        metavar="LAYER:ID", help="Switch an expert off, by its tensors' numbers; may be repeated."
+    ),
 ]
 ForceExpert = Annotated[
     list[str] | None,
-    typer.Option(metavar="LAYER:ID", help="Send every token to an expert; may be given again."),
+    typer.Option(metavar="LAYER:ID", help="Send every token to an expert; may be repeated."),
 ]
 RouterRule = Annotated[
     str | None, typer.Option(help="Choose by softmax, sigmoid, relu or a random map instead.")

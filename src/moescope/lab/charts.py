@@ -100,7 +100,7 @@ def expert_maps(
         axis.set_yticks(range(len(domains)), domains, fontsize=7)
         numbers = [str(expert) for expert in order] if len(order) <= MOST_NUMBERS else []
         axis.set_xticks(range(len(numbers)), numbers, fontsize=6, rotation=90)
-        axis.set_title(words.layer.format(layer=layer), fontsize=8, loc="left")
+        axis.set_title(words.layer.format(layer=layer + 1), fontsize=8, loc="left")
         axis.tick_params(length=0)
     axes[-1].set_xlabel(words.expert)
     assert picture is not None
@@ -115,7 +115,7 @@ def layer_bars(
 ) -> Figure:
     """Draw a bar for each layer; a panel is a title, an axis label, heights, and errors."""
     made, axes = figure(1, len(panels), 2.4)
-    names = [words.layer.format(layer=layer) for layer in layers]
+    names = [words.layer.format(layer=layer + 1) for layer in layers]
     for axis, (title, label, heights, errors) in zip(axes, panels, strict=True):
         axis.bar(names, heights, yerr=errors, color="#56B4E9", edgecolor="black", capsize=3)
         axis.set_title(title, fontsize=9)

@@ -250,13 +250,13 @@ def _specialization(file: str, found: Specialization, words: Words) -> Section:
         tokens=sum(found.tokens),
         documents=sum(found.documents),
         domains=len(found.domains),
-        best=found.layers[best],
+        best=found.layers[best] + 1,
         bits=found.mutual_information[best],
         most=math.log2(len(found.domains)),
         first=found.token_share[0],
         last=found.token_share[-1],
-        first_layer=found.layers[0],
-        last_layer=found.layers[-1],
+        first_layer=found.layers[0] + 1,
+        last_layer=found.layers[-1] + 1,
     )
     even = load * load.shape[-1]
     information = (
@@ -293,7 +293,7 @@ def _devoted(found: Specialization, load: Floats, words: Words) -> Table:
         order = np.argsort(-devotion[domain], axis=None)[:DEVOTED]
         for position, expert in zip(*np.unravel_index(order, devotion[domain].shape), strict=True):
             typical = "  ".join(_spelled(token.text) for token in found.typical[position][expert])
-            layer = words.layer.format(layer=found.layers[position])
+            layer = words.layer.format(layer=found.layers[position] + 1)
             share = f"{devotion[domain, position, expert]:.0%}"
             rows.append([name, f"{layer}, {words.expert} {expert}", share, typical])
     return Table(words.devoted, [words.domain, words.expert, words.share, words.typical], rows)
@@ -321,7 +321,7 @@ def _ablation(file: str, found: Ablation, words: Words) -> Section:
         order = np.argsort(-cost[domain], axis=None)[:DEVOTED]
         for position, expert in zip(*np.unravel_index(order, cost[domain].shape), strict=True):
             at = (domain, position, expert)
-            layer = words.layer.format(layer=found.layers[position])
+            layer = words.layer.format(layer=found.layers[position] + 1)
             rows.append(
                 [
                     name,
