@@ -309,6 +309,14 @@ def test_mistakes_are_sentences(model: Model, changes: dict[str, Any], sentence:
         steered(model.network, Steering(**changes))
 
 
+def test_a_steered_model_is_steered_anew_from_the_plain_one(model: Model) -> None:
+    off = model.steer(disabled={(1, 0)})
+    with pytest.raises(UserError, match="steered already; name all changes at once"):
+        steered(off.network, Steering(num_experts_per_tok=1))
+    both = moe_layers(off.steer(num_experts_per_tok=1).network)[1].gate
+    assert isinstance(both, SteeredRouter) and both.disabled[0] and both.top_k == 1
+
+
 def test_a_dense_model_has_no_router_to_change(model: Model) -> None:
     dense = CausalLM(model.config.model_copy(update={"n_routed_experts": None}))
     assert not any(isinstance(module, MoE) for module in dense.modules())

@@ -132,7 +132,7 @@ def steered(model: CausalLM, steering: Steering) -> CausalLM:
 
     Raises:
         UserError: the model has no routed experts, no such layer or expert, not so many experts,
-            or a layer would be left without any.
+            a layer would be left without any, or the model is steered already.
     """
     if steering.changes_nothing:
         return model
@@ -157,6 +157,8 @@ def steered_gates(model: CausalLM, steering: Steering) -> "dict[int, SteeredRout
         UserError: as for `steered`.
     """
     gates = {layer_idx: moe.gate for layer_idx, moe in moe_layers(model).items()}
+    if any(isinstance(gate, SteeredRouter) for gate in gates.values()):
+        raise UserError("the model is steered already; name all changes at once")
     _check(steering, model.config, gates)
     changed = [i for i in gates if not steering.in_layer(i).changes_nothing]
     return {i: SteeredRouter(model.config, gates[i], i, steering) for i in changed}
