@@ -8,7 +8,7 @@ from typing import Any
 
 from moescope.engine.sequence import PromptLogprob, Token
 from moescope.server.chats import Step
-from moescope.server.expert_answers import experts_told
+from moescope.server.expert_answers import experts_told, prompt_experts
 from moescope.server.openai_schema import ChatRequest, CompletionRequest
 from moescope.text.answers.pieces import Arguments, Call, Content, Thought
 from moescope.text.tokenizer import StreamDecoder, Tokenizer
@@ -108,8 +108,7 @@ class CompletionForm:
         """The experts of the prompt, told once; those of several stand with their choices."""
         if len(self._prompts) > 1:
             return {}
-        _, prompt = experts_told(self._asked, [token for token in tokens if token.row == 0])
-        return {} if prompt is None else {"prompt_routed_experts": prompt}
+        return prompt_experts(self._asked, [token for token in tokens if token.row == 0])
 
     def _counted(self, usage: Json) -> Json:
         if self._asked.max_tokens != 0:
@@ -136,10 +135,9 @@ class CompletionForm:
         if asked.prompt_logprobs is not None and known is not None:
             top = asked.prompt_logprobs
             choice["prompt_logprobs"] = prompt_logprobs(self._tokenizer, known, top)
-        experts, prompt = experts_told(asked, tokens)
-        if prompt is not None and len(self._prompts) > 1:
-            choice["prompt_routed_experts"] = prompt
-        return choice | experts
+        if len(self._prompts) > 1:
+            choice |= prompt_experts(asked, tokens)
+        return choice | experts_told(asked, tokens)
 
     def _echo(
         self, row: int, known: Sequence[PromptLogprob | None] | None, told: "_Told | None"
@@ -228,7 +226,7 @@ class ChatForm:
                     "finish_reason": own[-1].finish_reason if own else "length",
                     "message": message,
                     "logprobs": {"content": known} if self._tells_logprobs else None,
-                    **experts_told(self._asked, [step.token for step in own])[0],
+                    **experts_told(self._asked, [step.token for step in own]),
                 }
             )
         told = self._head | {"object": "chat.completion", "choices": choices, "usage": usage}
@@ -250,7 +248,7 @@ class ChatForm:
         known = None
         if self._tells_logprobs:
             known = {"content": [] if step.is_end else [self._known(step.token)]}
-        experts, _ = experts_told(self._asked, [step.token])
+        experts = experts_told(self._asked, [step.token])
         if known or experts:
             deltas = deltas or [{}]
         told = [
@@ -270,8 +268,7 @@ class ChatForm:
 
     def _prompt_experts(self, tokens: Sequence[Token]) -> Json:
         """The experts of the conversation, told once."""
-        _, prompt = experts_told(self._asked, [token for token in tokens if token.row == 0])
-        return {} if prompt is None else {"prompt_routed_experts": prompt}
+        return prompt_experts(self._asked, [token for token in tokens if token.row == 0])
 
     def _delta(self, row: int, piece: Any) -> Json:
         if isinstance(piece, Thought):

@@ -75,7 +75,8 @@ class Texts:
             UserError: they cannot be continued so, or too much is asked for.
         """
         refuse_too_much(thread.engine.model.config, prompts, params)
-        await asyncio.to_thread(thread.engine.steerings.of, params[0].steering)
+        if params[0].steering is not None:
+            await asyncio.to_thread(thread.engine.steerings.of, params[0].steering)
         return cls(thread, metrics, arrived, prompts, params)
 
     @property
