@@ -54,9 +54,25 @@ void quantize(const float* x, int64_t columns, int64_t padded, int64_t group,
   }
 }
 
-MOESCOPE_INLINE inline __m512 bytes_at(const uint8_t* from) {
-  const __m128i bytes = _mm_loadu_si128(reinterpret_cast<const __m128i*>(from));
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(bytes));
+MOESCOPE_INLINE inline __m512i bytes_at(const uint8_t* from) {
+  return _mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+}
+
+struct Twice {
+  alignas(64) uint8_t at[64] = {};
+  constexpr Twice() {
+    for (int i = 0; i < 16; ++i) {
+      at[4 * i] = at[4 * i + 2] = static_cast<uint8_t>(i);
+      at[4 * i + 1] = at[4 * i + 3] = 0x80;
+    }
+  }
+};
+constexpr Twice kTwice;
+
+// Each byte in both halves of an integer.
+MOESCOPE_INLINE inline __m512i bytes_twice_at(const uint8_t* from) {
+  const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  return _mm512_shuffle_epi8(all, _mm512_load_si512(kTwice.at));
 }
 
 // Where M rows x P panels of sums start: as if no zero point had been stored with the weights.
@@ -118,6 +134,20 @@ MOESCOPE_INLINE inline void fetch(const uint8_t* ahead, int64_t offset, int64_t 
     if (index >= half) _mm_prefetch(ahead + offset + index * 64, _MM_HINT_T1);
 }
 
+// Fetches N lines of `count` from line `index` on.
+template <Fetch F, int N>
+MOESCOPE_INLINE inline void fetch_lines(const uint8_t* ahead, int64_t index, int64_t count) {
+  if constexpr (F == Fetch::all) {
+    const char* from = reinterpret_cast<const char*>(ahead) + index * 64;
+    if (fetches_past_caches)
+      each<N>([&](auto n) MOESCOPE_INLINE { _mm_prefetch(from + n * 64, _MM_HINT_NTA); });
+    else
+      each<N>([&](auto n) MOESCOPE_INLINE { _mm_prefetch(from + n * 64, _MM_HINT_T1); });
+  } else {
+    each<N>([&](auto n) MOESCOPE_INLINE { fetch<F>(ahead, 0, index + n, count); });
+  }
+}
+
 // Sums of M rows x P panels: kept in registers for a single row, else in `out`, for want of them.
 template <int M, int P>
 struct Sums {
@@ -135,16 +165,6 @@ struct Sums {
     } else {
       float* to = out + m * kTile + p * kPanel;
       _mm512_storeu_ps(to, _mm512_fmadd_ps(scale, numbers, _mm512_loadu_ps(to)));
-    }
-  }
-  MOESCOPE_INLINE void add(int m, int p, __m512 scale, __m512i dots, __m512 minimum, __m512 sum) {
-    const __m512 numbers = _mm512_cvtepi32_ps(dots);
-    if constexpr (M == 1) {
-      single[p] = _mm512_fmadd_ps(scale, numbers, _mm512_fnmadd_ps(minimum, sum, single[p]));
-    } else {
-      float* to = out + m * kTile + p * kPanel;
-      const __m512 held = _mm512_fnmadd_ps(minimum, sum, _mm512_loadu_ps(to));
-      _mm512_storeu_ps(to, _mm512_fmadd_ps(scale, numbers, held));
     }
   }
   MOESCOPE_INLINE void finish() {
@@ -188,41 +208,57 @@ template <Fetch F, int M, int P>
 MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, const int64_t* row,
                                      int64_t first, int64_t last, int64_t distance, float* out) {
   constexpr int64_t kChunkBytes = P * kPanel * (kChunk / 2 + 2);
-  const __m512i low = _mm512_set1_epi8(15);
+  // High nibbles stay where they are and count sixteen times as much, in sums of their own, where
+  // registers suffice for those.
+  constexpr bool kApart = M == 1;
+  const __m512i low = _mm512_set1_epi8(0x0f), high = _mm512_set1_epi8(static_cast<char>(0xf0));
   const int8_t* x[M];
   each<M>([&](auto m) MOESCOPE_INLINE { x[m] = a.values + row[m] * a.columns; });
   Sums<M, P> sums(out);
   for (int64_t g = first; g < last; ++g) {
     const uint8_t* chunk = tile.weights + g * kChunkBytes;
     const uint8_t* ahead = F != Fetch::none ? ahead_of(tile, chunk, distance) : nullptr;
-    for (int64_t line = P * 4; line * 64 < kChunkBytes; ++line) fetch<F>(ahead, 0, line, P * 4);
-    __m512i dots[M][P];
+    fetch_lines<F, (kChunkBytes + 63) / 64 - P * 4>(ahead, P * 4, P * 4);
+    __m512i dots[M][P], high_dots[M][P];
     each<M>([&](auto m) MOESCOPE_INLINE {
-      each<P>([&](auto p) MOESCOPE_INLINE { dots[m][p] = _mm512_setzero_si512(); });
+      each<P>([&](auto p) MOESCOPE_INLINE {
+        dots[m][p] = high_dots[m][p] = _mm512_setzero_si512();
+      });
     });
     for (int step = 0; step < 4; ++step) {
+      fetch_lines<F, P>(ahead, step * P, P * 4);
       const uint8_t* nibbles = chunk + step * P * 64;
       __m512i panel[P];
       each<P>([&](auto p) MOESCOPE_INLINE {
-        fetch<F>(ahead, step * P * 64, p, P);
         panel[p] = _mm512_and_si512(_mm512_loadu_si512(nibbles + p * 64), low);
       });
       multiply_step(dots, panel, x, g * kChunk + step * 4);
       each<P>([&](auto p) MOESCOPE_INLINE {
-        const __m512i high = _mm512_srli_epi16(_mm512_loadu_si512(nibbles + p * 64), 4);
-        panel[p] = _mm512_and_si512(high, low);
+        const __m512i packed = _mm512_loadu_si512(nibbles + p * 64);
+        panel[p] = kApart ? _mm512_and_si512(packed, high)
+                          : _mm512_and_si512(_mm512_srli_epi16(packed, 4), low);
       });
-      multiply_step(dots, panel, x, g * kChunk + step * 4 + 16);
+      multiply_step(kApart ? high_dots : dots, panel, x, g * kChunk + step * 4 + 16);
     }
     each<P>([&](auto p) MOESCOPE_INLINE {
-      const __m512 scale = bytes_at(chunk + P * 256 + p * kPanel);
-      const __m512 minimum = bytes_at(chunk + P * (256 + kPanel) + p * kPanel);
+      const uint8_t* scales = chunk + P * 256 + p * kPanel;
+      const __m512i scale = kApart ? bytes_twice_at(scales) : bytes_at(scales);
+      const __m512i minimum = bytes_at(scales + P * kPanel);
       each<M>([&](auto m) MOESCOPE_INLINE {
         const int64_t group = row[m] * a.groups + g;
-        const float size = a.scales[group];
-        const float sum = size * static_cast<float>(kInt4Minimum * a.sums[group]);
-        sums.add(m, p, _mm512_mul_ps(scale, _mm512_set1_ps(size)), dots[m][p], minimum,
-                 _mm512_set1_ps(sum));
+        // What both multiply fits 16 bits, so this is their product.
+        const __m512i taken =
+            _mm512_madd_epi16(minimum, _mm512_set1_epi32(-kInt4Minimum * a.sums[group]));
+        __m512i total;
+        if constexpr (kApart) {
+          // 16 products of 4 and 8 bits fit 16 bits.
+          const __m512i both = _mm512_mask_mov_epi16(
+              _mm512_slli_epi32(high_dots[m][p], 12), 0x55555555, dots[m][p]);
+          total = _mm512_dpwssd_epi32(taken, both, scale);
+        } else {
+          total = _mm512_add_epi32(taken, _mm512_mullo_epi32(scale, dots[m][p]));
+        }
+        sums.add(m, p, _mm512_set1_ps(a.scales[group]), total);
       });
     });
   }
