@@ -160,18 +160,6 @@ void FeedForwardBlock::forward(float* x, const int64_t* ids, int64_t tokens,
   layer->forward(normed, tokens, chosen.ids, chosen.weights, chosen.slots, x, residual_multiplier);
 }
 
-void Embedding::read(int64_t row, float* out) const {
-  if (!bf16) {
-    std::copy_n(static_cast<const float*>(data) + row * width, width, out);
-    return;
-  }
-  const uint16_t* from = static_cast<const uint16_t*>(data) + row * width;
-  for (int64_t i = 0; i < width; ++i) {
-    const uint32_t bits = static_cast<uint32_t>(from[i]) << 16;
-    std::memcpy(out + i, &bits, sizeof bits);
-  }
-}
-
 void Rotation::at(int64_t position, float* cosine, float* sine) const {
   for (size_t i = 0; i < frequencies.size(); ++i) {
     const float angle = static_cast<float>(position) * frequencies[i];
@@ -187,6 +175,7 @@ void Decoder::forward(const int64_t* ids, const int64_t* positions, int64_t rows
   static thread_local std::vector<float> caller_cosine, caller_sine, caller_weights;
   static thread_local std::vector<int64_t> caller_ids;
   const int64_t count = starts[rows], half = static_cast<int64_t>(rotation.frequencies.size());
+  const int64_t width = embedding->columns();
   grow(caller_cosine, count * half);
   grow(caller_sine, count * half);
   float *cosine = caller_cosine.data(), *sine = caller_sine.data();
@@ -196,10 +185,10 @@ void Decoder::forward(const int64_t* ids, const int64_t* positions, int64_t rows
   const Tokens tokens{rows, singles, starts, row_of.data(), positions, cosine, sine};
   parallel_rows(count, [&](int64_t first, int64_t last) {
     for (int64_t token = first; token < last; ++token) {
-      float* row = out + token * embedding.width;
-      embedding.read(ids[token], row);
+      float* row = out + token * width;
+      embedding->take_row(ids[token], row);
       if (embedding_multiplier != 1)
-        for (int64_t i = 0; i < embedding.width; ++i) row[i] *= embedding_multiplier;
+        for (int64_t i = 0; i < width; ++i) row[i] *= embedding_multiplier;
       rotation.at(positions[token], cosine + token * half, sine + token * half);
     }
   });

@@ -105,11 +105,6 @@ uint64_t checksum_of(const Bytes& data) {
   return checksum(data.data(), data.size());
 }
 
-uint64_t read_bytes(int descriptor, uint64_t offset, const MutableBytes& out) {
-  nb::gil_scoped_release unlocked;
-  return read_file(descriptor, offset, out.data(), out.size());
-}
-
 std::pair<SharedWeights, uint64_t> read_weights(int descriptor, uint64_t offset, uint64_t bytes,
                                                 const std::string& format, int64_t matrices,
                                                 int64_t outputs, int64_t columns) {
@@ -160,6 +155,19 @@ void apply_linear(const Weights& weights, const Floats<2>& x,
           "x, bias or out do not fit the weights");
   nb::gil_scoped_release unlocked;
   linear(weights, x.data(), rows, bias ? bias->data() : nullptr, out.data());
+}
+
+void take_rows(const Weights& weights, const Ids<1>& ids, const Output<2>& out) {
+  require(weights.matrices() == 1 &&
+              has_shape(out, {static_cast<int64_t>(ids.shape(0)), weights.columns()}),
+          "out does not fit the weights");
+  for (size_t at = 0; at < ids.shape(0); ++at)
+    require(ids.data()[at] >= 0 && ids.data()[at] < weights.outputs(), "there is no such row");
+  nb::gil_scoped_release unlocked;
+  parallel_rows(static_cast<int64_t>(ids.shape(0)), [&](int64_t first, int64_t last) {
+    for (int64_t at = first; at < last; ++at)
+      weights.take_row(ids.data()[at], out.data() + at * weights.columns());
+  });
 }
 
 // Weights never change, so that a copy of a network shares them.
@@ -339,7 +347,7 @@ std::shared_ptr<GroupedAttention> make_grouped_attention(
 }
 
 std::shared_ptr<Decoder> make_decoder(
-    const nb::ndarray<nb::ro, nb::ndim<2>, nb::c_contig, nb::device::cpu>& embedding,
+    const SharedWeights& embedding,
     const std::vector<std::shared_ptr<Attention>>& attention,
     const std::vector<std::shared_ptr<FeedForwardBlock>>& feed_forward, const Floats<1>& frequencies,
     float rotation_factor, float embedding_multiplier) {
@@ -354,16 +362,12 @@ std::shared_ptr<Decoder> make_decoder(
   require(has_shape(frequencies, {first.rotated_width() / 2}), "the rotation does not fit the layers");
   for (const auto& block : feed_forward)
     require(!block->router || block->router->table.ids.empty() ||
-                block->router->table.vocab >= static_cast<int64_t>(embedding.shape(0)),
+                block->router->table.vocab >= embedding->outputs(),
             "a hash router's table does not have the whole vocabulary");
-  const bool bf16 = embedding.dtype().code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat);
-  require((bf16 || embedding.dtype() == nb::dtype<float>()) &&
-              static_cast<int64_t>(embedding.shape(1)) == first.input_norm.width(),
+  require(embedding->matrices() == 1 && embedding->columns() == first.input_norm.width(),
           "the embedding does not fit the layers");
-  const Embedding rows{embedding.data(), bf16, static_cast<int64_t>(embedding.shape(0)),
-                       static_cast<int64_t>(embedding.shape(1))};
   return std::make_shared<Decoder>(
-      Decoder{rows,
+      Decoder{embedding,
               embedding_multiplier,
               {{frequencies.data(), frequencies.data() + frequencies.size()}, rotation_factor},
               {attention.begin(), attention.end()},
@@ -423,7 +427,7 @@ void apply_decoder(const Decoder& decoder, const Ids<1>& ids, const Ids<1>& posi
                    const std::optional<Output<3>>& topk_weights,
                    const std::optional<Output<3>>& topk_scores, const Output<2>& out) {
   const int64_t count = ids.shape(0), rows = table.shape(0), width = table.shape(1);
-  require(has_shape(out, {count, decoder.embedding.width}) && has_shape(positions, {count}) &&
+  require(has_shape(out, {count, decoder.embedding->columns()}) && has_shape(positions, {count}) &&
               has_shape(starts, {rows + 1}) && count > 0 && singles >= 0 && singles <= rows &&
               cache.keys.size() == decoder.attention.size(),
           "ids, positions, starts, table, cache or out do not fit the network");
@@ -444,7 +448,7 @@ void apply_decoder(const Decoder& decoder, const Ids<1>& ids, const Ids<1>& posi
     require(table.data()[entry] >= 0 && table.data()[entry] < cache.blocks,
             "a row names a block that there is not");
   for (int64_t token = 0; token < count; ++token)
-    require(ids.data()[token] >= 0 && ids.data()[token] < decoder.embedding.rows,
+    require(ids.data()[token] >= 0 && ids.data()[token] < decoder.embedding->outputs(),
             "an id is not in the vocabulary");
   const Steering steering = steering_of(decoder, sets, set_of_row, rows);
   const int64_t slots = decoder.most_slots(steering), sparse = decoder.sparse_layers();
@@ -606,6 +610,7 @@ NB_MODULE(_native, m) {
 
   nb::class_<Weights>(m, "Weights")
       .def_prop_ro("matrix_bytes", &Weights::matrix_bytes)
+      .def("rows", &take_rows, "ids"_a, "out"_a)
       .def("put", &Weights::put, "matrix"_a, "one"_a)
       .def_prop_ro("stored", &stored_bytes)
       .def("__deepcopy__", &same)
@@ -617,7 +622,6 @@ NB_MODULE(_native, m) {
   m.def("empty_weights", &empty_weights, "format"_a, "matrices"_a, "outputs"_a, "columns"_a);
   m.def("layout", &Weights::layout);
   m.def("checksum", &checksum_of, "data"_a);
-  m.def("read_bytes", &read_bytes, "descriptor"_a, "offset"_a, "out"_a);
   m.def("read_weights", &read_weights, "descriptor"_a, "offset"_a, "bytes"_a, "format"_a,
         "matrices"_a, "outputs"_a, "columns"_a);
   m.def("stream_weights", &stream_weights, "descriptor"_a, "offset"_a, "bytes"_a, "format"_a,

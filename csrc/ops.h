@@ -289,14 +289,6 @@ struct Steering {
   std::vector<int64_t> set_of_row;  // (rows,): the place of a row's own in `sets`, or -1
 };
 
-// Rows of float32 or bf16 numbers.
-struct Embedding {
-  const void* data;
-  bool bf16;
-  int64_t rows, width;
-  void read(int64_t row, float* out) const;
-};
-
 // Angles of rotary positions (Su et al. 2021, eq. 15).
 struct Rotation {
   std::vector<float> frequencies;  // (rotated width / 2,)
@@ -306,15 +298,15 @@ struct Rotation {
 
 // Everything below the output head in one call.
 struct Decoder {
-  Embedding embedding;
+  std::shared_ptr<const Weights> embedding;  // one matrix, a row a token id
   float embedding_multiplier;
   Rotation rotation;
   std::vector<std::shared_ptr<const Attention>> attention;
   std::vector<std::shared_ptr<const FeedForwardBlock>> feed_forward;
-  // ids and positions (tokens,), ids below embedding.rows; out (tokens, hidden) is what the last layer
-  // hands on. `starts` and `singles` are as in `Tokens`, `table` (rows, table_width) as in `Slots`.
-  // `keys` and `values` have one entry a layer. `chosen`, (layers with routers, tokens, slots), gets what
-  // was chosen, unless its `ids` are null; its slots are no fewer than any router's top_k.
+  // ids and positions (tokens,), ids below the embedding's outputs; out (tokens, hidden) is what the
+  // last layer hands on. `starts` and `singles` are as in `Tokens`, `table` (rows, table_width) as in
+  // `Slots`. `keys` and `values` have one entry a layer. `chosen`, (layers with routers, tokens, slots),
+  // gets what was chosen, unless its `ids` are null; its slots are no fewer than any router's top_k.
   void forward(const int64_t* ids, const int64_t* positions, int64_t rows, int64_t singles,
                const int64_t* starts, const int64_t* table, int64_t table_width,
                const std::vector<Slots>& keys, const std::vector<Slots>& values,

@@ -274,6 +274,11 @@ void Weights::put(int64_t matrix, const Weights& one) {
               one.packed_.data() + matrix_bytes_, scales);
 }
 
+void Weights::take_row(int64_t output, float* out) const {
+  const Tile from = tile(0, output / kTile);
+  for (int64_t k = 0; k < columns_; ++k) out[k] = weight(from, output % kTile, k);
+}
+
 void Weights::unpack(float* out) const {
   parallel(matrices_ * tiles(), [&](int64_t task) {
     const int64_t matrix = task / tiles(), first = task % tiles() * kTile;

@@ -66,6 +66,8 @@ class Weights {
   // format or shape is another.
   void put(int64_t matrix, const Weights& one);
 
+  // One row of the first matrix as the kernels see it, (columns).
+  void take_row(int64_t output, float* out) const;
   // The weights as the kernels see them, (matrices, outputs, columns).
   void unpack(float* out) const;
 

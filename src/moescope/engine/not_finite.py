@@ -8,6 +8,7 @@ from torch import Tensor, nn
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM
 from moescope.model.recorder import Recorder
+from moescope.native.embedding import PackedEmbedding
 from moescope.native.experts import NativeExperts, NativeMLP
 from moescope.native.linear import PackedLinear, is_stand_in
 
@@ -81,6 +82,9 @@ def _packed_not_finite(name: str, module: nn.Module) -> Iterator[str] | None:
     """The same of packed weights, which tell by what they make of ones; None for others."""
     if isinstance(module, PackedLinear):
         made = module(torch.ones(1, module.in_features))
+        return iter([] if made.isfinite().all() else [f"{name}.weight"])
+    if isinstance(module, PackedEmbedding):
+        made = module.products(torch.ones(module.embedding_dim))
         return iter([] if made.isfinite().all() else [f"{name}.weight"])
     if isinstance(module, NativeMLP):
         made = module(torch.ones(1, module.gate_proj.in_features))

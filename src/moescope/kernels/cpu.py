@@ -193,10 +193,8 @@ def layout() -> str:
     return _native.layout()
 
 
-def stored_bytes(packed: Weights | Tensor) -> NDArray[np.uint8]:
-    """View all bytes of packed weights, or of a contiguous tensor."""
-    if isinstance(packed, Tensor):
-        return packed.detach().flatten().view(torch.uint8).numpy()
+def stored_bytes(packed: Weights) -> NDArray[np.uint8]:
+    """View all bytes of packed weights."""
     return packed.stored
 
 
@@ -287,13 +285,16 @@ def unsettled() -> int:
     return _native.unsettled()
 
 
-def read_tensor(descriptor: int, offset: int, out: Tensor) -> int:
-    """Fill a contiguous tensor from an open file; return the checksum of what came.
+def rows(weights: Weights, ids: Tensor, width: int) -> Tensor:
+    """Take rows `ids` `(...)` int64 out of one packed matrix: `(..., width)` float32.
 
     Raises:
-        RuntimeError: the file cannot be read or ends too early.
+        ValueError: there is no such row.
     """
-    return _native.read_bytes(descriptor, offset, stored_bytes(out))
+    flat = ids.flatten().contiguous()
+    out = torch.empty(len(flat), width)
+    weights.rows(to_dlpack(flat), to_dlpack(out))
+    return out.view(*ids.shape, width)
 
 
 def linear(weights: Weights, outputs: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -599,7 +600,7 @@ def feed_forward_block(
 
 
 def decoder(
-    embedding: Tensor,
+    embedding: Weights,
     attention: list[Attention],
     feed_forward: list[FeedForwardBlock],
     rotation: tuple[Tensor, float],
@@ -608,7 +609,7 @@ def decoder(
     """Join an embedding and all layers into one call for `run_decoder`.
 
     Args:
-        embedding: `(vocab, hidden)`, float32 or bfloat16; it is not copied: keep it as long.
+        embedding: `(vocab, hidden)`, packed.
         attention: of each layer.
         feed_forward: of each layer.
         rotation: frequencies `(rotated width / 2,)` of rotary positions, and the factor of
@@ -617,7 +618,7 @@ def decoder(
     """
     frequencies, factor = rotation
     return _native.decoder(
-        to_dlpack(embedding.detach()),
+        embedding,
         attention,
         feed_forward,
         to_dlpack(frequencies.float().contiguous()),

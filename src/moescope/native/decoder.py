@@ -14,6 +14,7 @@ from moescope.model.layer import DecoderLayer
 from moescope.model.moe import MoE
 from moescope.model.recorder import Recorder
 from moescope.model.routing import Router
+from moescope.native.embedding import PackedEmbedding
 from moescope.native.experts import NativeMLP, NativeMoE
 from moescope.native.grouped_attention import NativeGroupedAttention
 from moescope.native.latent_attention import NativeLatentAttention
@@ -160,7 +161,7 @@ class NativeDecoder(Decoder):
                 )
             )
         self.all_layers = cpu.decoder(
-            self.embed_tokens.weight,
+            cast(PackedEmbedding, self.embed_tokens).packed,
             self.attention,
             blocks,
             (self.rotary_emb.inv_freq, self.rotary_emb.attention_factor),

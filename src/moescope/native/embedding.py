@@ -1,19 +1,23 @@
 """The embedding of a network on the native kernels."""
 
-import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
+from moescope.kernels import cpu
+from moescope.native.linear import stand_in
 
-class WideEmbedding(nn.Embedding):
-    """An embedding in a narrow type whose rows are handed out in float32."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
-        rows, width = weight.shape
-        super().__init__(rows, width, _weight=weight)
-        narrow = weight.dtype in (torch.float32, torch.bfloat16)
-        self.weight = weight if narrow else nn.Parameter(weight.float(), requires_grad=False)
+class PackedEmbedding(nn.Embedding):
+    """An embedding whose rows are taken out of packed weights, which a tied head shares."""
+
+    def __init__(self, packed: "cpu.Weights", rows: int, width: int) -> None:
+        super().__init__(rows, width, device="meta")
+        self.weight = stand_in(rows, width)
+        self.packed = packed
 
     def forward(self, input: Tensor) -> Tensor:
         """Map ids to `(..., hidden)` float32."""
-        return F.embedding(input, self.weight).float()
+        return cpu.rows(self.packed, input, self.embedding_dim)
+
+    def products(self, vector: Tensor) -> Tensor:
+        """Multiply every row with a vector `(hidden,)`: `(rows,)`, as exactly as the head does."""
+        return cpu.linear(self.packed, self.num_embeddings, vector[None])[0]

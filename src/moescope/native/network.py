@@ -2,8 +2,8 @@
 
 The network's definition stays the one in `model/`: modules are replaced by ones of the same kind
 that hold packed weights and call `kernels.cpu`. Router, norms and scores stay float32; the
-embedding keeps its type. Without the extension, weights are rounded all the same, and PyTorch
-computes with them.
+embedding is never rounded, and a row is taken out of it when a token is looked up. Without the
+extension, weights are rounded all the same, and PyTorch computes with them.
 """
 
 from collections.abc import Callable, Iterator
@@ -24,7 +24,7 @@ from moescope.model.decoder import CausalLM
 from moescope.model.moe import MLP, GroupedExperts, MoE
 from moescope.model.norm import RMSNorm
 from moescope.native.decoder import NativeDecoder
-from moescope.native.embedding import WideEmbedding
+from moescope.native.embedding import PackedEmbedding
 from moescope.native.experts import NativeMLP, NativeMoE
 from moescope.native.grouped_attention import NativeGroupedAttention
 from moescope.native.latent_attention import NativeLatentAttention
@@ -72,7 +72,7 @@ class Packer:
         matrices = parameters.total - parameters.embedding
         share = 1.0 if experts else 1 - parameters.routed_experts / matrices
         if self.weight_format is None:
-            return int((stored or 0) * share + 4 * parameters.embedding)
+            return int((stored or 0) * share)
         bits = WEIGHT_FORMATS[self.weight_format].bits_per_weight
         return int(matrices * share * bits / 8 + 2 * parameters.embedding)
 
@@ -143,10 +143,10 @@ class Packer:
             read = WeightReader(tensor, expert)
         pack = partial(self._source.weights, weight_format=self.weight_format)
         pack_experts = partial(pack, of_experts=True)
-        embedding = read.tensor(EMBEDDING)
-        if model.model.norm.weight.dtype == torch.bfloat16:
-            embedding = embedding.bfloat16()
-        embedding = nn.Parameter(self._source.tensor(embedding), requires_grad=False)
+        table = read.matrix(EMBEDDING) if self.weight_format is None else read.tensor(EMBEDDING)
+        if isinstance(table, Tensor) and model.model.norm.weight.dtype == torch.bfloat16:
+            table = table.bfloat16()
+        embedding = self._source.weights(table, None)
         for layer_idx, layer in enumerate(model.model.layers):
             at = f"model.layers.{layer_idx}"
             attention, mlp = layer.self_attn, layer.mlp
@@ -163,12 +163,15 @@ class Packer:
             elif isinstance(mlp, MLP):
                 layer.mlp = NativeMLP(mlp, f"{at}.mlp", read, pack)
         tied = model.config.tie_word_embeddings
-        head = read.matrix(EMBEDDING if tied else "lm_head.weight")
         counts = head_importance(model)
-        model.lm_head = PackedLinear(head, None, partial(pack, importance=counts))
-        if tied:
-            model.lm_head.weight = embedding
-        model.model.embed_tokens = WideEmbedding(embedding)
+        if tied and self.weight_format is None:
+            model.lm_head = PackedLinear(table, None, lambda _: embedding)
+        else:
+            head = read.matrix(EMBEDDING if tied else "lm_head.weight")
+            model.lm_head = PackedLinear(head, None, partial(pack, importance=counts))
+        model.model.embed_tokens = PackedEmbedding(embedding, *table.shape)
+        if tied:  # they count once
+            model.lm_head.weight = model.model.embed_tokens.weight
         for name, module in list(model.named_modules()):
             if isinstance(module, RMSNorm):
                 parent, _, child = name.rpartition(".")

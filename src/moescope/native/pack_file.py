@@ -40,7 +40,6 @@ RESERVED_HEADER = 2**22
 """Where entries are written before all are known: two thousand layers' worth."""
 ALIGNMENT = 4096
 _PREFIX = len(MAGIC) + 8 + hashlib.sha256().digest_size
-_TENSORS = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 T = TypeVar("T")
 
@@ -76,10 +75,6 @@ class PackSource(Protocol):
         """
         ...
 
-    def tensor(self, tensor: Tensor) -> Tensor:
-        """Return a tensor that stays as it is."""
-        ...
-
 
 class Entry(BaseModel):
     """One matrix or tensor of a file; `offset` counts from where the header's page ends."""
@@ -108,7 +103,7 @@ class NewPack:
     from_file = False
 
     def __init__(self) -> None:
-        self._made: list[tuple[str, tuple[int, ...], Weights | Tensor]] = []
+        self._made: list[tuple[str, tuple[int, ...], Weights]] = []
 
     def weights(
         self,
@@ -122,11 +117,6 @@ class NewPack:
         kind, packed = _packed(matrices, weight_format, importance)
         self._made.append((kind, _shape(matrices), packed))
         return packed
-
-    def tensor(self, tensor: Tensor) -> Tensor:
-        """Return it."""
-        self._made.append((_name(tensor.dtype), tuple(tensor.shape), tensor))
-        return tensor
 
     @property
     def size(self) -> int:
@@ -220,18 +210,6 @@ class StoredPack:
             entry, lambda at: cpu.read_weights(self._fd, at, entry.size, entry.kind, shape)
         )
 
-    def tensor(self, tensor: Tensor) -> Tensor:
-        """Read the next entry, which must be a tensor of this shape; its type is the file's.
-
-        Raises:
-            StalePack: it is another, or damaged.
-        """
-        entry = self._next(_TENSORS, tuple(tensor.shape))
-        out = torch.empty(tensor.shape, dtype=_TENSORS[entry.kind])
-        if entry.size != out.nbytes:
-            raise StalePack("an entry's size is not that of its shape")
-        return self._checked(entry, lambda at: (out, cpu.read_tensor(self._fd, at, out)))
-
     def close(self) -> None:
         """Close the file and have its weights moved into memory.
 
@@ -293,11 +271,6 @@ class WrittenPack:
         kind, packed = _packed(matrices, weight_format, importance)
         self._write(kind, shape, cpu.stored_bytes(packed))
         return packed
-
-    def tensor(self, tensor: Tensor) -> Tensor:
-        """Write it and return it."""
-        self._write(_name(tensor.dtype), tuple(tensor.shape), cpu.stored_bytes(tensor))
-        return tensor
 
     def finish(self) -> None:
         """Write the header."""
@@ -425,10 +398,6 @@ def _one_by_one(stack: Stack, weight_format: str | None) -> "Iterator[tuple[str,
 def _shape(matrices: Matrices | Stack) -> tuple[int, int, int]:
     outputs, columns = matrices.shape[-2:]
     return matrices.shape[0] if len(matrices.shape) == 3 else 1, outputs, columns
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
 
 
 def _aligned(size: int) -> int:

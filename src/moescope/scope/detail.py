@@ -18,6 +18,7 @@ from moescope.model.layer import DecoderLayer
 from moescope.model.moe import MoE
 from moescope.model.recorder import Recorder
 from moescope.model.steering import SteeredRouter, Steering, moe_layers
+from moescope.native.embedding import PackedEmbedding
 from moescope.native.experts import NativeExperts
 from moescope.scope.recording import TraceRecorder, chosen
 from moescope.scope.steps import TokenStep, describe, legible
@@ -446,12 +447,15 @@ class Reading:
         ]
 
     def _neighbours(self, token_id: int) -> list[Neighbour]:
-        table = self.model.model.embed_tokens.weight  # (vocab, hidden)
+        table = self.model.model.embed_tokens  # (vocab, hidden)
+        own = table(torch.tensor(token_id, device=table.weight.device))  # (hidden,)
         # In the table's own type over all of it, then in float32 over the nearest: (vocab,)
-        roughly = (table @ table[token_id]).float() / _lengths(self.model.model.embed_tokens)
+        packed = isinstance(table, PackedEmbedding)
+        products = table.products(own) if packed else (table.weight @ own).float()
+        roughly = products / _lengths(table)
         roughly[token_id] = -torch.inf
         near = roughly.topk(min(4 * NEIGHBOURS, roughly.shape[0] - 1)).indices
-        similarity = F.cosine_similarity(table[near].float(), table[token_id].float()[None])
+        similarity = F.cosine_similarity(table(near).float(), own.float()[None])
         best = similarity.topk(min(NEIGHBOURS, len(near)))
         return [
             Neighbour(i, legible(self.tokenizer, i), cosine)
@@ -459,14 +463,16 @@ class Reading:
         ]
 
 
+ROWS_AT_A_TIME = 8192
 _known_lengths: WeakKeyDictionary[nn.Embedding, Tensor] = WeakKeyDictionary()
 
 
 def _lengths(embedding: nn.Embedding) -> Tensor:
     """Length of each token's vector, computed once: `(vocab,)` float32."""
     if embedding not in _known_lengths:
-        lengths = embedding.weight.norm(dim=-1, dtype=torch.float32)
-        _known_lengths[embedding] = lengths.clamp(min=1e-30)
+        ids = torch.arange(embedding.num_embeddings, device=embedding.weight.device)
+        parts = [embedding(some).float().norm(dim=-1) for some in ids.split(ROWS_AT_A_TIME)]
+        _known_lengths[embedding] = torch.cat(parts).clamp(min=1e-30)
     return _known_lengths[embedding]
 
 
