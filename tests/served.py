@@ -1,6 +1,7 @@
 """A real server process, and what is asked of it."""
 
 import json
+import os
 import signal
 import subprocess
 import sys
@@ -47,6 +48,7 @@ def process(
     """`moescope serve` over a model, its process and its port."""
     script = "from moescope.cli.main import main; main()"
     arguments = [sys.executable, "-c", script, "serve", str(model), "--port", "0", *options]
+    more.setdefault("env", {**os.environ, "OMP_NUM_THREADS": "1"})  # tests share the cores
     with (
         tempfile.TemporaryFile("w+") as errors,  # a pipe that nobody reads would fill up
         subprocess.Popen(

@@ -8,6 +8,7 @@ import sys
 import time
 import urllib.error
 import urllib.request
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -36,6 +37,25 @@ def test_who_sends_nothing_or_half_is_closed(home: Path) -> None:
         assert ask(port, "/health") == {"status": "ok"}
         server.send_signal(signal.SIGINT)
         assert server.wait(timeout=60) == 0 and said(server) == ""
+
+
+def test_it_answers_at_its_limit_of_open_files(home: Path) -> None:
+    resource = pytest.importorskip("resource", reason="no such limits here")
+
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (128, 128))
+
+    asked = {"prompt": "the moon", "max_tokens": 3, "temperature": 0}
+    with process(home, preexec_fn=limit) as (server, port):
+        alone = ask(port, "/v1/completions", asked)["choices"]
+        with ExitStack() as idle:
+            for number in range(300):
+                idle.enter_context(socket.create_connection(("127.0.0.1", port)))
+                if number % 50 == 49:
+                    assert ask(port, "/health") == {"status": "ok"}
+                    assert ask(port, "/v1/completions", asked)["choices"] == alone
+        assert ask(port, "/v1/completions", asked)["choices"] == alone
+        assert said(server) == ""
 
 
 def test_what_runs_may_end_in_the_time_of_grace(home: Path) -> None:

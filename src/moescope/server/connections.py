@@ -7,7 +7,9 @@ from typing import Any, cast
 from uvicorn.protocols.http.h11_impl import H11Protocol
 
 SPARE_FILES = 64
-"""Files that connections leave to others."""
+"""Files that connections leave to others, and to those that are about to be closed."""
+ACCEPTED_AT_ONCE = 8
+"""Connections that are accepted before the first is looked at: in a burst those need files, too."""
 
 
 def raise_file_limit() -> None:
@@ -68,7 +70,8 @@ def impatient(patience: float) -> type[H11Protocol]:
             super().connection_lost(exc)
 
         def abort(self) -> None:
-            """Close at once."""
+            """Close at once; of those that rest, it is none any more."""
+            self._work()
             self.transport.abort()
 
         def _rest(self) -> None:

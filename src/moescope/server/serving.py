@@ -23,7 +23,7 @@ from moescope.kernels import cpu
 from moescope.machine import memory
 from moescope.server.apis import Access, create_api
 from moescope.server.app import create_app
-from moescope.server.connections import impatient, raise_file_limit
+from moescope.server.connections import ACCEPTED_AT_ONCE, impatient, raise_file_limit
 from moescope.server.model_thread import ModelThread
 from moescope.server.requests import PATIENCE
 from moescope.server.studio import Studio
@@ -33,6 +33,8 @@ CACHE_SHARE = 0.5
 """Of the memory that is free once the model is loaded, what the slots of all caches may take; more
 is left for slots ahead of need and for what is held twice while it moves.
 """
+MAX_QUEUED = 128
+"""Connections that may wait to be accepted."""
 SECONDS_TO_SAY_GOODBYE = 5
 """How long open streams may delay the end."""
 
@@ -138,6 +140,7 @@ def _run(
         proxy_headers=False,
         log_level="warning",
         access_log=False,
+        backlog=ACCEPTED_AT_ONCE,
         timeout_graceful_shutdown=SECONDS_TO_SAY_GOODBYE,
     )
     with listener, suppress(KeyboardInterrupt):
@@ -156,6 +159,12 @@ class _Server(uvicorn.Server):
         super().__init__(config)
         self._app_state, self._grace, self._close = app.state, grace, close
         self._ends_at: float | None = None
+
+    async def startup(self, sockets: list[socket.socket] | None = None) -> None:
+        """Begin to answer; more may queue than asyncio accepts before it looks at any."""
+        await super().startup(sockets)
+        for listener in sockets or ():
+            listener.listen(MAX_QUEUED)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
         """Begin to end; at once where asked again."""
@@ -195,7 +204,7 @@ def listen(host: str, port: int, tries: int | None = None) -> socket.socket:
         listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
             listener.bind((host, candidate))
-            listener.listen(128)
+            listener.listen(MAX_QUEUED)
         except PermissionError as error:
             listener.close()
             raise UserError(
