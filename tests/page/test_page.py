@@ -282,9 +282,12 @@ def tab_to(page, testid: str) -> None:
 
 
 @pytest.mark.parametrize("language", LANGUAGES)
-@pytest.mark.parametrize("theme", ["light", "dark"])
-def test_axe_finds_nothing_serious(open_page, axe: str, language: str, theme: str) -> None:
-    page = open_page(f"lang={language}", color_scheme=theme, bypass_csp=True)
+@pytest.mark.parametrize(("theme", "width"), [("light", 1280), ("dark", 1280), ("light", 390)])
+def test_axe_finds_nothing_serious(
+    open_page, axe: str, language: str, theme: str, width: int
+) -> None:
+    size = {"width": width, "height": 900}
+    page = open_page(f"lang={language}", color_scheme=theme, viewport=size, bypass_csp=True)
     write(page, TEXT[language])
     page.get_by_test_id("dense-moe").click()
     page.get_by_test_id("write-both").click()
