@@ -42,7 +42,7 @@ def _scored(logits: Tensor, ids: list[int], top: int) -> Iterator[PromptLogprob]
     """Score each id by its row of `(ids, vocab)` logits."""
     sums = log_sums(logits)  # (ids,)
     own = logits.gather(1, torch.tensor(ids, device=logits.device)[:, None])  # (ids, 1)
-    ranks = 1 + (logits > own).sum(-1)
+    ranks = 1 + (logits > own).sum(-1, dtype=torch.int32)
     best_ids, best = torch.empty(len(ids), 0), torch.empty(len(ids), 0)
     if top:
         best_ids, best = likeliest(logits, min(top, logits.shape[-1]))
