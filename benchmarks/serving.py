@@ -11,7 +11,8 @@ is measured.
 
 Three loads, each of prompts that no server has seen before, continued by the likeliest tokens:
 one client alone; eight clients who ask again as soon as they are answered; and one who goes on with
-a conversation, each turn being all that was said and a little more.
+a conversation, each turn being all that was said and a little more; beside it as many tokens that
+nobody has said yet.
 """
 
 import argparse
@@ -54,6 +55,7 @@ MEASURES = {
     "together_gap_95": "together: seconds between tokens, 95 %",
     "together_rate": "together: tokens a second of all",
     "turn_first_token": "a turn: seconds to the first token",
+    "anew_first_token": "as many tokens anew: seconds to the first token",
 }
 """What is measured; of seconds less is better, and ratios are turned so that more is."""
 
@@ -125,7 +127,8 @@ async def measure(address: str, load: Load, prompts: Prompts) -> dict[str, float
     async with httpx.AsyncClient(base_url=address, timeout=600, limits=limits) as client:
         alone = await ask(client, prompts.draw(load.alone[0]), load.alone[1])
         together, seconds = await _together(client, load, prompts)
-        turns = await _conversation(client, load, prompts)
+        turns, length = await _conversation(client, load, prompts)
+        anew = await ask(client, prompts.draw(length), 1)
     gaps = sorted(b - a for one in together for a, b in zip(one.times, one.times[1:], strict=False))
     return {
         "alone_first_token": alone.times[0],
@@ -135,6 +138,7 @@ async def measure(address: str, load: Load, prompts: Prompts) -> dict[str, float
         "together_gap_95": gaps[len(gaps) * 95 // 100],
         "together_rate": sum(len(one.times) for one in together) / seconds,
         "turn_first_token": statistics.median(one.times[0] for one in turns),
+        "anew_first_token": anew.times[0],
     }
 
 
@@ -153,14 +157,18 @@ async def _together(
     return answers, time.perf_counter() - start
 
 
-async def _conversation(client: httpx.AsyncClient, load: Load, prompts: Prompts) -> list[Answer]:
+async def _conversation(
+    client: httpx.AsyncClient, load: Load, prompts: Prompts
+) -> tuple[list[Answer], int]:
+    """All turns but the first, and the tokens that the middle one of them was asked by."""
     begins, asks, is_answered = load.conversation
-    said, answers = prompts.draw(begins), []
+    said, answers, lengths = prompts.draw(begins), [], []
     for _ in range(TURNS):
+        lengths.append(len(said))
         answers.append(await ask(client, said, is_answered))
         said += [int(number) for number in re.findall(r"w(\d+)", answers[-1].text)]
         said += prompts.draw(asks)
-    return answers[1:]
+    return answers[1:], sorted(lengths[1:])[(TURNS - 1) // 2]
 
 
 @contextmanager
