@@ -35,6 +35,8 @@ def test_every_release_is_there_under_its_short_name() -> None:
         *(f"deepseek-r1-distill-{size}" for size in distilled),
         "deepseek-v3.1",
         "deepseek-v3.2-exp",
+        "deepseek-v4-flash",
+        "deepseek-v4-pro",
         "deepseek-r1-0528-qwen3-8b",
         "kimi-k2-instruct",
         "moonlight-16b-a3b",
@@ -68,6 +70,16 @@ def test_mixtures_have_the_announced_size(name: str, total: float, active: float
     parameters = count(name)
     assert parameters.total / BILLION == pytest.approx(total, rel=0.005)
     assert parameters.active / BILLION == pytest.approx(active, rel=0.005)
+
+
+@pytest.mark.parametrize(
+    ("name", "total", "active"),
+    [("deepseek-v4-flash", 284, 13), ("deepseek-v4-pro", 1600, 49)],  # as their READMEs round it
+)
+def test_v4_has_the_announced_size(name: str, total: float, active: float) -> None:
+    parameters = count(name)
+    assert parameters.total / BILLION == pytest.approx(total, rel=0.02)
+    assert parameters.active_without_embedding / BILLION == pytest.approx(active, abs=0.5)
 
 
 @pytest.mark.parametrize(

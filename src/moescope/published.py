@@ -38,6 +38,15 @@ _V3: dict[str, Any] = _MLA | {
     "max_position_embeddings": 163840,
     "rope_scaling": _YARN | {"mscale": 1.0, "mscale_all_dim": 1.0},
 }
+# What its family has by default is left out (`families/deepseek_v4.py`).
+_V4: dict[str, Any] = {
+    "model_type": "deepseek_v4",
+    "vocab_size": 129280,
+    "num_experts_per_tok": 6,
+    "max_position_embeddings": 1048576,
+    "compress_rope_theta": 160000.0,
+    "rope_scaling": {"type": "yarn", "factor": 16, "original_max_position_embeddings": 65536},
+}
 _QWEN2 = {"model_type": "qwen2", "vocab_size": 152064, "max_position_embeddings": 131072}
 _LLAMA3 = {
     "model_type": "llama",
@@ -236,6 +245,27 @@ PUBLISHED: dict[str, dict[str, Any]] = {
     "deepseek-ai/DeepSeek-V3.2-Exp": _V3
     | {"model_type": "deepseek_v32", "num_nextn_predict_layers": 0}
     | {"index_n_heads": 64, "index_head_dim": 128, "index_topk": 2048},
+    "deepseek-ai/DeepSeek-V4-Flash": _V4
+    | {
+        "hidden_size": 4096,
+        "moe_intermediate_size": 2048,
+        "num_hidden_layers": 43,
+        "num_attention_heads": 64,
+        "n_routed_experts": 256,
+        "compress_ratios": [0, 0, *[4, 128] * 20, 4],
+    },
+    "deepseek-ai/DeepSeek-V4-Pro": _V4
+    | {
+        "hidden_size": 7168,
+        "moe_intermediate_size": 3072,
+        "num_hidden_layers": 61,
+        "num_attention_heads": 128,
+        "n_routed_experts": 384,
+        "q_lora_rank": 1536,
+        "o_groups": 16,
+        "routed_scaling_factor": 2.5,
+        "compress_ratios": [128, 128, *[4, 128] * 29, 4],
+    },
     "deepseek-ai/DeepSeek-R1-0528-Qwen3-8B": _qwen3(4096, 12288, 36, 32)
     | {
         "max_position_embeddings": 131072,

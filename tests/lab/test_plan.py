@@ -5,6 +5,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from family_models import VARIANTS
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -14,6 +15,7 @@ from moescope.catalog import catalog
 from moescope.families import config_fields, read_config
 from moescope.lab import plan as plan_module
 from moescope.lab.plan import CONTEXT, Plan, plan
+from moescope.lab.widths import cached_numbers, held_numbers
 from moescope.machine import Machine
 from moescope.model.decoder import CausalLM, initialise
 
@@ -51,6 +53,9 @@ def machine(monkeypatch: pytest.MonkeyPatch):
         monkeypatch.setattr(Machine, "detect", lambda: Machine(**fields))
 
     return pretend
+
+
+V4_AND_V32 = ("v4-pro", "v4-flash", "v3.2-exp")
 
 
 def write(folder: Path, fields: dict) -> Path:
@@ -104,6 +109,41 @@ def test_the_cache_of_a_real_run_is_as_large(fields: dict, tmp_path: Path) -> No
     model(torch.arange(tokens)[None], positions, cache=Spy())
     held = sum(tensor.numel() for tensor in kept) * 2  # bytes of bf16
     assert plan(write(tmp_path, fields)).cache.bytes_per_token * tokens == held
+
+
+@pytest.mark.parametrize("variant", ["deepseek_v32", "deepseek_v4", "gpt_oss"])
+def test_what_the_engine_holds_of_other_attention_is_what_a_run_keeps(
+    variant: str, tmp_path: Path
+) -> None:
+    config = read_config(VARIANTS[variant].to_dict())
+    model = CausalLM(config)
+    initialise(model, seed=0)
+    held = 0
+
+    class Spy:
+        def update(self, layer_idx, keys, values, positions):
+            nonlocal held
+            held += keys.numel() + values.numel()
+            return keys, values
+
+        def store(self, layer_idx, name, states, positions, rate=1):
+            nonlocal held
+            held += states.numel()
+            return states
+
+    tokens = 21  # whole entries
+    with torch.no_grad():
+        model(torch.arange(tokens)[None], torch.arange(tokens)[None], cache=Spy())
+    per_token = held_numbers(config)
+    assert per_token * tokens == pytest.approx(held, abs=tokens)  # entries are rounded
+    assert cached_numbers(config) <= per_token
+
+
+def test_v4_keeps_the_share_of_v32s_cache_that_its_report_tells() -> None:
+    # DeepSeek-V4's report, figure 1: 10 % (Pro) and 7 % (Flash) of V3.2's at a million tokens.
+    per_token = {name: plan(f"deepseek-{name}").cache.bytes_per_token for name in V4_AND_V32}
+    assert per_token["v4-pro"] / per_token["v3.2-exp"] == pytest.approx(0.10, abs=0.02)
+    assert per_token["v4-flash"] / per_token["v3.2-exp"] == pytest.approx(0.07, abs=0.02)
 
 
 @pytest.mark.parametrize(("name", "gigaflops"), [("deepseek-v3", 250), ("deepseek-v2", 155)])

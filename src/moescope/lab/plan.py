@@ -19,7 +19,7 @@ from moescope.formats.headers import Headers
 from moescope.formats.repository import is_hub_name
 from moescope.lab.speed import CACHE_BYTES, PROMPT, Prediction, predict
 from moescope.lab.stored import Stored, local_headers
-from moescope.lab.widths import cached_numbers, cached_width, expanded_width, plain_numbers
+from moescope.lab.widths import attention_flops, cached_numbers, held_numbers, plain_numbers
 from moescope.machine import Machine
 from moescope.native.weight_format import BITS_PER_WEIGHT
 from moescope.scope.saved import Saved
@@ -60,10 +60,9 @@ class Cache:
     """The key-value cache, in bf16.
 
     Attributes:
-        bytes_per_token: latent attention keeps `kv_lora_rank + qk_rope_head_dim` numbers a layer,
-            grouped-query attention a key and a value for each key-value head.
-        engine_bytes_per_token: what moescope keeps, by the format of the weights: the native
-            kernels keep float32.
+        bytes_per_token: what has to be kept of each token of a long text (`cached_numbers`).
+        engine_bytes_per_token: what moescope keeps (`held_numbers`), by the format of the weights:
+            the native kernels keep float32.
         max_context: tokens that the model was made for.
         bytes_at_max_context: for one text of that length.
         plain_bytes_per_token: what plain attention would keep: a key and a value for each head,
@@ -271,12 +270,12 @@ def _on_hub(name: str, entry: Entry | None) -> tuple[str, ModelConfig, Headers |
 
 def _cache(config: ModelConfig) -> Cache:
     bytes_of_number = PUBLISHED_CACHE_BYTES * config.num_hidden_layers
-    numbers = cached_numbers(config) * config.num_hidden_layers
-    bytes_per_token = numbers * PUBLISHED_CACHE_BYTES
+    bytes_per_token = cached_numbers(config) * PUBLISHED_CACHE_BYTES
+    held = held_numbers(config)
     engine = CACHE_BYTES | {STORED: STORED_CACHE_BYTES}
     return Cache(
         bytes_per_token=bytes_per_token,
-        engine_bytes_per_token={name: numbers * size for name, size in engine.items()},
+        engine_bytes_per_token={name: held * size for name, size in engine.items()},
         max_context=config.max_position_embeddings,
         bytes_at_max_context=bytes_per_token * config.max_position_embeddings,
         plain_bytes_per_token=plain_numbers(config) * bytes_of_number,
@@ -285,15 +284,14 @@ def _cache(config: ModelConfig) -> Cache:
 
 def _work(config: ModelConfig, parameters: Parameters) -> Work:
     context = min(CONTEXT, config.max_position_embeddings)
-    products = config.num_hidden_layers * config.num_attention_heads * context
     return Work(
         context=context,
         weight_flops=2 * (parameters.active_without_embedding - parameters.norm),
-        generating_attention_flops=2 * products * cached_width(config),
-        reading_attention_flops=products * expanded_width(config),
+        generating_attention_flops=attention_flops(config, context, reading=False),
+        reading_attention_flops=attention_flops(config, context, reading=True),
         bytes_read=Bytes.of(
             parameters.active_without_embedding,
-            cached=cached_numbers(config) * config.num_hidden_layers * context,
+            cached=held_numbers(config) * context,
         ),
     )
 

@@ -25,7 +25,7 @@ from torch import Tensor
 from moescope.catalog import Parameters, count_parameters
 from moescope.config import ModelConfig
 from moescope.kernels import cpu
-from moescope.lab.widths import cached_numbers, cached_width, expanded_width
+from moescope.lab.widths import attention_flops, held_numbers
 from moescope.machine import (
     Machine,
     last_level_cache,
@@ -157,15 +157,14 @@ def predict_format(
     parameters = count_parameters(config)
     sample = sample_shape(config, weight_format, last_level_cache())
     decode, prefill = _time_sample(config, sample, weight_format, prompt)
-    cached = cached_numbers(config) * config.num_hidden_layers * prompt
+    cached = held_numbers(config) * prompt
     read = _weight_bytes(parameters, parameters.active_without_embedding, weight_format)
     touched = _weight_bytes(
         parameters, parameters.total - parameters.embedding, weight_format
     )  # by a prompt with more tokens than experts
     flops = 2 * (parameters.active_without_embedding - parameters.norm)
-    attending = config.num_hidden_layers * config.num_attention_heads * prompt
-    decode_flops = flops + 2 * attending * cached_width(config)
-    prefill_flops = flops - 2 * parameters.lm_head + attending * expanded_width(config)
+    decode_flops = flops + attention_flops(config, prompt, reading=False)
+    prefill_flops = flops - 2 * parameters.lm_head + attention_flops(config, prompt, reading=True)
     decode_bytes = int(read + cached * CACHE_BYTES[weight_format])
     return Speed(
         format=weight_format,
