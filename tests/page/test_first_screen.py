@@ -103,8 +103,13 @@ def test_the_contents_number_every_station(open_page, language: str) -> None:
         assert line.inner_text().split()[0] == str(number)
         assert station.locator("h2 .ordinal").inner_text() == str(number)
     lines[-1].click()
-    page.wait_for_timeout(900)
-    assert page.locator(lines[-1].get_attribute("href")).bounding_box()["y"] < 500
+    last = page.locator(lines[-1].get_attribute("href"))
+    for _ in range(20):
+        page.wait_for_timeout(300)
+        if last.bounding_box()["y"] < 500:
+            break
+    page.wait_for_timeout(900)  # and there it stays
+    assert last.bounding_box()["y"] < 500
 
 
 @pytest.mark.parametrize("language", LANGUAGES)

@@ -29,6 +29,8 @@ const PACE = { prompt: 25, made: 110 };
 const SETTLED = 60;
 /** An expert whose work is of one kind of text by more than this share is devoted to it. */
 export const DEVOTED = 0.6;
+/** Milliseconds within which a visit to a station ends. */
+const ARRIVED = 3000;
 /** Details without steering that are kept to compare with. */
 const KEPT = 8;
 
@@ -326,6 +328,10 @@ export class AppState {
     const smooth = !matchMedia('(prefers-reduced-motion: reduce)').matches;
     const element = document.getElementById(`station-${station}`);
     element?.scrollIntoView({ behavior: smooth ? 'smooth' : 'auto', block: 'start' });
+    // Stations that come into sight on the way may grow and push this one down.
+    const late = performance.now() + ARRIVED;
+    const arrive = () => performance.now() < late && element?.scrollIntoView({ block: 'start' });
+    if (smooth) addEventListener('scrollend', arrive, { once: true });
     element?.querySelector<HTMLElement>('h2')?.focus({ preventScroll: true });
   }
 
