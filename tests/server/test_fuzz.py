@@ -25,7 +25,7 @@ BODIES = int(os.environ.get("FUZZ_BODIES", "300"))
 MODEL = os.environ.get("FUZZ_MODEL")
 ROUND = 500
 """Bodies that are drawn by one seed."""
-WARM = 10
+WARM = 40
 """Rounds in which a server's memory comes to what it needs."""
 SECONDS = 120.0
 """That any of these bodies may take."""
@@ -67,7 +67,7 @@ class Served:
 def served(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     home = tmp_path_factory.mktemp("fuzz") / "small"
     save_tool_caller(model, home, positions=512)
-    with process(MODEL or home, "--name", "small", "--cache-memory", "0.05") as (server, port):
+    with process(MODEL or home, "--name", "small", "--cache-memory", "0.02") as (server, port):
         known = ask(port, "/v1/completions", KNOWN)
         yield Served(server, port, ask(port, "/openapi.json"), known["choices"])
         assert server.poll() is None and said(server) == ""
