@@ -108,7 +108,8 @@ class Part:
         layer = cpu.feed_forward_layer(None, (pack(nothing), pack(nothing), pack(nothing.mT)))
         block = cpu.feed_forward_block((floats["norm"], 1e-5), None, layer)
         rotation = self.frequencies, self.factor
-        return cpu.decoder(embedding, [attention], [block], rotation, self.embedding_multiplier)
+        table = cpu.pack(embedding, "f32")
+        return cpu.decoder(table, [attention], [block], rotation, self.embedding_multiplier)
 
     def exact(self, rows: Tensor) -> Tensor:
         """What becomes of the tokens `(seq, hidden)` of one text, in float64, one by one."""

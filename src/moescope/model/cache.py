@@ -48,6 +48,7 @@ class Cache:
         self._slots: dict[int, tuple[Tensor, Tensor]] = {}
         self._further: dict[tuple[int, str], _Further] = {}
         self._handle: object = None  # of the slots as they are now
+        self._table = torch.empty(0, 1, dtype=torch.int64)  # of the same
 
     def update(
         self, layer_idx: int, keys: Tensor, values: Tensor, positions: Tensor
@@ -113,7 +114,8 @@ class Cache:
                 keys, values = self._slots.get(layer_idx, empty)
                 self._slots[layer_idx] = _grow(keys, self.length), _grow(values, self.length)
             self._handle = hand_over([self._slots[layer_idx] for layer_idx in range(layers)])
-        return cast(Handle, self._handle), torch.arange(batch)[:, None]
+            self._table = torch.arange(batch)[:, None]
+        return cast(Handle, self._handle), self._table
 
     @property
     def nbytes(self) -> int:

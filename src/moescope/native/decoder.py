@@ -37,7 +37,9 @@ class NativeDecoder(Decoder):
         self.embedding_multiplier = decoder.embedding_multiplier
         self.streams, self.hc_head = decoder.streams, decoder.hc_head
         self.attention: list[cpu.Attention] = []
-        layers = self._layers()
+        layers = cast("list[DecoderLayer]", list(self.layers))
+        self._mlps = [layer.mlp for layer in layers]  # a step asks for all: attributes cost it
+        self._width = decoder.embed_tokens.embedding_dim
         halves = [layer.self_attn for layer in layers]
         known = [half for half in halves if isinstance(half, NativeAttention)]
         sparse = any(isinstance(half, LatentAttention) and half.sparse for half in known)
@@ -47,7 +49,7 @@ class NativeDecoder(Decoder):
                 attention.block(layer.input_layernorm, layer.residual_multiplier)
                 for layer, attention in zip(layers, known, strict=True)
             ]
-        self._join(self._gates())
+        self._join(self._gates(), layers)
 
     def forward(
         self,
@@ -63,7 +65,7 @@ class NativeDecoder(Decoder):
         batch, seq = input_ids.shape
         if positions is None:
             positions = torch.arange(seq).expand_as(input_ids)
-        starts = torch.arange(batch + 1) * seq
+        starts = torch.arange(0, (batch + 1) * seq, seq)
         singles = batch if seq == 1 else 0
         length = int(positions.max()) + 1
         states = self.run_rows(
@@ -76,7 +78,7 @@ class NativeDecoder(Decoder):
         """Whether all layers are one call."""
         gates = self._gates()
         if gates != self.joined_gates:  # a copy was given others, as steering does
-            self._join(gates)
+            self._join(gates, cast("list[DecoderLayer]", list(self.layers)))
         return self.all_layers is not None
 
     def run_rows(
@@ -107,13 +109,12 @@ class NativeDecoder(Decoder):
         """
         assert self.all_layers is not None
         held, table = cache.reserve(
-            len(self.layers), len(starts) - 1, self.slot_shapes, length, cpu.cache_slots
+            len(self._mlps), len(starts) - 1, self.slot_shapes, length, cpu.cache_slots
         )
-        width = self.embed_tokens.embedding_dim
         return cpu.run_decoder(
             self.all_layers,
             input_ids,
-            width,
+            self._width,
             positions,
             starts,
             singles,
@@ -135,14 +136,11 @@ class NativeDecoder(Decoder):
         assert rules is not None
         return rules
 
-    def _layers(self) -> "list[DecoderLayer]":
-        return cast("list[DecoderLayer]", list(self.layers))
-
     def _gates(self) -> list[Router | None]:
         """The routers by layer, None where one is dense."""
-        return [layer.mlp.gate if isinstance(layer.mlp, MoE) else None for layer in self._layers()]
+        return [mlp.gate if isinstance(mlp, MoE) else None for mlp in self._mlps]
 
-    def _join(self, gates: list[Router | None]) -> None:
+    def _join(self, gates: list[Router | None], layers: "list[DecoderLayer]") -> None:
         """Put all layers into one call; there is none where a router is not the kernels'."""
         self.joined_gates = gates
         self.all_layers: cpu.Decoder | None = None
@@ -152,7 +150,7 @@ class NativeDecoder(Decoder):
         if rules is None:
             return
         blocks: list[cpu.FeedForwardBlock] = []
-        for layer, rule in zip(self._layers(), rules, strict=True):
+        for layer, rule in zip(layers, rules, strict=True):
             norm = layer.post_attention_layernorm
             experts = cast("NativeMLP | NativeMoE", layer.mlp).layer
             blocks.append(
