@@ -16,30 +16,13 @@ from rich.console import Console
 from rich.table import Table
 
 from moescope.api import load
+from moescope.catalog import catalog
 from moescope.engine.engine import Engine
 from moescope.engine.sampling import SamplingParams
 from moescope.engine.scheduler import Scheduler
-from moescope.families import read_config
 from moescope.model.steering import Steering
 
-TEXTS, TOKENS = 8, 64
-CONFIG = {
-    "model_type": "deepseek_v2",
-    "vocab_size": 4096,
-    "hidden_size": 2048,
-    "intermediate_size": 10944,
-    "moe_intermediate_size": 1408,
-    "num_attention_heads": 16,
-    "n_routed_experts": 64,
-    "n_shared_experts": 2,
-    "num_experts_per_tok": 6,
-    "first_k_dense_replace": 1,
-    "kv_lora_rank": 512,
-    "qk_nope_head_dim": 128,
-    "qk_rope_head_dim": 64,
-    "v_head_dim": 128,
-    "max_position_embeddings": 4096,
-}
+TEXTS, TOKENS, VOCAB = 8, 64, 4096
 
 
 def batch(engine: Engine, steerings: list[Steering | None]) -> Scheduler:
@@ -47,7 +30,7 @@ def batch(engine: Engine, steerings: list[Steering | None]) -> Scheduler:
     scheduler = Scheduler(engine.blocks)
     for at, steering in enumerate(steerings):
         params = SamplingParams(max_tokens=2000, ignore_eos=True, steering=steering)
-        ids = [(at * 977 + 31 * place) % CONFIG["vocab_size"] for place in range(TOKENS)]
+        ids = [(at * 977 + 31 * place) % VOCAB for place in range(TOKENS)]
         scheduler.add(engine.sequence(ids, params, at, request=at))
     while not all(text.decodes for text in scheduler.running) or not scheduler.running:
         engine.step(scheduler)
@@ -60,7 +43,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=40)
     parser.add_argument("--layers", type=int, default=3)
     given = parser.parse_args()
-    config = read_config(CONFIG | {"num_hidden_layers": given.layers})
+    shape = {"vocab_size": VOCAB, "num_hidden_layers": given.layers}
+    config = catalog()["deepseek-v2-lite"].config.model_copy(update=shape)
     engine = Engine(Moescope.native(config, "int8").model, load("tiny").tokenizer)
     sparse = range(1, given.layers)
     others = [Steering(disabled={(layer, at) for layer in sparse}) for at in range(TEXTS)]

@@ -181,10 +181,10 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, int p, const Activations&
       for (int m = 0; m < M; ++m) {
         const int64_t group = row[m] * a.groups + g;
         const float size = a.scales[group];
-        const float sum = size * static_cast<float>(kInt4Minimum * a.sums[group]);
+        const float sum = size * static_cast<float>(start_of_dots(kInt4Minimum, a.sums[group]));
         sums[m][half] = _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_set1_ps(size)),
                                         _mm256_cvtepi32_ps(dots[m][half]), sums[m][half]);
-        sums[m][half] = _mm256_fnmadd_ps(minimum, _mm256_set1_ps(sum), sums[m][half]);
+        sums[m][half] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(sum), sums[m][half]);
       }
     }
   }

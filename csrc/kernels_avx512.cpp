@@ -134,7 +134,7 @@ MOESCOPE_INLINE inline void fetch(const uint8_t* ahead, int64_t offset, int64_t 
     if (index >= half) _mm_prefetch(ahead + offset + index * 64, _MM_HINT_T1);
 }
 
-// Fetches N lines of `count` from line `index` on.
+// Fetches N lines of `count` from line `index` on; how is asked once for all of them.
 template <Fetch F, int N>
 MOESCOPE_INLINE inline void fetch_lines(const uint8_t* ahead, int64_t index, int64_t count) {
   if constexpr (F == Fetch::all) {
@@ -248,7 +248,7 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, con
         const int64_t group = row[m] * a.groups + g;
         // What both multiply fits 16 bits, so this is their product.
         const __m512i taken =
-            _mm512_madd_epi16(minimum, _mm512_set1_epi32(-kInt4Minimum * a.sums[group]));
+            _mm512_madd_epi16(minimum, _mm512_set1_epi32(start_of_dots(kInt4Minimum, a.sums[group])));
         __m512i total;
         if constexpr (kApart) {
           // 16 products of 4 and 8 bits fit 16 bits.

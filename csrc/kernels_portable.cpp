@@ -78,10 +78,11 @@ void multiply_int4(const Tile& tile, const Activations& a, const int32_t* rows, 
             dots[n] += (w[4 * n + j] & 15) * x[j] + (w[4 * n + j] >> 4) * x[16 + j];
       }
       const float scale = a.scales[row * a.groups + g];
-      const float sum = scale * static_cast<float>(kInt4Minimum * a.sums[row * a.groups + g]);
+      const int32_t offset = start_of_dots(kInt4Minimum, a.sums[row * a.groups + g]);
+      const float sum = scale * static_cast<float>(offset);
       const uint8_t *scales = chunk + width * 16, *minimums = scales + width;
       for (int n = 0; n < width; ++n)
-        sums[n] += scale * static_cast<float>(scales[n]) * static_cast<float>(dots[n]) -
+        sums[n] += scale * static_cast<float>(scales[n]) * static_cast<float>(dots[n]) +
                    sum * static_cast<float>(minimums[n]);
     }
     for (int n = 0; n < width; ++n) sums[n] *= tile.row_scales[n];

@@ -26,10 +26,10 @@ struct Source {
 };
 
 // `matrices` matrices of one shape (one for a linear map, one an expert for a layer's experts).
-// int8 has one float32 scale a row: the largest magnitude over 127. int4 has a scale and
-// a minimum for 32 columns, bytes that count in a float32 of the row (`quantize_int4`). Floating point has
-// none, and its products take activations as they are. The others come from a file's blocks, whose
-// numbers they keep.
+// int8 has one float32 scale a row: the largest magnitude over 127. int4 has a scale and a minimum
+// for 32 columns, bytes that count in a float32 of the row (`quantize_int4`). Floating point has none,
+// and its products take activations as they are. The others come from a file's blocks, whose numbers
+// they keep.
 class Weights {
  public:
   // Rounds to int8, int4, bf16, f16 or f32; throws std::invalid_argument for other formats.
@@ -85,7 +85,7 @@ class Weights {
 
   int format_;
   int64_t matrices_, outputs_, columns_, padded_, padded_outputs_, matrix_bytes_;
-  Buffer packed_;  // the matrices; for int8, float32 scales (matrices, padded outputs) behind them
+  Buffer packed_;  // the matrices; behind them the rows' float32 (matrices, padded outputs), if any
 };
 
 // Rows of activations as matrices want them: rounded to int8 once for each size of groups that one

@@ -81,9 +81,8 @@ def deal_out(chosen: Chosen, chunks: Sequence[Chunk], layers: tuple[int, ...]) -
         if sequence.params.routed_experts and known < chunk.count:
             at = slice(first + known, last)
             ids = chosen.ids[:, at]
-            slots = int(
-                (ids != UNUSED).any(0).any(0).sum()
-            )  # an expert never follows an empty slot
+            # An expert never follows an empty slot.
+            slots = int((ids != UNUSED).any(0).any(0).sum())
             sequence.add_routed(
                 RoutedTokens(
                     chunk.start + known,

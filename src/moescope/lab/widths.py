@@ -1,6 +1,7 @@
 """How many numbers attention keeps and multiplies, by kind."""
 
 from moescope.config import ModelConfig
+from moescope.model.compressed_attention import SPARSE
 
 
 def cached_numbers(config: ModelConfig) -> int:
@@ -94,7 +95,7 @@ def _indexed(config: ModelConfig, layer: int) -> int:
     picks = (
         config.has_indexer(layer)
         if config.compress_rates is None
-        else config.layer_type_of(layer) == "compressed_sparse_attention"
+        else config.layer_type_of(layer) == SPARSE
     )
     return config.required("index_head_dim") if picks else 0
 

@@ -38,7 +38,7 @@ class NativeDecoder(Decoder):
         self.streams, self.hc_head = decoder.streams, decoder.hc_head
         self.attention: list[cpu.Attention] = []
         layers = cast("list[DecoderLayer]", list(self.layers))
-        self._mlps = [layer.mlp for layer in layers]  # a step asks for all: attributes cost it
+        self._mlps = [layer.mlp for layer in layers]  # a step asks for each one's gate
         self._width = decoder.embed_tokens.embedding_dim
         halves = [layer.self_attn for layer in layers]
         known = [half for half in halves if isinstance(half, NativeAttention)]
