@@ -1,4 +1,4 @@
-"""Routed experts as grouped matrix products, with a hand-written backward pass.
+"""Routed experts as grouped matrix products: dispatch, experts, combine, each with its backward.
 
 Tokens are sorted by expert once, so that each expert multiplies one contiguous block; no token
 is dropped. Blocks are padded to a few row counts, because a matrix product of a new size costs
@@ -31,8 +31,13 @@ def routed_experts(
     topk_weights: Tensor,
 ) -> Tensor:
     """Sum of the chosen experts' outputs, weighted; arguments as in `reference.routed_experts`."""
-    return _RoutedExperts.apply(  # pyright: ignore[reportReturnType]
-        hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights
+    there = dispatch(topk_ids, gate_up_proj.shape[0])
+    dispatched, weights = _Dispatch.apply(  # pyright: ignore[reportGeneralTypeIssues]
+        hidden_states, topk_weights, there.token_idx, there.row_of_slot
+    )
+    outputs = _Experts.apply(dispatched, weights, gate_up_proj, down_proj, there.edges)
+    return _Combine.apply(  # pyright: ignore[reportReturnType]
+        outputs, there.token_idx, there.row_of_slot
     )
 
 
@@ -40,7 +45,7 @@ class Dispatch(NamedTuple):
     """Where each token goes: rows sorted by expert, then one spare row."""
 
     token_idx: Tensor  # (rows,) the token in each row; any token in a padding row
-    row_of_slot: Tensor  # (tokens * slots,) the row of each slot; the spare row if it is unused
+    row_of_slot: Tensor  # (tokens, slots) the row of each slot; the spare row if it is unused
     edges: list[int]  # rows of expert e are edges[e] to edges[e + 1]
 
 
@@ -65,7 +70,7 @@ def dispatch(topk_ids: Tensor, experts: int) -> Dispatch:
     token_idx[rows] = order // slots
     row_of_slot = torch.empty_like(order)
     row_of_slot[order] = rows
-    return Dispatch(token_idx, row_of_slot, bounds)
+    return Dispatch(token_idx, row_of_slot.view(tokens, slots), bounds)
 
 
 def _block_rows(rows_per_expert: int) -> int:
@@ -95,44 +100,61 @@ def _activate_backward(
     return activated * weights, grad_weights, grad_gate, grad_activated * silu
 
 
-class _RoutedExperts(torch.autograd.Function):
+class _Dispatch(torch.autograd.Function):
+    """Copy each token, and what it weighs with an expert, into the expert's block of rows."""
+
     @staticmethod
     def forward(
         ctx: Any,
         hidden_states: Tensor,
+        topk_weights: Tensor,
+        token_idx: Tensor,
+        row_of_slot: Tensor,
+    ) -> tuple[Tensor, Tensor]:
+        weights = topk_weights.new_zeros(len(token_idx), dtype=torch.float32)
+        weights[row_of_slot.flatten()] = topk_weights.flatten().to(weights.dtype)
+        weights[-1] = 0
+        ctx.weights_dtype = topk_weights.dtype
+        ctx.save_for_backward(row_of_slot)
+        return hidden_states.index_select(0, token_idx), weights  # (rows, hidden), (rows,)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (row_of_slot,) = ctx.saved_tensors
+        grad_dispatched, grad_weights = grad_outputs
+        grad_topk_weights = grad_weights[row_of_slot].to(ctx.weights_dtype)
+        return _sum_slots(grad_dispatched, row_of_slot), grad_topk_weights, None, None
+
+
+class _Experts(torch.autograd.Function):
+    """Let each expert map its block of rows, weighted: `(rows, hidden)` to the same shape."""
+
+    @staticmethod
+    def forward(
+        ctx: Any,
+        dispatched: Tensor,
+        weights: Tensor,
         gate_up_proj: Tensor,
         down_proj: Tensor,
-        topk_ids: Tensor,
-        topk_weights: Tensor,
+        edges: list[int],
     ) -> Tensor:
-        tokens, slots = topk_ids.shape
-        token_idx, row_of_slot, edges = dispatch(topk_ids, gate_up_proj.shape[0])
-        weights = hidden_states.new_zeros(len(token_idx), 1)
-        weights[row_of_slot, 0] = topk_weights.flatten().to(weights.dtype)
-        weights[-1] = 0
-
-        dispatched = hidden_states.index_select(0, token_idx)  # (rows, hidden)
-        gate_up = hidden_states.new_empty(len(token_idx), gate_up_proj.shape[1])
+        weights = weights[:, None].to(dispatched.dtype)  # (rows, 1)
+        gate_up = dispatched.new_empty(len(dispatched), gate_up_proj.shape[1])
         gate_up[-1] = 0
         _per_expert(edges, dispatched, gate_up_proj.mT, gate_up)
         weighted = _activate(gate_up, weights)  # (rows, intermediate)
         outputs = torch.empty_like(dispatched)
         outputs[-1] = 0
         _per_expert(edges, weighted, down_proj.mT, outputs)
-
-        ctx.edges, ctx.slots = edges, slots
-        ctx.save_for_backward(
-            dispatched, gate_up, weights, gate_up_proj, down_proj, token_idx, row_of_slot
-        )
-        return _sum_slots(outputs, row_of_slot.view(tokens, slots))
+        ctx.edges = edges
+        ctx.save_for_backward(dispatched, gate_up, weights, gate_up_proj, down_proj)
+        return outputs
 
     @staticmethod
     def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
-        dispatched, gate_up, weights, gate_up_proj, down_proj, token_idx, row_of_slot = (
-            ctx.saved_tensors
-        )
+        dispatched, gate_up, weights, gate_up_proj, down_proj = ctx.saved_tensors
         edges: list[int] = ctx.edges
-        grad = grad_outputs[0].index_select(0, token_idx)  # (rows, hidden)
+        grad = grad_outputs[0]  # (rows, hidden)
         grad_weighted = torch.empty_like(gate_up[:, : gate_up.shape[1] // 2])
         grad_weighted[-1] = 0
         _per_expert(edges, grad, down_proj, grad_weighted)
@@ -148,10 +170,21 @@ class _RoutedExperts(torch.autograd.Function):
         grad_dispatched = torch.empty_like(dispatched)
         grad_dispatched[-1] = 0
         _per_expert(edges, grad_gate_up, gate_up_proj, grad_dispatched)
-        row_of_slot = row_of_slot.view(-1, ctx.slots)
-        grad_hidden = _sum_slots(grad_dispatched, row_of_slot)
-        grad_topk_weights = grad_weights[row_of_slot]
-        return grad_hidden, grad_gate_up_proj, grad_down, None, grad_topk_weights
+        return grad_dispatched, grad_weights, grad_gate_up_proj, grad_down, None
+
+
+class _Combine(torch.autograd.Function):
+    """Sum each token's rows: `(rows, hidden)` to `(tokens, hidden)`."""
+
+    @staticmethod
+    def forward(ctx: Any, outputs: Tensor, token_idx: Tensor, row_of_slot: Tensor) -> Tensor:
+        ctx.save_for_backward(token_idx)
+        return _sum_slots(outputs, row_of_slot)
+
+    @staticmethod
+    def backward(ctx: Any, *grad_outputs: Tensor) -> tuple[Tensor | None, ...]:
+        (token_idx,) = ctx.saved_tensors
+        return grad_outputs[0].index_select(0, token_idx), None, None
 
 
 def _per_expert(edges: list[int], rows: Tensor, matrices: Tensor, out: Tensor) -> None:
