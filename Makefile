@@ -35,7 +35,10 @@ sanitize: .venv/.installed-dev
 lint: .venv/.installed-dev web/node_modules/openapi-typescript
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/clang-format --dry-run -Werror $(CPP)
 	$(BIN)/pyright
+
+CPP = $(wildcard csrc/*.h csrc/*.cpp csrc/tests/*.cpp)
 
 # What checks the page's source; its build needs less.
 web/node_modules/openapi-typescript: web/package-lock.json

@@ -52,8 +52,7 @@ const float* Bundle::finish(int64_t head) {
   return mixed;
 }
 
-Panels::Panels(int64_t kv_heads, int64_t first, int64_t end, int64_t key_width,
-               int64_t value_width)
+Panels::Panels(int64_t kv_heads, int64_t first, int64_t end, int64_t key_width, int64_t value_width)
     : first(first / kPanel * kPanel),
       padded_slots(round_up(end - this->first, kPanel)),
       key_width(key_width),
@@ -68,19 +67,19 @@ Panels::Panels(int64_t kv_heads, int64_t first, int64_t end, int64_t key_width,
 
 void Panels::attend(const float* queries, int64_t heads, int64_t kv_heads, int64_t seq,
                     const int64_t* positions, const Lookback& back, float* out) const {
-  const int64_t met = std::min(padded_slots, back.window < padded_slots ? back.window + kQueryBlock
-                                                                         : padded_slots);
+  const int64_t met =
+      std::min(padded_slots, back.window < padded_slots ? back.window + kQueryBlock : padded_slots);
   const int64_t block = std::max<int64_t>(6, std::min(kQueryBlock, kScores / met / 6 * 6));
   const int64_t blocks = (seq + block - 1) / block;
   parallel(heads * blocks, [&](int64_t task) {
     static thread_local std::vector<float> memory;
-    const int64_t head = task % heads, start = (blocks - 1 - task / heads) * block;  // longest first
+    const int64_t head = task % heads;
+    const int64_t start = (blocks - 1 - task / heads) * block;  // longest first
     const int64_t kv_head = head / (heads / kv_heads);
     const int count = static_cast<int>(std::min(block, seq - start));
-    const float sink = back.sinks == nullptr ? -std::numeric_limits<float>::infinity()
-                                             : back.sinks[head];
-    const auto [least, most] =
-        std::minmax_element(positions + start, positions + start + count);
+    const float sink =
+        back.sinks == nullptr ? -std::numeric_limits<float>::infinity() : back.sinks[head];
+    const auto [least, most] = std::minmax_element(positions + start, positions + start + count);
     const int64_t begin = back.first_slot(*least) / kPanel * kPanel;  // met by some query
     const int64_t visible = *most + 1 - begin;
     const int64_t stride = round_up(visible, kPanel);

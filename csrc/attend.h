@@ -14,7 +14,7 @@ constexpr int64_t kNoWindow = std::numeric_limits<int64_t>::max();
 
 // How queries look back: a query sees the last `window` slots, its own included.
 struct Lookback {
-  float scale;                   // of the attention logits
+  float scale;  // of the attention logits
   int64_t window = kNoWindow;
   const float* sinks = nullptr;  // (heads,) logits that join the softmax and take no value
 

@@ -37,14 +37,15 @@ struct Lease {
 
 void check(const Experts& experts, int64_t hidden) {
   const Weights &gate = *experts.gate, &up = *experts.up, &down = *experts.down;
-  if (gate.columns() != hidden || up.columns() != hidden || up.outputs() != gate.outputs() || down.columns() != gate.outputs() ||
-      down.outputs() != gate.columns() || up.matrices() != gate.matrices() ||
-      down.matrices() != gate.matrices())
+  if (gate.columns() != hidden || up.columns() != hidden || up.outputs() != gate.outputs() ||
+      down.columns() != gate.outputs() || down.outputs() != gate.columns() ||
+      up.matrices() != gate.matrices() || down.matrices() != gate.matrices())
     throw std::invalid_argument("gate, up and down projections do not fit together");
 }
 
 // Rows of a tile += outputs [start, start + width) of a matrix's bias.
-void add_bias(const std::vector<float>& bias, int64_t first, int64_t width, int count, float* tile) {
+void add_bias(const std::vector<float>& bias, int64_t first, int64_t width, int count,
+              float* tile) {
   if (bias.empty()) return;
   for (int r = 0; r < count; ++r)
     for (int64_t n = 0; n < width; ++n) tile[r * kTile + n] += bias[first + n];

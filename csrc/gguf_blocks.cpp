@@ -106,13 +106,20 @@ void read_iq4_xs(const uint8_t* bytes, Block& block) {
 }
 
 constexpr GgufType kGgufTypes[] = {
-    {"F32", "f32", 1, 4, nullptr},           {"F16", "f16", 1, 2, nullptr},
-    {"BF16", "bf16", 1, 2, nullptr},         {"Q8_0", "q8_0", 32, 34, read_q8_0},
-    {"Q4_0", "q4_0", 32, 18, read_q4_0},     {"Q4_1", "q4_1", 32, 20, read_q4_1},
-    {"Q5_0", "q5_0", 32, 22, read_q5_0},     {"Q5_1", "q5_1", 32, 24, read_q5_1},
-    {"Q4_K", "q4_k", 256, 144, read_q4_k},   {"Q5_K", "q5_k", 256, 176, read_q5_k},
-    {"Q6_K", "q6_k", 256, 210, read_q6_k},   {"IQ4_NL", "iq4_nl", 32, 18, read_q4_0},
-    {"IQ4_XS", "iq4_xs", 256, 136, read_iq4_xs}, {"MXFP4", "mxfp4", 32, 17, read_mxfp4},
+    {"F32", "f32", 1, 4, nullptr},
+    {"F16", "f16", 1, 2, nullptr},
+    {"BF16", "bf16", 1, 2, nullptr},
+    {"Q8_0", "q8_0", 32, 34, read_q8_0},
+    {"Q4_0", "q4_0", 32, 18, read_q4_0},
+    {"Q4_1", "q4_1", 32, 20, read_q4_1},
+    {"Q5_0", "q5_0", 32, 22, read_q5_0},
+    {"Q5_1", "q5_1", 32, 24, read_q5_1},
+    {"Q4_K", "q4_k", 256, 144, read_q4_k},
+    {"Q5_K", "q5_k", 256, 176, read_q5_k},
+    {"Q6_K", "q6_k", 256, 210, read_q6_k},
+    {"IQ4_NL", "iq4_nl", 32, 18, read_q4_0},
+    {"IQ4_XS", "iq4_xs", 256, 136, read_iq4_xs},
+    {"MXFP4", "mxfp4", 32, 17, read_mxfp4},
     {"F8_E4M3", "fp8", kFloatGroup, 4 + kFloatGroup, nullptr},
 };
 

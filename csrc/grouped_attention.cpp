@@ -32,10 +32,10 @@ void GroupedAttention::forward(float* x, const Tokens& tokens, const Slots& keys
   grow(caller_keys, count * kv_width);
   grow(caller_values, count * kv_width);
   grow(caller_mixed, count * heads * width);
-  float* queries = caller_queries.data();   // (tokens, heads, width)
-  float* new_keys = caller_keys.data();     // (tokens, kv heads, width)
+  float* queries = caller_queries.data();    // (tokens, heads, width)
+  float* new_keys = caller_keys.data();      // (tokens, kv heads, width)
   float* new_values = caller_values.data();  // (tokens, kv heads, width)
-  float* mixed = caller_mixed.data();       // (tokens, heads, width)
+  float* mixed = caller_mixed.data();        // (tokens, heads, width)
 
   round_normed(input_norm, {query.weights.get(), key.weights.get(), value.weights.get()}, x, count,
                rounded);
@@ -47,7 +47,8 @@ void GroupedAttention::forward(float* x, const Tokens& tokens, const Slots& keys
       const float* cosine = tokens.cosine + token * (rope / 2);
       const float* sine = tokens.sine + token * (rope / 2);
       float* token_queries = queries + token * heads * width;
-      float *token_keys = new_keys + token * kv_width, *token_values = new_values + token * kv_width;
+      float* token_keys = new_keys + token * kv_width;
+      float* token_values = new_values + token * kv_width;
       normalise(query_norm, token_queries, heads * width);
       normalise(key_norm, token_keys, kv_width);
       if (std::isfinite(clip)) {

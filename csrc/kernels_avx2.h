@@ -64,8 +64,8 @@ inline __m256i dot_int4(__m256i sums, __m256i weights, __m256i x) {
 }
 #endif
 
-void quantize(const float* x, int64_t columns, int64_t padded, int64_t group,
-              int8_t* values, float* scales, int32_t* sums) {
+void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, int8_t* values,
+              float* scales, int32_t* sums) {
   const __m256 magnitude = _mm256_castsi256_ps(_mm256_set1_epi32(0x7fffffff));
   for (int64_t start = 0, g = 0; start < padded; start += group, ++g) {
     const int64_t end = start + group < padded ? start + group : padded;
@@ -120,9 +120,8 @@ MOESCOPE_INLINE inline void add_int8(const Tile& tile, int p, const Activations&
   for (int64_t g = first; g < last; ++g) {
     __m256i dots[M][2];
     for (int m = 0; m < M; ++m)
-      dots[m][0] = dots[m][1] =
-          _mm256_set1_epi32(
-              kInt8AsStored ? start_of_dots(kInt8.zero, a.sums[row[m] * a.groups + g]) : 0);
+      dots[m][0] = dots[m][1] = _mm256_set1_epi32(
+          kInt8AsStored ? start_of_dots(kInt8.zero, a.sums[row[m] * a.groups + g]) : 0);
     const int64_t begin = g * a.group;
     const int64_t end = begin + a.group < a.columns ? begin + a.group : a.columns;
     const uint8_t* w = panel + begin / 4 * step;
@@ -159,8 +158,7 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, int p, const Activations&
     const uint8_t* chunk = tile.weights + g * chunk_bytes;
     if (Fetch) prefetch(ahead + 256);
     __m256i dots[M][2];
-    for (int m = 0; m < M; ++m)
-      dots[m][0] = dots[m][1] = _mm256_setzero_si256();
+    for (int m = 0; m < M; ++m) dots[m][0] = dots[m][1] = _mm256_setzero_si256();
     for (int s = 0; s < 4; ++s) {
       if (Fetch) prefetch(ahead + s * 64);
       for (int half = 0; half < 2; ++half) {
@@ -325,8 +323,8 @@ void swiglu(float* gate, const float* up, int64_t n) {
 void axpy(float a, const float* x, float* y, int64_t n) {
   int64_t i = 0;
   for (; i + 8 <= n; i += 8)
-    _mm256_storeu_ps(y + i, _mm256_fmadd_ps(_mm256_set1_ps(a), _mm256_loadu_ps(x + i),
-                                            _mm256_loadu_ps(y + i)));
+    _mm256_storeu_ps(
+        y + i, _mm256_fmadd_ps(_mm256_set1_ps(a), _mm256_loadu_ps(x + i), _mm256_loadu_ps(y + i)));
   for (; i < n; ++i) y[i] += a * x[i];
 }
 

@@ -10,9 +10,9 @@
 namespace moescope {
 namespace {
 
-constexpr int kRows = 6;                  // 6 x 4 sums, 4 weights and a broadcast fill the registers
-constexpr int64_t kColumnBlock = 256;     // columns of a tile that stay in the first-level cache
-constexpr int64_t kPrefetch = 4096;       // bytes ahead
+constexpr int kRows = 6;               // 6 x 4 sums, 4 weights and a broadcast fill the registers
+constexpr int64_t kColumnBlock = 256;  // columns of a tile that stay in the first-level cache
+constexpr int64_t kPrefetch = 4096;    // bytes ahead
 constexpr WeightFormat kInt8 = kWeightFormats[format_named("int8")];
 
 inline __m512i broadcast(const int8_t* x) {
@@ -27,8 +27,8 @@ MOESCOPE_INLINE inline void dot(__m512i& sums, __m512i weights, __m512i x) {
   asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(x));
 }
 
-void quantize(const float* x, int64_t columns, int64_t padded, int64_t group,
-              int8_t* values, float* scales, int32_t* sums) {
+void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, int8_t* values,
+              float* scales, int32_t* sums) {
   for (int64_t start = 0, g = 0; start < padded; start += group, ++g) {
     const int64_t end = start + group < padded ? start + group : padded;
     __m512 largest = _mm512_setzero_ps();
@@ -42,8 +42,9 @@ void quantize(const float* x, int64_t columns, int64_t padded, int64_t group,
     __m512i sum = _mm512_setzero_si512();
     for (int64_t k = start; k < end; k += 16) {
       const int64_t left = columns - k;
-      const __mmask16 mask =
-          left >= 16 ? 0xffff : left <= 0 ? 0 : static_cast<__mmask16>((1 << left) - 1);
+      const __mmask16 mask = left >= 16  ? 0xffff
+                             : left <= 0 ? 0
+                                         : static_cast<__mmask16>((1 << left) - 1);
       const __m512i rounded =
           _mm512_cvtps_epi32(_mm512_mul_ps(_mm512_maskz_loadu_ps(mask, x + k), inverse));
       sum = _mm512_add_epi32(sum, rounded);
@@ -71,7 +72,8 @@ constexpr Twice kTwice;
 
 // Each byte in both halves of an integer.
 MOESCOPE_INLINE inline __m512i bytes_twice_at(const uint8_t* from) {
-  const __m512i all = _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
+  const __m512i all =
+      _mm512_broadcast_i32x4(_mm_loadu_si128(reinterpret_cast<const __m128i*>(from)));
   return _mm512_shuffle_epi8(all, _mm512_load_si512(kTwice.at));
 }
 
@@ -91,17 +93,15 @@ MOESCOPE_INLINE inline void multiply_step(__m512i (&dots)[M][P], const __m512i (
                                           const int8_t* const (&x)[M], int64_t k) {
   each<M>([&](auto m) MOESCOPE_INLINE {
     const __m512i four = broadcast(x[m] + k);
-    each<P>([&](auto p) MOESCOPE_INLINE {
-      dot(dots[m][p], panel[p], four);
-    });
+    each<P>([&](auto p) MOESCOPE_INLINE { dot(dots[m][p], panel[p], four); });
   });
 }
 
 // What is fetched of the weights ahead, while those before them are multiplied.
 enum class Fetch {
   none,
-  all,        // for rows that pass over the weights once
-  one_half,   // for rows that pass over a block of them again and again, the first two times
+  all,       // for rows that pass over the weights once
+  one_half,  // for rows that pass over a block of them again and again, the first two times
   other_half,
 };
 
@@ -221,9 +221,8 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, con
     fetch_lines<F, (kChunkBytes + 63) / 64 - P * 4>(ahead, P * 4, P * 4);
     __m512i dots[M][P], high_dots[M][P];
     each<M>([&](auto m) MOESCOPE_INLINE {
-      each<P>([&](auto p) MOESCOPE_INLINE {
-        dots[m][p] = high_dots[m][p] = _mm512_setzero_si512();
-      });
+      each<P>([&](auto p)
+                  MOESCOPE_INLINE { dots[m][p] = high_dots[m][p] = _mm512_setzero_si512(); });
     });
     for (int step = 0; step < 4; ++step) {
       fetch_lines<F, P>(ahead, step * P, P * 4);
@@ -247,13 +246,13 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, con
       each<M>([&](auto m) MOESCOPE_INLINE {
         const int64_t group = row[m] * a.groups + g;
         // What both multiply fits 16 bits, so this is their product.
-        const __m512i taken =
-            _mm512_madd_epi16(minimum, _mm512_set1_epi32(start_of_dots(kInt4Minimum, a.sums[group])));
+        const __m512i taken = _mm512_madd_epi16(
+            minimum, _mm512_set1_epi32(start_of_dots(kInt4Minimum, a.sums[group])));
         __m512i total;
         if constexpr (kApart) {
           // 16 products of 4 and 8 bits fit 16 bits.
-          const __m512i both = _mm512_mask_mov_epi16(
-              _mm512_slli_epi32(high_dots[m][p], 12), 0x55555555, dots[m][p]);
+          const __m512i both =
+              _mm512_mask_mov_epi16(_mm512_slli_epi32(high_dots[m][p], 12), 0x55555555, dots[m][p]);
           total = _mm512_dpwssd_epi32(taken, both, scale);
         } else {
           total = _mm512_add_epi32(taken, _mm512_mullo_epi32(scale, dots[m][p]));
@@ -274,14 +273,13 @@ MOESCOPE_INLINE inline void add_bf16(const Tile& tile, const Activations& a, con
   const float* x[M];
   each<M>([&](auto m) MOESCOPE_INLINE {
     x[m] = a.numbers + row[m] * a.columns;
-    each<P>([&](auto p) MOESCOPE_INLINE {
-      sums[m][p] = _mm512_loadu_ps(out + m * kTile + p * kPanel);
-    });
+    each<P>([&](auto p)
+                MOESCOPE_INLINE { sums[m][p] = _mm512_loadu_ps(out + m * kTile + p * kPanel); });
   });
   const uint8_t* w = tile.weights + first / 2 * (P * 64);
   for (int64_t k = first; k < last; k += 2, w += P * 64) {
     const uint8_t* ahead = F != Fetch::none ? ahead_of(tile, w, distance) : nullptr;
-    const auto add = [&](int64_t column, const __m512i (&panel)[P]) MOESCOPE_INLINE {
+    const auto add = [&](int64_t column, const __m512i(&panel)[P]) MOESCOPE_INLINE {
       each<M>([&](auto m) MOESCOPE_INLINE {
         const __m512 factor = _mm512_set1_ps(x[m][column]);
         each<P>([&](auto p) MOESCOPE_INLINE {
@@ -301,9 +299,8 @@ MOESCOPE_INLINE inline void add_bf16(const Tile& tile, const Activations& a, con
     add(k + 1, panel);
   }
   each<M>([&](auto m) MOESCOPE_INLINE {
-    each<P>([&](auto p) MOESCOPE_INLINE {
-      _mm512_storeu_ps(out + m * kTile + p * kPanel, sums[m][p]);
-    });
+    each<P>([&](auto p)
+                MOESCOPE_INLINE { _mm512_storeu_ps(out + m * kTile + p * kPanel, sums[m][p]); });
   });
 }
 
@@ -420,7 +417,8 @@ void swiglu(float* gate, const float* up, int64_t n) {
     const __m512 g = _mm512_maskz_loadu_ps(mask, gate + i);
     const __m512 u = _mm512_maskz_loadu_ps(mask, up + i);
     const __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), g));
-    _mm512_mask_storeu_ps(gate + i, mask, _mm512_mul_ps(_mm512_div_ps(g, _mm512_add_ps(one, e)), u));
+    _mm512_mask_storeu_ps(gate + i, mask,
+                          _mm512_mul_ps(_mm512_div_ps(g, _mm512_add_ps(one, e)), u));
   }
 }
 
@@ -465,7 +463,8 @@ void dots(const float* x, int64_t stride, int64_t count, const float* q, int64_t
     const auto step = [&](int64_t k, __mmask16 mask) MOESCOPE_INLINE {
       __m512 numbers[4];
       each<4>([&](auto r) MOESCOPE_INLINE { prefetch(ahead + r * stride + k); });
-      each<4>([&](auto r) MOESCOPE_INLINE { numbers[r] = _mm512_maskz_loadu_ps(mask, row[r] + k); });
+      each<4>([&](auto r)
+                  MOESCOPE_INLINE { numbers[r] = _mm512_maskz_loadu_ps(mask, row[r] + k); });
       each<kHeads>([&](auto h) MOESCOPE_INLINE {
         const __m512 query = _mm512_maskz_loadu_ps(mask, q + h * q_stride + k);
         each<4>([&](auto r) MOESCOPE_INLINE {
@@ -547,9 +546,8 @@ __attribute__((noinline)) void multiply_block(const float* x, int64_t stride, co
     });
     each<M>([&](auto m) MOESCOPE_INLINE {
       const __m512 factor = _mm512_set1_ps(x[m * stride + k]);
-      each<P>([&](auto p) MOESCOPE_INLINE {
-        sums[m][p] = _mm512_fmadd_ps(factor, panel[p], sums[m][p]);
-      });
+      each<P>([&](auto p)
+                  MOESCOPE_INLINE { sums[m][p] = _mm512_fmadd_ps(factor, panel[p], sums[m][p]); });
     });
   }
   each<M>([&](auto m) MOESCOPE_INLINE {
@@ -644,9 +642,8 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512", quantize, kMultiplies,
-                                swiglu,   axpy,     dots,            dot_rows,
-                                mix,      multiply_floats, softmax,  exponentials, log_sum_exp,
-                                rms_norm};
+const Kernels avx512_kernels = {"avx512",     quantize,    kMultiplies, swiglu,          axpy,
+                                dots,         dot_rows,    mix,         multiply_floats, softmax,
+                                exponentials, log_sum_exp, rms_norm};
 
 }  // namespace moescope

@@ -12,8 +12,8 @@ namespace {
 
 constexpr WeightFormat kInt8 = kWeightFormats[format_named("int8")];
 
-void quantize(const float* x, int64_t columns, int64_t padded, int64_t group,
-              int8_t* values, float* scales, int32_t* sums) {
+void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, int8_t* values,
+              float* scales, int32_t* sums) {
   for (int64_t start = 0, g = 0; start < padded; start += group, ++g) {
     const int64_t end = start + group < padded ? start + group : padded;
     const int64_t filled = end < columns ? end : columns;
@@ -41,15 +41,16 @@ void multiply_int8(const Tile& tile, const Activations& a, const int32_t* rows, 
     memset(sums, 0, kTile * sizeof(float));
     for (int64_t g = 0; g < a.groups; ++g) {
       int32_t dots[kTile];
-      for (int n = 0; n < width; ++n) dots[n] = start_of_dots(kInt8.zero, a.sums[row * a.groups + g]);
+      for (int n = 0; n < width; ++n)
+        dots[n] = start_of_dots(kInt8.zero, a.sums[row * a.groups + g]);
       const int64_t start = g * a.group;
       const int64_t end = start + a.group < a.columns ? start + a.group : a.columns;
       for (int64_t k = start; k < end; k += 4) {
         const int8_t* x = a.values + row * a.columns + k;
         const uint8_t* w = tile.weights + k * width;
         for (int n = 0; n < width; ++n)
-          dots[n] += w[4 * n] * x[0] + w[4 * n + 1] * x[1] + w[4 * n + 2] * x[2] +
-                     w[4 * n + 3] * x[3];
+          dots[n] +=
+              w[4 * n] * x[0] + w[4 * n + 1] * x[1] + w[4 * n + 2] * x[2] + w[4 * n + 3] * x[3];
       }
       const float scale = a.scales[row * a.groups + g];
       for (int n = 0; n < width; ++n) sums[n] += scale * static_cast<float>(dots[n]);
@@ -114,20 +115,18 @@ void spread(const uint8_t* record, int64_t columns, int16_t* values) {
     const int step = static_cast<int>(k % kChunk / 4);
     const uint8_t* low = chunk + (f.bits == 8 ? step : step % 4) * 64;
     const int shift = f.bits == 8 || step < 4 ? 0 : 4, mask = f.bits == 8 ? 255 : 15;
-    for (int i = 0; i < 4 * kPanel; ++i)
-      values[i] = static_cast<int16_t>(low[i] >> shift & mask);
+    for (int i = 0; i < 4 * kPanel; ++i) values[i] = static_cast<int16_t>(low[i] >> shift & mask);
     if constexpr (f.bits > 4 && f.bits < 8) {
       constexpr int kUpper = f.bits - 4, kPerByte = 8 / kUpper;
       for (int half = 0; half < 2; ++half) {
         const uint8_t* upper = chunk + upper_at(half, kUpper) + step / kPerByte * 32;
         for (int i = 0; i < 32; ++i)
           values[half * 32 + i] = static_cast<int16_t>(
-              values[half * 32 + i] |
-              (upper[i] >> step % kPerByte * kUpper & ((1 << kUpper) - 1)) << 4);
+              values[half * 32 + i] | (upper[i] >> step % kPerByte * kUpper & ((1 << kUpper) - 1))
+                                          << 4);
       }
     }
-    for (int i = 0; i < 4 * kPanel; ++i)
-      values[i] = static_cast<int16_t>(integer_of(f, values[i]));
+    for (int i = 0; i < 4 * kPanel; ++i) values[i] = static_cast<int16_t>(integer_of(f, values[i]));
   }
 }
 
@@ -142,13 +141,14 @@ void add_integers(const uint8_t* record, const int16_t* values, int64_t columns,
       const int8_t* x = a.values + row * a.columns + first_column + k;
       const int16_t* w = values + k * kPanel;
       for (int n = 0; n < kPanel; ++n)
-        dots[n] += w[4 * n] * x[0] + w[4 * n + 1] * x[1] + w[4 * n + 2] * x[2] + w[4 * n + 3] * x[3];
+        dots[n] +=
+            w[4 * n] * x[0] + w[4 * n + 1] * x[1] + w[4 * n + 2] * x[2] + w[4 * n + 3] * x[3];
     }
     const int64_t at = row * a.groups + first_column / f.group + g;
     for (int n = 0; n < kPanel; ++n)
-      out[n] += a.scales[at] * (scale_of(f, record, columns, g, n) * static_cast<float>(dots[n]) +
-                                minimum_of(f, record, columns, g, n) *
-                                    static_cast<float>(a.sums[at]));
+      out[n] +=
+          a.scales[at] * (scale_of(f, record, columns, g, n) * static_cast<float>(dots[n]) +
+                          minimum_of(f, record, columns, g, n) * static_cast<float>(a.sums[at]));
   }
 }
 
@@ -283,8 +283,8 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
 
 }  // namespace
 
-const Kernels portable_kernels = {"portable", quantize, kMultiplies,
-                                  swiglu,     axpy,     dots,          dot_rows,
-                                  mix,        multiply_floats, softmax, exponentials, log_sum_exp, rms_norm};
+const Kernels portable_kernels = {"portable",   quantize,    kMultiplies, swiglu,          axpy,
+                                  dots,         dot_rows,    mix,         multiply_floats, softmax,
+                                  exponentials, log_sum_exp, rms_norm};
 
 }  // namespace moescope

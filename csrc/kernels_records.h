@@ -13,7 +13,7 @@ namespace moescope {
 namespace {
 namespace records {
 
-constexpr int kRows = 4;       // whose sums the registers hold; as many are multiplied even of three
+constexpr int kRows = 4;  // whose sums the registers hold; as many are multiplied even of three
 constexpr int kPlainFrom = 8;  // rows for which a record's values are first spread to bytes
 
 MOESCOPE_INLINE inline __m256i load(const void* from) {
@@ -97,9 +97,8 @@ MOESCOPE_INLINE inline void dot_group(const uint8_t* chunk, int half, const int8
   each<M>([&](auto m) MOESCOPE_INLINE { total[m] = _mm256_setzero_si256(); });
   each<kSteps>([&](auto s) MOESCOPE_INLINE {
     const __m256i weights = values_of<F, Plain>(chunk, FirstStep + s, half);
-    each<M>([&](auto m) MOESCOPE_INLINE {
-      total[m] = dot(total[m], weights, broadcast(x[m] + 4 * s));
-    });
+    each<M>([&](auto m)
+                MOESCOPE_INLINE { total[m] = dot(total[m], weights, broadcast(x[m] + 4 * s)); });
   });
 #else
   static constexpr int kAtOnce = kSigned<F> ? 1 : sums_in_16_bits(largest_stored(f), kSteps);
@@ -139,11 +138,10 @@ MOESCOPE_INLINE inline __m256 scales_at(const uint8_t* from, int64_t index, __m2
     if constexpr (kScales == Scales::f16_i8)
       return _mm256_mul_ps(super, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
     const __m256i exponents = _mm256_cvtepu8_epi32(bytes);
-    const __m256i normal =
-        _mm256_slli_epi32(_mm256_sub_epi32(exponents, _mm256_set1_epi32(1)), 23);
+    const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(exponents, _mm256_set1_epi32(1)), 23);
     const __m256i tiny = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), exponents);
-    return _mm256_castsi256_ps(_mm256_blendv_epi8(
-        normal, tiny, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), exponents)));
+    return _mm256_castsi256_ps(
+        _mm256_blendv_epi8(normal, tiny, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), exponents)));
   }
 }
 
@@ -169,14 +167,11 @@ MOESCOPE_INLINE inline void add_integers(const Part& at, const Activations& a) {
   const int64_t first_group = at.first_column / f.group;
   for (int half = 0; half < 2; ++half) {
     __m256 sums[M], super{}, super_minimum{};
-    each<M>([&](auto m) MOESCOPE_INLINE {
-      sums[m] = _mm256_loadu_ps(at.out[m] + half * 8);
-    });
+    each<M>([&](auto m) MOESCOPE_INLINE { sums[m] = _mm256_loadu_ps(at.out[m] + half * 8); });
     if constexpr (has_super_scale(f)) {
       super = f16_at(supers + half * 16);
       if constexpr (f.minimum)
-        super_minimum =
-            _mm256_sub_ps(_mm256_setzero_ps(), f16_at(supers + 2 * kPanel + half * 16));
+        super_minimum = _mm256_sub_ps(_mm256_setzero_ps(), f16_at(supers + 2 * kPanel + half * 16));
     }
     for (int64_t chunk = 0; chunk < at.columns / kChunk; ++chunk) {
       if (at.ahead != nullptr && half == 0)
@@ -190,7 +185,7 @@ MOESCOPE_INLINE inline void add_integers(const Part& at, const Activations& a) {
           x[m] = a.values + at.row[m] * a.columns + at.first_column + g * f.group;
         });
         __m256i total[M];
-        dot_group<F, Plain, M, part * (f.group / 4)>(values + chunk * kChunkSize, half, x, total);
+        dot_group<F, Plain, M, part*(f.group / 4)>(values + chunk * kChunkSize, half, x, total);
         const __m256 scale = scales_at<F>(scales, g * kPanel + half * 8, super);
         __m256 minimum{};
         if constexpr (f.minimum)
@@ -198,8 +193,8 @@ MOESCOPE_INLINE inline void add_integers(const Part& at, const Activations& a) {
         each<M>([&](auto m) MOESCOPE_INLINE {
           const int64_t group = at.row[m] * a.groups + first_group + g;
           if constexpr (f.zero != 0 && !kSigned<F>)
-            total[m] = _mm256_add_epi32(total[m],
-                                        _mm256_set1_epi32(start_of_dots(f.zero, a.sums[group])));
+            total[m] =
+                _mm256_add_epi32(total[m], _mm256_set1_epi32(start_of_dots(f.zero, a.sums[group])));
           const float size = a.scales[group];
           sums[m] = _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_set1_ps(size)),
                                     _mm256_cvtepi32_ps(total[m]), sums[m]);
@@ -209,9 +204,7 @@ MOESCOPE_INLINE inline void add_integers(const Part& at, const Activations& a) {
         });
       });
     }
-    each<M>([&](auto m) MOESCOPE_INLINE {
-      _mm256_storeu_ps(at.out[m] + half * 8, sums[m]);
-    });
+    each<M>([&](auto m) MOESCOPE_INLINE { _mm256_storeu_ps(at.out[m] + half * 8, sums[m]); });
   }
 }
 
@@ -219,7 +212,8 @@ MOESCOPE_INLINE inline void add_integers(const Part& at, const Activations& a) {
 template <int F>
 MOESCOPE_INLINE inline void read_floats(const uint8_t* from, __m256 (&weights)[2]) {
   constexpr Values kValues = kWeightFormats[F].values;
-  if constexpr (kValues == Values::e4m3) {  // the sign, and 7 bits that are an f16's but for its bias
+  if constexpr (kValues ==
+                Values::e4m3) {  // the sign, and 7 bits that are an f16's but for its bias
     const __m256i wide = _mm256_slli_epi16(_mm256_cvtepi8_epi16(load_half(from)), 7);
     const __m256i halves = _mm256_and_si256(wide, _mm256_set1_epi16(-0x4080));
     weights[0] = _mm256_cvtph_ps(_mm256_castsi256_si128(halves));
@@ -234,21 +228,21 @@ MOESCOPE_INLINE inline void read_floats(const uint8_t* from, __m256 (&weights)[2
 template <int F, int M>
 MOESCOPE_INLINE inline void add_floats(const Part& at, const Activations& a) {
   static constexpr bool kScaled = kWeightFormats[F].scales == Scales::f32;
-  static constexpr int kWays = M == 1 ? 4 : M == 2 ? 2 : 1;  // sums of a row, so that they need not wait
+  static constexpr int kWays = M == 1   ? 4
+                               : M == 2 ? 2
+                                        : 1;  // sums of a row, so that they need not wait
   static constexpr int kBytes = kWeightFormats[F].bits / 8;
   const int64_t group = kScaled ? kFloatGroup : at.columns;
   const uint8_t* scales = at.record + value_bytes(kWeightFormats[F], at.columns);
   const float* x[M];
-  each<M>([&](auto m) MOESCOPE_INLINE {
-    x[m] = a.numbers + at.row[m] * a.columns + at.first_column;
-  });
+  each<M>([&](auto m)
+              MOESCOPE_INLINE { x[m] = a.numbers + at.row[m] * a.columns + at.first_column; });
   for (int64_t first = 0; first < at.columns; first += group, scales += kPanel * sizeof(float)) {
     const int64_t last = first + group < at.columns ? first + group : at.columns;
     __m256 sums[M][kWays][2];
     each<M>([&](auto m) MOESCOPE_INLINE {
-      each<kWays>([&](auto way) MOESCOPE_INLINE {
-        sums[m][way][0] = sums[m][way][1] = _mm256_setzero_ps();
-      });
+      each<kWays>([&](auto way)
+                      MOESCOPE_INLINE { sums[m][way][0] = sums[m][way][1] = _mm256_setzero_ps(); });
     });
     for (int64_t k = first; k < last; k += kWays)
       each<kWays>([&](auto way) MOESCOPE_INLINE {
@@ -271,9 +265,8 @@ MOESCOPE_INLINE inline void add_floats(const Part& at, const Activations& a) {
         scale = _mm256_mul_ps(_mm256_set1_ps(256), _mm256_castsi256_ps(load(scales + half * 32)));
       each<M>([&](auto m) MOESCOPE_INLINE {
         __m256 sum = sums[m][0][half];
-        each<kWays - 1>([&](auto way) MOESCOPE_INLINE {
-          sum = _mm256_add_ps(sum, sums[m][way + 1][half]);
-        });
+        each<kWays - 1>([&](auto way)
+                            MOESCOPE_INLINE { sum = _mm256_add_ps(sum, sums[m][way + 1][half]); });
         float* to = at.out[m] + half * 8;
         _mm256_storeu_ps(to, _mm256_fmadd_ps(scale, sum, _mm256_loadu_ps(to)));
       });

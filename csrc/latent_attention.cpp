@@ -93,8 +93,7 @@ void ExpandedAttention::forward(const float* queries, int64_t seq, const int64_t
           panels.value(head, slot, n - nope) = product[(slot - first) * kTile + n - start];
     }
     for (int64_t slot = first; slot < last; ++slot)
-      for (int64_t r = 0; r < rope; ++r)
-        panels.key(head, slot, nope + r) = k_rope.at(row, slot)[r];
+      for (int64_t r = 0; r < rope; ++r) panels.key(head, slot, nope + r) = k_rope.at(row, slot)[r];
   });
   count_weight_bytes(heads * expand->matrix_bytes());
   panels.attend(queries, heads, heads, seq, positions, {scale}, out);

@@ -107,7 +107,8 @@ void Router::score(float* logits) const {
     kernels().softmax(logits, 1, experts);
   else if (scoring == Scoring::sigmoid)
     for (int64_t e = 0; e < experts; ++e) logits[e] = 1 / (1 + std::exp(-logits[e]));
-  else if (scoring == Scoring::sqrtsoftplus)  // softplus as PyTorch takes it: the logit itself where the sum would lose it
+  else if (scoring == Scoring::sqrtsoftplus)
+    // Softplus as PyTorch takes it: the logit itself where the sum would lose it.
     for (int64_t e = 0; e < experts; ++e)
       logits[e] = std::sqrt(logits[e] > 20 ? logits[e] : std::log1p(std::exp(logits[e])));
 }

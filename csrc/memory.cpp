@@ -130,9 +130,7 @@ bool Buffer::stream(int, uint64_t, size_t) { return false; }
 bool Buffer::bring(size_t, size_t) const { return false; }
 void Buffer::drop(size_t, size_t) const {}
 
-void Buffer::fill(int descriptor, uint64_t offset) {
-  read_file(descriptor, offset, data_, bytes_);
-}
+void Buffer::fill(int descriptor, uint64_t offset) { read_file(descriptor, offset, data_, bytes_); }
 
 void Buffer::settle() {}
 #endif

@@ -146,8 +146,8 @@ void unpack(const Weights& weights, const Output<3>& out) {
   weights.unpack(out.data());
 }
 
-void apply_linear(const Weights& weights, const Floats<2>& x,
-                  const std::optional<Floats<1>>& bias, const Output<2>& out) {
+void apply_linear(const Weights& weights, const Floats<2>& x, const std::optional<Floats<1>>& bias,
+                  const Output<2>& out) {
   const int64_t rows = x.shape(0);
   const int64_t outputs = weights.matrices() * weights.outputs();
   require(has_shape(x, {rows, weights.columns()}) && has_shape(out, {rows, outputs}) &&
@@ -243,7 +243,8 @@ void apply_attention(const AbsorbedAttention& attention, const Floats<3>& q_nope
               (k_rope.stride(2) == 1 || k_rope.shape(2) == 1),
           "the numbers of a slot must lie side by side");
   for (int64_t row = 0; row < batch; ++row)
-    require(lengths.data()[row] >= 1 && lengths.data()[row] <= slots, "a length is not in the cache");
+    require(lengths.data()[row] >= 1 && lengths.data()[row] <= slots,
+            "a length is not in the cache");
   nb::gil_scoped_release unlocked;
   std::vector<int64_t> table(batch);  // each row is a block
   std::iota(table.begin(), table.end(), 0);
@@ -270,10 +271,10 @@ std::shared_ptr<LatentAttention> make_latent_attention(
   const bool low_rank = query_down != nullptr;
   require(rope > 0 && rope % 2 == 0 && latent->columns() == hidden &&
               query->outputs() == heads * (nope + rope) &&
-              (low_rank ? query_down->columns() == hidden &&
-                              query_down->outputs() == query->columns() && query_norm &&
-                              has_shape(*query_norm, {query->columns()})
-                        : query->columns() == hidden) &&
+              (low_rank
+                   ? query_down->columns() == hidden && query_down->outputs() == query->columns() &&
+                         query_norm && has_shape(*query_norm, {query->columns()})
+                   : query->columns() == hidden) &&
               has_shape(latent_norm, {rank}) && expand->matrices() == heads &&
               expand->outputs() == nope + value && expand->columns() == rank &&
               output->outputs() == hidden && output->columns() == heads * value &&
@@ -290,8 +291,8 @@ std::shared_ptr<LatentAttention> make_latent_attention(
   made->latent = {latent, copied(latent_bias)};
   made->output = {output, copied(output_bias)};
   made->absorbed = absorbed;
-  made->expanded = std::make_shared<ExpandedAttention>(
-      ExpandedAttention{expand, nope, absorbed->scale});
+  made->expanded =
+      std::make_shared<ExpandedAttention>(ExpandedAttention{expand, nope, absorbed->scale});
   made->rope = rope;
   made->interleave = interleave;
   made->residual_multiplier = residual_multiplier;
@@ -314,10 +315,10 @@ std::shared_ptr<GroupedAttention> make_grouped_attention(
   const auto normalises = [](const std::optional<Floats<1>>& norm, int64_t heads, int64_t width) {
     return !norm || has_shape(*norm, {width}) || has_shape(*norm, {heads * width});
   };
-  require(rope > 0 && rope % 2 == 0 && rope <= width && query->columns() == hidden && key->columns() == hidden &&
-              value->columns() == hidden && key->outputs() == kv_heads * width &&
-              value->outputs() == kv_heads * width && output->columns() == heads * width &&
-              output->outputs() == hidden &&
+  require(rope > 0 && rope % 2 == 0 && rope <= width && query->columns() == hidden &&
+              key->columns() == hidden && value->columns() == hidden &&
+              key->outputs() == kv_heads * width && value->outputs() == kv_heads * width &&
+              output->columns() == heads * width && output->outputs() == hidden &&
               (!query_bias || has_shape(*query_bias, {query->outputs()})) &&
               (!key_bias || has_shape(*key_bias, {key->outputs()})) &&
               (!value_bias || has_shape(*value_bias, {value->outputs()})) &&
@@ -347,10 +348,9 @@ std::shared_ptr<GroupedAttention> make_grouped_attention(
 }
 
 std::shared_ptr<Decoder> make_decoder(
-    const SharedWeights& embedding,
-    const std::vector<std::shared_ptr<Attention>>& attention,
-    const std::vector<std::shared_ptr<FeedForwardBlock>>& feed_forward, const Floats<1>& frequencies,
-    float rotation_factor, float embedding_multiplier) {
+    const SharedWeights& embedding, const std::vector<std::shared_ptr<Attention>>& attention,
+    const std::vector<std::shared_ptr<FeedForwardBlock>>& feed_forward,
+    const Floats<1>& frequencies, float rotation_factor, float embedding_multiplier) {
   require(!attention.empty() && attention.size() == feed_forward.size(),
           "every layer needs attention and a feed-forward part");
   const Attention& first = *attention.front();
@@ -359,7 +359,8 @@ std::shared_ptr<Decoder> make_decoder(
                 feed_forward[layer]->norm.width() == first.input_norm.width() &&
                 attention[layer]->rotated_width() == first.rotated_width(),
             "the layers do not fit together");
-  require(has_shape(frequencies, {first.rotated_width() / 2}), "the rotation does not fit the layers");
+  require(has_shape(frequencies, {first.rotated_width() / 2}),
+          "the rotation does not fit the layers");
   for (const auto& block : feed_forward)
     require(!block->router || block->router->table.ids.empty() ||
                 block->router->table.vocab >= embedding->outputs(),
@@ -386,11 +387,12 @@ void make_cache_slots(CacheSlots* self, std::vector<CacheArray> keys,
   require(!keys.empty() && keys.size() == values.size(), "every layer needs keys and values");
   const int64_t blocks = keys.front().shape(0), block_slots = keys.front().shape(1);
   CacheSlots made{std::move(keys), std::move(values), {}, {}, blocks, block_slots};
-  for (const auto& [arrays, held] : {std::pair{&made.key_arrays, &made.keys},
-                                     std::pair{&made.value_arrays, &made.values}})
+  for (const auto& [arrays, held] :
+       {std::pair{&made.key_arrays, &made.keys}, std::pair{&made.value_arrays, &made.values}})
     for (const CacheArray& array : *arrays) {
-      require(has_shape(array, {blocks, block_slots}) && (array.stride(2) == 1 || array.shape(2) == 1),
-              "the layers' slots do not fit together");
+      require(
+          has_shape(array, {blocks, block_slots}) && (array.stride(2) == 1 || array.shape(2) == 1),
+          "the layers' slots do not fit together");
       held->push_back(slots_of(array));
     }
   new (self) CacheSlots(std::move(made));
@@ -423,7 +425,8 @@ int64_t slots_of_decoder(const Decoder& decoder, const std::vector<Routers>& set
 void apply_decoder(const Decoder& decoder, const Ids<1>& ids, const Ids<1>& positions,
                    const Ids<1>& starts, int64_t singles, const Ids<2>& table,
                    const CacheSlots& cache, const std::vector<Routers>& sets,
-                   const std::vector<int64_t>& set_of_row, const std::optional<MutableIds<3>>& topk_ids,
+                   const std::vector<int64_t>& set_of_row,
+                   const std::optional<MutableIds<3>>& topk_ids,
                    const std::optional<Output<3>>& topk_weights,
                    const std::optional<Output<3>>& topk_scores, const Output<2>& out) {
   const int64_t count = ids.shape(0), rows = table.shape(0), width = table.shape(1);
@@ -438,10 +441,12 @@ void apply_decoder(const Decoder& decoder, const Ids<1>& ids, const Ids<1>& posi
   require(starts.data()[0] == 0 && starts.data()[rows] == count, "the rows are not all tokens");
   for (int64_t row = 0; row < rows; ++row) {
     const int64_t first = starts.data()[row], end = starts.data()[row + 1];
-    require(first < end && (row >= singles || end == first + 1), "a row has too few or many tokens");
+    require(first < end && (row >= singles || end == first + 1),
+            "a row has too few or many tokens");
     for (int64_t token = first; token < end; ++token) {
       const int64_t position = positions.data()[token];
-      require(position >= 0 && position < width * cache.block_slots, "a position is not in the cache");
+      require(position >= 0 && position < width * cache.block_slots,
+              "a position is not in the cache");
     }
   }
   for (int64_t entry = 0; entry < rows * width; ++entry)
@@ -507,22 +512,21 @@ std::shared_ptr<Router> make_router(const Floats<2>& weight,
               (!logit_bias || has_shape(*logit_bias, {experts})) &&
               (!bias || has_shape(*bias, {experts})),
           "the parts of the router do not fit together");
-  return std::make_shared<Router>(
-      Router{{weight.data(), [weight](const float*) {}},
-             copied(logit_bias),
-             copied(bias),
-             marked(disabled, experts),
-             marked(forced, experts),
-             table_of(table, experts, top_k),
-             experts,
-             hidden,
-             top_k,
-             groups,
-             kept_groups,
-             best_of_group,
-             scoring_of(scoring),
-             normalise,
-             factor});
+  return std::make_shared<Router>(Router{{weight.data(), [weight](const float*) {}},
+                                         copied(logit_bias),
+                                         copied(bias),
+                                         marked(disabled, experts),
+                                         marked(forced, experts),
+                                         table_of(table, experts, top_k),
+                                         experts,
+                                         hidden,
+                                         top_k,
+                                         groups,
+                                         kept_groups,
+                                         best_of_group,
+                                         scoring_of(scoring),
+                                         normalise,
+                                         factor});
 }
 
 void apply_router(const Router& router, const Floats<2>& x, const std::optional<Ids<1>>& ids,
@@ -542,15 +546,16 @@ void apply_router(const Router& router, const Floats<2>& x, const std::optional<
           {router.top_k, topk_ids.data(), topk_weights.data(), nullptr});
 }
 
-std::shared_ptr<FeedForwardBlock> make_feed_forward_block(
-    const Floats<1>& norm, float eps, const std::shared_ptr<Router>& router,
-    const std::shared_ptr<FeedForward>& layer, float residual_multiplier) {
+std::shared_ptr<FeedForwardBlock> make_feed_forward_block(const Floats<1>& norm, float eps,
+                                                          const std::shared_ptr<Router>& router,
+                                                          const std::shared_ptr<FeedForward>& layer,
+                                                          float residual_multiplier) {
   const int64_t hidden = layer->any().columns();
   require(has_shape(norm, {hidden}) && (router != nullptr) == (layer->routed_experts() > 0) &&
-              (!router || (router->experts == layer->routed_experts() &&
-                           router->hidden == hidden)),
+              (!router || (router->experts == layer->routed_experts() && router->hidden == hidden)),
           "norm, router and experts do not fit together");
-  return std::make_shared<FeedForwardBlock>(FeedForwardBlock{norm_of(norm, eps), residual_multiplier, router, layer});
+  return std::make_shared<FeedForwardBlock>(
+      FeedForwardBlock{norm_of(norm, eps), residual_multiplier, router, layer});
 }
 
 void apply_likeliest(const Floats<2>& logits, const MutableIds<2>& ids, const Output<2>& values) {
@@ -666,10 +671,10 @@ NB_MODULE(_native, m) {
   nb::class_<Attention>(m, "Attention").def("__deepcopy__", &same);
   nb::class_<LatentAttention, Attention>(m, "LatentAttention");
   nb::class_<GroupedAttention, Attention>(m, "GroupedAttention");
-  m.def("latent_attention", &make_latent_attention, "input_norm"_a, "eps"_a,
-        "query_down"_a.none(), "query_down_bias"_a.none(), "query_norm"_a.none(), "query"_a,
-        "latent"_a, "latent_bias"_a.none(), "latent_norm"_a, "latent_eps"_a, "absorbed"_a,
-        "expand"_a, "output"_a, "output_bias"_a.none(), "interleave"_a, "residual_multiplier"_a);
+  m.def("latent_attention", &make_latent_attention, "input_norm"_a, "eps"_a, "query_down"_a.none(),
+        "query_down_bias"_a.none(), "query_norm"_a.none(), "query"_a, "latent"_a,
+        "latent_bias"_a.none(), "latent_norm"_a, "latent_eps"_a, "absorbed"_a, "expand"_a,
+        "output"_a, "output_bias"_a.none(), "interleave"_a, "residual_multiplier"_a);
   m.def("grouped_attention", &make_grouped_attention, "input_norm"_a, "eps"_a, "query"_a,
         "query_bias"_a.none(), "key"_a, "key_bias"_a.none(), "value"_a, "value_bias"_a.none(),
         "output"_a, "output_bias"_a.none(), "heads"_a, "kv_heads"_a, "scale"_a,
@@ -692,8 +697,7 @@ NB_MODULE(_native, m) {
       .def("most_slots", &slots_of_decoder, "sets"_a);
   m.def("decoder", &make_decoder, "embedding"_a, "attention"_a, "feed_forward"_a, "frequencies"_a,
         "rotation_factor"_a, "embedding_multiplier"_a);
-  nb::class_<CacheSlots>(m, "CacheSlots")
-      .def("__init__", &make_cache_slots, "keys"_a, "values"_a);
+  nb::class_<CacheSlots>(m, "CacheSlots").def("__init__", &make_cache_slots, "keys"_a, "values"_a);
   m.def("likeliest", &apply_likeliest, "logits"_a, "ids"_a, "values"_a);
   m.def("log_sums", &apply_log_sums, "logits"_a, "scale"_a, "out"_a);
 }

@@ -178,7 +178,8 @@ struct Attention {
 // Multi-head latent attention: a slot's key is its latent, its value the rotated key of all heads.
 struct LatentAttention : Attention {
   Norm query_norm, latent_norm;
-  Projection query_down;  // without weights where queries have no low rank; query_norm is empty then
+  Projection
+      query_down;  // without weights where queries have no low rank; query_norm is empty then
   Projection query, latent;
   std::shared_ptr<const AbsorbedAttention> absorbed;
   std::shared_ptr<const ExpandedAttention> expanded;
@@ -195,7 +196,8 @@ struct LatentAttention : Attention {
 // Grouped-query attention: `heads / kv_heads` queries share a key and a value.
 struct GroupedAttention : Attention {
   Projection query, key, value;
-  Norm query_norm, key_norm;  // of each head, or of all at once; without a weight where there is none
+  Norm query_norm,
+      key_norm;  // of each head, or of all at once; without a weight where there is none
   int64_t heads, kv_heads, width;
   int64_t rope;  // how many numbers of a head are rotated, from its front
   float scale;
@@ -242,7 +244,7 @@ struct Chosen {
 struct Router {
   std::shared_ptr<const float> weight;  // (experts, hidden)
   std::vector<float> logit_bias;
-  std::vector<float> bias;  // enters the choice only
+  std::vector<float> bias;        // enters the choice only
   std::vector<uint8_t> disabled;  // experts that are as if they did not exist
   std::vector<uint8_t> forced;    // experts that every token visits; they take their place in top_k
   HashTable table;                // what chooses instead of scores; empty without

@@ -55,7 +55,9 @@ class Pool {
     const uint64_t round = (gate_.load(std::memory_order_relaxed) >> 32) + 1;
     gate_.store(round << 32 | kOpen);  // sequentially consistent, as is the check of sleepers_
     if (sleepers_.load() > 0) {
-      { std::lock_guard<std::mutex> lock(sleep_); }
+      {
+        std::lock_guard<std::mutex> lock(sleep_);
+      }
       wake_.notify_all();
     }
     work();
@@ -156,9 +158,8 @@ void parallel_rows(int64_t rows, const std::function<void(int64_t, int64_t)>& ta
   constexpr int64_t kFew = 8, kAtOnce = 16;
   if (rows <= kFew) return task(0, rows);
   const int64_t step = std::min(kAtOnce, (rows + threads() - 1) / threads());
-  parallel((rows + step - 1) / step, [&](int64_t part) {
-    task(part * step, std::min(rows, (part + 1) * step));
-  });
+  parallel((rows + step - 1) / step,
+           [&](int64_t part) { task(part * step, std::min(rows, (part + 1) * step)); });
 }
 
 uint64_t rounds_begun() { return pool().rounds(); }

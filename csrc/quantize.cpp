@@ -72,8 +72,12 @@ struct Group {
     std::memcpy(x, weights, sizeof x);
     std::memcpy(w, importance, sizeof w);
   }
-  MOESCOPE_INLINE float low() const { return fold([](float a, float b) { return a < b ? a : b; }); }
-  MOESCOPE_INLINE float high() const { return fold([](float a, float b) { return a > b ? a : b; }); }
+  MOESCOPE_INLINE float low() const {
+    return fold([](float a, float b) { return a < b ? a : b; });
+  }
+  MOESCOPE_INLINE float high() const {
+    return fold([](float a, float b) { return a > b ? a : b; });
+  }
 
  private:
   template <typename Pick>
@@ -211,7 +215,8 @@ MOESCOPE_INLINE inline Line fit_line(const Group<N>& group, float top, bool belo
 }
 
 MOESCOPE_INLINE inline void nibbles(const uint8_t* q, uint8_t* out, int half) {
-  for (int i = 0; i < half; ++i) out[i] = static_cast<uint8_t>((q[i] & 15) | (q[i + half] & 15) << 4);
+  for (int i = 0; i < half; ++i)
+    out[i] = static_cast<uint8_t>((q[i] & 15) | (q[i + half] & 15) << 4);
 }
 
 MOESCOPE_INLINE inline void fifth_bits(const uint8_t* q, uint8_t* out) {
@@ -225,16 +230,18 @@ constexpr float kPlaces4[] = {-6.6f, -6.8f, -7.0f, -7.2f, -7.4f, -7.6f,
 constexpr float kPlaces5[] = {-14.6f, -14.9f, -15.2f, -15.5f, -15.8f, -16.1f, -16.4f, -16.7f};
 constexpr float kPlaces6[] = {-30, -30.5f, -31, -31.5f, -32, -32.5f};
 constexpr float kPlaces8[] = {127};
-constexpr float kPlacesCurve[] = {-151, -147, -143, -139, -135, -131, -127, -123, -119, -115,
-                                  -111, -107, -103, 97,   101,  105,  109,  113,  117,  121, 125};
+constexpr float kPlacesCurve[] = {-151, -147, -143, -139, -135, -131, -127, -123, -119, -115, -111,
+                                  -107, -103, 97,   101,  105,  109,  113,  117,  121,  125};
 
 template <int Bits>
 MOESCOPE_INLINE inline void symmetric(const float* x, const float* w, uint8_t* out) {
   constexpr int kZero = 1 << (Bits - 1);
   using Levels = Integers<-kZero, kZero - 1>;
   float scale;
-  if constexpr (Bits == 4) scale = fit_scale<Levels, kGroup>({x, w}, kPlaces4);
-  else scale = fit_scale<Levels, kGroup>({x, w}, kPlaces5);
+  if constexpr (Bits == 4)
+    scale = fit_scale<Levels, kGroup>({x, w}, kPlaces4);
+  else
+    scale = fit_scale<Levels, kGroup>({x, w}, kPlaces5);
   put(out, scale);
   const float per_scale = inverse(halved(scale));
   uint8_t q[kGroup];
@@ -445,9 +452,9 @@ MOESCOPE_CLONES void int4_row(const float* x, int64_t columns, const float* w, L
 
 BlockType block_type_of(const std::string& name) {
   static const std::map<std::string, BlockType> kNames = {
-      {"Q4_0", BlockType::q4_0},     {"Q4_1", BlockType::q4_1}, {"Q5_0", BlockType::q5_0},
-      {"Q5_1", BlockType::q5_1},     {"Q8_0", BlockType::q8_0}, {"IQ4_NL", BlockType::iq4_nl},
-      {"Q4_K", BlockType::q4_k},     {"Q5_K", BlockType::q5_k}, {"Q6_K", BlockType::q6_k}};
+      {"Q4_0", BlockType::q4_0}, {"Q4_1", BlockType::q4_1}, {"Q5_0", BlockType::q5_0},
+      {"Q5_1", BlockType::q5_1}, {"Q8_0", BlockType::q8_0}, {"IQ4_NL", BlockType::iq4_nl},
+      {"Q4_K", BlockType::q4_k}, {"Q5_K", BlockType::q5_k}, {"Q6_K", BlockType::q6_k}};
   const auto found = kNames.find(name);
   if (found == kNames.end()) throw std::invalid_argument("there is no quantiser for " + name);
   return found->second;

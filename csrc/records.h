@@ -122,8 +122,8 @@ static inline float scale_of(const WeightFormat& f, const uint8_t* record, int64
 static inline float minimum_of(const WeightFormat& f, const uint8_t* record, int64_t columns,
                                int64_t g, int n) {
   if (!f.minimum) return 0;
-  const float minimum = part_of_group(f, record, minimums_at(f, columns),
-                                      super_at(f, columns) + 2 * kPanel, g, n);
+  const float minimum =
+      part_of_group(f, record, minimums_at(f, columns), super_at(f, columns) + 2 * kPanel, g, n);
   return has_super_scale(f) ? -minimum : minimum;
 }
 

@@ -17,14 +17,14 @@ enum class Values { integer, code, e4m3, bf16, f16, f32 };
 
 // How the scales of a format are held, and its minimums if it has any.
 enum class Scales {
-  none,     // the values stand for themselves
-  row,      // float32, one a row
-  row_u8,   // an unsigned byte a group, times one float32 a row
-  f16,      // one a group
-  f32,      // one for 128 columns of floating point (DeepSeek-V3, section 3.3.2)
-  e8m0,     // an exponent a group, of half the weights' scale as OCP's microscaling has it
-  f16_u8,   // an unsigned byte a group, times one f16 for 256 columns
-  f16_i8,   // a signed byte a group, times one f16 for 256 columns
+  none,    // the values stand for themselves
+  row,     // float32, one a row
+  row_u8,  // an unsigned byte a group, times one float32 a row
+  f16,     // one a group
+  f32,     // one for 128 columns of floating point (DeepSeek-V3, section 3.3.2)
+  e8m0,    // an exponent a group, of half the weights' scale as OCP's microscaling has it
+  f16_u8,  // an unsigned byte a group, times one f16 for 256 columns
+  f16_i8,  // a signed byte a group, times one f16 for 256 columns
 };
 
 // Where the weights of a tile lie.
@@ -37,9 +37,9 @@ enum class Order {
 struct WeightFormat {
   const char* name;
   Values values;
-  int bits;      // of a value
-  int zero;      // integers and code words are kept plus this, as unsigned bytes
-  int group;     // columns whose products are summed in integers; 0 for floating point
+  int bits;   // of a value
+  int zero;   // integers and code words are kept plus this, as unsigned bytes
+  int group;  // columns whose products are summed in integers; 0 for floating point
   Scales scales;
   bool minimum;
   Order order;

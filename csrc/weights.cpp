@@ -114,10 +114,9 @@ const char* Weights::layout() { return MOESCOPE_LAYOUT; }
 Tile Weights::tile(int64_t matrix, int64_t index) const {
   const int64_t first = index * kTile;
   const uint8_t* all_scales = packed_.data() + matrices_ * matrix_bytes_;
-  const float* scales = has_row_scale(format())
-                            ? reinterpret_cast<const float*>(all_scales) +
-                                  matrix * padded_outputs_ + first
-                            : nullptr;
+  const float* scales = has_row_scale(format()) ? reinterpret_cast<const float*>(all_scales) +
+                                                      matrix * padded_outputs_ + first
+                                                : nullptr;
   const int64_t panels = std::min<int64_t>(kPanels, (padded_outputs_ - first) / kPanel);
   const int64_t bytes = panel_bytes(format(), padded_);
   const uint8_t* begin = packed_.data() + matrix * matrix_bytes_ + first / kPanel * bytes;
@@ -190,7 +189,8 @@ uint8_t* Weights::number(const Tile& of, int64_t output, int64_t k) const {
 }
 
 uint8_t* Weights::float_scale(const Tile& of, int64_t output, int64_t k) const {
-  const int64_t index = k / kRecord, columns = std::min<int64_t>(kRecord, padded_ - index * kRecord);
+  const int64_t index = k / kRecord,
+                columns = std::min<int64_t>(kRecord, padded_ - index * kRecord);
   return const_cast<uint8_t*>(record(of, output, index)) + value_bytes(format(), columns) +
          (k % kRecord / kFloatGroup * kPanel + output % kPanel) * sizeof(float);
 }
@@ -331,8 +331,8 @@ void QuantizedRows::set(int64_t row, int64_t start, const float* x, int64_t colu
 Activations QuantizedRows::view(const WeightFormat& format) const {
   for (const Rounded& rounded : rounded_)
     if (rounded.group == format.group)
-      return {rounded.values.data(), rounded.scales.data(), rounded.sums.data(), nullptr,
-              columns_,              rounded.group,         rounded.groups};
+      return {rounded.values.data(), rounded.scales.data(), rounded.sums.data(), nullptr, columns_,
+              rounded.group,         rounded.groups};
   return {nullptr, nullptr, nullptr, numbers_.data(), columns_, 1, columns_};
 }
 

@@ -63,8 +63,8 @@ struct Model {
         up(packed(format, kExperts, kWidth, kHidden, 2)),
         down(packed(format, kExperts, kHidden, kWidth, 3)),
         mixture({gate, up, down}, {}),
-        router{weight_of_router(), {},     {}, {}, {}, {}, kExperts,         kHidden,
-               kSlots,             1,      1,  1,  Scoring::softmax, false, 1.0f} {
+        router{weight_of_router(), {},    {},  {}, {}, {}, kExperts, kHidden, kSlots, 1, 1, 1,
+               Scoring::softmax,   false, 1.0f} {
     for (int64_t slot = 0; slot < kTokens * kSlots; ++slot)
       topk_ids.push_back(slot % 7 == 6 ? -1 : slot % kExperts);
   }
@@ -81,7 +81,8 @@ void plain_product(const float* matrix, int64_t outputs, int64_t columns, const 
                    float* out) {
   for (int64_t n = 0; n < outputs; ++n) {
     double sum = 0;
-    for (int64_t k = 0; k < columns; ++k) sum += static_cast<double>(matrix[n * columns + k]) * x[k];
+    for (int64_t k = 0; k < columns; ++k)
+      sum += static_cast<double>(matrix[n * columns + k]) * x[k];
     out[n] = static_cast<float>(sum);
   }
 }
@@ -187,11 +188,14 @@ void move_under_the_readers() {
   std::vector<float> numbers(kOutputs * kColumns), x(kColumns), alone(kOutputs), beside(kOutputs);
   for (size_t i = 0; i < numbers.size(); ++i) numbers[i] = static_cast<float>(i % 251) - 125;
   for (int64_t i = 0; i < kColumns; ++i) x[i] = static_cast<float>(i % 13) - 6;
-  const Weights made(format_of("int8"), 1, kOutputs, kColumns, {numbers.data(), false, 0, kColumns});
+  const Weights made(format_of("int8"), 1, kOutputs, kColumns,
+                     {numbers.data(), false, 0, kColumns});
   linear(made, x.data(), 1, nullptr, alone.data());
   std::FILE* file = std::tmpfile();
-  require(file != nullptr && std::fwrite(made.stored().data(), 1, made.stored().size(), file) ==
-                                 made.stored().size() && std::fflush(file) == 0,
+  require(file != nullptr &&
+              std::fwrite(made.stored().data(), 1, made.stored().size(), file) ==
+                  made.stored().size() &&
+              std::fflush(file) == 0,
           "a file of weights");
   const auto mapped = std::make_shared<Weights>(format_of("int8"), 1, kOutputs, kColumns);
   mapped->stored().fill(fileno(file), 0);
