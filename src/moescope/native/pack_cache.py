@@ -16,6 +16,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import torch
+from filelock import FileLock, Timeout
 from platformdirs import user_cache_path
 
 import moescope
@@ -36,11 +37,6 @@ from moescope.native.pack_file import (
     WrittenPack,
     written_pack,
 )
-
-try:
-    import fcntl
-except ImportError:  # not on Windows
-    fcntl = None
 
 SWITCH = "MOESCOPE_PACKS"
 SMALLEST = 2**26
@@ -164,11 +160,11 @@ class PackCache:
             if spare < SPARE:
                 log.warning("the disk is too full to keep packed weights in %s", path)
                 return False
-            with _alone(path.parent) as alone:
-                if not alone:
-                    log.info("%s is being written by somebody else", path)
-                    return True
+            with FileLock(path.with_name(f".{path.name}.lock"), blocking=False):
                 pack.write(path, self._key())
+        except Timeout:
+            log.info("%s is being written by somebody else", path)
+            return True
         except (OSError, UserError) as error:
             log.warning("packed weights are not kept: %s", error)
             return False
@@ -236,21 +232,3 @@ def _code() -> str:
         for file in sorted(folder.glob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()
-
-
-@contextmanager
-def _alone(folder: Path) -> Generator[bool]:
-    """Keep other writers of packs out of a folder; yield False if one is at work there."""
-    if fcntl is None:
-        yield True
-        return
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError:
-            yield False
-        else:
-            yield True
-    finally:
-        os.close(descriptor)
