@@ -68,11 +68,7 @@ def test_steps_tell_the_numbers_of_a_plain_forward_pass(
         if step.logprob is not None:
             expected = float(logprobs[step.index - 1, step.id])
             assert step.logprob == pytest.approx(expected, abs=1e-4)
-        for layer, mine, guess in zip(trace.layers, step.layers, step.lens, strict=True):
-            assert guess.id == layer.guesses[step.index][0].id
-            assert guess.probability == pytest.approx(
-                layer.guesses[step.index][0].probability, rel=1e-4
-            )
+        for layer, mine in zip(trace.layers, step.layers, strict=True):
             if layer.router is None:
                 assert mine is None
                 continue
@@ -90,7 +86,7 @@ def test_steps_tell_the_numbers_of_a_plain_forward_pass(
 def test_known_tokens_are_read_and_not_told(
     model: Model, monkeypatch: pytest.MonkeyPatch, at_once: int
 ) -> None:
-    monkeypatch.setattr("moescope.scope.steps.ROWS_AT_ONCE", at_once * 3)
+    monkeypatch.setattr("moescope.scope.steps.ROWS_AT_ONCE", at_once)
     ids = model.engine.encode(TEXT)
     whole = [*stream(model.engine, ids, sampling_params({"max_tokens": 5}))]
     for known in (0, 1, 2, len(ids) - 1, len(ids), len(ids) + 2):
@@ -109,7 +105,7 @@ def test_reading_all_at_once_tells_the_same(model: Model) -> None:
 def test_long_texts_are_described_in_parts(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
     ids = model.engine.encode(TEXT)
     whole = read(model.engine, ids)
-    monkeypatch.setattr("moescope.scope.steps.ROWS_AT_ONCE", 9)
+    monkeypatch.setattr("moescope.scope.steps.ROWS_AT_ONCE", 3)
     parts = read(model.engine, ids)
     assert [step.layers for step in parts] == [step.layers for step in whole]
     for part, step in zip(parts, whole, strict=True):

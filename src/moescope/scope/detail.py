@@ -447,6 +447,12 @@ class Reading:
         ]
 
     def _neighbours(self, token_id: int) -> list[Neighbour]:
+        known = _known_neighbours.setdefault(self.model.model.embed_tokens, {})
+        if token_id not in known:
+            known[token_id] = self._find_neighbours(token_id)
+        return known[token_id]
+
+    def _find_neighbours(self, token_id: int) -> list[Neighbour]:
         table = self.model.model.embed_tokens  # (vocab, hidden)
         own = table(torch.tensor(token_id, device=table.weight.device))  # (hidden,)
         # In the table's own type over all of it, then in float32 over the nearest: (vocab,)
@@ -465,6 +471,7 @@ class Reading:
 
 ROWS_AT_A_TIME = 8192
 _known_lengths: WeakKeyDictionary[nn.Embedding, Tensor] = WeakKeyDictionary()
+_known_neighbours: WeakKeyDictionary[nn.Embedding, dict[int, list[Neighbour]]] = WeakKeyDictionary()
 
 
 def _lengths(embedding: nn.Embedding) -> Tensor:

@@ -22,7 +22,7 @@ from moescope.text.tokenizer import Tokenizer
 
 CANDIDATES = 10
 ROWS_AT_ONCE = 256
-"""Logits over the vocabulary are made for this many tokens and layers at a time."""
+"""Logits over the vocabulary are made for this many tokens at a time."""
 
 
 @dataclass(frozen=True)
@@ -55,7 +55,6 @@ class TokenStep:
         logprob: natural logarithm of the probability that the model gave it; None for the first.
         parameters_used: weights that worked on it.
         layers: per layer; None where the layer is dense.
-        lens: the likeliest next token read off after each layer ("logit lens").
         candidates: what the model says comes after this token, likeliest first.
     """
 
@@ -68,7 +67,6 @@ class TokenStep:
     logprob: float | None
     parameters_used: int
     layers: list[LayerStep | None]
-    lens: list[Candidate]
     candidates: list[Candidate]
 
 
@@ -155,18 +153,16 @@ class Describer:
         used = parameters_used(self.model, recorder.routings, len(ids)).tolist()
         layers = [_layer_steps(recorder, layer_idx) for layer_idx in recorder.hidden_states]
         steps: list[TokenStep] = []
-        at_once = max(1, ROWS_AT_ONCE // len(layers))
+        states = list(recorder.hidden_states.values())[-1]  # after the last layer
         # What comes before the first step says how likely that one was.
         untold = max(0, min(self.known - 1, len(ids)) - len(self._ids))
         self._ids.extend(ids[:untold])
-        for start in range(untold, len(ids), at_once):
-            part = slice(start, start + at_once)
-            states = torch.stack([states[part] for states in recorder.hidden_states.values()], 1)
-            logits = self.model.logits(self.model.model.norm(states))  # (tokens, layers, vocab)
-            logprobs, candidates = self._predictions(logits[:, -1], ids[part])
-            lenses = self._likeliest(logits)
-            rows = zip(ids[part], logprobs, candidates, lenses, strict=True)
-            for offset, (token_id, logprob, guesses, lens) in enumerate(rows, start):
+        for start in range(untold, len(ids), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            logits = self.model.logits(self.model.model.norm(states[part]))  # (tokens, vocab)
+            logprobs, candidates = self._predictions(logits, ids[part])
+            rows = zip(ids[part], logprobs, candidates, strict=True)
+            for offset, (token_id, logprob, guesses) in enumerate(rows, start):
                 index = len(self._ids)
                 self._ids.append(token_id)
                 if index < self.known:
@@ -182,7 +178,6 @@ class Describer:
                         logprob=logprob,
                         parameters_used=used[offset],
                         layers=[None if layer is None else layer[offset] for layer in layers],
-                        lens=lens,
                         candidates=guesses,
                     )
                 )
@@ -211,18 +206,6 @@ class Describer:
             )
         ]
         return [*[None] * (len(ids) - len(before)), *logprobs], candidates
-
-    def _likeliest(self, logits: Tensor) -> list[list[Candidate]]:
-        """The likeliest token of each of `(tokens, layers, vocab)`."""
-        best = logits.max(dim=-1)
-        probabilities = (best.values - logits.logsumexp(dim=-1)).exp()  # (tokens, layers)
-        return [
-            [
-                Candidate(token_id, legible(self.tokenizer, token_id), probability)
-                for token_id, probability in zip(row_ids, row, strict=True)
-            ]
-            for row_ids, row in zip(best.indices.tolist(), probabilities.tolist(), strict=True)
-        ]
 
 
 def spell(tokenizer: Tokenizer, token_id: int) -> str:

@@ -7,8 +7,8 @@ again for every token, so that the page stays alive while it runs, and ends when
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from functools import cache
+from contextlib import asynccontextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,7 +27,7 @@ from moescope.server import schema
 from moescope.server.contract import ENDPOINTS, Endpoint
 from moescope.server.page import serve_page
 from moescope.server.requests import Handler, OwnHostOnly, TooMuch, explained, read_json
-from moescope.server.schema import MAX_TEXT, Message
+from moescope.server.schema import LANGUAGES, MAX_TEXT, Message
 from moescope.server.studio import NotThere, Studio, cut
 
 MOST_BYTES = 4_000_000
@@ -56,6 +56,7 @@ def create_app(studio: Studio) -> Starlette:
         return await asyncio.get_running_loop().run_in_executor(thread, function, *given)
 
     asks: dict[str, Callable[..., Any]] = {
+        **{f"/api/start/{language}": partial(studio.start, language) for language in LANGUAGES},
         "/api/model": lambda: studio.info,
         "/api/generate": studio.generate,
         "/api/trace": studio.trace,
@@ -86,9 +87,21 @@ def create_app(studio: Studio) -> Starlette:
 
         return handle
 
+    async def prepare() -> None:
+        """Compute what the page shows first while it loads, questions between its parts."""
+        # What fails here fails again, and is told, when it is asked for.
+        with suppress(Exception):
+            for language in LANGUAGES:
+                await compute(studio.start, language)
+            events = studio.generate(studio.hero)
+            while await compute(next, events, None) is not None:
+                pass
+
     @asynccontextmanager
     async def lifespan(_app: Starlette) -> AsyncGenerator[None]:
+        first = asyncio.create_task(prepare())
         yield
+        first.cancel()
         thread.shutdown(cancel_futures=True)
 
     routes = [Route(e.path, handler_of(e), methods=[e.method]) for e in ENDPOINTS]

@@ -40,6 +40,14 @@ class Endpoint:
 
 
 ENDPOINTS = (
+    *(
+        Endpoint(
+            f"/api/start/{language}",
+            "All that the page shows first, in one answer",
+            (schema.StartAnswer,),
+        )
+        for language in schema.LANGUAGES
+    ),
     Endpoint("/api/model", "The model and what can be shown of it", (schema.ModelInfo,)),
     Endpoint(
         "/api/generate",

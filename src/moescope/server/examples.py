@@ -1,12 +1,10 @@
 """Texts to begin with, one click away."""
 
-from typing import Literal
-
-from moescope.server.schema import Example
+from moescope.server.schema import Example, Language
 from moescope.text.tokenizer import Tokenizer
 
 
-def _plain(domain: str, language: Literal["zh", "en"], text: str) -> Example:
+def _plain(domain: str, language: Language, text: str) -> Example:
     return Example(domain=domain, language=language, label=text, text=text)
 
 
@@ -28,6 +26,8 @@ QUESTIONS = (
 )
 """Asked in the model's own chat form, where it has one."""
 QUESTION = "{question}"
+HERO = "17+25=?"
+"""What the first screen works on."""
 
 
 def examples(tokenizer: Tokenizer) -> list[Example]:
@@ -37,6 +37,12 @@ def examples(tokenizer: Tokenizer) -> list[Example]:
         return list(TEXTS)
     asked = [q.model_copy(update={"text": form.replace(QUESTION, q.text)}) for q in QUESTIONS]
     return [*TEXTS, *asked]
+
+
+def hero_text(tokenizer: Tokenizer) -> str:
+    """Return the text that the first screen works on: a sum, where the model has a chat form."""
+    form = question_form(tokenizer)
+    return TEXTS[0].text if form is None else form.replace(QUESTION, HERO)
 
 
 def question_form(tokenizer: Tokenizer) -> str | None:

@@ -18,6 +18,8 @@ from moescope.scope.history import TrainingRow
 from moescope.scope.specialization import TypicalToken
 from moescope.scope.steps import TokenStep
 
+Language = Literal["zh", "en"]
+LANGUAGES: tuple[Language, ...] = ("zh", "en")
 MAX_TEXT = 20_000
 """Characters of a prompt that the page sends; longer text gets a sentence instead of an answer."""
 
@@ -137,7 +139,7 @@ class Example(Message):
     """A text to begin with; `label` is what of it a reader wants to see."""
 
     domain: str
-    language: Literal["zh", "en"]
+    language: Language
     label: str
     text: str
 
@@ -346,6 +348,26 @@ class SpecializationAnswer(Message):
     load: list[list[list[float]]]
     mutual_information: list[float]
     cards: list[list[Card]]
+
+
+# --- GET /api/start/zh and /api/start/en ---------------------------------------------------------
+
+
+class StartAnswer(Message):
+    """All that the page shows first, in one answer.
+
+    Attributes:
+        specialization: None where nothing was measured.
+        prompt: the text to begin with in that language.
+        steps: its tokens.
+        hero: what the first screen asks for.
+    """
+
+    model: ModelInfo
+    specialization: SpecializationAnswer | None
+    prompt: str
+    steps: list[TokenStep]
+    hero: GenerateRequest
 
 
 # --- POST /api/dense: the dense twin beside it ---------------------------------------------------

@@ -24,7 +24,7 @@ from moescope.scope.specialization import Specialization, TypicalToken
 from moescope.scope.steps import End, stream
 from moescope.server import schema
 from moescope.server.companions import Companion, Role, find_companions
-from moescope.server.examples import examples, question_form
+from moescope.server.examples import examples, hero_text, question_form
 from moescope.text.deepseek_vocabulary import deepseek_tokenizer
 from moescope.text.tokenizer import Tokenizer
 
@@ -33,9 +33,12 @@ SPECIALIZATION = "specialization.json"
 SMALL = 200_000_000
 """Parameters at work on a token, below which one thread is as fast as many."""
 KEPT = 8
-"""Forward passes and steered models that are kept for the next question."""
+"""Forward passes, steered models and streams that are kept for the next question."""
+HERO_TOKENS = 48
+"""Tokens that the first screen's text is continued by at most."""
 
 
+StreamEvent = schema.TokenEvent | schema.EndEvent
 Key = TypeVar("Key")
 Value = TypeVar("Value")
 
@@ -66,6 +69,8 @@ class Studio:
         self.folder, self.watching = folder, watching
         self._steered: _Kept[str, Model] = _Kept(KEPT)
         self._readings: _Kept[tuple[str, tuple[int, ...]], Reading] = _Kept(KEPT)
+        self._streams: _Kept[str, list[StreamEvent]] = _Kept(KEPT)
+        self._starts: dict[schema.Language, schema.StartAnswer] = {}
         self._beside: dict[str, Model] = {}
 
     @classmethod
@@ -133,6 +138,25 @@ class Studio:
             examples=examples(self.model.tokenizer),
         )
 
+    def start(self, language: schema.Language) -> schema.StartAnswer:
+        """All that the page shows first; computed once."""
+        if language not in self._starts:
+            prompt = next(e.text for e in self.info.examples if e.language == language)
+            self._starts[language] = schema.StartAnswer(
+                model=self.info,
+                specialization=None if self._specialization is None else self.specialization(),
+                prompt=prompt,
+                steps=self.trace(schema.TextRequest(prompt=prompt)).steps,
+                hero=self.hero,
+            )
+        return self._starts[language]
+
+    @cached_property
+    def hero(self) -> schema.GenerateRequest:
+        """What the first screen asks for."""
+        text = hero_text(self.model.tokenizer)
+        return schema.GenerateRequest(prompt=text, max_tokens=HERO_TOKENS)
+
     @property
     def threads(self) -> int:
         """Threads for PyTorch: one where a second would take longer to wake than to compute.
@@ -145,14 +169,25 @@ class Studio:
 
     # --- a text -----------------------------------------------------------------------------------
 
-    def generate(
-        self, request: schema.GenerateRequest
-    ) -> Iterator[schema.TokenEvent | schema.EndEvent]:
+    def generate(self, request: schema.GenerateRequest) -> Iterator[StreamEvent]:
         """Read a text, then continue it; an event for each token and for the end.
+
+        The same question, seed included, has the same answer: the last ones are kept.
 
         Raises:
             UserError: the text or the steering asks what the model cannot do.
         """
+        asked = request.model_dump_json()
+        if (known := self._streams.find(asked)) is not None:
+            yield from known
+            return
+        events: list[StreamEvent] = []
+        for event in self._generate(request):
+            events.append(event)
+            yield event
+        self._streams.keep(asked, events)
+
+    def _generate(self, request: schema.GenerateRequest) -> Iterator[StreamEvent]:
         engine = self._steer(request.steering).engine
         params = _params(request.sampling, max_tokens=request.max_tokens)
         for step in stream(engine, self._ids(request), params, request.known):
@@ -340,12 +375,22 @@ class _Kept(Generic[Key, Value]):
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
         """Return the value of a key, made anew if it is not kept."""
-        if key not in self._values:
-            self._values[key] = make()
-            while len(self._values) > self._most:
-                self._values.popitem(last=False)
-        self._values.move_to_end(key)
-        return self._values[key]
+        found = self.find(key)
+        if found is None:
+            self.keep(key, found := make())
+        return found
+
+    def find(self, key: Key) -> Value | None:
+        """Return the value of a key; None if it is not kept."""
+        if key in self._values:
+            self._values.move_to_end(key)
+        return self._values.get(key)
+
+    def keep(self, key: Key, value: Value) -> None:
+        """Keep a value, and no more than so many."""
+        self._values[key] = value
+        while len(self._values) > self._most:
+            self._values.popitem(last=False)
 
 
 def _specialization(folder: Path) -> Specialization | None:

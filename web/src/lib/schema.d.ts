@@ -4,6 +4,96 @@
  */
 
 export interface paths {
+    "/api/start/zh": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** All that the page shows first, in one answer */
+        get: {
+            parameters: {
+                query?: never;
+                header?: never;
+                path?: never;
+                cookie?: never;
+            };
+            requestBody?: never;
+            responses: {
+                /** @description The answer */
+                200: {
+                    headers: {
+                        [name: string]: unknown;
+                    };
+                    content: {
+                        "application/json": components["schemas"]["StartAnswer"];
+                    };
+                };
+                /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
+                "4XX": {
+                    headers: {
+                        [name: string]: unknown;
+                    };
+                    content: {
+                        "application/json": components["schemas"]["ErrorEvent"];
+                    };
+                };
+            };
+        };
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/start/en": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** All that the page shows first, in one answer */
+        get: {
+            parameters: {
+                query?: never;
+                header?: never;
+                path?: never;
+                cookie?: never;
+            };
+            requestBody?: never;
+            responses: {
+                /** @description The answer */
+                200: {
+                    headers: {
+                        [name: string]: unknown;
+                    };
+                    content: {
+                        "application/json": components["schemas"]["StartAnswer"];
+                    };
+                };
+                /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
+                "4XX": {
+                    headers: {
+                        [name: string]: unknown;
+                    };
+                    content: {
+                        "application/json": components["schemas"]["ErrorEvent"];
+                    };
+                };
+            };
+        };
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/model": {
         parameters: {
             query?: never;
@@ -1290,6 +1380,25 @@ export interface components {
             cards: components["schemas"]["Card"][][];
         };
         /**
+         * StartAnswer
+         * @description All that the page shows first, in one answer.
+         *
+         *     Attributes:
+         *         specialization: None where nothing was measured.
+         *         prompt: the text to begin with in that language.
+         *         steps: its tokens.
+         *         hero: what the first screen asks for.
+         */
+        StartAnswer: {
+            model: components["schemas"]["ModelInfo"];
+            specialization: components["schemas"]["SpecializationAnswer"] | null;
+            /** Prompt */
+            prompt: string;
+            /** Steps */
+            steps: components["schemas"]["TokenStep"][];
+            hero: components["schemas"]["GenerateRequest"];
+        };
+        /**
          * SteeringRequest
          * @description What the reader changed about the router; empty is the model as it is.
          *
@@ -1502,7 +1611,6 @@ export interface components {
          *         logprob: natural logarithm of the probability that the model gave it; None for the first.
          *         parameters_used: weights that worked on it.
          *         layers: per layer; None where the layer is dense.
-         *         lens: the likeliest next token read off after each layer ("logit lens").
          *         candidates: what the model says comes after this token, likeliest first.
          */
         TokenStep: {
@@ -1524,8 +1632,6 @@ export interface components {
             parameters_used: number;
             /** Layers */
             layers: (components["schemas"]["LayerStep"] | null)[];
-            /** Lens */
-            lens: components["schemas"]["Candidate"][];
             /** Candidates */
             candidates: components["schemas"]["Candidate"][];
         };
