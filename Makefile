@@ -7,7 +7,7 @@ BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TEST_SECONDS ?= 1800
 
-.PHONY: run test test-all fuzz load lint sanitize
+.PHONY: run test test-all fuzz load lint sanitize docs
 
 run: .venv/.installed
 	$(BIN)/moescope explain "床前明月光，疑是地上"
@@ -31,6 +31,11 @@ load: .venv/.installed-dev
 # The kernels under the compiler's sanitizers, and on a processor that is not at hand; minutes.
 sanitize: .venv/.installed-dev
 	$(BIN)/python csrc/sanitize.py
+
+# The documentation's site, in build/site; a dead link is an error.
+docs: .venv/.installed-docs
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
+	@echo "build/site/index.html"
 
 lint: .venv/.installed-dev web/node_modules/openapi-typescript
 	$(BIN)/ruff check .
@@ -57,6 +62,10 @@ SOURCES := hatch_build.py $(shell find web csrc -name node_modules -prune -o -ty
 .venv/.installed-dev: .venv/.installed
 	@echo "Installing what the tests need into .venv ..."
 	$(INSTALL) -e ".[dev]"
+	@touch $@
+
+.venv/.installed-docs: .venv/.installed
+	$(INSTALL) -e ".[docs]"
 	@touch $@
 
 # llama.cpp, which is built from its source, and a small model of real weights.

@@ -17,7 +17,7 @@ def build_page(root: Path) -> None:
     first time. Where they are missing, one sentence says so and the package goes without its page.
     """
     web = root / "web"
-    if _is_fresh(root / PAGE / "index.html", _sources(web)):
+    if _is_fresh(root / PAGE / "index.en.html", _sources(web)):
         return
     npm = _find_npm()
     if npm is None:

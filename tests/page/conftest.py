@@ -181,6 +181,8 @@ def open_page(browser, server: Server):
         page.on("requestfailed", lambda request: page.asked.discard(request))
         page.goto(f"{address or server.address}?{query}")
         page.get_by_test_id(wait).first.wait_for()
+        if wait == "token":
+            page.locator("main[aria-busy=false]").wait_for()
         return page
 
     yield open_page

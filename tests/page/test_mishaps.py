@@ -113,7 +113,7 @@ def test_a_server_without_an_answer_is_asked_again(open_page) -> None:
         else:
             route.continue_()
 
-    page = open_page("lang=en", wait="error", routes={"**/api/model": answer})
+    page = open_page("lang=en", wait="error", routes={"**/api/start/en": answer})
     error = page.get_by_test_id("error")
     assert "the model is gone" in error.inner_text()
     lost = False

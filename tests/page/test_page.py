@@ -365,7 +365,13 @@ def test_the_page_is_light(server) -> None:
         with urllib.request.urlopen(request) as answer:
             return answer.read()
 
-    index = gzip.decompress(fetch(""))
-    files = re.findall(r'(?:src|href)="\./([^"]+)"', index.decode())
-    assert files
-    assert sum(len(fetch(file)) for file in files) < 350_000
+    known: dict[str, int] = {}
+    waiting = [""]
+    while waiting:
+        file = waiting.pop()
+        packed = fetch(file)
+        known[file] = len(packed)
+        named = re.findall(r"[\w-]+-[\w-]{8}\.(?:js|css)", gzip.decompress(packed).decode())
+        waiting += {f"assets/{name}" for name in named} - known.keys()
+    assert len(known) >= 4  # the HTML, the first screen's script, the stations and their style
+    assert sum(known.values()) < 350_000

@@ -66,6 +66,22 @@ def test_the_model_is_described(client: TestClient, model: Model) -> None:
     assert asked[0] == "<｜User｜>17+25=?<｜Assistant｜>"
 
 
+@pytest.mark.parametrize("language", ["zh", "en"])
+def test_the_first_answer_holds_what_others_would(client: TestClient, language: str) -> None:
+    start = client.get(f"/api/start/{language}").json()
+    assert start["model"] == client.get("/api/model").json()
+    assert start["specialization"] == client.get("/api/specialization").json()
+    example = next(e for e in start["model"]["examples"] if e["language"] == language)
+    assert start["prompt"] == example["text"]
+    trace = client.post("/api/trace", json={"prompt": start["prompt"]}).json()
+    assert start["steps"] == trace["steps"]
+    assert "17+25" in start["hero"]["prompt"]
+    told = client.post("/api/generate", json=start["hero"]).text
+    assert len(events_of(told)) > 10
+    assert client.post("/api/generate", json=start["hero"]).text == told  # kept, seconds and all
+    assert client.get("/api/start/fr").status_code == 404
+
+
 @pytest.mark.parametrize("steering", [{}, STEERING])
 @pytest.mark.parametrize("sampling", [{}, {"temperature": 0.9, "seed": 5, "top_k": 50}])
 def test_a_stream_holds_the_prompt_what_generate_makes_and_the_end(

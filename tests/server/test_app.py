@@ -247,7 +247,9 @@ def test_a_running_training_is_followed(
 @pytest.fixture
 def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     (tmp_path / "assets").mkdir()
-    (tmp_path / "index.html").write_text("<!doctype html>" + "床" * 500, encoding="utf-8")
+    for language, word in (("en", "bed"), ("zh", "床")):
+        text = "<!doctype html>" + word * 500
+        (tmp_path / f"index.{language}.html").write_text(text, encoding="utf-8")
     (tmp_path / "assets" / "app-1a2b.js").write_text("let x = 1;" * 300)
     monkeypatch.setattr(page, "PAGE", tmp_path)
     return tmp_path
@@ -256,15 +258,34 @@ def built(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
 def test_the_page_is_served_packed_and_with_its_policy(client: TestClient, built: Path) -> None:
     with client.stream("GET", "/", headers={"accept-encoding": "gzip"}) as answer:
         packed = b"".join(answer.iter_raw())
-    assert gzip.decompress(packed) == (built / "index.html").read_bytes()
+    assert gzip.decompress(packed) == (built / "index.en.html").read_bytes()
     assert answer.headers["content-encoding"] == "gzip"
     assert answer.headers["content-type"] == "text/html; charset=utf-8"
     assert answer.headers["cache-control"] == "no-cache"
     assert "default-src 'self'" in answer.headers["content-security-policy"]
-    plain = client.get("/index.html", headers={"accept-encoding": "identity"})
-    assert plain.content == (built / "index.html").read_bytes()
+    plain = client.get("/index.zh.html", headers={"accept-encoding": "identity"})
+    assert plain.content == (built / "index.zh.html").read_bytes()
     tag = {"if-none-match": answer.headers["etag"]}
     assert client.get("/", headers=tag).status_code == 304
+
+
+@pytest.mark.parametrize(
+    ("address", "wish", "language"),
+    [
+        ("/", "zh-CN,zh;q=0.9,en;q=0.8", "zh"),
+        ("/", "en-GB,zh;q=0.5", "en"),
+        ("/", "", "en"),
+        ("/?lang=zh", "en", "zh"),
+        ("/?lang=en&layer=2", "zh", "en"),
+        ("/?lang=fr", "zh", "zh"),
+    ],
+)
+def test_the_page_comes_in_the_readers_language(
+    client: TestClient, built: Path, address: str, wish: str, language: str
+) -> None:
+    answer = client.get(address, headers={"accept-language": wish})
+    assert answer.content == (built / f"index.{language}.html").read_bytes()
+    assert "Accept-Language" in answer.headers["vary"]
 
 
 def test_assets_are_kept_for_good_and_nothing_else_is_served(

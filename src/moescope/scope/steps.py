@@ -11,7 +11,6 @@ from moescope.engine.engine import Engine
 from moescope.engine.sampling import SamplingParams
 from moescope.engine.sequence import FinishReason
 from moescope.model.decoder import CausalLM
-from moescope.scope.parts import WHOLE, Parts
 from moescope.scope.recording import (
     TraceRecorder,
     chosen,
@@ -22,6 +21,8 @@ from moescope.scope.trace import Candidate
 from moescope.text.tokenizer import Tokenizer
 
 CANDIDATES = 10
+ROWS_AT_ONCE = 256
+"""Logits over the vocabulary are made for this many tokens at a time."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,6 @@ class TokenStep:
         logprob: natural logarithm of the probability that the model gave it; None for the first.
         parameters_used: weights that worked on it.
         layers: per layer; None where the layer is dense.
-        lens: the likeliest next token read off after each layer ("logit lens").
         candidates: what the model says comes after this token, likeliest first.
     """
 
@@ -67,7 +67,6 @@ class TokenStep:
     logprob: float | None
     parameters_used: int
     layers: list[LayerStep | None]
-    lens: list[Candidate]
     candidates: list[Candidate]
 
 
@@ -89,43 +88,31 @@ class End:
 
 @torch.inference_mode()
 def stream(
-    engine: Engine,
-    prompt_ids: Sequence[int],
-    params: SamplingParams,
-    known: int = 0,
-    parts: Parts = WHOLE,
+    engine: Engine, prompt_ids: Sequence[int], params: SamplingParams, known: int = 0
 ) -> Iterator[TokenStep | End]:
     """Continue `prompt_ids` as `Engine.repeat` does; yield every token once it has been read.
 
-    Args:
-        engine: that continues.
-        prompt_ids: the prompt.
-        params: how it is continued.
-        known: tokens at the beginning that are read, too, but not told.
-        parts: in which all is computed.
+    The first `known` tokens are read, too, but not told.
 
     The prompt's tokens come first, then each that is made, then the end. A made token is known
     before it is read, but what the layers do with it is not: so one more token is asked for than
     `params.max_tokens`, which has the last one read, and is dropped.
     """
     recorder = TraceRecorder()
-    describe = Describer(engine.model, engine.tokenizer, len(prompt_ids), known, parts)
+    describe = Describer(engine.model, engine.tokenizer, len(prompt_ids), known)
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else engine.end_ids)}
     asked = replace(params, max_tokens=params.max_tokens + 1, stop_token_ids=(), ignore_eos=True)
-    made = engine.watch(prompt_ids, asked, recorder, parts.tokens)
-    new_tokens, seconds = 0, 0.0
+    made = engine.repeat([prompt_ids], asked, recorder)
+    unread, new_tokens, seconds = list(prompt_ids), 0, 0.0
     reason: FinishReason = "length"
     while True:
         start = time.perf_counter()
-        ids, token = next(made)
+        token = next(made)
         seconds += time.perf_counter() - start if new_tokens else 0.0
-        yield from describe(recorder, ids)
-        parts.pause()
-        if token is None:
-            continue
+        yield from describe(recorder, unread)
         if reason == "stop" or new_tokens == params.max_tokens or token.finish_reason is not None:
             break
-        new_tokens += 1
+        unread, new_tokens = [token.id], new_tokens + 1
         if token.id in ends:
             reason = "stop"
     yield End(reason, len(prompt_ids), new_tokens, seconds)
@@ -141,14 +128,10 @@ def read(engine: Engine, ids: Sequence[int]) -> list[TokenStep]:
 
 @torch.inference_mode()
 def describe(
-    model: CausalLM,
-    tokenizer: Tokenizer,
-    recorder: TraceRecorder,
-    ids: Sequence[int],
-    parts: Parts = WHOLE,
+    model: CausalLM, tokenizer: Tokenizer, recorder: TraceRecorder, ids: Sequence[int]
 ) -> list[TokenStep]:
-    """Describe all tokens of a text, each of which the recorder has seen."""
-    return list(Describer(model, tokenizer, len(ids), parts=parts)(recorder, ids))
+    """Describe all tokens of a text that the recorder has seen in one pass."""
+    return Describer(model, tokenizer, len(ids))(recorder, ids)
 
 
 class Describer:
@@ -158,52 +141,47 @@ class Describer:
     """
 
     def __init__(
-        self,
-        model: CausalLM,
-        tokenizer: Tokenizer,
-        prompt_tokens: int,
-        known: int = 0,
-        parts: Parts = WHOLE,
+        self, model: CausalLM, tokenizer: Tokenizer, prompt_tokens: int, known: int = 0
     ) -> None:
         self.model, self.tokenizer, self.prompt_tokens = model, tokenizer, prompt_tokens
-        self.known, self.parts = known, parts
+        self.known = known
         self._ids: list[int] = []
         self._last = torch.empty(0)  # (1, vocab) log probabilities after the last token described
 
-    def __call__(self, recorder: TraceRecorder, ids: Sequence[int]) -> Iterator[TokenStep]:
+    def __call__(self, recorder: TraceRecorder, ids: Sequence[int]) -> list[TokenStep]:
         """Describe the `ids` that the recorder has just seen."""
         used = parameters_used(self.model, recorder.routings, len(ids)).tolist()
         layers = [_layer_steps(recorder, layer_idx) for layer_idx in recorder.hidden_states]
-        at_once = max(1, self.parts.rows // len(layers))
+        steps: list[TokenStep] = []
+        states = list(recorder.hidden_states.values())[-1]  # after the last layer
         # What comes before the first step says how likely that one was.
-        untold = min(len(ids), max(0, self.known - 1 - len(self._ids)))
+        untold = max(0, min(self.known - 1, len(ids)) - len(self._ids))
         self._ids.extend(ids[:untold])
-        for start in range(untold, len(ids), at_once):
-            part = slice(start, start + at_once)
-            states = torch.stack([states[part] for states in recorder.hidden_states.values()], 1)
-            logits = self.model.logits(self.model.model.norm(states))  # (tokens, layers, vocab)
-            logprobs, candidates = self._predictions(logits[:, -1], ids[part])
-            lenses = self._likeliest(logits)
-            rows = zip(ids[part], logprobs, candidates, lenses, strict=True)
-            for offset, (token_id, logprob, guesses, lens) in enumerate(rows, start):
+        for start in range(untold, len(ids), ROWS_AT_ONCE):
+            part = slice(start, start + ROWS_AT_ONCE)
+            logits = self.model.logits(self.model.model.norm(states[part]))  # (tokens, vocab)
+            logprobs, candidates = self._predictions(logits, ids[part])
+            rows = zip(ids[part], logprobs, candidates, strict=True)
+            for offset, (token_id, logprob, guesses) in enumerate(rows, start):
                 index = len(self._ids)
                 self._ids.append(token_id)
                 if index < self.known:
                     continue
-                yield TokenStep(
-                    index=index,
-                    id=token_id,
-                    text=spell(self.tokenizer, token_id),
-                    bytes=list(self.tokenizer.token_bytes(token_id)),
-                    in_prompt=index < self.prompt_tokens,
-                    special=token_id in self.tokenizer.special_ids,
-                    logprob=logprob,
-                    parameters_used=used[offset],
-                    layers=[None if layer is None else layer[offset] for layer in layers],
-                    lens=lens,
-                    candidates=guesses,
+                steps.append(
+                    TokenStep(
+                        index=index,
+                        id=token_id,
+                        text=spell(self.tokenizer, token_id),
+                        bytes=list(self.tokenizer.token_bytes(token_id)),
+                        in_prompt=index < self.prompt_tokens,
+                        special=token_id in self.tokenizer.special_ids,
+                        logprob=logprob,
+                        parameters_used=used[offset],
+                        layers=[None if layer is None else layer[offset] for layer in layers],
+                        candidates=guesses,
+                    )
                 )
-            self.parts.pause()
+        return steps
 
     def _predictions(
         self, logits: Tensor, ids: Sequence[int]
@@ -228,18 +206,6 @@ class Describer:
             )
         ]
         return [*[None] * (len(ids) - len(before)), *logprobs], candidates
-
-    def _likeliest(self, logits: Tensor) -> list[list[Candidate]]:
-        """The likeliest token of each of `(tokens, layers, vocab)`."""
-        best = logits.max(dim=-1)
-        probabilities = (best.values - logits.logsumexp(dim=-1)).exp()  # (tokens, layers)
-        return [
-            [
-                Candidate(token_id, legible(self.tokenizer, token_id), probability)
-                for token_id, probability in zip(row_ids, row, strict=True)
-            ]
-            for row_ids, row in zip(best.indices.tolist(), probabilities.tolist(), strict=True)
-        ]
 
 
 def spell(tokenizer: Tokenizer, token_id: int) -> str:

@@ -7,8 +7,8 @@ again for every token, so that the page stays alive while it runs, and ends when
 import asyncio
 from collections.abc import AsyncGenerator, AsyncIterator, Awaitable, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
-from functools import cache
+from contextlib import asynccontextmanager, suppress
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -26,17 +26,9 @@ from moescope.scope.history import Follower, planned_steps
 from moescope.server import schema
 from moescope.server.contract import ENDPOINTS, Endpoint
 from moescope.server.page import serve_page
-from moescope.server.requests import (
-    Handler,
-    NotThere,
-    OwnHostOnly,
-    TooMuch,
-    explained,
-    read_json,
-)
-from moescope.server.schema import MAX_TEXT, Message
-from moescope.server.studio import Studio, cut
-from moescope.server.traffic import Traffic
+from moescope.server.requests import Handler, OwnHostOnly, TooMuch, explained, read_json
+from moescope.server.schema import LANGUAGES, MAX_TEXT, Message
+from moescope.server.studio import NotThere, Studio, cut
 
 MOST_BYTES = 4_000_000
 """Bytes of a request; more than MAX_TEXT characters and a context of ids take."""
@@ -45,9 +37,7 @@ PREFER_OK = "status=200"
 browsers note every other status in their console, as if the page were broken.
 """
 SECONDS_BETWEEN_LOOKS = 0.5
-"""How often a running training's metrics, and what others ask, are looked at."""
-Compute = Callable[..., Awaitable[Any]]
-"""Has the model's thread call a function with what is given."""
+"""How often a running training's metrics are looked at."""
 
 
 def create_app(studio: Studio) -> Starlette:
@@ -65,42 +55,8 @@ def create_app(studio: Studio) -> Starlette:
     async def compute(function: Callable[..., Any], *given: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(thread, function, *given)
 
-    @asynccontextmanager
-    async def lifespan(_app: Starlette) -> AsyncGenerator[None]:
-        yield
-        thread.shutdown(cancel_futures=True)
-
-    app = Starlette(
-        routes=page_routes(studio, compute),
-        exception_handlers=PAGE_HANDLERS,
-        lifespan=lifespan,
-    )
-    app.state.ending = False
-    app.add_middleware(OwnHostOnly, refuse=page_refusal)
-    return app
-
-
-def page_part(studio: Studio, compute: Compute, state: State) -> Starlette:
-    """Return the page as a part of another application.
-
-    Args:
-        studio: that answers.
-        compute: has the model's thread call a function.
-        state: of the other application, whose `ending` ends streams.
-    """
-    app = Starlette(routes=page_routes(studio, compute), exception_handlers=PAGE_HANDLERS)
-    app.state = state
-    return app
-
-
-def page_routes(studio: Studio, compute: Compute) -> list[Route]:
-    """Return the page's files and its API.
-
-    Args:
-        studio: that answers.
-        compute: has the model's thread call a function.
-    """
     asks: dict[str, Callable[..., Any]] = {
+        **{f"/api/start/{language}": partial(studio.start, language) for language in LANGUAGES},
         "/api/model": lambda: studio.info,
         "/api/generate": studio.generate,
         "/api/trace": studio.trace,
@@ -111,17 +67,14 @@ def page_routes(studio: Studio, compute: Compute) -> list[Route]:
         "/api/dense": studio.dense,
         "/api/unbalanced": studio.unbalanced,
         "/api/training": studio.training,
-        "/api/answer": studio.answer,
-    }
-    follows: dict[str, Callable[[], AsyncIterator[Message | None]]] = {
-        "/api/training/live": lambda: _follow(studio.followed),
-        "/api/traffic": lambda: _watch(studio.watched),
     }
 
     def handler_of(endpoint: Endpoint) -> Handler:
         async def handle(request: Request) -> Response:
-            if endpoint.path in follows:
-                return _events(follows[endpoint.path](), request.app.state)
+            if endpoint.path not in asks:
+                if studio.watching is None:
+                    raise NotThere("no training is watched; `moescope train ... --watch` shows one")
+                return _events(_follow(studio.watching), request.app.state)
             asked = [await _read(request, endpoint.request)] if endpoint.request else []
             ask = asks[endpoint.path]
             if endpoint.aside:
@@ -134,13 +87,41 @@ def page_routes(studio: Studio, compute: Compute) -> list[Route]:
 
         return handle
 
+    async def prepare() -> None:
+        """Compute what the page shows first while it loads, questions between its parts."""
+        # What fails here fails again, and is told, when it is asked for.
+        with suppress(Exception):
+            for language in LANGUAGES:
+                await compute(studio.start, language)
+            events = studio.generate(studio.hero)
+            while await compute(next, events, None) is not None:
+                pass
+
+    @asynccontextmanager
+    async def lifespan(_app: Starlette) -> AsyncGenerator[None]:
+        first = asyncio.create_task(prepare())
+        yield
+        first.cancel()
+        thread.shutdown(cancel_futures=True)
+
     routes = [Route(e.path, handler_of(e), methods=[e.method]) for e in ENDPOINTS]
-    return [
-        *routes,
-        Route("/api/{name:path}", _unknown, methods=["GET", "POST", "OPTIONS"]),
-        Route("/", serve_page),
-        Route("/{name:path}", serve_page),
-    ]
+    app = Starlette(
+        routes=[
+            *routes,
+            Route("/api/{name:path}", _unknown, methods=["GET", "POST", "OPTIONS"]),
+            Route("/", serve_page),
+            Route("/{name:path}", serve_page),
+        ],
+        exception_handlers={
+            UserError: _mistake,
+            HTTPException: _refused,
+            Exception: _failure,
+        },
+        lifespan=lifespan,
+    )
+    app.state.ending = False
+    app.add_middleware(OwnHostOnly, refuse=_error)
+    return app
 
 
 # --- requests in, answers out ---------------------------------------------------------------------
@@ -199,15 +180,6 @@ async def _stream(
         yield schema.ErrorEvent.of(error)
 
 
-async def _watch(traffic: Traffic) -> AsyncIterator[Message | None]:
-    """Hand on what others ask, all of the list at first, then what has changed."""
-    clock = -1
-    while True:
-        clock, changed = traffic.since(clock)
-        yield changed
-        await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
-
-
 async def _follow(run: Path) -> AsyncIterator[Message | None]:
     """Hand on the rows of a running training as they are written, the latest one at once."""
     follower, steps = Follower(run), planned_steps(run)
@@ -225,9 +197,8 @@ async def _follow(run: Path) -> AsyncIterator[Message | None]:
 # --- mistakes -------------------------------------------------------------------------------------
 
 
-def page_refusal(request: Request, status: int, message: str, code: str = "") -> Response:
-    """Answer with a mistake, as the page reads it."""
-    return _refusal(request, status, UserError(message, code))
+def _error(request: Request, status: int, message: str) -> Response:
+    return _refusal(request, status, UserError(message))
 
 
 def _refusal(request: Request, status: int, error: UserError) -> Response:
@@ -244,24 +215,17 @@ async def _mistake(request: Request, error: Exception) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return page_refusal(request, error.status_code, error.detail)
+    return _error(request, error.status_code, error.detail)
 
 
 async def _unknown(request: Request) -> Response:
     path = request.url.path
-    if any(path.endswith(endpoint.path) for endpoint in ENDPOINTS):
-        return page_refusal(request, 405, f"{path} is not asked by {request.method}")
-    return page_refusal(request, 404, f"there is no {path} here")
+    if any(path == endpoint.path for endpoint in ENDPOINTS):
+        return _error(request, 405, f"{path} is not asked by {request.method}")
+    return _error(request, 404, f"there is no {path} here")
 
 
 async def _failure(request: Request, error: Exception) -> Response:
-    return page_refusal(
+    return _error(
         request, 500, f"the server failed at this ({type(error).__name__}); its terminal says more"
     )
-
-
-PAGE_HANDLERS: dict[Any, Any] = {
-    UserError: _mistake,
-    HTTPException: _refused,
-    Exception: _failure,
-}

@@ -40,6 +40,14 @@ class Endpoint:
 
 
 ENDPOINTS = (
+    *(
+        Endpoint(
+            f"/api/start/{language}",
+            "All that the page shows first, in one answer",
+            (schema.StartAnswer,),
+        )
+        for language in schema.LANGUAGES
+    ),
     Endpoint("/api/model", "The model and what can be shown of it", (schema.ModelInfo,)),
     Endpoint(
         "/api/generate",
@@ -78,19 +86,6 @@ ENDPOINTS = (
         "Follow a training that runs now",
         (schema.TrainingEvent, schema.ErrorEvent),
         streams=True,
-    ),
-    Endpoint(
-        "/api/traffic",
-        "What is asked of the server that the page stands in",
-        (schema.TrafficEvent, schema.ErrorEvent),
-        streams=True,
-    ),
-    Endpoint(
-        "/api/answer",
-        "The tokens of an answer that the server gave",
-        (schema.WatchedAnswer,),
-        schema.AnswerRequest,
-        aside=True,
     ),
 )
 

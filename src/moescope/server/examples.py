@@ -1,12 +1,10 @@
 """Texts to begin with, one click away."""
 
-from typing import Literal
-
-from moescope.server.schema import Example
+from moescope.server.schema import Example, Language
 from moescope.text.tokenizer import Tokenizer
 
 
-def _plain(domain: str, language: Literal["zh", "en"], text: str) -> Example:
+def _plain(domain: str, language: Language, text: str) -> Example:
     return Example(domain=domain, language=language, label=text, text=text)
 
 
@@ -28,27 +26,29 @@ QUESTIONS = (
 )
 """Asked in the model's own chat form, where it has one."""
 QUESTION = "{question}"
+HERO = "17+25=?"
+"""What the first screen works on."""
 
 
-def examples(form: str | None) -> list[Example]:
-    """Return the texts, and the questions in a model's chat form, if it has one."""
+def examples(tokenizer: Tokenizer) -> list[Example]:
+    """Return the texts, and the questions in the chat form of the model's tokenizer."""
+    form = question_form(tokenizer)
     if form is None:
         return list(TEXTS)
     asked = [q.model_copy(update={"text": form.replace(QUESTION, q.text)}) for q in QUESTIONS]
     return [*TEXTS, *asked]
 
 
+def hero_text(tokenizer: Tokenizer) -> str:
+    """Return the text that the first screen works on: a sum, where the model has a chat form."""
+    form = question_form(tokenizer)
+    return TEXTS[0].text if form is None else form.replace(QUESTION, HERO)
+
+
 def question_form(tokenizer: Tokenizer) -> str | None:
     """Return the chat form of a model's tokenizer around `{question}`; None without one."""
     if "default" not in tokenizer.chat_templates:
         return None
-    return as_typed(tokenizer, tokenizer.apply_chat_template(ASKED))
-
-
-ASKED = ({"role": "user", "content": QUESTION},)
-
-
-def as_typed(tokenizer: Tokenizer, text: str) -> str:
-    """Return a chat as a reader types it."""
+    text = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}])
     begin = tokenizer.decode(tokenizer.begin_ids, skip_special_tokens=False)
     return text.removeprefix(begin)  # the engine sets it

@@ -15,14 +15,11 @@ from starlette.responses import JSONResponse, Response
 from moescope.errors import UserError
 from moescope.server.chats import Answers, Step
 from moescope.server.conversion import Fields, chat_request, json_schema
-from moescope.server.experts import WithoutPrompts, all_experts_told
-from moescope.server.fields import First, Lenient
 from moescope.server.openai_answers import Json, calls_of
-from moescope.server.openai_schema import ChatRequest
+from moescope.server.openai_schema import ChatRequest, First, Lenient
 from moescope.server.requests import read_json
 from moescope.server.service import MAX_BYTES, Endpoint, Service, collected
 from moescope.server.streams import error_event, streamed, unless_gone
-from moescope.server.texts import Arrival
 from moescope.text.answers.pieces import Content, Thought
 
 OPTIONS = {
@@ -63,7 +60,7 @@ class OllamaMessage(Lenient):
         return told
 
 
-class Asked(WithoutPrompts):
+class Asked(Lenient):
     """What chats and continuations share."""
 
     model: str
@@ -80,8 +77,6 @@ class Asked(WithoutPrompts):
         """
         options = self.options or {}
         told: Fields = {ours: options.get(theirs) for theirs, ours in OPTIONS.items()}
-        # Ollama's own clients send nothing beside options.
-        told |= WithoutPrompts.model_validate(options).of_experts | self.of_experts
         most = options.get("num_predict")
         told["max_tokens"] = most if isinstance(most, int) and most > 0 else None
         if self.format == "json":
@@ -202,21 +197,17 @@ class Ollama:
     async def _answered(
         self, request: Request, asked: Asked, chat: ChatRequest, *, is_chat: bool
     ) -> Response:
-        arrival = Arrival.of(request)
-        begun = arrival.at
-        answers = await self._service.chats.begin(chat, arrival)
+        begun = time.perf_counter()
+        answers = await self._service.chats.begin(chat, begun)
         if asked.stream:
-            lines = self._lines(chat, answers, begun, is_chat=is_chat)
+            lines = self._lines(answers, begun, is_chat=is_chat)
             return streamed(
                 lines, answers.end, _told_wrong, quiet="", media_type="application/x-ndjson"
             )
         steps = await unless_gone(request, collected(answers))
-        told = self._line(steps, is_chat=is_chat) | _ended(steps, answers, begun)
-        return JSONResponse(told | all_experts_told(chat, [step.token for step in steps]))
+        return JSONResponse(self._line(steps, is_chat=is_chat) | _ended(steps, answers, begun))
 
-    async def _lines(
-        self, chat: ChatRequest, answers: Answers, begun: float, *, is_chat: bool
-    ) -> AsyncIterator[str]:
+    async def _lines(self, answers: Answers, begun: float, *, is_chat: bool) -> AsyncIterator[str]:
         calls: list[Step] = []
         last: Step | None = None
         async for step in answers:
@@ -224,10 +215,8 @@ class Ollama:
             calls.append(step)
             told = self._line([step], is_chat=is_chat, calls=False)
             parts = told["message"] if is_chat else told
-            experts = all_experts_told(chat, [step.token])
-            said = parts.get("content") or parts.get("response") or parts.get("thinking")
-            if said or experts:
-                yield json.dumps(told | experts) + "\n"
+            if parts.get("content") or parts.get("response") or parts.get("thinking"):
+                yield json.dumps(told) + "\n"
         told = self._line([], is_chat=is_chat)
         if is_chat and (made := _calls(calls)):
             yield json.dumps(told | {"message": told["message"] | {"tool_calls": made}}) + "\n"

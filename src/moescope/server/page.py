@@ -9,6 +9,8 @@ from pathlib import Path
 from starlette.requests import Request
 from starlette.responses import PlainTextResponse, Response
 
+from moescope.server.schema import LANGUAGES, Language
+
 PAGE = Path(__file__).with_name("page")
 NOT_BUILT = (
     "The page has not been built. In a checkout of moescope, run `python web/build.py` and load "
@@ -23,16 +25,16 @@ TEXT_SUFFIXES = {".html", ".js", ".css", ".svg", ".json", ".txt", ".map"}
 
 
 async def serve_page(request: Request) -> Response:
-    """Answer with the file that the path names; the bare address is `index.html`."""
-    name = request.path_params.get("name") or "index.html"
-    files = {path.relative_to(PAGE).as_posix(): path for path in PAGE.rglob("*") if path.is_file()}
-    if "index.html" not in files:
-        return PlainTextResponse(NOT_BUILT, status_code=503)
-    if name not in files:
+    """Answer with the file that the path names; the bare address is the reader's language's."""
+    name = request.path_params.get("name") or f"index.{_language(request)}.html"
+    path = (PAGE / name).resolve()
+    if not path.is_file() or not path.is_relative_to(PAGE.resolve()):
+        if not (PAGE / "index.en.html").is_file():
+            return PlainTextResponse(NOT_BUILT, status_code=503)
         return PlainTextResponse(f"There is no {name} here.\n", status_code=404)
-    plain, packed, tag = _contents(files[name], files[name].stat().st_mtime_ns)
+    plain, packed, tag = _contents(path, path.stat().st_mtime_ns)
     kept = "public, max-age=31536000, immutable" if name.startswith("assets/") else "no-cache"
-    headers = {"ETag": tag, "Cache-Control": kept, "Vary": "Accept-Encoding"}
+    headers = {"ETag": tag, "Cache-Control": kept, "Vary": "Accept-Encoding, Accept-Language"}
     if name.endswith(".html"):
         headers["Content-Security-Policy"] = POLICY
     if request.headers.get("if-none-match") == tag:
@@ -42,6 +44,14 @@ async def serve_page(request: Request) -> Response:
         body = packed
         headers["Content-Encoding"] = "gzip"
     return Response(body, headers=headers, media_type=mimetypes.guess_type(name)[0])
+
+
+def _language(request: Request) -> Language:
+    """What the address asks for, else what the browser likes best."""
+    asked = request.query_params.get("lang")
+    if asked in LANGUAGES:
+        return asked
+    return "zh" if request.headers.get("accept-language", "").lower().startswith("zh") else "en"
 
 
 @lru_cache(maxsize=64)

@@ -20,14 +20,11 @@ from moescope.scope.cards import cards_of
 from moescope.scope.detail import Reading, TokenDetail
 from moescope.scope.history import FILE as HISTORY_FILE
 from moescope.scope.history import METRICS, History, history_of
-from moescope.scope.parts import WHOLE, Parts
 from moescope.scope.specialization import Specialization, TypicalToken
 from moescope.scope.steps import End, stream
 from moescope.server import schema
 from moescope.server.companions import Companion, Role, find_companions
-from moescope.server.examples import examples, question_form
-from moescope.server.requests import NotThere
-from moescope.server.traffic import Traffic
+from moescope.server.examples import examples, hero_text, question_form
 from moescope.text.deepseek_vocabulary import deepseek_tokenizer
 from moescope.text.tokenizer import Tokenizer
 
@@ -36,15 +33,18 @@ SPECIALIZATION = "specialization.json"
 SMALL = 200_000_000
 """Parameters at work on a token, below which one thread is as fast as many."""
 KEPT = 8
-"""Forward passes and steered models that are kept for the next question."""
-KEPT_BESIDE = 2
-"""The same where memory is for others."""
-MAX_PLAYING = 2
-"""Texts that are written for the page at a time where memory is for others."""
+"""Forward passes, steered models and streams that are kept for the next question."""
+HERO_TOKENS = 48
+"""Tokens that the first screen's text is continued by at most."""
 
 
+StreamEvent = schema.TokenEvent | schema.EndEvent
 Key = TypeVar("Key")
 Value = TypeVar("Value")
+
+
+class NotThere(UserError):
+    """What was asked for does not exist for this model."""
 
 
 class Studio:
@@ -55,10 +55,6 @@ class Studio:
         companions: models of the same vocabulary, one of each role; loaded when first asked.
         folder: where the model lies, with what was measured of it; None for one made in memory.
         watching: folder of a training that runs now.
-        parts: in which texts are computed.
-        limit: tokens of a text at most, where memory is for others; None for as many as the
-            model's context holds.
-        traffic: what others ask of the server that the page stands in; None if nobody watches.
     """
 
     def __init__(
@@ -68,17 +64,13 @@ class Studio:
         companions: Sequence[Companion] = (),
         folder: Path | None = None,
         watching: Path | None = None,
-        parts: Parts = WHOLE,
-        limit: int | None = None,
-        traffic: Traffic | None = None,
     ) -> None:
         self.model, self.companions = model, list(companions)
         self.folder, self.watching = folder, watching
-        self.parts, self.limit, self.traffic = parts, limit, traffic
-        self._playing = 0
-        kept = KEPT if limit is None else KEPT_BESIDE
-        self._steered: _Kept[str, Model] = _Kept(kept)
-        self._readings: _Kept[tuple[str, tuple[int, ...]], Reading] = _Kept(kept)
+        self._steered: _Kept[str, Model] = _Kept(KEPT)
+        self._readings: _Kept[tuple[str, tuple[int, ...]], Reading] = _Kept(KEPT)
+        self._streams: _Kept[str, list[StreamEvent]] = _Kept(KEPT)
+        self._starts: dict[schema.Language, schema.StartAnswer] = {}
         self._beside: dict[str, Model] = {}
 
     @classmethod
@@ -141,16 +133,29 @@ class Studio:
             companions=[_companion_info(c) for c in self.companions],
             has_training=self._has_training,
             watching=self.watching is not None,
-            traffic=self.traffic is not None,
-            question_form=self.question_form,
+            question_form=question_form(self.model.tokenizer),
             thinks=_thinks(self.model.tokenizer),
-            examples=examples(self.question_form),
+            examples=examples(self.model.tokenizer),
         )
 
+    def start(self, language: schema.Language) -> schema.StartAnswer:
+        """All that the page shows first; computed once."""
+        if language not in self._starts:
+            prompt = next(e.text for e in self.info.examples if e.language == language)
+            self._starts[language] = schema.StartAnswer(
+                model=self.info,
+                specialization=None if self._specialization is None else self.specialization(),
+                prompt=prompt,
+                steps=self.trace(schema.TextRequest(prompt=prompt)).steps,
+                hero=self.hero,
+            )
+        return self._starts[language]
+
     @cached_property
-    def question_form(self) -> str | None:
-        """The model's chat form around a question; None without one."""
-        return question_form(self.model.tokenizer)
+    def hero(self) -> schema.GenerateRequest:
+        """What the first screen asks for."""
+        text = hero_text(self.model.tokenizer)
+        return schema.GenerateRequest(prompt=text, max_tokens=HERO_TOKENS)
 
     @property
     def threads(self) -> int:
@@ -164,36 +169,37 @@ class Studio:
 
     # --- a text -----------------------------------------------------------------------------------
 
-    def generate(
-        self, request: schema.GenerateRequest
-    ) -> Iterator[schema.TokenEvent | schema.EndEvent]:
+    def generate(self, request: schema.GenerateRequest) -> Iterator[StreamEvent]:
         """Read a text, then continue it; an event for each token and for the end.
+
+        The same question, seed included, has the same answer: the last ones are kept.
 
         Raises:
             UserError: the text or the steering asks what the model cannot do.
         """
+        asked = request.model_dump_json()
+        if (known := self._streams.find(asked)) is not None:
+            yield from known
+            return
+        events: list[StreamEvent] = []
+        for event in self._generate(request):
+            events.append(event)
+            yield event
+        self._streams.keep(asked, events)
+
+    def _generate(self, request: schema.GenerateRequest) -> Iterator[StreamEvent]:
         engine = self._steer(request.steering).engine
         params = _params(request.sampling, max_tokens=request.max_tokens)
-        ids = self._ids(request)
-        if self.limit is not None and self._playing >= MAX_PLAYING:
-            raise UserError(
-                f"{MAX_PLAYING} texts are being written for the page already; wait for one to end",
-                "page_busy",
-            )
-        self._playing += 1
-        try:
-            for step in stream(engine, ids, params, request.known, self.parts):
-                if isinstance(step, End):
-                    yield schema.EndEvent(
-                        finish_reason=step.finish_reason,
-                        prompt_tokens=step.prompt_tokens,
-                        new_tokens=step.new_tokens,
-                        seconds=step.seconds,
-                    )
-                else:
-                    yield schema.TokenEvent(step=step)
-        finally:
-            self._playing -= 1
+        for step in stream(engine, self._ids(request), params, request.known):
+            if isinstance(step, End):
+                yield schema.EndEvent(
+                    finish_reason=step.finish_reason,
+                    prompt_tokens=step.prompt_tokens,
+                    new_tokens=step.new_tokens,
+                    seconds=step.seconds,
+                )
+            else:
+                yield schema.TokenEvent(step=step)
 
     def trace(self, request: schema.TextRequest) -> schema.TraceAnswer:
         """All tokens of a text at once; raises as `generate`."""
@@ -312,54 +318,16 @@ class Studio:
     def _specialization(self) -> Specialization | None:
         return None if self.folder is None else _specialization(self.folder)
 
-    @property
-    def followed(self) -> Path:
-        """The folder of a training that runs now.
-
-        Raises:
-            NotThere: none is watched.
-        """
-        if self.watching is None:
-            raise NotThere("no training is watched; `moescope train ... --watch` shows one")
-        return self.watching
-
-    def answer(self, request: schema.AnswerRequest) -> schema.WatchedAnswer:
-        """The tokens of an answer that others were given.
-
-        Raises:
-            NotThere: nobody watches, or it is no longer there.
-        """
-        return self.watched.answer(request.number, request.text)
-
-    @property
-    def watched(self) -> Traffic:
-        """What others ask.
-
-        Raises:
-            NotThere: nobody watches.
-        """
-        if self.traffic is None:
-            raise NotThere("what is asked is not watched; `moescope serve ... --watch` shows it")
-        return self.traffic
-
     # --- what is kept -----------------------------------------------------------------------------
 
     def _ids(
         self, request: schema.TextRequest | schema.GenerateRequest | schema.DenseRequest
     ) -> tuple[int, ...]:
         """The text's ids; those given go before the prompt."""
-        engine, ids = self.model.engine, request.ids
-        if ids is None:
-            ids = engine.encode(request.prompt)
-        engine.check(ids)
-        if self.limit is not None and len(ids) > self.limit:
-            raise UserError(
-                f"this text has {len(ids)} tokens; pictures are made of up to {self.limit}",
-                "picture_too_long",
-                n=len(ids),
-                max=self.limit,
-            )
-        return tuple(ids)
+        if request.ids is None:
+            return tuple(self.model.engine.encode(request.prompt))
+        self.model.engine.check(request.ids)
+        return tuple(request.ids)
 
     def _steer(self, asked: schema.SteeringRequest) -> Model:
         return self._steered.get(
@@ -380,7 +348,7 @@ class Studio:
         ids = self._ids(request)
         return self._readings.get(
             (request.steering.model_dump_json(), ids),
-            lambda: Reading(self._steer(request.steering).engine, ids, self.parts),
+            lambda: Reading(self._steer(request.steering).engine, ids),
         )
 
 
@@ -407,12 +375,22 @@ class _Kept(Generic[Key, Value]):
 
     def get(self, key: Key, make: Callable[[], Value]) -> Value:
         """Return the value of a key, made anew if it is not kept."""
-        if key not in self._values:
-            self._values[key] = make()
-            while len(self._values) > self._most:
-                self._values.popitem(last=False)
-        self._values.move_to_end(key)
-        return self._values[key]
+        found = self.find(key)
+        if found is None:
+            self.keep(key, found := make())
+        return found
+
+    def find(self, key: Key) -> Value | None:
+        """Return the value of a key; None if it is not kept."""
+        if key in self._values:
+            self._values.move_to_end(key)
+        return self._values.get(key)
+
+    def keep(self, key: Key, value: Value) -> None:
+        """Keep a value, and no more than so many."""
+        self._values[key] = value
+        while len(self._values) > self._most:
+            self._values.popitem(last=False)
 
 
 def _specialization(folder: Path) -> Specialization | None:

@@ -1,11 +1,9 @@
 /** The sum that the first screen works on, read and continued by the model itself. */
 import { ApiError, generate, isAbort, trace } from '../lib/api';
-import { GREEDY, NO_STEERING } from '../lib/defaults';
+import { NO_STEERING } from '../lib/defaults';
 import type { AppState } from '../lib/state.svelte';
 import type { TokenStep } from '../lib/types';
 
-const QUESTION = '17+25=?';
-const MAX_TOKENS = 48;
 /** Milliseconds of each part of a token's way: read, score, compute, merge. */
 const PHASE = 520;
 export const PHASES = 4;
@@ -34,22 +32,15 @@ export class Live {
 
   constructor(app: AppState) {
     this.#app = app;
-    this.moving = !matchMedia('(prefers-reduced-motion: reduce)').matches;
-  }
-
-  get prompt(): string {
-    const { model } = this.#app;
-    if (model?.question_form) return model.question_form.replace('{question}', QUESTION);
-    return model?.examples[0]?.text ?? QUESTION;
+    this.moving = !globalThis.matchMedia?.('(prefers-reduced-motion: reduce)').matches;
   }
 
   /** Read and continue the text. */
   async start(signal: AbortSignal): Promise<void> {
     await quietly(async () => {
-      const request = { prompt: this.prompt, max_tokens: MAX_TOKENS, sampling: GREEDY };
       const steps: TokenStep[] = [];
       await generate(
-        request,
+        this.#app.hero!,
         (event) => {
           if (event.type !== 'token') return;
           steps.push(event.step);

@@ -1,5 +1,6 @@
 /** The server's answers, typed. Every failure becomes an `ApiError` with one sentence. */
-import { t, type Key } from './i18n.svelte';
+import { EventSourceParserStream } from 'eventsource-parser/stream';
+import { t, type Key, type Language } from './i18n.svelte';
 import errors from '../messages/en/errors';
 import type {
   CutAnswer,
@@ -11,7 +12,7 @@ import type {
   GenerateEvent,
   GenerateRequest,
   ModelInfo,
-  SpecializationAnswer,
+  StartAnswer,
   TextRequest,
   TokenDetail,
   TokenRequest,
@@ -55,15 +56,8 @@ type Text = 'prompt' | 'ids' | 'steering';
 
 export const getModel = (signal?: AbortSignal) => get<ModelInfo>('api/model', signal);
 
-/** What was measured of the experts; null where nothing was. */
-export async function getSpecialization(signal?: AbortSignal): Promise<SpecializationAnswer | null> {
-  try {
-    return await get<SpecializationAnswer>('api/specialization', signal);
-  } catch (error) {
-    if (error instanceof ApiError && error.code === 'no_specialization') return null;
-    throw error;
-  }
-}
+/** All that the page shows first; the HTML has it on its way before any script runs. */
+export const getStart = (language: Language) => get<StartAnswer>(`api/start/${language}`);
 
 export const getTraining = (signal?: AbortSignal) => get<TrainingAnswer>('api/training', signal);
 
@@ -154,29 +148,22 @@ export function told({ message, code, values }: ErrorEvent): string {
 const isMistake = (answer: unknown): answer is ErrorEvent =>
   (answer as Partial<ErrorEvent> | null)?.type === 'error';
 
-/** Parse server-sent events: `data:` lines, one JSON document an event, parted by blank lines. */
+/** Hand on server-sent events, one JSON document each. */
 async function stream<T>(response: Response, onEvent: (event: T) => void): Promise<void> {
   const kind = response.headers.get('Content-Type') ?? '';
   if (!kind.startsWith('text/event-stream')) return void (await answerOf(response));
-  const reader = response.body!.pipeThrough(new TextDecoderStream()).getReader();
-  let rest = '';
+  const reader = response
+    .body!.pipeThrough(new TextDecoderStream())
+    .pipeThrough(new EventSourceParserStream())
+    .getReader();
   for (;;) {
     const { done, value } = await read(reader);
     if (done) return;
-    const events = (rest + value).split(/\r?\n\r?\n/);
-    rest = events.pop()!;
-    for (const event of events) {
-      const data = event
-        .split(/\r?\n/)
-        .filter((line) => line.startsWith('data:'))
-        .map((line) => line.slice(5))
-        .join('\n');
-      if (data) onEvent(JSON.parse(data) as T);
-    }
+    onEvent(JSON.parse(value.data) as T);
   }
 }
 
-async function read(reader: ReadableStreamDefaultReader<string>) {
+async function read<T>(reader: ReadableStreamDefaultReader<T>) {
   try {
     return await reader.read();
   } catch (error) {

@@ -11,7 +11,7 @@ type Values = Record<string, string | number>;
 
 const catalogues: Record<Language, Catalogue> = { en, zh };
 
-export const i18n = $state({ language: browserLanguage() });
+export const i18n = $state({ language: servedLanguage() });
 
 /** The message of a key, with `{name}` filled in; numbers are written as the language does. */
 export function t(key: Key, values: Values = {}): string {
@@ -56,6 +56,7 @@ export function formatCount(count: number): string {
   }).format(count);
 }
 
-function browserLanguage(): Language {
-  return navigator.language.toLowerCase().startsWith('zh') ? 'zh' : 'en';
+/** The language that the server chose, by the address or by the browser's wish. */
+function servedLanguage(): Language {
+  return globalThis.document?.documentElement.lang.startsWith('zh') ? 'zh' : 'en';
 }

@@ -1,6 +1,6 @@
 /** The page's one state: what was typed, what the model answered, and what the reader chose. */
 import { getContext, setContext, untrack } from 'svelte';
-import { ApiError, generate, getModel, getSpecialization, isAbort, knock, MAX_TEXT, serverGone, told, token, trace } from './api';
+import { ApiError, generate, getModel, getStart, isAbort, knock, MAX_TEXT, serverGone, told, token, trace } from './api';
 import { GREEDY, MAX_TOKENS, NO_STEERING } from './defaults';
 import { i18n, t, type Language } from './i18n.svelte';
 import type {
@@ -34,13 +34,18 @@ const ARRIVED = 3000;
 /** Details without steering that are kept to compare with. */
 const KEPT = 8;
 
-const darkQuery = matchMedia('(prefers-color-scheme: dark)');
+/** Missing while the first screen is rendered at build time. */
+const darkQuery = globalThis.matchMedia?.('(prefers-color-scheme: dark)');
 
 export class AppState {
   model: ModelInfo | null = $state.raw(null);
   /** What was measured of the experts; null where nothing was. */
   specialization: SpecializationAnswer | null = $state.raw(null);
+  /** What the first screen asks for. */
+  hero: GenerateRequest | null = $state.raw(null);
   theme: Theme = $state('auto');
+  /** Stations that stand on the page; they come one after the other. */
+  stations: number = $state(0);
 
   prompt: string = $state('');
   steps: TokenStep[] = $state.raw([]);
@@ -72,7 +77,7 @@ export class AppState {
 
   /** Counts the server's returns; effects that read it ask again for what they missed. */
   returns: number = $state(0);
-  #prefersDark: boolean = $state(darkQuery.matches);
+  #prefersDark: boolean = $state(darkQuery?.matches ?? false);
   /** The text that `steps` began with; differs from `prompt` while the reader edits. */
   #shownPrompt: string | null = null;
   /** The steering that `steps` were computed under. */
@@ -137,7 +142,7 @@ export class AppState {
   }
 
   constructor() {
-    darkQuery.addEventListener('change', (event) => (this.#prefersDark = event.matches));
+    darkQuery?.addEventListener('change', (event) => (this.#prefersDark = event.matches));
     $effect(() => {
       document.documentElement.lang = i18n.language === 'zh' ? 'zh-CN' : 'en';
       document.documentElement.dataset.theme = this.theme;
@@ -158,14 +163,16 @@ export class AppState {
     const wanted = this.fromUrl();
     await this.#guard(async () => {
       // Known before the model is shown: from then on the reader may play, which nothing may overtake.
-      const [model, specialization] = await Promise.all([getModel(), getSpecialization()]);
+      const { model, specialization, prompt, steps, hero } = await getStart(i18n.language);
       this.specialization = specialization;
       this.model = model;
+      this.hero = hero;
       this.sampling = { ...model.sampling, ...wanted.sampling };
       this.setLayer(wanted.layer ?? this.readable);
       this.selectedExpert = wanted.expert ?? null;
       this.prompt ||= this.#firstExample();
-      await this.#show(this.prompt, wanted.ids, wanted.promptTokens);
+      if (this.prompt === prompt && !wanted.ids && !this.steered) this.#display(prompt, steps);
+      else await this.#show(this.prompt, wanted.ids, wanted.promptTokens);
       this.select(wanted.selected ?? this.steps.length - 1);
     });
   }
@@ -381,8 +388,13 @@ export class AppState {
     const text = ids ? { ids } : { prompt: prompt.toWellFormed() };
     const { steps } = await trace({ ...text, steering }, run.signal);
     this.#traced = steering;
+    this.#display(prompt, steps, promptTokens);
+  }
+
+  /** Show a text, the first `promptTokens` of it as the reader's. */
+  #display(prompt: string, steps: TokenStep[], promptTokens = steps.length): void {
     this.#shownPrompt = prompt;
-    this.promptTokens = promptTokens ?? steps.length;
+    this.promptTokens = promptTokens;
     this.steps = steps.map((step) => ({ ...step, in_prompt: step.index < this.promptTokens }));
     this.endEvent = null;
     this.status = 'paused';

@@ -20,6 +20,7 @@ export type EndEvent = Schemas['EndEvent'];
 export type ErrorEvent = Schemas['ErrorEvent'];
 export type GenerateEvent = TokenEvent | EndEvent | ErrorEvent;
 export type TextRequest = Schemas['TextRequest'];
+export type StartAnswer = Schemas['StartAnswer'];
 export type TraceAnswer = Schemas['TraceAnswer'];
 export type TokenRequest = Schemas['TokenRequest'];
 export type TokenDetail = Schemas['TokenDetail'];
