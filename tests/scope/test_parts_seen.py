@@ -17,6 +17,7 @@ from moescope.engine.sampling import SamplingParams
 from moescope.families import read_config
 from moescope.model.decoder import CausalLM, initialise
 from moescope.scope.detail import Reading
+from moescope.scope.parts import Parts
 from moescope.scope.recording import TraceRecorder
 from moescope.scope.trace import Trace
 
@@ -113,3 +114,18 @@ def test_a_detail_is_what_the_whole_pass_did(opened: Model) -> None:
             assert detail.router.by_table == recorder.routings[layer_idx].by_table
             chosen = recorder.routings[layer_idx].topk_ids[index].tolist()
             assert sorted(detail.router.topk_ids) == sorted(chosen)
+
+
+def test_a_text_read_in_parts_was_read_as_a_whole(opened: Model) -> None:
+    ids = opened.engine.encode(TEXT)
+    whole, parts = Reading(opened.engine, ids), Reading(opened.engine, ids, Parts(tokens=5))
+    for index in (0, 6, len(ids) - 1):
+        for layer in range(opened.config.num_hidden_layers):
+            one, other = (r.token(index, layer, SamplingParams()) for r in (whole, parts))
+            assert other.hidden_norms == pytest.approx(one.hidden_norms, rel=1e-4)
+            assert other.attention.seen == one.attention.seen
+            assert other.attention.mean == pytest.approx(one.attention.mean, abs=1e-5)
+            assert (other.router and other.router.topk_ids) == (one.router and one.router.topk_ids)
+            assert (one.mixing is None) == (other.mixing is None)
+            for half, same in zip(one.mixing or (), other.mixing or (), strict=True):
+                assert half.pre == pytest.approx(same.pre, abs=1e-5)

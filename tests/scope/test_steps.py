@@ -8,6 +8,8 @@ import torch
 from moescope.api import Model, sampling_params
 from moescope.families import config_fields, read_config
 from moescope.model.decoder import CausalLM, initialise
+from moescope.scope.detail import Reading
+from moescope.scope.parts import Parts
 from moescope.scope.recording import record
 from moescope.scope.steps import End, TokenStep, read, stream
 
@@ -82,19 +84,21 @@ def test_steps_tell_the_numbers_of_a_plain_forward_pass(
             )
 
 
-@pytest.mark.parametrize("at_once", [1, 3, 256])
-def test_known_tokens_are_read_and_not_told(
-    model: Model, monkeypatch: pytest.MonkeyPatch, at_once: int
-) -> None:
-    monkeypatch.setattr("moescope.scope.steps.ROWS_AT_ONCE", at_once)
+@pytest.mark.parametrize(("tokens", "at_once"), [(None, 1), (None, 3), (None, 256), (5, 2), (1, 9)])
+def test_known_tokens_are_read_and_not_told(model: Model, tokens: int | None, at_once: int) -> None:
+    pauses: list[None] = []
+    parts = Parts(tokens, at_once, lambda: pauses.append(None))
     ids = model.engine.encode(TEXT)
     whole = [*stream(model.engine, ids, sampling_params({"max_tokens": 5}))]
     for known in (0, 1, 2, len(ids) - 1, len(ids), len(ids) + 2):
-        told = [*stream(model.engine, ids, sampling_params({"max_tokens": 5}), known)]
+        told = [*stream(model.engine, ids, sampling_params({"max_tokens": 5}), known, parts)]
         for step, same in zip(told[:-1], whole[known:-1], strict=True):
             assert isinstance(step, TokenStep) and isinstance(same, TokenStep)
             assert step.logprob == (same.logprob and pytest.approx(same.logprob, rel=1e-5))
-            assert (step.index, step.id, step.layers) == (same.index, same.id, same.layers)
+            assert (step.index, step.id) == (same.index, same.id)
+            for layer, other in zip(step.layers, same.layers, strict=True):
+                assert (layer and layer.topk_ids) == (other and other.topk_ids)
+    assert len(pauses) > 6 * (5 + len(ids) // (tokens or len(ids)))
 
 
 def test_reading_all_at_once_tells_the_same(model: Model) -> None:
@@ -102,14 +106,14 @@ def test_reading_all_at_once_tells_the_same(model: Model) -> None:
     assert read(model.engine, [step.id for step in steps]) == steps
 
 
-def test_long_texts_are_described_in_parts(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("parts", [Parts(rows=3), Parts(tokens=4), Parts(tokens=1, rows=1)])
+def test_long_texts_are_read_and_described_in_parts(model: Model, parts: Parts) -> None:
     ids = model.engine.encode(TEXT)
     whole = read(model.engine, ids)
-    monkeypatch.setattr("moescope.scope.steps.ROWS_AT_ONCE", 3)
-    parts = read(model.engine, ids)
-    assert [step.layers for step in parts] == [step.layers for step in whole]
-    for part, step in zip(parts, whole, strict=True):
+    for part, step in zip(Reading(model.engine, ids, parts).steps(), whole, strict=True):
         assert part.logprob == (step.logprob and pytest.approx(step.logprob, rel=1e-5))
+        for layer, other in zip(part.layers, step.layers, strict=True):
+            assert (layer and layer.topk_ids) == (other and other.topk_ids)
 
 
 def test_a_stream_ends_at_the_end_token_and_describes_it(model: Model) -> None:

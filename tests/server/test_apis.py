@@ -7,6 +7,7 @@ from contextlib import contextmanager
 from typing import Any
 
 import pytest
+import torch
 from starlette.testclient import TestClient
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as BackendTokenizer
@@ -391,3 +392,83 @@ def test_a_server_that_ends_takes_nothing_new(talker: Model) -> None:
         answer = client.post("/v1/completions", json={"prompt": "x"})
         assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
         assert client.get("/health").status_code == 200
+
+
+EXPERTS: dict[str, Any] = {"return_routed_experts": True, "moe_trace": True}
+EXPERTS |= {"num_experts_per_tok": 2, "disable_experts": [[1, 0]], "force_experts": [[2, 5]]}
+
+
+def told_of_experts(client: TestClient, api: str, *, stream: bool, **more: Any) -> dict[str, Any]:
+    """What an API tells of a short answer's experts, by the names of the fields."""
+    asked: dict[str, Any] = {"model": "small", "stream": stream, **more}
+    if api.startswith("/api/"):
+        asked["options"] = {"temperature": 0, "num_predict": 6, **asked.pop("options", {})}
+    else:
+        asked |= {"temperature": 0, "max_tokens": 6}
+    if api == "/v1/responses":
+        asked |= {"input": "weather?", "max_output_tokens": asked.pop("max_tokens")}
+    elif api == "/api/generate":
+        asked |= {"prompt": "weather?"}
+    else:
+        asked |= {"messages": ASKED}
+    answer = post(client, api, **asked)
+    if not stream:
+        told = [answer | answer.get("choices", [{}])[0]]
+    elif api.startswith("/api/"):
+        told = [json.loads(line) for line in answer.splitlines()]
+    else:
+        told = [e.get("response", e) for e in events(answer) if e["type"] != "message_start"][-3:]
+    names = ("prompt_routed_experts", "routed_experts", "moe_trace")
+    parts = [{name: one[name] for name in names if name in one} for one in told]
+    parts = [part for part in parts if part]
+    if api.startswith("/api/") and stream:  # with each token
+        assert len(parts) == 6
+        joined = {"prompt_routed_experts": parts[0]["prompt_routed_experts"]}
+        joined["routed_experts"] = [row for p in parts for row in p.get("routed_experts", [])]
+        joined["moe_trace"] = parts[0]["moe_trace"]
+        for field in ("experts", "weights", "scores"):
+            joined["moe_trace"][field] = [row for p in parts for row in p["moe_trace"][field]]
+        return joined
+    assert all(part == parts[0] for part in parts) and len(parts) >= 1
+    return parts[0]
+
+
+@pytest.mark.parametrize("stream", [False, True])
+@pytest.mark.parametrize("api", ["/v1/responses", "/v1/messages", "/api/chat", "/api/generate"])
+def test_every_api_tells_of_experts_and_steers_them(
+    client: TestClient, api: str, stream: bool
+) -> None:
+    chat = told_of_experts(client, "/v1/chat/completions", stream=False, **EXPERTS)
+    chosen = {
+        (layer, expert)
+        for token in chat["routed_experts"]
+        for layer, experts in zip((1, 2), token, strict=True)
+        for expert in experts
+    }
+    assert (1, 0) not in chosen and (2, 5) in chosen
+    told = told_of_experts(client, api, stream=stream, **EXPERTS)
+    assert told["routed_experts"] == chat["routed_experts"]
+    assert told["prompt_routed_experts"] == chat["prompt_routed_experts"]
+    for field in ("layers", "experts"):
+        assert told["moe_trace"][field] == chat["moe_trace"][field]
+    theirs = told["moe_trace"]["weights"], chat["moe_trace"]["weights"]
+    torch.testing.assert_close(*map(torch.tensor, theirs), rtol=1e-3, atol=1e-5)
+    if api.startswith("/api/"):  # Ollama's own clients can send nothing but options
+        assert told_of_experts(client, api, stream=stream, options=EXPERTS) == told
+
+
+@pytest.mark.parametrize("api", ["/v1/responses", "/v1/messages", "/api/chat", "/api/generate"])
+def test_what_has_no_place_in_an_api_is_refused_by_name(client: TestClient, api: str) -> None:
+    asked: dict[str, Any] = {"model": "small", "max_tokens": 4, "input": "x"}
+    if api == "/api/generate":
+        asked["prompt"] = "x"
+    asked |= {"messages": ASKED}
+    refused = [client.post(api, json=asked | {"prompt_logprobs": 1})]
+    refused.append(client.post(api, json=asked | {"disable_experts": [[9, 9]]}))
+    if api.startswith("/api/"):
+        refused.append(client.post(api, json=asked | {"options": {"prompt_logprobs": 1}}))
+        refused.append(client.post(api, json=asked | {"options": {"force_experts": "all"}}))
+    assert [answer.status_code for answer in refused] == [400] * len(refused)
+    names = ["prompt_logprobs", "9:9", "prompt_logprobs", "force_experts"]
+    for answer, name in zip(refused, names, strict=False):
+        assert name in answer.text

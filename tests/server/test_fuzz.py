@@ -5,11 +5,14 @@
 
 import json
 import os
+import random
+import statistics
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field
 from http.client import HTTPConnection
+from itertools import combinations
 from pathlib import Path
 from typing import Any
 
@@ -25,8 +28,12 @@ BODIES = int(os.environ.get("FUZZ_BODIES", "300"))
 MODEL = os.environ.get("FUZZ_MODEL")
 ROUND = 500
 """Bodies that are drawn by one seed."""
-WARM = 40
-"""Rounds in which a server's memory comes to what it needs."""
+WARM = 30
+"""Rounds in which a server's memory comes to what it needs, its cache being full by then."""
+MEASURED = 20
+"""Rounds after those from which on growth can be told from noise."""
+GROWTH = 512
+"""Bytes that memory may grow with each body: a handful of objects that are left behind are more."""
 SECONDS = 120.0
 """That any of these bodies may take."""
 KNOWN = {"prompt": "the moon before", "max_tokens": 6, "temperature": 0, "ignore_eos": True}
@@ -118,10 +125,37 @@ def test_no_body_fails_the_server(served: Served, number: int) -> None:
     print(number + 1, served.sizes[-1:], sorted(served.statuses.items()), flush=True)
 
 
+def growth(sizes: Sequence[int]) -> float:
+    """Bytes by which memory grows with each body, of kB round by round (Theil and Sen's slope).
+
+    A step, as where an allocator takes another arena, moves a median of slopes little.
+    """
+    slopes = [
+        (later - earlier) / (after - before)
+        for (before, earlier), (after, later) in combinations(enumerate(sizes), 2)
+    ]
+    return statistics.median(slopes) * 1024 / ROUND
+
+
 def test_memory_has_not_grown(served: Served) -> None:
-    if len(served.sizes) < 2 * WARM:
-        pytest.skip(f"grows are seen from {2 * WARM * ROUND:,} bodies on")
-    assert served.sizes[-1] < 1.05 * served.sizes[WARM], served.sizes
+    if len(served.sizes) < WARM + MEASURED:
+        pytest.skip(f"growth is told from {(WARM + MEASURED) * ROUND:,} bodies on")
+    assert growth(served.sizes[WARM:]) < GROWTH, served.sizes
+
+
+@pytest.mark.parametrize("leak", [0, 2 * GROWTH])
+def test_growth_is_told_from_noise_and_steps(leak: int) -> None:
+    chance = random.Random(leak)
+    for _ in range(20):
+        step = chance.randrange(MEASURED)
+        sizes = [
+            350_000
+            + at * leak * ROUND // 1024
+            + chance.randrange(-1000, 1000)
+            + 2000 * (at >= step)
+            for at in range(MEASURED)
+        ]
+        assert (growth(sizes) < GROWTH) == (leak == 0), sizes
 
 
 def test_what_is_wrong_leaves_nothing_behind(served: Served) -> None:

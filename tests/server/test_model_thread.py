@@ -1,6 +1,7 @@
 """Requests that come at any time to the one thread that steps."""
 
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import Queue
@@ -16,7 +17,7 @@ from moescope.engine.sampling import SamplingParams
 from moescope.engine.scheduler import Busy
 from moescope.engine.sequence import Sequence, Token
 from moescope.errors import UserError
-from moescope.server.model_thread import ModelThread
+from moescope.server.model_thread import MAX_ASIDE, ModelThread
 
 PROMPTS = ["床前明月光", "the moon before my bed, is it frost?", "is", "the sun"]
 BLOCK = 8
@@ -273,3 +274,66 @@ def test_closing_tells_what_runs(model: Model) -> None:
             listeners[2].tokens()
         with pytest.raises(Busy, match="shutting down"):
             Listener(thread, [65])
+
+
+# --- what is computed aside -----------------------------------------------------------------------
+
+
+def test_what_is_computed_aside_lets_texts_go_on(thread: ModelThread, model: Model) -> None:
+    """Each part is followed by as long a time for the texts; a text that comes in is not kept."""
+    begun, told = threading.Event(), list[str]()
+
+    def long() -> str:
+        begun.set()
+        for _ in range(40):
+            time.sleep(0.02)
+            thread.pause()
+        told.append("aside")
+        return "made"
+
+    future = thread.aside(long)
+    assert begun.wait(10)
+    ids = model.engine.encode(PROMPTS[0])
+    tokens = Listener(thread, ids, max_tokens=12).tokens()
+    told.append("text")
+    assert future.result(30) == "made" and told == ["text", "aside"]
+    alone = model.engine.repeat([ids], SamplingParams(max_tokens=12))
+    assert [t.id for t in tokens] == [t.id for t in alone]
+
+
+def test_a_question_that_fails_is_its_askers_alone(thread: ModelThread, model: Model) -> None:
+    def fail() -> None:
+        raise UserError("no such token")
+
+    listener = Listener(thread, model.engine.encode(PROMPTS[1]))
+    with pytest.raises(UserError, match="no such token"):
+        thread.aside(fail).result(10)
+    assert len(listener.tokens()) == 12
+
+
+def test_questions_are_bounded_and_end_with_the_thread(model: Model) -> None:
+    go = threading.Event()
+
+    def wait() -> None:
+        go.wait(10)
+        thread.pause()
+
+    with threaded(model) as thread:
+        running = thread.aside(wait)
+        while not running.running():
+            time.sleep(0.01)
+        waiting = [thread.aside(wait) for _ in range(MAX_ASIDE)]
+        with pytest.raises(Busy, match="wait already"):
+            thread.aside(wait)
+        given_up = waiting.pop()
+        assert given_up.cancel()
+        closing = threading.Thread(target=thread.close)
+        closing.start()
+        time.sleep(0.1)
+        go.set()
+        closing.join()
+        for future in (running, *waiting):
+            with pytest.raises(Busy, match="shutting down"):
+                future.result(10)
+        with pytest.raises(Busy, match="shutting down"):
+            thread.aside(wait)

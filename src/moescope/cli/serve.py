@@ -29,6 +29,10 @@ def serve(
         str | None,
         typer.Option(envvar="MOESCOPE_METRICS_KEY", help="Opens /metrics, and nothing else."),
     ] = None,
+    watch: Annotated[
+        bool,
+        typer.Option("--watch", help="The page lists what is asked, to all who may ask."),
+    ] = False,
     insecure: Annotated[
         bool, typer.Option("--insecure", help="Need no key beyond this machine.")
     ] = False,
@@ -63,6 +67,8 @@ def serve(
 ) -> None:
     """Answer the APIs of OpenAI, Anthropic and Ollama; /docs describes them. Ctrl-C ends.
 
+    At /page/ is the page of `moescope open` over the same model.
+
     What a request does not say of sampling is as the model's generation_config.json or GGUF file
     says, else as OpenAI has it: temperature 1.
     """
@@ -86,4 +92,5 @@ def serve(
         grace=grace,
         max_batch=max_batch,
         cache_bytes=None if cache_memory is None else int(cache_memory * 1e9),
+        watch=watch,
     )

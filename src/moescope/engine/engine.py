@@ -306,20 +306,16 @@ class Engine:
         self,
         prompts: Series[Series[int]],
         params: SamplingParams,
-        recorder: Recorder | None = None,
     ) -> Iterator[Token]:
         """Step on until every prompt's text has ended; yield tokens as they are made.
 
-        Prompts, as ids, may be of unequal length. With a `recorder` there is one prompt; when a
-        token comes out, the recorder has been shown what was read for it: the whole prompt before
-        the first, then the last token each time.
+        Prompts, as ids, may be of unequal length.
 
         Raises:
             UserError: a prompt cannot be read, or the model computes what is no number; the
                 sentence says where.
         """
-        watched = recorder is not None
-        scheduler = Scheduler(self.blocks, chunk=None if watched else CHUNK, reuse=not watched)
+        scheduler = Scheduler(self.blocks, chunk=CHUNK)
         made: deque[Token] = deque()
         try:
             for number, ids in enumerate(prompts):
@@ -327,12 +323,52 @@ class Engine:
                 if sequence.room:
                     scheduler.add(sequence)
             while scheduler:
-                for _, event in self.step(scheduler, recorder):
+                for _, event in self.step(scheduler):
                     if isinstance(event, Exception):
                         raise event
                     made.append(event)
                 while made:
                     yield made.popleft()
+        finally:
+            with self._lock:
+                scheduler.clear()
+
+    def watch(
+        self,
+        ids: Series[int],
+        params: SamplingParams,
+        recorder: Recorder,
+        chunk: int | None = None,
+    ) -> Iterator[tuple[list[int], Token | None]]:
+        """Continue one prompt while a recorder looks on, which is shown every token of it.
+
+        Args:
+            ids: the prompt.
+            params: how it is continued.
+            recorder: that looks on.
+            chunk: tokens of the prompt that are read in one pass; None for all.
+
+        Yields:
+            After each pass the tokens that it read, and the one that it made; None while more of
+            the prompt is unread.
+
+        Raises:
+            UserError: as `repeat`.
+        """
+        scheduler = Scheduler(self.blocks, chunk=chunk, reuse=False)
+        text = self.sequence(ids, params)
+        try:
+            scheduler.add(text)
+            while scheduler:
+                start, known = text.read, list(text.ids)
+                made = self.step(scheduler, recorder)
+                if not made:
+                    yield known[start : text.read], None
+                    continue
+                _, event = made[0]
+                if isinstance(event, Exception):
+                    raise event
+                yield known[start:], event
         finally:
             with self._lock:
                 scheduler.clear()

@@ -5,6 +5,7 @@ Each rule below is one class with one method; `ROUTERS` names them by `topk_meth
 own field. Arithmetic is float32 whatever the model's type.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -26,6 +27,22 @@ class Routing:
     topk_ids: Tensor  # (tokens, slots) int64, UNUSED where a token has fewer experts
     topk_weights: Tensor  # (tokens, slots) float32
     by_table: bool = False  # whether the tokens' ids alone decided
+
+    @classmethod
+    def join(cls, parts: Sequence["Routing"]) -> "Routing":
+        """Return that of a run of tokens of those of its parts, in order."""
+        slots = max(part.topk_ids.shape[-1] for part in parts)
+
+        def padded(tensor: Tensor, value: int) -> Tensor:
+            return F.pad(tensor, (0, slots - tensor.shape[-1]), value=value)
+
+        return cls(
+            torch.cat([part.router_logits for part in parts]),
+            torch.cat([part.scores for part in parts]),
+            torch.cat([padded(part.topk_ids, UNUSED) for part in parts]),
+            torch.cat([padded(part.topk_weights, 0) for part in parts]),
+            parts[0].by_table,
+        )
 
     @property
     def expert_counts(self) -> Tensor:

@@ -13,6 +13,7 @@ from moescope.config import ModelConfig
 from moescope.engine.engine import Engine
 from moescope.engine.sampling import SamplingParams, choose, distribution, draw, penalised
 from moescope.errors import UserError
+from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM
 from moescope.model.layer import DecoderLayer
 from moescope.model.moe import MoE
@@ -20,6 +21,7 @@ from moescope.model.recorder import Recorder
 from moescope.model.steering import SteeredRouter, Steering, moe_layers
 from moescope.native.embedding import PackedEmbedding
 from moescope.native.experts import NativeExperts
+from moescope.scope.parts import WHOLE, Parts
 from moescope.scope.recording import TraceRecorder, chosen
 from moescope.scope.steps import TokenStep, describe, legible
 from moescope.scope.trace import Candidate
@@ -205,27 +207,44 @@ class ExpertDetail:
 
 
 class Reading:
-    """One forward pass over a text, kept for questions about its tokens.
+    """A forward pass over a text, kept for questions about its tokens.
+
+    Args:
+        engine: of the model that reads.
+        ids: the text.
+        parts: in which it is computed.
 
     Raises:
         UserError: the ids are no text for the model.
     """
 
     @torch.inference_mode()
-    def __init__(self, engine: Engine, ids: Sequence[int]) -> None:
+    def __init__(self, engine: Engine, ids: Sequence[int], parts: Parts = WHOLE) -> None:
         engine.check(ids)
         self.model: CausalLM = engine.model
         self.tokenizer = engine.tokenizer
         self.ids = list(ids)
         self._input_ids = torch.tensor([self.ids], device=engine.device)  # (1, tokens)
-        self._seen = TraceRecorder()
-        self.model(self._input_ids, recorder=self._seen)
+        self._parts = parts
+        self._seen = self._read(parts.tokens or len(ids))
+
+    def _read(self, at_once: int) -> TraceRecorder:
+        """Run all layers over the text, so many tokens at a time."""
+        cache = Cache() if at_once < len(self.ids) else None
+        positions = torch.arange(len(self.ids), device=self._input_ids.device)[None]
+        seen: list[TraceRecorder] = []
+        for start in range(0, len(self.ids), at_once):
+            part = slice(start, start + at_once)
+            seen.append(TraceRecorder())
+            self.model.model(self._input_ids[:, part], positions[:, part], cache, seen[-1])
+            self._parts.pause()
+        return TraceRecorder.join(seen)
 
     # --- questions --------------------------------------------------------------------------------
 
     def steps(self) -> list[TokenStep]:
         """Describe all tokens, as `steps.read` does."""
-        return describe(self.model, self.tokenizer, self._seen, self.ids)
+        return describe(self.model, self.tokenizer, self._seen, self.ids, self._parts)
 
     @torch.inference_mode()
     def token(self, index: int, layer_idx: int, params: SamplingParams) -> TokenDetail:

@@ -88,6 +88,38 @@ class TraceRecorder(Recorder):
         self.sink_shares: dict[int, list[float]] = {}
         self.mixings: dict[int, dict[str, Mixing]] = {}  # a layer: its halves
 
+    @classmethod
+    def join(cls, parts: Sequence["TraceRecorder"]) -> "TraceRecorder":
+        """Return what one pass would have shown, of passes over the parts of a text in order.
+
+        Attention, whose slots grow from part to part, is left out.
+        """
+        if len(parts) == 1:
+            return parts[0]
+        joined, first = cls(), parts[0]
+        joined.embedded = torch.cat([part.embedded for part in parts])
+        for layer_idx in first.hidden_states:
+            states = [part.hidden_states[layer_idx] for part in parts]
+            joined.hidden_states[layer_idx] = torch.cat(states)
+        for layer_idx in first.routings:
+            joined.routings[layer_idx] = Routing.join([part.routings[layer_idx] for part in parts])
+        for layer_idx in first.outputs:
+            routed, shared = zip(*(part.outputs[layer_idx] for part in parts), strict=True)
+            made = [one for one in shared if one is not None]
+            joined.outputs[layer_idx] = torch.cat(routed), torch.cat(made) if made else None
+        for layer_idx, picks in first.picked.items():
+            slots = [row for part in parts for row in part.picked[layer_idx].slots]
+            joined.picked[layer_idx] = Picks(picks.tokens_per_slot, slots)
+        for layer_idx in first.sink_shares:
+            shares = [share for part in parts for share in part.sink_shares[layer_idx]]
+            joined.sink_shares[layer_idx] = shares
+        for layer_idx, halves in first.mixings.items():
+            joined.mixings[layer_idx] = {
+                half: Mixing.join([part.mixings[layer_idx][half] for part in parts])
+                for half in halves
+            }
+        return joined
+
     def embedding(self, hidden_states: Tensor) -> None:
         self.embedded = hidden_states[0]
 

@@ -11,6 +11,7 @@ from moescope.engine.engine import Engine
 from moescope.engine.sampling import SamplingParams
 from moescope.engine.sequence import FinishReason
 from moescope.model.decoder import CausalLM
+from moescope.scope.parts import WHOLE, Parts
 from moescope.scope.recording import (
     TraceRecorder,
     chosen,
@@ -21,8 +22,6 @@ from moescope.scope.trace import Candidate
 from moescope.text.tokenizer import Tokenizer
 
 CANDIDATES = 10
-ROWS_AT_ONCE = 256
-"""Logits over the vocabulary are made for this many tokens at a time."""
 
 
 @dataclass(frozen=True)
@@ -88,31 +87,43 @@ class End:
 
 @torch.inference_mode()
 def stream(
-    engine: Engine, prompt_ids: Sequence[int], params: SamplingParams, known: int = 0
+    engine: Engine,
+    prompt_ids: Sequence[int],
+    params: SamplingParams,
+    known: int = 0,
+    parts: Parts = WHOLE,
 ) -> Iterator[TokenStep | End]:
     """Continue `prompt_ids` as `Engine.repeat` does; yield every token once it has been read.
 
-    The first `known` tokens are read, too, but not told.
+    Args:
+        engine: that continues.
+        prompt_ids: the prompt.
+        params: how it is continued.
+        known: tokens at the beginning that are read, too, but not told.
+        parts: in which all is computed.
 
     The prompt's tokens come first, then each that is made, then the end. A made token is known
     before it is read, but what the layers do with it is not: so one more token is asked for than
     `params.max_tokens`, which has the last one read, and is dropped.
     """
     recorder = TraceRecorder()
-    describe = Describer(engine.model, engine.tokenizer, len(prompt_ids), known)
+    describe = Describer(engine.model, engine.tokenizer, len(prompt_ids), known, parts)
     ends = {*params.stop_token_ids, *(() if params.ignore_eos else engine.end_ids)}
     asked = replace(params, max_tokens=params.max_tokens + 1, stop_token_ids=(), ignore_eos=True)
-    made = engine.repeat([prompt_ids], asked, recorder)
-    unread, new_tokens, seconds = list(prompt_ids), 0, 0.0
+    made = engine.watch(prompt_ids, asked, recorder, parts.tokens)
+    new_tokens, seconds = 0, 0.0
     reason: FinishReason = "length"
     while True:
         start = time.perf_counter()
-        token = next(made)
+        ids, token = next(made)
         seconds += time.perf_counter() - start if new_tokens else 0.0
-        yield from describe(recorder, unread)
+        yield from describe(recorder, ids)
+        parts.pause()
+        if token is None:
+            continue
         if reason == "stop" or new_tokens == params.max_tokens or token.finish_reason is not None:
             break
-        unread, new_tokens = [token.id], new_tokens + 1
+        new_tokens += 1
         if token.id in ends:
             reason = "stop"
     yield End(reason, len(prompt_ids), new_tokens, seconds)
@@ -128,10 +139,14 @@ def read(engine: Engine, ids: Sequence[int]) -> list[TokenStep]:
 
 @torch.inference_mode()
 def describe(
-    model: CausalLM, tokenizer: Tokenizer, recorder: TraceRecorder, ids: Sequence[int]
+    model: CausalLM,
+    tokenizer: Tokenizer,
+    recorder: TraceRecorder,
+    ids: Sequence[int],
+    parts: Parts = WHOLE,
 ) -> list[TokenStep]:
-    """Describe all tokens of a text that the recorder has seen in one pass."""
-    return Describer(model, tokenizer, len(ids))(recorder, ids)
+    """Describe all tokens of a text, each of which the recorder has seen."""
+    return list(Describer(model, tokenizer, len(ids), parts=parts)(recorder, ids))
 
 
 class Describer:
@@ -141,24 +156,29 @@ class Describer:
     """
 
     def __init__(
-        self, model: CausalLM, tokenizer: Tokenizer, prompt_tokens: int, known: int = 0
+        self,
+        model: CausalLM,
+        tokenizer: Tokenizer,
+        prompt_tokens: int,
+        known: int = 0,
+        parts: Parts = WHOLE,
     ) -> None:
         self.model, self.tokenizer, self.prompt_tokens = model, tokenizer, prompt_tokens
-        self.known = known
+        self.known, self.parts = known, parts
         self._ids: list[int] = []
         self._last = torch.empty(0)  # (1, vocab) log probabilities after the last token described
 
-    def __call__(self, recorder: TraceRecorder, ids: Sequence[int]) -> list[TokenStep]:
+    def __call__(self, recorder: TraceRecorder, ids: Sequence[int]) -> Iterator[TokenStep]:
         """Describe the `ids` that the recorder has just seen."""
         used = parameters_used(self.model, recorder.routings, len(ids)).tolist()
         layers = [_layer_steps(recorder, layer_idx) for layer_idx in recorder.hidden_states]
-        steps: list[TokenStep] = []
         states = list(recorder.hidden_states.values())[-1]  # after the last layer
+        at_once = self.parts.rows
         # What comes before the first step says how likely that one was.
-        untold = max(0, min(self.known - 1, len(ids)) - len(self._ids))
+        untold = min(len(ids), max(0, self.known - 1 - len(self._ids)))
         self._ids.extend(ids[:untold])
-        for start in range(untold, len(ids), ROWS_AT_ONCE):
-            part = slice(start, start + ROWS_AT_ONCE)
+        for start in range(untold, len(ids), at_once):
+            part = slice(start, start + at_once)
             logits = self.model.logits(self.model.model.norm(states[part]))  # (tokens, vocab)
             logprobs, candidates = self._predictions(logits, ids[part])
             rows = zip(ids[part], logprobs, candidates, strict=True)
@@ -167,21 +187,19 @@ class Describer:
                 self._ids.append(token_id)
                 if index < self.known:
                     continue
-                steps.append(
-                    TokenStep(
-                        index=index,
-                        id=token_id,
-                        text=spell(self.tokenizer, token_id),
-                        bytes=list(self.tokenizer.token_bytes(token_id)),
-                        in_prompt=index < self.prompt_tokens,
-                        special=token_id in self.tokenizer.special_ids,
-                        logprob=logprob,
-                        parameters_used=used[offset],
-                        layers=[None if layer is None else layer[offset] for layer in layers],
-                        candidates=guesses,
-                    )
+                yield TokenStep(
+                    index=index,
+                    id=token_id,
+                    text=spell(self.tokenizer, token_id),
+                    bytes=list(self.tokenizer.token_bytes(token_id)),
+                    in_prompt=index < self.prompt_tokens,
+                    special=token_id in self.tokenizer.special_ids,
+                    logprob=logprob,
+                    parameters_used=used[offset],
+                    layers=[None if layer is None else layer[offset] for layer in layers],
+                    candidates=guesses,
                 )
-        return steps
+            self.parts.pause()
 
     def _predictions(
         self, logits: Tensor, ids: Sequence[int]

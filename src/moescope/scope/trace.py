@@ -1,5 +1,6 @@
 """What happened to each token in each layer, as plain data that saves to JSON."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import ClassVar
 
@@ -91,6 +92,15 @@ class Mixing:
     pre: list[list[float]]
     post: list[list[float]]
     mix: list[list[list[float]]]
+
+    @classmethod
+    def join(cls, parts: Sequence["Mixing"]) -> "Mixing":
+        """Return that of a text of those of its parts, in order."""
+        return cls(
+            [row for part in parts for row in part.pre],
+            [row for part in parts for row in part.post],
+            [row for part in parts for row in part.mix],
+        )
 
 
 @dataclass(frozen=True)

@@ -4,6 +4,7 @@ import hmac
 import re
 from collections.abc import Callable, Iterable
 
+from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
 from starlette.types import ASGIApp, Receive, Scope, Send
 
@@ -11,8 +12,21 @@ from moescope.server.requests import Refuse, own_names, refused_name
 
 DOCS_FILES = "/docs/files"
 """Where the scripts of /docs are, which needs no network."""
-OPEN = re.compile(rf"/health|/docs|{DOCS_FILES}/[^/]+|/openapi\.json")
-"""Paths that need no key."""
+PAGE = "/page"
+"""Where the page is."""
+OPEN = re.compile(
+    rf"/health|/docs|{DOCS_FILES}/[^/]+|/openapi\.json|/|{PAGE}/?|{PAGE}/assets/[^/]+"
+)
+"""Paths that need no key: of the page its files, which say nothing of anybody."""
+
+
+class OthersOrigins(CORSMiddleware):
+    """Lets pages of other origins ask the model, but not the page, which shows what others ask."""
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Pass a request on, with or without leave."""
+        is_page = scope["type"] == "http" and scope["path"].startswith(PAGE)
+        await (self.app if is_page else super().__call__)(scope, receive, send)
 
 
 class KeyNeeded:

@@ -1,23 +1,38 @@
-"""The application of `moescope serve`: the APIs of OpenAI, Anthropic and Ollama over one model."""
+"""The application of `moescope serve`: APIs over one model, and the page beside them.
+
+The APIs are those of OpenAI, Anthropic and Ollama. The page's own lies below `PAGE`, where its
+names are none of theirs.
+"""
 
 import asyncio
-from collections.abc import AsyncGenerator, Iterable
+from collections.abc import AsyncGenerator, Callable, Iterable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from importlib.metadata import version
+from typing import Any
 
 from fastapi import FastAPI
 from fastapi_offline import FastAPIOffline
 from pydantic import ValidationError
 from pydantic.json_schema import models_json_schema
+from starlette.applications import Starlette
+from starlette.datastructures import State
 from starlette.exceptions import HTTPException
-from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.responses import JSONResponse, Response
+from starlette.responses import JSONResponse, RedirectResponse, Response
 
 from moescope.api import Model
 from moescope.errors import UserError
-from moescope.server.access import DOCS_FILES, HostAllowed, KeyNeeded, OpenOnly
+from moescope.scope.parts import Parts
+from moescope.server.access import (
+    DOCS_FILES,
+    PAGE,
+    HostAllowed,
+    KeyNeeded,
+    OpenOnly,
+    OthersOrigins,
+)
+from moescope.server.app import page_part, page_refusal
 from moescope.server.errors import code_of, failed, refuse, status_of
 from moescope.server.messages import Messages
 from moescope.server.metrics import CONTENT_TYPE, CountAnswers, Metrics
@@ -28,7 +43,14 @@ from moescope.server.openai_answers import Json
 from moescope.server.requests import PATIENCE, explained
 from moescope.server.responses import Responses
 from moescope.server.service import Endpoint, Service
+from moescope.server.studio import Studio
+from moescope.server.texts import Desk
 from moescope.server.tokens import Tokens
+from moescope.server.traffic import MAX_PICTURE, Traffic
+
+PART_TOKENS = 64
+PART_ROWS = 64
+"""What the page computes at a time: as much as a step of many texts, so that nobody waits long."""
 
 
 @dataclass(frozen=True)
@@ -51,7 +73,12 @@ class Access:
 
 
 def create_api(
-    model: Model, thread: ModelThread, *, name: str, access: Access | None = None
+    model: Model,
+    thread: ModelThread,
+    *,
+    name: str,
+    access: Access | None = None,
+    watch: bool = False,
 ) -> FastAPI:
     """Return the application that answers for `model`.
 
@@ -62,10 +89,12 @@ def create_api(
         thread: over the model's engine; closed when the application ends.
         name: what the API calls the model.
         access: who may ask; those who name this machine, if nothing is said.
+        watch: whether the page shows what is asked to all who may ask.
     """
     access = access or Access()
     metrics = Metrics(thread)
-    service = Service(model, thread, name, metrics)
+    traffic = Traffic(model.tokenizer) if watch else None
+    service = Service(model, Desk(thread, metrics, traffic), name)
     apis = (OpenAI, Responses, Messages, Tokens, Ollama)
 
     @asynccontextmanager
@@ -97,15 +126,17 @@ def create_api(
         _add(app, endpoint)
     _describe(app, endpoints)
     app.state.paths = [endpoint.path for endpoint in endpoints]
-    app.add_middleware(OpenOnly, refuse=refuse, is_ending=lambda: app.state.ending)
+    app.add_route("/", _page, include_in_schema=False)
+    app.mount(PAGE, _page_beside(service, traffic, app.state))
+    app.add_middleware(OpenOnly, refuse=_refuse, is_ending=lambda: app.state.ending)
     if access.api_key is None:
-        app.add_middleware(HostAllowed, refuse=refuse, names=access.hosts)
+        app.add_middleware(HostAllowed, refuse=_refuse, names=access.hosts)
     app.add_middleware(
-        KeyNeeded, refuse=refuse, api_key=access.api_key, metrics_key=access.metrics_key
+        KeyNeeded, refuse=_refuse, api_key=access.api_key, metrics_key=access.metrics_key
     )
     if origins := list(access.origins):
         app.add_middleware(
-            CORSMiddleware,
+            OthersOrigins,
             allow_origins=origins,
             allow_methods=["GET", "POST"],
             allow_headers=["*"],
@@ -113,6 +144,35 @@ def create_api(
         )
     app.add_middleware(CountAnswers, metrics=metrics, paths=frozenset(app.state.paths))
     return app
+
+
+def _page_beside(service: Service, traffic: Traffic | None, state: State) -> Starlette:
+    """The page over the model that is asked, which takes its turns like one more request.
+
+    It opens no further model, and its chat form is written where all are.
+    """
+    thread, model = service.desk.thread, service.model
+    parts = Parts(PART_TOKENS, PART_ROWS, thread.pause)
+    studio = Studio(model, folder=model.path, parts=parts, limit=MAX_PICTURE, traffic=traffic)
+
+    async def compute(function: Callable[..., Any], *given: Any) -> Any:
+        if "question_form" not in vars(studio):
+            studio.question_form = await service.chats.question_form()
+        return await asyncio.wrap_future(thread.aside(lambda: function(*given)))
+
+    return page_part(studio, compute, state)
+
+
+async def _page(_request: Request) -> Response:
+    """Where the page is."""
+    return RedirectResponse(PAGE + "/")
+
+
+def _refuse(request: Request, status: int, message: str, code: str | None = None) -> Response:
+    """Answer with a mistake, in the form of the API that is asked."""
+    if request.url.path.startswith(f"{PAGE}/api/"):
+        return page_refusal(request, status, message, "no_key" if status == 401 else "")
+    return refuse(request, status, message, code)
 
 
 def _add(app: FastAPI, endpoint: Endpoint) -> None:

@@ -26,9 +26,17 @@ from moescope.scope.history import Follower, planned_steps
 from moescope.server import schema
 from moescope.server.contract import ENDPOINTS, Endpoint
 from moescope.server.page import serve_page
-from moescope.server.requests import Handler, OwnHostOnly, TooMuch, explained, read_json
+from moescope.server.requests import (
+    Handler,
+    NotThere,
+    OwnHostOnly,
+    TooMuch,
+    explained,
+    read_json,
+)
 from moescope.server.schema import LANGUAGES, MAX_TEXT, Message
-from moescope.server.studio import NotThere, Studio, cut
+from moescope.server.studio import Studio, cut
+from moescope.server.traffic import Traffic
 
 MOST_BYTES = 4_000_000
 """Bytes of a request; more than MAX_TEXT characters and a context of ids take."""
@@ -37,7 +45,9 @@ PREFER_OK = "status=200"
 browsers note every other status in their console, as if the page were broken.
 """
 SECONDS_BETWEEN_LOOKS = 0.5
-"""How often a running training's metrics are looked at."""
+"""How often a running training's metrics, and what others ask, are looked at."""
+Compute = Callable[..., Awaitable[Any]]
+"""Has the model's thread call a function with what is given."""
 
 
 def create_app(studio: Studio) -> Starlette:
@@ -54,38 +64,6 @@ def create_app(studio: Studio) -> Starlette:
 
     async def compute(function: Callable[..., Any], *given: Any) -> Any:
         return await asyncio.get_running_loop().run_in_executor(thread, function, *given)
-
-    asks: dict[str, Callable[..., Any]] = {
-        **{f"/api/start/{language}": partial(studio.start, language) for language in LANGUAGES},
-        "/api/model": lambda: studio.info,
-        "/api/generate": studio.generate,
-        "/api/trace": studio.trace,
-        "/api/token": studio.token,
-        "/api/expert": studio.expert,
-        "/api/cut": cut,
-        "/api/specialization": studio.specialization,
-        "/api/dense": studio.dense,
-        "/api/unbalanced": studio.unbalanced,
-        "/api/training": studio.training,
-    }
-
-    def handler_of(endpoint: Endpoint) -> Handler:
-        async def handle(request: Request) -> Response:
-            if endpoint.path not in asks:
-                if studio.watching is None:
-                    raise NotThere("no training is watched; `moescope train ... --watch` shows one")
-                return _events(_follow(studio.watching), request.app.state)
-            asked = [await _read(request, endpoint.request)] if endpoint.request else []
-            ask = asks[endpoint.path]
-            if endpoint.aside:
-                return _json(await asyncio.to_thread(ask, *asked))
-            if not endpoint.streams:
-                return _json(await compute(ask, *asked))
-            events: Iterator[Message] = ask(*asked)
-            first = await compute(next, events)  # a mistake shows here, before the stream begins
-            return _events(_stream(first, events, compute), request.app.state)
-
-        return handle
 
     async def prepare() -> None:
         """Compute what the page shows first while it loads, questions between its parts."""
@@ -104,24 +82,78 @@ def create_app(studio: Studio) -> Starlette:
         first.cancel()
         thread.shutdown(cancel_futures=True)
 
-    routes = [Route(e.path, handler_of(e), methods=[e.method]) for e in ENDPOINTS]
     app = Starlette(
-        routes=[
-            *routes,
-            Route("/api/{name:path}", _unknown, methods=["GET", "POST", "OPTIONS"]),
-            Route("/", serve_page),
-            Route("/{name:path}", serve_page),
-        ],
-        exception_handlers={
-            UserError: _mistake,
-            HTTPException: _refused,
-            Exception: _failure,
-        },
+        routes=page_routes(studio, compute),
+        exception_handlers=PAGE_HANDLERS,
         lifespan=lifespan,
     )
     app.state.ending = False
-    app.add_middleware(OwnHostOnly, refuse=_error)
+    app.add_middleware(OwnHostOnly, refuse=page_refusal)
     return app
+
+
+def page_part(studio: Studio, compute: Compute, state: State) -> Starlette:
+    """Return the page as a part of another application.
+
+    Args:
+        studio: that answers.
+        compute: has the model's thread call a function.
+        state: of the other application, whose `ending` ends streams.
+    """
+    app = Starlette(routes=page_routes(studio, compute), exception_handlers=PAGE_HANDLERS)
+    app.state = state
+    return app
+
+
+def page_routes(studio: Studio, compute: Compute) -> list[Route]:
+    """Return the page's files and its API.
+
+    Args:
+        studio: that answers.
+        compute: has the model's thread call a function.
+    """
+    asks: dict[str, Callable[..., Any]] = {
+        **{f"/api/start/{language}": partial(studio.start, language) for language in LANGUAGES},
+        "/api/model": lambda: studio.info,
+        "/api/generate": studio.generate,
+        "/api/trace": studio.trace,
+        "/api/token": studio.token,
+        "/api/expert": studio.expert,
+        "/api/cut": cut,
+        "/api/specialization": studio.specialization,
+        "/api/dense": studio.dense,
+        "/api/unbalanced": studio.unbalanced,
+        "/api/training": studio.training,
+        "/api/answer": studio.answer,
+    }
+    follows: dict[str, Callable[[], AsyncIterator[Message | None]]] = {
+        "/api/training/live": lambda: _follow(studio.followed),
+        "/api/traffic": lambda: _watch(studio.watched),
+    }
+
+    def handler_of(endpoint: Endpoint) -> Handler:
+        async def handle(request: Request) -> Response:
+            if endpoint.path in follows:
+                return _events(follows[endpoint.path](), request.app.state)
+            asked = [await _read(request, endpoint.request)] if endpoint.request else []
+            ask = asks[endpoint.path]
+            if endpoint.aside:
+                return _json(await asyncio.to_thread(ask, *asked))
+            if not endpoint.streams:
+                return _json(await compute(ask, *asked))
+            events: Iterator[Message] = ask(*asked)
+            first = await compute(next, events)  # a mistake shows here, before the stream begins
+            return _events(_stream(first, events, compute), request.app.state)
+
+        return handle
+
+    routes = [Route(e.path, handler_of(e), methods=[e.method]) for e in ENDPOINTS]
+    return [
+        *routes,
+        Route("/api/{name:path}", _unknown, methods=["GET", "POST", "OPTIONS"]),
+        Route("/", serve_page),
+        Route("/{name:path}", serve_page),
+    ]
 
 
 # --- requests in, answers out ---------------------------------------------------------------------
@@ -180,6 +212,15 @@ async def _stream(
         yield schema.ErrorEvent.of(error)
 
 
+async def _watch(traffic: Traffic) -> AsyncIterator[Message | None]:
+    """Hand on what others ask, all of the list at first, then what has changed."""
+    clock = -1
+    while True:
+        clock, changed = traffic.since(clock)
+        yield changed
+        await asyncio.sleep(SECONDS_BETWEEN_LOOKS)
+
+
 async def _follow(run: Path) -> AsyncIterator[Message | None]:
     """Hand on the rows of a running training as they are written, the latest one at once."""
     follower, steps = Follower(run), planned_steps(run)
@@ -197,8 +238,9 @@ async def _follow(run: Path) -> AsyncIterator[Message | None]:
 # --- mistakes -------------------------------------------------------------------------------------
 
 
-def _error(request: Request, status: int, message: str) -> Response:
-    return _refusal(request, status, UserError(message))
+def page_refusal(request: Request, status: int, message: str, code: str = "") -> Response:
+    """Answer with a mistake, as the page reads it."""
+    return _refusal(request, status, UserError(message, code))
 
 
 def _refusal(request: Request, status: int, error: UserError) -> Response:
@@ -215,17 +257,24 @@ async def _mistake(request: Request, error: Exception) -> Response:
 
 async def _refused(request: Request, error: Exception) -> Response:
     assert isinstance(error, HTTPException)
-    return _error(request, error.status_code, error.detail)
+    return page_refusal(request, error.status_code, error.detail)
 
 
 async def _unknown(request: Request) -> Response:
     path = request.url.path
-    if any(path == endpoint.path for endpoint in ENDPOINTS):
-        return _error(request, 405, f"{path} is not asked by {request.method}")
-    return _error(request, 404, f"there is no {path} here")
+    if any(path.endswith(endpoint.path) for endpoint in ENDPOINTS):
+        return page_refusal(request, 405, f"{path} is not asked by {request.method}")
+    return page_refusal(request, 404, f"there is no {path} here")
 
 
 async def _failure(request: Request, error: Exception) -> Response:
-    return _error(
+    return page_refusal(
         request, 500, f"the server failed at this ({type(error).__name__}); its terminal says more"
     )
+
+
+PAGE_HANDLERS: dict[Any, Any] = {
+    UserError: _mistake,
+    HTTPException: _refused,
+    Exception: _failure,
+}

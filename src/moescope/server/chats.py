@@ -12,11 +12,10 @@ from moescope.api import Model
 from moescope.engine.constraint import Constraint, Kind
 from moescope.engine.sequence import Token
 from moescope.errors import UserError
-from moescope.server.metrics import Metrics
-from moescope.server.model_thread import ModelThread
+from moescope.server.examples import ASKED, as_typed
 from moescope.server.openai_schema import ChatRequest, NamedTool, Request
 from moescope.server.templates import Templates
-from moescope.server.texts import Texts
+from moescope.server.texts import Arrival, Desk, Texts
 from moescope.text.answers.grammar import calls_grammar
 from moescope.text.answers.pieces import Arguments, Call, Piece
 from moescope.text.answers.reader import AnswerReader, Form, form_of
@@ -102,12 +101,11 @@ class Chats:
 
     Args:
         model: what is asked.
-        thread: that computes.
-        metrics: what is counted.
+        desk: where its texts are asked for.
     """
 
-    def __init__(self, model: Model, thread: ModelThread, metrics: Metrics) -> None:
-        self._model, self._thread, self._metrics = model, thread, metrics
+    def __init__(self, model: Model, desk: Desk) -> None:
+        self._model, self._desk = model, desk
         self._templates: Templates | None = None
 
     @property
@@ -121,6 +119,16 @@ class Chats:
     def knows_tools(self) -> bool:
         """Whether the model's chat template teaches calls of tools."""
         return any(form_of(text).calls for text in self._model.tokenizer.chat_templates.values())
+
+    async def question_form(self) -> str | None:
+        """How a chat writes one question, for the page; None where it cannot."""
+        if not self._model.tokenizer.chat_templates:
+            return None
+        try:
+            text = await self.templates.render(ASKED, None, {"add_generation_prompt": True})
+        except UserError:
+            return None
+        return as_typed(self._model.tokenizer, text)
 
     async def close(self) -> None:
         """End what renders."""
@@ -196,12 +204,12 @@ class Chats:
         made = (self._model.tokenizer, self._model.config.vocab_size, engine.end_ids)
         return await asyncio.to_thread(Constraint, *made, *rule, after)
 
-    async def begin(self, asked: ChatRequest, arrived: float) -> Answers:
+    async def begin(self, asked: ChatRequest, arrival: Arrival) -> Answers:
         """Begin to answer a conversation.
 
         Args:
             asked: the conversation.
-            arrived: when it came, by `time.perf_counter`.
+            arrival: where it came in, and when.
 
         Raises:
             UserError: it cannot be answered.
@@ -236,7 +244,7 @@ class Chats:
             skip_special_tokens=False,
             **more,
         )
-        texts = await Texts.begin(self._thread, self._metrics, arrived, [ids], params)
+        texts = await self._desk.begin(arrival, [ids], params)
         told = tools if may_call else None
         readers = [AnswerReader(form, prompt, told) for _ in params]
         answers = Answers(texts, prompt, readers, self._model)

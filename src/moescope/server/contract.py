@@ -87,6 +87,19 @@ ENDPOINTS = (
         (schema.TrainingEvent, schema.ErrorEvent),
         streams=True,
     ),
+    Endpoint(
+        "/api/traffic",
+        "What is asked of the server that the page stands in",
+        (schema.TrafficEvent, schema.ErrorEvent),
+        streams=True,
+    ),
+    Endpoint(
+        "/api/answer",
+        "The tokens of an answer that the server gave",
+        (schema.WatchedAnswer,),
+        schema.AnswerRequest,
+        aside=True,
+    ),
 )
 
 

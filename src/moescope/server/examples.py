@@ -30,18 +30,16 @@ HERO = "17+25=?"
 """What the first screen works on."""
 
 
-def examples(tokenizer: Tokenizer) -> list[Example]:
-    """Return the texts, and the questions in the chat form of the model's tokenizer."""
-    form = question_form(tokenizer)
+def examples(form: str | None) -> list[Example]:
+    """Return the texts, and the questions in a model's chat form, if it has one."""
     if form is None:
         return list(TEXTS)
     asked = [q.model_copy(update={"text": form.replace(QUESTION, q.text)}) for q in QUESTIONS]
     return [*TEXTS, *asked]
 
 
-def hero_text(tokenizer: Tokenizer) -> str:
+def hero_text(form: str | None) -> str:
     """Return the text that the first screen works on: a sum, where the model has a chat form."""
-    form = question_form(tokenizer)
     return TEXTS[0].text if form is None else form.replace(QUESTION, HERO)
 
 
@@ -49,6 +47,13 @@ def question_form(tokenizer: Tokenizer) -> str | None:
     """Return the chat form of a model's tokenizer around `{question}`; None without one."""
     if "default" not in tokenizer.chat_templates:
         return None
-    text = tokenizer.apply_chat_template([{"role": "user", "content": QUESTION}])
+    return as_typed(tokenizer, tokenizer.apply_chat_template(ASKED))
+
+
+ASKED = ({"role": "user", "content": QUESTION},)
+
+
+def as_typed(tokenizer: Tokenizer, text: str) -> str:
+    """Return a chat as a reader types it."""
     begin = tokenizer.decode(tokenizer.begin_ids, skip_special_tokens=False)
     return text.removeprefix(begin)  # the engine sets it

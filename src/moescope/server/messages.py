@@ -1,7 +1,6 @@
 """Anthropic's `/v1/messages`, whole and streamed, and its `count_tokens`."""
 
 import json
-import time
 import uuid
 from collections.abc import AsyncIterator, Sequence
 from typing import Annotated, Any, Literal
@@ -10,14 +9,18 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from moescope.engine.sequence import Token
 from moescope.errors import UserError
 from moescope.server.chats import Answers, Step
 from moescope.server.conversion import Fields, chat_request, function_tool, text_of
+from moescope.server.experts import WithoutPrompts, all_experts_told
+from moescope.server.fields import First, Lenient
 from moescope.server.openai_answers import Json, calls_of
-from moescope.server.openai_schema import ChatRequest, First, Lenient
+from moescope.server.openai_schema import ChatRequest
 from moescope.server.requests import read_json
 from moescope.server.service import MAX_BYTES, Endpoint, Service, collected
 from moescope.server.streams import error_event, event, streamed, unless_gone
+from moescope.server.texts import Arrival
 from moescope.text.answers.pieces import Call, Content, Piece, Thought
 
 PING = 'event: ping\ndata: {"type": "ping"}\n\n'
@@ -78,7 +81,7 @@ class Conversation(Lenient):
         return fields
 
 
-class MessagesRequest(Conversation):
+class MessagesRequest(Conversation, WithoutPrompts):
     """Answer a conversation."""
 
     max_tokens: int = Field(ge=1)
@@ -108,6 +111,7 @@ class MessagesRequest(Conversation):
                 "top_k": self.top_k,
                 "stop": self.stop_sequences,
                 "response_format": form,
+                **self.of_experts,
             }
         )
 
@@ -166,9 +170,9 @@ class Messages:
 
     async def messages(self, request: Request) -> Response:
         """Answer a conversation, as Anthropic's API does."""
-        arrived = time.perf_counter()
+        arrival = Arrival.of(request)
         asked = await read_json(request, MessagesRequest, MAX_BYTES)
-        answers = await self._service.chats.begin(asked.chat(), arrived)
+        answers = await self._service.chats.begin(asked.chat(), arrival)
         name = asked.model or self._service.name
         head: Json = {
             "id": f"msg_{uuid.uuid4().hex[:24]}",
@@ -178,10 +182,12 @@ class Messages:
             "stop_sequence": None,
         }
         if asked.stream:
-            return streamed(_events(answers, head), answers.end, _told_wrong, quiet=PING)
+            events = _events(asked, answers, head)
+            return streamed(events, answers.end, _told_wrong, quiet=PING)
         steps = await unless_gone(request, collected(answers))
         reason = REASONS.get(steps[-1].finish_reason or "length", "end_turn")
         told = {"content": _blocks(steps), "stop_reason": reason, "usage": _usage(answers)}
+        told |= all_experts_told(asked, [step.token for step in steps])
         return JSONResponse(head | told)
 
 
@@ -226,12 +232,15 @@ def _object(text: str) -> Any:
         return {}
 
 
-async def _events(answers: Answers, head: Json) -> AsyncIterator[str]:
+async def _events(asked: MessagesRequest, answers: Answers, head: Json) -> AsyncIterator[str]:
     begun = head | {"content": [], "stop_reason": None, "usage": _usage(answers)}
     yield event({"type": "message_start", "message": begun}, "message_start")
     kind: type[Piece] | None = None
     index, reason = -1, "length"
+    tokens: list[Token] = []
     async for step in answers:
+        if asked.tells_experts:
+            tokens.append(step.token)
         reason = step.finish_reason or reason
         for piece in step.pieces:
             begins, block, delta = _parts(piece)
@@ -246,6 +255,7 @@ async def _events(answers: Answers, head: Json) -> AsyncIterator[str]:
         yield _named("content_block_stop", index)
     told: Json = {"stop_reason": REASONS.get(reason, "end_turn"), "stop_sequence": None}
     ended = {"type": "message_delta", "delta": told, "usage": _usage(answers)}
+    ended |= all_experts_told(asked, tokens)
     yield event(ended, "message_delta")
     yield event({"type": "message_stop"}, "message_stop")
 

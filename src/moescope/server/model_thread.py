@@ -1,9 +1,18 @@
-"""The one thread that has the engine step, for requests that come from any other."""
+"""The one thread that has the engine step, for requests that come from any other.
+
+What else is to be computed with the model is computed in the same thread, in parts, in turn with
+steps: after each part, texts go on for as long as it took, times the requests that have any. So a
+picture gets what one more request would, and keeps nobody waiting for longer than a part.
+"""
 
 import logging
+import time
+from collections import deque
 from collections.abc import Callable, Hashable
 from collections.abc import Sequence as Series
+from concurrent.futures import Future
 from threading import Condition, Thread
+from typing import Any, TypeVar
 
 from moescope.engine.engine import Engine
 from moescope.engine.sampling import SamplingParams
@@ -12,9 +21,13 @@ from moescope.engine.sequence import Sequence, Token
 from moescope.errors import UserError
 
 Receive = Callable[[Token | Exception], None]
+Result = TypeVar("Result")
 
 MAX_WAITING = 262_144
 """Tokens that may wait to be read or made: queues are bounded by work, not by how many wait."""
+MAX_ASIDE = 32
+"""Questions that may wait to be computed aside."""
+_ENDING = "the server is shutting down"
 
 log = logging.getLogger(__name__)
 
@@ -51,6 +64,8 @@ class ModelThread:
         self._max_waiting = max_waiting
         self._arrived: list[tuple[Sequence, Receive]] = []
         self._receivers: dict[Sequence, Receive] = {}  # the thread's own
+        self._aside: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
+        self._part_begun = 0.0
         self.running = self.waiting = self.waiting_tokens = 0
         self._news = Condition()
         self._closing = False
@@ -88,7 +103,7 @@ class ModelThread:
             raise UserError("max_tokens is 0; ask for one token at least")
         with self._news:
             if self._closing:
-                raise Busy("the server is shutting down")
+                raise Busy(_ENDING)
             if self.waiting_tokens and self.waiting_tokens + work(sequence) > self._max_waiting:
                 raise Busy(
                     f"{self.waiting_tokens:,} tokens wait to be read or made already; "
@@ -99,6 +114,25 @@ class ModelThread:
             self.waiting_tokens += work(sequence)
             self._news.notify()
         return sequence
+
+    def aside(self, compute: Callable[[], Result]) -> Future[Result]:
+        """Have the thread compute something else with the model, which calls `pause` as it can.
+
+        What is asked for is computed one after the other; who cancels it before it is begun,
+        has it left out.
+
+        Raises:
+            Busy: too much waits, or the server is about to end.
+        """
+        future: Future[Result] = Future()
+        with self._news:
+            if self._closing:
+                raise Busy(_ENDING)
+            if len(self._aside) >= MAX_ASIDE:
+                raise Busy(f"{MAX_ASIDE} questions of the page wait already; try again later")
+            self._aside.append((compute, future))
+            self._news.notify()
+        return future
 
     def cancel(self, sequence: Sequence) -> None:
         """Have a text end as soon as possible; it may still be given a token."""
@@ -118,30 +152,72 @@ class ModelThread:
 
     # --- the thread -----------------------------------------------------------------------------
 
+    def pause(self) -> None:
+        """Let texts go on, in what is computed aside, for their share of the time.
+
+        Raises:
+            Busy: the server is about to end.
+        """
+        took = time.perf_counter() - self._part_begun
+        until = 0.0
+        while self._take_in():
+            now = time.perf_counter()
+            until = until or now + took * len({text.request for text in self._receivers})
+            if now >= until:
+                break
+            self._step()
+        if self._closing:
+            raise Busy(_ENDING)
+        self._part_begun = time.perf_counter()
+
     def _run(self) -> None:
         while True:
             with self._news:
-                self._news.wait_for(lambda: self._closing or self._arrived or self._scheduler)
+                self._news.wait_for(
+                    lambda: self._closing or self._arrived or self._scheduler or self._aside
+                )
                 if self._closing:
-                    self._end_all(Busy("the server is shutting down"))
+                    self._end_all(Busy(_ENDING))
                     return
-                for sequence, receive in self._arrived:
-                    self._scheduler.add(sequence)
-                    self._receivers[sequence] = receive
-                self._arrived.clear()
-            try:
-                made = self.engine.step(self._scheduler)
-            except Exception as error:
-                log.exception("the model failed; all requests end")
-                with self._news:
-                    self._end_all(error)
-                continue
-            for sequence, event in made:
-                self._receivers[sequence](event)
-            for sequence in [s for s in self._receivers if s.cancelled or s.ended]:
-                del self._receivers[sequence]
+            if self._take_in():
+                self._step()
+            if self._aside:
+                self._compute_aside(*self._aside.popleft())
+
+    def _compute_aside(self, compute: Callable[[], Any], future: Future[Any]) -> None:
+        if not future.set_running_or_notify_cancel():
+            return
+        self._part_begun = time.perf_counter()
+        try:
+            result = compute()
+        except Exception as error:
+            future.set_exception(error)
+        else:
+            future.set_result(result)
+
+    def _take_in(self) -> bool:
+        """Queue the texts that have arrived; tell whether there are any, and the server goes on."""
+        with self._news:
+            for sequence, receive in self._arrived:
+                self._scheduler.add(sequence)
+                self._receivers[sequence] = receive
+            self._arrived.clear()
+            return bool(self._scheduler) and not self._closing
+
+    def _step(self) -> None:
+        try:
+            made = self.engine.step(self._scheduler)
+        except Exception as error:
+            log.exception("the model failed; all requests end")
             with self._news:
-                self._count()
+                self._end_all(error)
+            return
+        for sequence, event in made:
+            self._receivers[sequence](event)
+        for sequence in [s for s in self._receivers if s.cancelled or s.ended]:
+            del self._receivers[sequence]
+        with self._news:
+            self._count()
 
     def _count(self) -> None:
         """See what runs and waits; in the thread, under the lock."""
@@ -159,3 +235,8 @@ class ModelThread:
         self._count()
         for receive in ended:
             receive(why)
+        if self._closing:
+            for _, future in self._aside:
+                if future.set_running_or_notify_cancel():
+                    future.set_exception(why)
+            self._aside.clear()

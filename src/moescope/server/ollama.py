@@ -15,11 +15,14 @@ from starlette.responses import JSONResponse, Response
 from moescope.errors import UserError
 from moescope.server.chats import Answers, Step
 from moescope.server.conversion import Fields, chat_request, json_schema
+from moescope.server.experts import WithoutPrompts, all_experts_told
+from moescope.server.fields import First, Lenient
 from moescope.server.openai_answers import Json, calls_of
-from moescope.server.openai_schema import ChatRequest, First, Lenient
+from moescope.server.openai_schema import ChatRequest
 from moescope.server.requests import read_json
 from moescope.server.service import MAX_BYTES, Endpoint, Service, collected
 from moescope.server.streams import error_event, streamed, unless_gone
+from moescope.server.texts import Arrival
 from moescope.text.answers.pieces import Content, Thought
 
 OPTIONS = {
@@ -60,7 +63,7 @@ class OllamaMessage(Lenient):
         return told
 
 
-class Asked(Lenient):
+class Asked(WithoutPrompts):
     """What chats and continuations share."""
 
     model: str
@@ -77,6 +80,8 @@ class Asked(Lenient):
         """
         options = self.options or {}
         told: Fields = {ours: options.get(theirs) for theirs, ours in OPTIONS.items()}
+        # Ollama's own clients send nothing beside options.
+        told |= WithoutPrompts.model_validate(options).of_experts | self.of_experts
         most = options.get("num_predict")
         told["max_tokens"] = most if isinstance(most, int) and most > 0 else None
         if self.format == "json":
@@ -197,17 +202,21 @@ class Ollama:
     async def _answered(
         self, request: Request, asked: Asked, chat: ChatRequest, *, is_chat: bool
     ) -> Response:
-        begun = time.perf_counter()
-        answers = await self._service.chats.begin(chat, begun)
+        arrival = Arrival.of(request)
+        begun = arrival.at
+        answers = await self._service.chats.begin(chat, arrival)
         if asked.stream:
-            lines = self._lines(answers, begun, is_chat=is_chat)
+            lines = self._lines(chat, answers, begun, is_chat=is_chat)
             return streamed(
                 lines, answers.end, _told_wrong, quiet="", media_type="application/x-ndjson"
             )
         steps = await unless_gone(request, collected(answers))
-        return JSONResponse(self._line(steps, is_chat=is_chat) | _ended(steps, answers, begun))
+        told = self._line(steps, is_chat=is_chat) | _ended(steps, answers, begun)
+        return JSONResponse(told | all_experts_told(chat, [step.token for step in steps]))
 
-    async def _lines(self, answers: Answers, begun: float, *, is_chat: bool) -> AsyncIterator[str]:
+    async def _lines(
+        self, chat: ChatRequest, answers: Answers, begun: float, *, is_chat: bool
+    ) -> AsyncIterator[str]:
         calls: list[Step] = []
         last: Step | None = None
         async for step in answers:
@@ -215,8 +224,10 @@ class Ollama:
             calls.append(step)
             told = self._line([step], is_chat=is_chat, calls=False)
             parts = told["message"] if is_chat else told
-            if parts.get("content") or parts.get("response") or parts.get("thinking"):
-                yield json.dumps(told) + "\n"
+            experts = all_experts_told(chat, [step.token])
+            said = parts.get("content") or parts.get("response") or parts.get("thinking")
+            if said or experts:
+                yield json.dumps(told | experts) + "\n"
         told = self._line([], is_chat=is_chat)
         if is_chat and (made := _calls(calls)):
             yield json.dumps(told | {"message": told["message"] | {"tool_calls": made}}) + "\n"

@@ -1,7 +1,6 @@
 """OpenAI's API: models, completions and chats, whole or streamed; responses are beside it."""
 
 import asyncio
-import time
 from collections.abc import AsyncIterator, Callable
 
 from starlette.requests import Request
@@ -14,7 +13,7 @@ from moescope.server.openai_schema import DEFAULT_TOKENS, ChatRequest, Completio
 from moescope.server.requests import read_json
 from moescope.server.service import MAX_BYTES, Endpoint, Service, collected
 from moescope.server.streams import error_event, event, streamed, unless_gone
-from moescope.server.texts import Texts
+from moescope.server.texts import Arrival, Texts
 
 
 class OpenAI:
@@ -48,7 +47,7 @@ class OpenAI:
 
     async def completions(self, request: Request) -> Response:
         """Continue one prompt or several."""
-        arrived = time.perf_counter()
+        arrival = Arrival.of(request)
         asked = await read_json(request, CompletionRequest, MAX_BYTES)
         self._service.check_name(asked.model)
         prompts = [await self._encoded(prompt) for prompt in asked.prompts]
@@ -69,7 +68,7 @@ class OpenAI:
             **more,
         )
         form = CompletionForm(self._service.model.tokenizer, self._service.name, asked, prompts)
-        texts = await self._service.begin(arrived, prompts, params)
+        texts = await self._service.desk.begin(arrival, prompts, params)
         if not asked.stream:
             tokens = await unless_gone(request, collected(texts))
             return await _told(lambda: form.whole(tokens, texts.usage))
@@ -78,10 +77,10 @@ class OpenAI:
 
     async def chat(self, request: Request) -> Response:
         """Answer a conversation."""
-        arrived = time.perf_counter()
+        arrival = Arrival.of(request)
         asked = await read_json(request, ChatRequest, MAX_BYTES)
         self._service.check_name(asked.model)
-        answers = await self._service.chats.begin(asked, arrived)
+        answers = await self._service.chats.begin(asked, arrival)
         form = ChatForm(self._service.model.tokenizer, self._service.name, asked)
         if not asked.stream:
             steps = await unless_gone(request, collected(answers))

@@ -8,7 +8,7 @@ from typing import Any
 
 from moescope.engine.sequence import PromptLogprob, Token
 from moescope.server.chats import Step
-from moescope.server.expert_answers import experts_told, prompt_experts
+from moescope.server.experts import experts_told, prompt_experts
 from moescope.server.openai_schema import ChatRequest, CompletionRequest
 from moescope.text.answers.pieces import Arguments, Call, Content, Thought
 from moescope.text.tokenizer import StreamDecoder, Tokenizer

@@ -1,53 +1,29 @@
 """Requests of the OpenAI API, as far as this server answers them.
 
 Fields that OpenAI does not have are those of vLLM. Other fields are passed over, unless they would
-change the answer: those are refused. Checks end at the first thing in a list that is wrong, so that
-what is wrong costs no more than what is right.
+change the answer: those are refused.
 """
 
 from collections.abc import Mapping, Sequence
-from typing import Annotated, Any, Literal, Self, TypeVar
+from typing import Annotated, Any, Literal, Self
 
-from pydantic import (
-    BaseModel,
-    ConfigDict,
-    FailFast,
-    Field,
-    Strict,
-    field_validator,
-    model_validator,
-)
+from pydantic import Field, field_validator, model_validator
 
 from moescope.engine.constraint import Kind
 from moescope.engine.sampling import MOST_TOP_LOGPROBS, SamplingParams
-from moescope.model.steering import Steering
+from moescope.server.experts import OfExperts
+from moescope.server.fields import First, Id, Lenient, List
 from moescope.text.generation import RANGES
 
 MAX_CHOICES = 16
 MAX_STOPS = 16
 MAX_TOOLS = 512
 MAX_BIASES = 1024
-MAX_EXPERTS = 16_384
-"""That a request may name: more than any published model has."""
 DEFAULT_TOKENS = 16
 """Of a completion; a chat goes on to its end."""
 LEAST_TOP_P = 1e-6
 """What a `top_p` of 0 means: the likeliest token alone."""
 
-
-class First(FailFast):
-    """Ends the check of a list at its first mistake; can be hashed, as parts of unions must be."""
-
-    def __hash__(self) -> int:
-        return id(self)
-
-
-Item = TypeVar("Item")
-List = Annotated[list[Item], First()]
-Id = Annotated[int, Strict()]
-
-Experts = Annotated[list[tuple[Id, Id]], First(), Field(max_length=MAX_EXPERTS)]
-"""A layer and an expert in it each, both from 0."""
 
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
     "functions": ([],),
@@ -78,12 +54,6 @@ _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
 _FORMER = {"guided_json": "json", "guided_regex": "regex", "guided_choice": "choice"} | {
     "guided_grammar": "grammar"
 }
-
-
-class Lenient(BaseModel):
-    """A part of a request, other fields of which are passed over."""
-
-    model_config = ConfigDict(extra="ignore")
 
 
 class StreamOptions(Lenient):
@@ -118,7 +88,7 @@ class StructuredOutputs(Lenient):
     structural_tag: Any = None
 
 
-class Request(Lenient):
+class Request(OfExperts):
     """What both kinds of request share."""
 
     model: str | None = None
@@ -142,11 +112,6 @@ class Request(Lenient):
     stream_options: StreamOptions | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: StructuredOutputs | None = None
-    return_routed_experts: bool | None = None
-    moe_trace: bool | None = None
-    num_experts_per_tok: int | None = Field(default=None, ge=1)
-    disable_experts: Experts | None = None
-    force_experts: Experts | None = None
 
     @model_validator(mode="before")
     @classmethod
@@ -210,25 +175,6 @@ class Request(Lenient):
     def tells_usage(self) -> bool:
         """Whether a stream ends with a count of its tokens."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
-
-    @property
-    def tells_experts(self) -> bool:
-        """Whether it is told which experts served each token."""
-        return bool(self.return_routed_experts or self.moe_trace)
-
-    @property
-    def steering(self) -> Steering | None:
-        """What the routers do otherwise for its texts.
-
-        Raises:
-            UserError: it contradicts itself.
-        """
-        made = Steering(
-            self.num_experts_per_tok,
-            disabled=self.disable_experts or (),
-            forced=self.force_experts or (),
-        )
-        return None if made.changes_nothing else made
 
     @property
     def held_to(self) -> tuple[Kind, Any] | None:

@@ -26,6 +26,10 @@ class TooMuch(UserError):
     """A request is larger than any that makes sense."""
 
 
+class NotThere(UserError):
+    """What was asked for does not exist here."""
+
+
 PATIENCE = 10.0
 """Seconds in which a request's head and body must come; a server's `state.patience` may differ."""
 BYTES_PER_SECOND = 100_000

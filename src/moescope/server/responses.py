@@ -9,18 +9,22 @@ from pydantic import Field
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
+from moescope.engine.sequence import Token
 from moescope.errors import UserError
 from moescope.server.chats import Answers
 from moescope.server.conversion import Fields, chat_request, function_tool, json_schema, text_of
+from moescope.server.experts import WithoutPrompts, all_experts_told
+from moescope.server.fields import First
 from moescope.server.openai_answers import Json
-from moescope.server.openai_schema import ChatRequest, First, Lenient
+from moescope.server.openai_schema import ChatRequest
 from moescope.server.requests import read_json
 from moescope.server.service import MAX_BYTES, Endpoint, Service, collected
 from moescope.server.streams import error_event, event, streamed, unless_gone
+from moescope.server.texts import Arrival
 from moescope.text.answers.pieces import Arguments, Call, Content, Piece, Thought
 
 
-class ResponsesRequest(Lenient):
+class ResponsesRequest(WithoutPrompts):
     """Answer a text or a history; tools that a server would have to run itself are passed over."""
 
     model: str | None = None
@@ -71,6 +75,7 @@ class ResponsesRequest(Lenient):
                 "top_p": self.top_p,
                 "response_format": self._format(),
                 "reasoning_effort": (self.reasoning or {}).get("effort"),
+                **self.of_experts,
             }
         )
 
@@ -126,10 +131,10 @@ class Responses:
 
     async def responses(self, request: Request) -> Response:
         """Answer a text or a history."""
-        arrived = time.perf_counter()
+        arrival = Arrival.of(request)
         asked = await read_json(request, ResponsesRequest, MAX_BYTES)
         self._service.check_name(asked.model)
-        answers = await self._service.chats.begin(asked.chat(), arrived)
+        answers = await self._service.chats.begin(asked.chat(), arrival)
         output = _Output(asked, self._service.name, answers)
         if asked.stream:
             return streamed(output.events(), answers.end, output.told_wrong)
@@ -141,7 +146,7 @@ class _Output:
     """A response in the making, and the events that tell of it."""
 
     def __init__(self, asked: ResponsesRequest, name: str, answers: Answers) -> None:
-        self._answers = answers
+        self._answers, self._asked = answers, asked
         self._number = -1
         self._item: Json | None = None
         self.response: Json = {
@@ -174,7 +179,10 @@ class _Output:
         yield self._event("response.created", response=self.response)
         yield self._event("response.in_progress", response=self.response)
         reason = "length"
+        tokens: list[Token] = []
         async for step in self._answers:
+            if self._asked.tells_experts:
+                tokens.append(step.token)
             reason = step.finish_reason or reason
             for piece in step.pieces:
                 for told in self._piece(piece):
@@ -182,6 +190,7 @@ class _Output:
         for told in self._item_done("incomplete" if reason == "length" else "completed"):
             yield told
         self.response["usage"] = self._usage()
+        self.response |= all_experts_told(self._asked, tokens)
         if reason == "length":
             self.response["status"] = "incomplete"
             self.response["incomplete_details"] = {"reason": "max_output_tokens"}

@@ -172,6 +172,7 @@ class ModelInfo(Message):
         companions: models that can be shown beside this one, at most one of each role.
         has_training: whether `/api/training` answers.
         watching: whether `/api/training/live` follows a training that runs now.
+        traffic: whether `/api/traffic` tells what others ask.
         question_form: the model's chat form, with `{question}` in it; None where it has none.
         thinks: whether its vocabulary has the marks around a chain of thought.
     """
@@ -194,6 +195,7 @@ class ModelInfo(Message):
     companions: list[CompanionInfo]
     has_training: bool
     watching: bool
+    traffic: bool
     question_form: str | None
     thinks: bool
     examples: list[Example]
@@ -422,3 +424,73 @@ class TrainingEvent(Message):
     type: Literal["row"] = "row"
     row: TrainingRow
     steps: int
+
+
+# --- GET /api/traffic (server-sent events) and POST /api/answer -----------------------------------
+
+
+WatchedState = Literal["waiting", "running", "ended", "cancelled", "failed"]
+"""Nothing made yet; being made; made; its client hung up; the server could not go on with it."""
+
+
+class WatchedText(Message):
+    """One answer of a request.
+
+    Attributes:
+        prompt, answer: their beginnings.
+        kept: whether `/api/answer` tells its tokens; very long ones are not kept.
+    """
+
+    prompt: str
+    answer: str
+    new_tokens: int
+    kept: bool
+
+
+class WatchedRequest(Message):
+    """A request to the server that the page stands in.
+
+    Attributes:
+        number: by which it is asked for.
+        path: of the API that was asked.
+        came: seconds of Unix time.
+        prompt_tokens, new_tokens: of all its texts.
+        tokens_per_second: made since the first; None until there are two.
+        count: texts that it asked for; `texts` holds the first of them.
+        steered: whether it changed the router.
+    """
+
+    number: int
+    path: str
+    came: float
+    state: WatchedState
+    prompt_tokens: int
+    new_tokens: int
+    tokens_per_second: float | None
+    count: int
+    steered: bool
+    texts: list[WatchedText]
+
+
+class TrafficEvent(Message):
+    """Requests that are new or have changed; those before `oldest` have left the list."""
+
+    type: Literal["traffic"] = "traffic"
+    requests: list[WatchedRequest]
+    oldest: int
+
+
+class AnswerRequest(Message):
+    """One of the answers to a request in the list."""
+
+    number: int
+    text: int = Field(default=0, ge=0)
+
+
+class WatchedAnswer(Message):
+    """An answer's tokens after its prompt's, and the steering under which they were made."""
+
+    ids: list[int]
+    prompt_tokens: int
+    prompt: str
+    steering: SteeringRequest

@@ -9,12 +9,9 @@ from pydantic import BaseModel
 from starlette.exceptions import HTTPException
 
 from moescope.api import Model
-from moescope.engine.sampling import SamplingParams
 from moescope.server.chats import Chats
-from moescope.server.metrics import Metrics
-from moescope.server.model_thread import ModelThread
 from moescope.server.requests import Handler
-from moescope.server.texts import Texts
+from moescope.server.texts import Desk
 
 MAX_BYTES = 16_000_000
 """Bytes of a request."""
@@ -45,16 +42,15 @@ class Service:
     Attributes:
         model: what is asked.
         name: what it is called.
+        desk: where its texts are asked for.
         chats: that begin answers.
-        metrics: what is counted.
         since: when it was first there, in seconds of Unix time.
     """
 
-    def __init__(self, model: Model, thread: ModelThread, name: str, metrics: Metrics) -> None:
-        self.model, self.name, self.metrics = model, name, metrics
-        self.chats = Chats(model, thread, metrics)
+    def __init__(self, model: Model, desk: Desk, name: str) -> None:
+        self.model, self.desk, self.name = model, desk, name
+        self.chats = Chats(model, desk)
         self.since = int(time.time())
-        self._thread = thread
 
     def check_name(self, name: str | None) -> None:
         """Refuse the name of another model.
@@ -65,12 +61,6 @@ class Service:
         if name not in (None, "", self.name):
             message = f"there is no model {name[:200]!r} here; ask for {self.name!r}"
             raise HTTPException(404, message)
-
-    async def begin(
-        self, arrived: float, prompts: list[list[int]], params: list[SamplingParams]
-    ) -> Texts:
-        """Begin to continue prompts, each in all ways of `params`."""
-        return await Texts.begin(self._thread, self.metrics, arrived, prompts, params)
 
 
 async def collected(made: AsyncIterable[Made]) -> list[Made]:

@@ -21,6 +21,7 @@ from moescope.api import Model
 from moescope.errors import UserError
 from moescope.kernels import cpu
 from moescope.machine import memory
+from moescope.server.access import PAGE
 from moescope.server.apis import Access, create_api
 from moescope.server.app import create_app
 from moescope.server.connections import ACCEPTED_AT_ONCE, impatient, raise_file_limit
@@ -77,6 +78,7 @@ def serve_api(
     grace: float,
     max_batch: int,
     cache_bytes: int | None = None,
+    watch: bool = False,
 ) -> None:
     """Answer the APIs for `model` at an address until Ctrl-C or SIGTERM.
 
@@ -91,6 +93,7 @@ def serve_api(
         grace: seconds in which requests that run may end once the server does.
         max_batch: texts that are continued at a time.
         cache_bytes: that all texts may take; None for `CACHE_SHARE` of the memory that is free.
+        watch: whether the page shows what is asked to all who may ask.
 
     Raises:
         UserError: as `serve`; the model has no tokenizer; the key in MOESCOPE_API_KEY or `access`
@@ -119,9 +122,12 @@ def serve_api(
     bound, found = listener.getsockname()[:2]
     shown = f"[{bound}]" if ":" in bound else bound
     say(f"moescope serves {name} at http://{shown}:{found}/v1  (Ctrl-C ends)")
+    say(f"moescope: the page is at http://{shown}:{found}{PAGE}/")
+    if watch:
+        say("moescope: --watch: whoever may ask the model can read what others ask and are told")
     if access.api_key is None and insecure and not _is_loopback(host):
         say("moescope: no key is needed: everybody who reaches this address may ask the model")
-    app = create_api(model, thread, name=name, access=access)
+    app = create_api(model, thread, name=name, access=access, watch=watch)
     _run(app, listener, patience=access.patience, grace=grace, close=thread.close)
 
 

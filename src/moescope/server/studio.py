@@ -20,11 +20,14 @@ from moescope.scope.cards import cards_of
 from moescope.scope.detail import Reading, TokenDetail
 from moescope.scope.history import FILE as HISTORY_FILE
 from moescope.scope.history import METRICS, History, history_of
+from moescope.scope.parts import WHOLE, Parts
 from moescope.scope.specialization import Specialization, TypicalToken
 from moescope.scope.steps import End, stream
 from moescope.server import schema
 from moescope.server.companions import Companion, Role, find_companions
 from moescope.server.examples import examples, hero_text, question_form
+from moescope.server.requests import NotThere
+from moescope.server.traffic import Traffic
 from moescope.text.deepseek_vocabulary import deepseek_tokenizer
 from moescope.text.tokenizer import Tokenizer
 
@@ -34,6 +37,10 @@ SMALL = 200_000_000
 """Parameters at work on a token, below which one thread is as fast as many."""
 KEPT = 8
 """Forward passes, steered models and streams that are kept for the next question."""
+KEPT_BESIDE = 2
+"""The same where memory is for others."""
+MAX_PLAYING = 2
+"""Texts that are written for the page at a time where memory is for others."""
 HERO_TOKENS = 48
 """Tokens that the first screen's text is continued by at most."""
 
@@ -41,10 +48,6 @@ HERO_TOKENS = 48
 StreamEvent = schema.TokenEvent | schema.EndEvent
 Key = TypeVar("Key")
 Value = TypeVar("Value")
-
-
-class NotThere(UserError):
-    """What was asked for does not exist for this model."""
 
 
 class Studio:
@@ -55,6 +58,10 @@ class Studio:
         companions: models of the same vocabulary, one of each role; loaded when first asked.
         folder: where the model lies, with what was measured of it; None for one made in memory.
         watching: folder of a training that runs now.
+        parts: in which texts are computed.
+        limit: tokens of a text at most, where memory is for others; None for as many as the
+            model's context holds.
+        traffic: what others ask of the server that the page stands in; None if nobody watches.
     """
 
     def __init__(
@@ -64,12 +71,18 @@ class Studio:
         companions: Sequence[Companion] = (),
         folder: Path | None = None,
         watching: Path | None = None,
+        parts: Parts = WHOLE,
+        limit: int | None = None,
+        traffic: Traffic | None = None,
     ) -> None:
         self.model, self.companions = model, list(companions)
         self.folder, self.watching = folder, watching
-        self._steered: _Kept[str, Model] = _Kept(KEPT)
-        self._readings: _Kept[tuple[str, tuple[int, ...]], Reading] = _Kept(KEPT)
-        self._streams: _Kept[str, list[StreamEvent]] = _Kept(KEPT)
+        self.parts, self.limit, self.traffic = parts, limit, traffic
+        self._playing = 0
+        kept = KEPT if limit is None else KEPT_BESIDE
+        self._steered: _Kept[str, Model] = _Kept(kept)
+        self._readings: _Kept[tuple[str, tuple[int, ...]], Reading] = _Kept(kept)
+        self._streams: _Kept[str, list[StreamEvent]] = _Kept(kept)
         self._starts: dict[schema.Language, schema.StartAnswer] = {}
         self._beside: dict[str, Model] = {}
 
@@ -133,9 +146,10 @@ class Studio:
             companions=[_companion_info(c) for c in self.companions],
             has_training=self._has_training,
             watching=self.watching is not None,
-            question_form=question_form(self.model.tokenizer),
+            traffic=self.traffic is not None,
+            question_form=self.question_form,
             thinks=_thinks(self.model.tokenizer),
-            examples=examples(self.model.tokenizer),
+            examples=examples(self.question_form),
         )
 
     def start(self, language: schema.Language) -> schema.StartAnswer:
@@ -154,8 +168,13 @@ class Studio:
     @cached_property
     def hero(self) -> schema.GenerateRequest:
         """What the first screen asks for."""
-        text = hero_text(self.model.tokenizer)
+        text = hero_text(self.question_form)
         return schema.GenerateRequest(prompt=text, max_tokens=HERO_TOKENS)
+
+    @cached_property
+    def question_form(self) -> str | None:
+        """The model's chat form around a question; None without one."""
+        return question_form(self.model.tokenizer)
 
     @property
     def threads(self) -> int:
@@ -190,16 +209,26 @@ class Studio:
     def _generate(self, request: schema.GenerateRequest) -> Iterator[StreamEvent]:
         engine = self._steer(request.steering).engine
         params = _params(request.sampling, max_tokens=request.max_tokens)
-        for step in stream(engine, self._ids(request), params, request.known):
-            if isinstance(step, End):
-                yield schema.EndEvent(
-                    finish_reason=step.finish_reason,
-                    prompt_tokens=step.prompt_tokens,
-                    new_tokens=step.new_tokens,
-                    seconds=step.seconds,
-                )
-            else:
-                yield schema.TokenEvent(step=step)
+        ids = self._ids(request)
+        if self.limit is not None and self._playing >= MAX_PLAYING:
+            raise UserError(
+                f"{MAX_PLAYING} texts are being written for the page already; wait for one to end",
+                "page_busy",
+            )
+        self._playing += 1
+        try:
+            for step in stream(engine, ids, params, request.known, self.parts):
+                if isinstance(step, End):
+                    yield schema.EndEvent(
+                        finish_reason=step.finish_reason,
+                        prompt_tokens=step.prompt_tokens,
+                        new_tokens=step.new_tokens,
+                        seconds=step.seconds,
+                    )
+                else:
+                    yield schema.TokenEvent(step=step)
+        finally:
+            self._playing -= 1
 
     def trace(self, request: schema.TextRequest) -> schema.TraceAnswer:
         """All tokens of a text at once; raises as `generate`."""
@@ -318,16 +347,54 @@ class Studio:
     def _specialization(self) -> Specialization | None:
         return None if self.folder is None else _specialization(self.folder)
 
+    @property
+    def followed(self) -> Path:
+        """The folder of a training that runs now.
+
+        Raises:
+            NotThere: none is watched.
+        """
+        if self.watching is None:
+            raise NotThere("no training is watched; `moescope train ... --watch` shows one")
+        return self.watching
+
+    def answer(self, request: schema.AnswerRequest) -> schema.WatchedAnswer:
+        """The tokens of an answer that others were given.
+
+        Raises:
+            NotThere: nobody watches, or it is no longer there.
+        """
+        return self.watched.answer(request.number, request.text)
+
+    @property
+    def watched(self) -> Traffic:
+        """What others ask.
+
+        Raises:
+            NotThere: nobody watches.
+        """
+        if self.traffic is None:
+            raise NotThere("what is asked is not watched; `moescope serve ... --watch` shows it")
+        return self.traffic
+
     # --- what is kept -----------------------------------------------------------------------------
 
     def _ids(
         self, request: schema.TextRequest | schema.GenerateRequest | schema.DenseRequest
     ) -> tuple[int, ...]:
         """The text's ids; those given go before the prompt."""
-        if request.ids is None:
-            return tuple(self.model.engine.encode(request.prompt))
-        self.model.engine.check(request.ids)
-        return tuple(request.ids)
+        engine, ids = self.model.engine, request.ids
+        if ids is None:
+            ids = engine.encode(request.prompt)
+        engine.check(ids)
+        if self.limit is not None and len(ids) > self.limit:
+            raise UserError(
+                f"this text has {len(ids)} tokens; pictures are made of up to {self.limit}",
+                "picture_too_long",
+                n=len(ids),
+                max=self.limit,
+            )
+        return tuple(ids)
 
     def _steer(self, asked: schema.SteeringRequest) -> Model:
         return self._steered.get(
@@ -348,7 +415,7 @@ class Studio:
         ids = self._ids(request)
         return self._readings.get(
             (request.steering.model_dump_json(), ids),
-            lambda: Reading(self._steer(request.steering).engine, ids),
+            lambda: Reading(self._steer(request.steering).engine, ids, self.parts),
         )
 
 

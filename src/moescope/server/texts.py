@@ -4,7 +4,10 @@ import asyncio
 import time
 from collections.abc import AsyncIterator
 from contextlib import suppress
+from dataclasses import dataclass
 from typing import Any
+
+from starlette.requests import Request
 
 from moescope.config import ModelConfig
 from moescope.engine.sampling import SamplingParams
@@ -12,12 +15,56 @@ from moescope.engine.sequence import Sequence, Token
 from moescope.errors import UserError
 from moescope.server.metrics import Metrics
 from moescope.server.model_thread import ModelThread
+from moescope.server.schema import WatchedState
+from moescope.server.traffic import Traffic
 
 MAX_TEXTS = 128
 """That one request may ask for."""
 
 MAX_TOLD = 1_000_000
 """Numbers that one request may ask for about the tokens of its prompts."""
+
+
+@dataclass(frozen=True)
+class Arrival:
+    """Where a request came in, and when, by `time.perf_counter`."""
+
+    path: str
+    at: float
+
+    @classmethod
+    def of(cls, request: Request) -> "Arrival":
+        """That of a request which comes in now."""
+        return cls(request.url.path, time.perf_counter())
+
+
+class Desk:
+    """Where texts are asked for.
+
+    Args:
+        thread: that computes.
+        metrics: what is counted.
+        traffic: that is watched; None where nobody watches.
+    """
+
+    def __init__(
+        self, thread: ModelThread, metrics: Metrics, traffic: Traffic | None = None
+    ) -> None:
+        self.thread, self.metrics, self.traffic = thread, metrics, traffic
+
+    async def begin(
+        self, arrival: Arrival, prompts: list[list[int]], params: list[SamplingParams]
+    ) -> "Texts":
+        """Begin to continue prompts, each in all ways of `params`, once their steering is ready.
+
+        Raises:
+            UserError: they cannot be continued so, or too much is asked for.
+        """
+        engine = self.thread.engine
+        refuse_too_much(engine.model.config, prompts, params)
+        if params[0].steering is not None:
+            await asyncio.to_thread(engine.steerings.of, params[0].steering)
+        return Texts(self, arrival, prompts, params)
 
 
 class Texts:
@@ -28,13 +75,12 @@ class Texts:
 
     def __init__(
         self,
-        thread: ModelThread,
-        metrics: Metrics,
-        arrived: float,
+        desk: Desk,
+        arrival: Arrival,
         prompts: list[list[int]],
         params: list[SamplingParams],
     ) -> None:
-        self._thread, self._metrics, self._arrived = thread, metrics, arrived
+        self._thread, self._metrics, self._arrived = desk.thread, desk.metrics, arrival.at
         self._events: asyncio.Queue[Token | Exception] = asyncio.Queue()
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
         self.generated_tokens = 0
@@ -50,34 +96,19 @@ class Texts:
             with suppress(RuntimeError):  # the server has ended meanwhile
                 loop.call_soon_threadsafe(self._events.put_nowait, event)
 
+        self._watched = None
         self._texts: list[Sequence] = []
         try:
             for prompt in prompts:
                 for how in params:
                     number = len(self._texts)
-                    self._texts.append(thread.submit(prompt, how, receive, number, request=self))
+                    submit = self._thread.submit
+                    self._texts.append(submit(prompt, how, receive, number, request=self))
         except UserError:
             self.end()
             raise
-
-    @classmethod
-    async def begin(
-        cls,
-        thread: ModelThread,
-        metrics: Metrics,
-        arrived: float,
-        prompts: list[list[int]],
-        params: list[SamplingParams],
-    ) -> "Texts":
-        """Begin to continue prompts, once their steering is ready.
-
-        Raises:
-            UserError: they cannot be continued so, or too much is asked for.
-        """
-        refuse_too_much(thread.engine.model.config, prompts, params)
-        if params[0].steering is not None:
-            await asyncio.to_thread(thread.engine.steerings.of, params[0].steering)
-        return cls(thread, metrics, arrived, prompts, params)
+        if desk.traffic is not None:
+            self._watched = desk.traffic.begin(arrival.path, prompts, params)
 
     @property
     def reused_tokens(self) -> int:
@@ -102,6 +133,7 @@ class Texts:
             while running:
                 event = await self._events.get()
                 if isinstance(event, Exception):
+                    self._watch_end("failed")
                     raise event
                 now = time.perf_counter()
                 if event.row in last:
@@ -111,6 +143,10 @@ class Texts:
                 last[event.row] = now
                 self.generated_tokens += 1
                 running -= event.finish_reason is not None
+                if self._watched is not None:
+                    self._watched.add(event)
+                if not running:
+                    self._watch_end("ended")
                 yield event
         finally:
             self.end()
@@ -123,6 +159,12 @@ class Texts:
         """Make no more tokens."""
         for text in self._texts:
             self._thread.cancel(text)
+        self._watch_end("cancelled")
+
+    def _watch_end(self, state: WatchedState) -> None:
+        """Tell who watches how it ended, unless it had before."""
+        if self._watched is not None:
+            self._watched.end(state)
 
 
 def refuse_too_much(

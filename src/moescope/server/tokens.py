@@ -9,8 +9,9 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from moescope.errors import UserError
+from moescope.server.fields import First, Id, Lenient
 from moescope.server.openai_answers import spelled
-from moescope.server.openai_schema import ChatMessage, ChatRequest, First, Id, Lenient, Tool
+from moescope.server.openai_schema import ChatMessage, ChatRequest, Tool
 from moescope.server.requests import read_json
 from moescope.server.service import MAX_BYTES, Endpoint, Service
 

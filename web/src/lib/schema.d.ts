@@ -617,10 +617,117 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/traffic": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** What is asked of the server that the page stands in */
+        get: {
+            parameters: {
+                query?: never;
+                header?: never;
+                path?: never;
+                cookie?: never;
+            };
+            requestBody?: never;
+            responses: {
+                /** @description A run of events */
+                200: {
+                    headers: {
+                        [name: string]: unknown;
+                    };
+                    content: {
+                        "text/event-stream": components["schemas"]["TrafficEvent"] | components["schemas"]["ErrorEvent"];
+                    };
+                };
+                /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
+                "4XX": {
+                    headers: {
+                        [name: string]: unknown;
+                    };
+                    content: {
+                        "application/json": components["schemas"]["ErrorEvent"];
+                    };
+                };
+            };
+        };
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
+    "/api/answer": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        get?: never;
+        put?: never;
+        /** The tokens of an answer that the server gave */
+        post: {
+            parameters: {
+                query?: never;
+                header?: never;
+                path?: never;
+                cookie?: never;
+            };
+            requestBody: {
+                content: {
+                    "application/json": components["schemas"]["AnswerRequest"];
+                };
+            };
+            responses: {
+                /** @description The answer */
+                200: {
+                    headers: {
+                        [name: string]: unknown;
+                    };
+                    content: {
+                        "application/json": components["schemas"]["WatchedAnswer"];
+                    };
+                };
+                /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
+                "4XX": {
+                    headers: {
+                        [name: string]: unknown;
+                    };
+                    content: {
+                        "application/json": components["schemas"]["ErrorEvent"];
+                    };
+                };
+            };
+        };
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
 }
 export type webhooks = Record<string, never>;
 export interface components {
     schemas: {
+        /**
+         * AnswerRequest
+         * @description One of the answers to a request in the list.
+         */
+        AnswerRequest: {
+            /** Number */
+            number: number;
+            /**
+             * Text
+             * @default 0
+             */
+            text: number;
+        };
         /**
          * AttentionDetail
          * @description What the token looks back at in one layer.
@@ -1143,6 +1250,7 @@ export interface components {
          *         companions: models that can be shown beside this one, at most one of each role.
          *         has_training: whether `/api/training` answers.
          *         watching: whether `/api/training/live` follows a training that runs now.
+         *         traffic: whether `/api/traffic` tells what others ask.
          *         question_form: the model's chat form, with `{question}` in it; None where it has none.
          *         thinks: whether its vocabulary has the marks around a chain of thought.
          */
@@ -1179,6 +1287,8 @@ export interface components {
             has_training: boolean;
             /** Watching */
             watching: boolean;
+            /** Traffic */
+            traffic: boolean;
             /** Question Form */
             question_form: string | null;
             /** Thinks */
@@ -1644,6 +1754,22 @@ export interface components {
             steps: components["schemas"]["TokenStep"][];
         };
         /**
+         * TrafficEvent
+         * @description Requests that are new or have changed; those before `oldest` have left the list.
+         */
+        TrafficEvent: {
+            /**
+             * Type
+             * @default traffic
+             * @constant
+             */
+            type: "traffic";
+            /** Requests */
+            requests: components["schemas"]["WatchedRequest"][];
+            /** Oldest */
+            oldest: number;
+        };
+        /**
          * TrainingEvent
          * @description A row of a training that runs now.
          */
@@ -1759,6 +1885,75 @@ export interface components {
              * @default null
              */
             ids: number[] | null;
+        };
+        /**
+         * WatchedAnswer
+         * @description An answer's tokens after its prompt's, and the steering under which they were made.
+         */
+        WatchedAnswer: {
+            /** Ids */
+            ids: number[];
+            /** Prompt Tokens */
+            prompt_tokens: number;
+            /** Prompt */
+            prompt: string;
+            steering: components["schemas"]["SteeringRequest"];
+        };
+        /**
+         * WatchedRequest
+         * @description A request to the server that the page stands in.
+         *
+         *     Attributes:
+         *         number: by which it is asked for.
+         *         path: of the API that was asked.
+         *         came: seconds of Unix time.
+         *         prompt_tokens, new_tokens: of all its texts.
+         *         tokens_per_second: made since the first; None until there are two.
+         *         count: texts that it asked for; `texts` holds the first of them.
+         *         steered: whether it changed the router.
+         */
+        WatchedRequest: {
+            /** Number */
+            number: number;
+            /** Path */
+            path: string;
+            /** Came */
+            came: number;
+            /**
+             * State
+             * @enum {string}
+             */
+            state: "waiting" | "running" | "ended" | "cancelled" | "failed";
+            /** Prompt Tokens */
+            prompt_tokens: number;
+            /** New Tokens */
+            new_tokens: number;
+            /** Tokens Per Second */
+            tokens_per_second: number | null;
+            /** Count */
+            count: number;
+            /** Steered */
+            steered: boolean;
+            /** Texts */
+            texts: components["schemas"]["WatchedText"][];
+        };
+        /**
+         * WatchedText
+         * @description One answer of a request.
+         *
+         *     Attributes:
+         *         prompt, answer: their beginnings.
+         *         kept: whether `/api/answer` tells its tokens; very long ones are not kept.
+         */
+        WatchedText: {
+            /** Prompt */
+            prompt: string;
+            /** Answer */
+            answer: string;
+            /** New Tokens */
+            new_tokens: number;
+            /** Kept */
+            kept: boolean;
         };
     };
     responses: never;
