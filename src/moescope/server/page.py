@@ -3,6 +3,7 @@
 import gzip
 import hashlib
 import mimetypes
+import re
 from functools import lru_cache
 from pathlib import Path
 
@@ -21,6 +22,8 @@ POLICY = (
     "default-src 'self'; img-src 'self' data: blob:; style-src 'self' 'unsafe-inline'; "
     "object-src 'none'; base-uri 'none'; frame-ancestors 'self'"
 )
+PRELOAD = re.compile(rb'<link rel="preload" as="fetch"[^>]*>')
+"""What has a browser ask the page's API before any script runs."""
 TEXT_SUFFIXES = {".html", ".js", ".css", ".svg", ".json", ".txt", ".map"}
 
 
@@ -32,7 +35,8 @@ async def serve_page(request: Request) -> Response:
         if not (PAGE / "index.en.html").is_file():
             return PlainTextResponse(NOT_BUILT, status_code=503)
         return PlainTextResponse(f"There is no {name} here.\n", status_code=404)
-    plain, packed, tag = _contents(path, path.stat().st_mtime_ns)
+    alone = not request.scope.get("root_path")
+    plain, packed, tag = _contents(path, path.stat().st_mtime_ns, alone)
     kept = "public, max-age=31536000, immutable" if name.startswith("assets/") else "no-cache"
     headers = {"ETag": tag, "Cache-Control": kept, "Vary": "Accept-Encoding, Accept-Language"}
     if name.endswith(".html"):
@@ -55,8 +59,14 @@ def _language(request: Request) -> Language:
 
 
 @lru_cache(maxsize=64)
-def _contents(path: Path, _changed: int) -> tuple[bytes, bytes | None, str]:
-    """The file's bytes, the same packed if that is worth it, and a tag that changes with them."""
+def _contents(path: Path, _changed: int, alone: bool) -> tuple[bytes, bytes | None, str]:
+    """The file's bytes, the same packed if that is worth it, and a tag that changes with them.
+
+    As a part of another application, which may want a key, the page asks for nothing before it can
+    send one.
+    """
     plain = path.read_bytes()
+    if path.suffix == ".html" and not alone:
+        plain = PRELOAD.sub(b"", plain)
     packed = gzip.compress(plain, mtime=0) if path.suffix in TEXT_SUFFIXES else None
     return plain, packed, f'"{hashlib.sha256(plain).hexdigest()[:24]}"'

@@ -3,6 +3,7 @@ import { EventSourceParserStream } from 'eventsource-parser/stream';
 import { t, type Key, type Language } from './i18n.svelte';
 import errors from '../messages/en/errors';
 import type {
+  AnswerRequest,
   CutAnswer,
   DenseAnswer,
   DenseRequest,
@@ -17,10 +18,12 @@ import type {
   TokenDetail,
   TokenRequest,
   TraceAnswer,
+  TrafficEvent,
   TrainingAnswer,
   TrainingEvent,
   UnbalancedAnswer,
   UnbalancedRequest,
+  WatchedAnswer,
 } from './types';
 
 /** Characters of a prompt that the server takes (`MAX_TEXT` in server/schema.py). */
@@ -34,6 +37,20 @@ export class ApiError extends Error {
   ) {
     super(message);
   }
+}
+
+/** Where the key of a server that wants one is kept: as long as the tab is open, and no other's. */
+const KEY = 'moescope-key';
+
+/** Send `key` with all questions from now on. */
+export function setKey(key: string): void {
+  sessionStorage.setItem(KEY, key);
+}
+
+/** The header that carries the key, if there is one that a header can carry. */
+function authorization(): { Authorization: string } | null {
+  const key = sessionStorage.getItem(KEY);
+  return key && /^[\x21-\x7e]([\x20-\x7e]*[\x21-\x7e])?$/.test(key) ? { Authorization: `Bearer ${key}` } : null;
 }
 
 /** Whether the last question found no server. */
@@ -95,6 +112,17 @@ export async function trainingLive(
   await stream(await send('api/training/live', signal), onEvent);
 }
 
+/** Follow what others ask of the server that the page stands in, until `signal` aborts. */
+export async function traffic(
+  onEvent: (event: TrafficEvent | ErrorEvent) => void,
+  signal: AbortSignal,
+): Promise<void> {
+  await stream(await send('api/traffic', signal), onEvent);
+}
+
+/** The tokens of an answer that others were given. */
+export const getAnswer = (request: AnswerRequest) => post<WatchedAnswer>('api/answer', request);
+
 /** True for the error of a request that was given up on purpose. */
 export function isAbort(error: unknown): boolean {
   return error instanceof DOMException && error.name === 'AbortError';
@@ -116,7 +144,11 @@ async function send(path: string, signal?: AbortSignal, body?: object): Promise<
       ...(signal && { signal }),
       ...(body && { method: 'POST', body: JSON.stringify(body) }),
       // A mistake that the reader can mend is an answer, not a fault of the page.
-      headers: { Prefer: 'status=200', ...(body && { 'Content-Type': 'application/json' }) },
+      headers: {
+        Prefer: 'status=200',
+        ...authorization(),
+        ...(body && { 'Content-Type': 'application/json' }),
+      },
     });
   } catch (error) {
     if (isAbort(error)) throw error;

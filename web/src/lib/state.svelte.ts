@@ -15,6 +15,7 @@ import type {
   SteeringRequest,
   TokenDetail,
   TokenStep,
+  WatchedAnswer,
 } from './types';
 import { Latest } from './latest';
 import { shown } from './text';
@@ -75,6 +76,8 @@ export class AppState {
   /** What single stations are set to; it stands in the address, too. */
   local: Local = $state.raw({});
 
+  /** Whether the server wants a key that the page does not have. */
+  locked: boolean = $state(false);
   /** Counts the server's returns; effects that read it ask again for what they missed. */
   returns: number = $state(0);
   #prefersDark: boolean = $state(darkQuery?.matches ?? false);
@@ -165,6 +168,7 @@ export class AppState {
       // Known before the model is shown: from then on the reader may play, which nothing may overtake.
       const { model, specialization, prompt, steps, hero } = await getStart(i18n.language);
       this.specialization = specialization;
+      this.locked = false;
       this.model = model;
       this.hero = hero;
       this.sampling = { ...model.sampling, ...wanted.sampling };
@@ -229,6 +233,18 @@ export class AppState {
     const kept = this.ids.slice(0, this.selected + 1);
     const typed = Math.min(this.promptTokens, kept.length);
     await this.load(this.#shownPrompt ?? this.prompt, [...kept, id], typed);
+  }
+
+  /** Show an answer that somebody was given, under the routers that it was made with. */
+  async open(ask: () => Promise<WatchedAnswer>): Promise<void> {
+    this.pause();
+    await this.#guard(async () => {
+      const { prompt, ids, prompt_tokens, steering } = await ask();
+      this.steering = isSteered(steering) ? steering : NO_STEERING;
+      this.prompt = prompt;
+      await this.#show(prompt, ids, prompt_tokens);
+      this.select(this.steps.length - 1);
+    });
   }
 
   /** Show exactly these tokens, the first `promptTokens` of them as the reader's. */
@@ -578,8 +594,9 @@ export class AppState {
     } catch (error) {
       if (isAbort(error)) return;
       if (!(error instanceof ApiError)) throw error;
-      this.error = error.message;
-      this.status = 'error';
+      this.locked = error.code === 'no_key';
+      this.error = this.locked ? null : error.message;
+      this.status = this.locked ? 'idle' : 'error';
       this.#run = null;
     }
   }

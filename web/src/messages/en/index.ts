@@ -22,6 +22,7 @@ import balance from './balance';
 import dense from './dense';
 import whatif from './whatif';
 import thinking from './thinking';
+import traffic from './traffic';
 import training from './training';
 
 export const en = {
@@ -49,5 +50,6 @@ export const en = {
   dense,
   whatif,
   thinking,
+  traffic,
   training,
 };
