@@ -95,3 +95,20 @@ def test_answers_of_others_open_as_pictures(
     page.reload()  # the key is kept as long as the tab is
     page.get_by_test_id("request").first.wait_for()
     assert page.get_by_test_id("key").count() == 0
+
+
+def test_a_list_that_stops_says_so_and_goes_on_when_asked(open_page) -> None:
+    with process("tiny", "--watch") as (server, port):
+        page = open_page("lang=en", address=f"http://127.0.0.1:{port}/page/", wait="traffic-empty")
+        ask(port, "/v1/completions", {"prompt": "x", "max_tokens": 2})
+        page.get_by_test_id("request").wait_for()
+        server.terminate()
+        lost = page.get_by_test_id("traffic-lost")
+        lost.wait_for()
+        server.wait(timeout=60)
+        server.returncode = 0
+    with process("tiny", "--watch", "--port", str(port)):
+        lost.get_by_role("button").click()
+        lost.wait_for(state="detached")
+        page.get_by_test_id("traffic-empty").wait_for()  # nothing was kept on disk
+    page.said[:] = [text for text in page.said if "ERR_" not in text]  # the server ended again

@@ -138,9 +138,9 @@ def page_routes(studio: Studio, compute: Compute) -> list[Route]:
             asked = [await _read(request, endpoint.request)] if endpoint.request else []
             ask = asks[endpoint.path]
             if endpoint.aside:
-                return _json(await asyncio.to_thread(ask, *asked))
+                return await _json(await asyncio.to_thread(ask, *asked))
             if not endpoint.streams:
-                return _json(await compute(ask, *asked))
+                return await _json(await compute(ask, *asked))
             events: Iterator[Message] = ask(*asked)
             first = await compute(next, events)  # a mistake shows here, before the stream begins
             return _events(_stream(first, events, compute), request.app.state)
@@ -176,8 +176,10 @@ async def _read(request: Request, kind: type[Message]) -> Message:
         raise HTTPException(422, explained(error)) from error
 
 
-def _json(answer: Any) -> Response:
-    return Response(_adapter(type(answer)).dump_json(answer), media_type="application/json")
+async def _json(answer: Any) -> Response:
+    """Write an answer in a thread: a long text's takes its time."""
+    told = await asyncio.to_thread(_adapter(type(answer)).dump_json, answer)
+    return Response(told, media_type="application/json")
 
 
 @cache

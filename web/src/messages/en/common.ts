@@ -1,5 +1,5 @@
 export default {
-  serverGone: 'The server does not answer. Start it again with “moescope open”, then try again.',
+  serverGone: 'The server does not answer. Start it again with “moescope open” or “moescope serve”, then try again.',
   serverStatus: 'The server could not answer (status {status}).',
   told: '{message}',
   tooLong: 'This text has {n} characters; up to {max} fit. Please shorten it.',

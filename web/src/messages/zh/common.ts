@@ -1,7 +1,7 @@
 import type en from '../en/common';
 
 const zh: typeof en = {
-  serverGone: '服务器没有回应。请用“moescope open”重新启动，然后再试。',
+  serverGone: '服务器没有回应。请用“moescope open”或“moescope serve”重新启动，然后再试。',
   serverStatus: '服务器答不上来（状态码 {status}）。',
   told: '服务器的答复：{message}',
   tooLong: '这段文字有 {n} 个字符，最多 {max} 个。请缩短一些。',
