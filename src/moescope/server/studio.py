@@ -4,35 +4,44 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterator, Sequence
 from functools import cached_property
 from pathlib import Path
-from typing import Generic, Literal, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 
 from moescope.api import Model, load
-from moescope.catalog import catalog, count_parameters
-from moescope.config import ModelConfig
-from moescope.engine import thinking
+from moescope.catalog import catalog
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
-from moescope.lab.beside import ParameterCount, beside, expert_loads
+from moescope.lab.beside import beside, expert_loads
 from moescope.native.decoder import NativeDecoder
 from moescope.scope.cards import cards_of
 from moescope.scope.detail import Reading, TokenDetail
-from moescope.scope.history import FILE as HISTORY_FILE
-from moescope.scope.history import METRICS, History, history_of
+from moescope.scope.history import History, history_of
 from moescope.scope.parts import WHOLE, Parts
 from moescope.scope.specialization import Specialization, TypicalToken
 from moescope.scope.steps import End, stream
 from moescope.server import schema
 from moescope.server.companions import Companion, Role, find_companions
+from moescope.server.described import (
+    cache_info,
+    companion_info,
+    layer_info,
+    parameter_count,
+    reference_info,
+    thinks,
+)
 from moescope.server.examples import examples, hero_text, question_form
+from moescope.server.measured import (
+    history_file,
+    history_kept,
+    specialization_of,
+    training_steps,
+)
 from moescope.server.requests import NotThere
 from moescope.server.traffic import Traffic
 from moescope.text.deepseek_vocabulary import deepseek_tokenizer
-from moescope.text.tokenizer import Tokenizer
 
 REFERENCE = "deepseek-r1"
-SPECIALIZATION = "specialization.json"
 SMALL = 200_000_000
 """Parameters at work on a token, below which one thread is as fast as many."""
 KEPT = 8
@@ -129,7 +138,7 @@ class Studio:
         config = self.model.config
         return schema.ModelInfo(
             name=self.model.name,
-            layers=[_layer_info(config, i) for i in range(config.num_hidden_layers)],
+            layers=[layer_info(config, i) for i in range(config.num_hidden_layers)],
             num_experts_per_tok=config.num_experts_per_tok or 0,
             scoring_func=config.scoring_func,
             topk_method=config.topk_method,
@@ -140,15 +149,15 @@ class Studio:
             num_attention_heads=config.num_attention_heads,
             vocab_size=config.vocab_size,
             context=config.max_position_embeddings,
-            parameters=_parameters(config),
-            cache=_cache(config),
-            reference=_reference(catalog()[REFERENCE].config),
-            companions=[_companion_info(c) for c in self.companions],
+            parameters=parameter_count(config),
+            cache=cache_info(config),
+            reference=reference_info(catalog()[REFERENCE].config),
+            companions=[companion_info(c) for c in self.companions],
             has_training=self._has_training,
             watching=self.watching is not None,
             traffic=self.traffic is not None,
             question_form=self.question_form,
-            thinks=_thinks(self.model.tokenizer),
+            thinks=thinks(self.model.tokenizer),
             examples=examples(self.question_form),
         )
 
@@ -183,7 +192,7 @@ class Studio:
         So it is with small matrices, and beside native kernels, which have threads of their own.
         """
         packed = isinstance(self.model.network.model, NativeDecoder)
-        small = _parameters(self.model.config).active < SMALL
+        small = parameter_count(self.model.config).active < SMALL
         return 1 if small or packed else torch.get_num_threads()
 
     # --- a text -----------------------------------------------------------------------------------
@@ -271,11 +280,11 @@ class Studio:
         """
         copy = self._companion("unbalanced", "copy trained without balancing")
         loads = expert_loads(self._open(copy).engine, self._ids(request))
-        measured = _specialization(copy.folder)
+        measured = specialization_of(copy.folder)
         return schema.UnbalancedAnswer(
             name=copy.name,
-            steps=_training_steps(copy.folder),
-            own_steps=_training_steps(self.folder),
+            steps=training_steps(copy.folder),
+            own_steps=training_steps(self.folder),
             layers=list(loads),
             load=list(loads.values()),
             domains=measured.domains if measured else [],
@@ -313,7 +322,7 @@ class Studio:
         """
         if self.watching is not None:
             return history_of(self.watching)
-        found = _history(self.folder)
+        found = history_kept(self.folder)
         if found is None:
             raise NotThere(
                 f"the history of the training of {self.model.name} was not kept", "no_history"
@@ -341,11 +350,11 @@ class Studio:
 
     @property
     def _has_training(self) -> bool:
-        return self.watching is not None or _history_file(self.folder) is not None
+        return self.watching is not None or history_file(self.folder) is not None
 
     @cached_property
     def _specialization(self) -> Specialization | None:
-        return None if self.folder is None else _specialization(self.folder)
+        return None if self.folder is None else specialization_of(self.folder)
 
     @property
     def followed(self) -> Path:
@@ -460,92 +469,5 @@ class _Kept(Generic[Key, Value]):
             self._values.popitem(last=False)
 
 
-def _specialization(folder: Path) -> Specialization | None:
-    """What was measured of a model; None where nothing was."""
-    is_file = folder.suffix == ".gguf"
-    file = folder.with_suffix(f".{SPECIALIZATION}") if is_file else folder / SPECIALIZATION
-    try:
-        return Specialization.from_file(file)
-    except UserError:
-        return None  # not there, or a training's own measure of itself
-
-
-def _history_file(folder: Path | None) -> Path | None:
-    """Where the history of a model's training lies: packed with it, or as it was written."""
-    if folder is None:
-        return None
-    files = (folder / HISTORY_FILE, folder / METRICS)
-    return next((file for file in files if file.is_file()), None)
-
-
-def _history(folder: Path | None) -> History | None:
-    file = _history_file(folder)
-    if file is None:
-        return None
-    return History.from_file(file) if file.name == HISTORY_FILE else history_of(file.parent)
-
-
-def _training_steps(folder: Path | None) -> int | None:
-    """Steps of a model's training; None where its history was not kept."""
-    try:
-        history = _history(folder)
-    except UserError:
-        return None
-    return None if history is None else history.rows[-1].step
-
-
 def _params(asked: schema.SamplingRequest, max_tokens: int = 1) -> SamplingParams:
     return SamplingParams(max_tokens=max_tokens, **asked.model_dump())
-
-
-def _layer_info(config: ModelConfig, layer_idx: int) -> schema.LayerInfo:
-    kind: Literal["dense", "moe"] = "moe" if config.is_moe_layer(layer_idx) else "dense"
-    return schema.LayerInfo(
-        kind=kind,
-        n_routed_experts=config.required("n_routed_experts") if kind == "moe" else 0,
-        n_shared_experts=config.n_shared_experts if kind == "moe" else 0,
-        by_table=kind == "moe" and layer_idx < config.num_hash_layers,
-    )
-
-
-def _reference(config: ModelConfig) -> schema.ReferenceInfo:
-    counted = count_parameters(config)
-    return schema.ReferenceInfo(
-        name="DeepSeek-R1",
-        total=counted.total,
-        active=counted.active,
-        num_experts_per_tok=config.required("num_experts_per_tok"),
-        n_routed_experts=config.required("n_routed_experts"),
-        num_hidden_layers=config.num_hidden_layers,
-        vocab_size=config.vocab_size,
-        context=config.max_position_embeddings,
-        cache=_cache(config),
-    )
-
-
-def _companion_info(companion: Companion) -> schema.CompanionInfo:
-    return schema.CompanionInfo(name=companion.name, role=companion.role, problem=companion.problem)
-
-
-def _parameters(config: ModelConfig) -> ParameterCount:
-    counted = count_parameters(config)
-    return ParameterCount(total=counted.total, active=counted.active)
-
-
-def _cache(config: ModelConfig) -> schema.CacheInfo:
-    kind: Literal["latent", "grouped", "full", "compressed"]
-    if config.uses_mla:
-        kind = "latent"
-        kept = config.required("kv_lora_rank") + config.required("qk_rope_head_dim")
-        width = config.qk_head_dim + config.required("v_head_dim")
-    else:
-        kind = "grouped" if config.num_key_value_heads < config.num_attention_heads else "full"
-        kept = 2 * config.num_key_value_heads * config.qk_head_dim
-        width = 2 * config.qk_head_dim
-    if config.compress_rates is not None:
-        kind = "compressed"
-    return schema.CacheInfo(kind=kind, kept=kept, full=config.num_attention_heads * width)
-
-
-def _thinks(tokenizer: Tokenizer) -> bool:
-    return tokenizer.token_id(thinking.BEGIN) in tokenizer.special_ids
