@@ -1,4 +1,4 @@
-"""Formulas as MathML, which browsers show by themselves: a hook of `mkdocs.yml`."""
+"""What the site does to pages before and after Markdown: a hook of `mkdocs.yml`."""
 
 import html
 import re
@@ -7,10 +7,16 @@ from typing import Any
 from latex2mathml.converter import convert
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])</\1>', re.S)
+WRAPPED = re.compile(r"(?<=[\u3000-\u9fff\uff00-\uffef]) *\n *(?=[\u3000-\u9fff\uff00-\uffef])")
+
+
+def on_page_markdown(markdown: str, **_: Any) -> str:
+    """Join wrapped lines of Chinese, which a browser would show with a gap."""
+    return WRAPPED.sub("", markdown)
 
 
 def on_page_content(content: str, **_: Any) -> str:
-    """Turn what `pymdownx.arithmatex` marked as LaTeX into MathML."""
+    """Turn LaTeX that `pymdownx.arithmatex` marked into MathML, which browsers show."""
     return FORMULA.sub(_mathml, content)
 
 
