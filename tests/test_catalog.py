@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from moescope import catalog as catalog_module
-from moescope.catalog import BOX, Parameters, catalog, count_parameters
+from moescope.catalog import BOX, catalog
 from moescope.families import config_fields, read_config
+from moescope.model.costs import Parameters, count_parameters
 from moescope.model.decoder import CausalLM
 
 PUBLISHED = {name: entry for name, entry in catalog().items() if "/" in entry.source}

@@ -9,7 +9,7 @@ from typing import Any, overload
 import torch
 from torch import Tensor
 
-from moescope.catalog import BOX, count_parameters
+from moescope.catalog import BOX
 from moescope.checkpoint import load_model, open_checkpoint, save_weights
 from moescope.config import ModelConfig
 from moescope.engine.engine import Engine, Generation
@@ -21,6 +21,7 @@ from moescope.formats.headers import Headers
 from moescope.formats.repository import is_hub_name
 from moescope.kernels import cpu
 from moescope.machine import memory
+from moescope.model.costs import count_parameters
 from moescope.model.decoder import CausalLM
 from moescope.model.steering import Steering, steered
 from moescope.native.linear import PackedLinear

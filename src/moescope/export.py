@@ -8,11 +8,11 @@ from shlex import quote
 import torch
 
 from moescope.api import DTYPES, FLOAT32_PARAMETERS
-from moescope.catalog import count_parameters
 from moescope.checkpoint import open_checkpoint, write_folder
 from moescope.config import ModelConfig
 from moescope.errors import UserError
 from moescope.families import FAMILIES, others_route_alike
+from moescope.model.costs import count_parameters
 from moescope.quantization import quantize
 
 TARGETS = ("transformers", "vllm", "gguf")

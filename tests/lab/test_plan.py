@@ -15,8 +15,8 @@ from moescope.catalog import catalog
 from moescope.families import config_fields, read_config
 from moescope.lab import plan as plan_module
 from moescope.lab.plan import CONTEXT, Plan, plan
-from moescope.lab.widths import cached_numbers, held_numbers
 from moescope.machine import Machine
+from moescope.model.costs import cached_numbers, held_numbers
 from moescope.model.decoder import CausalLM, initialise
 
 SMALL = {

@@ -3,12 +3,13 @@
 import pytest
 import torch
 
-from moescope.catalog import catalog, count_parameters
+from moescope.catalog import catalog
 from moescope.families import read_config
 from moescope.kernels import cpu
 from moescope.lab import speed as module
 from moescope.lab.speed import _Taken, _whole, predict, predict_format, random_model, sample_shape
 from moescope.model.cache import Cache
+from moescope.model.costs import count_parameters
 from moescope.model.moe import GroupedExperts
 
 CACHE = 2**25

@@ -8,12 +8,12 @@ import pytest
 from gguf import GGUFReader
 from gguf_models import V2, V3, network, write
 
-from moescope.catalog import count_parameters
 from moescope.checkpoint import save_weights
 from moescope.errors import UserError
 from moescope.formats.headers import FIRST_BYTES
 from moescope.lab.plan import plan
 from moescope.lab.stored import part_of
+from moescope.model.costs import count_parameters
 
 PARTS = ("embedding", "attention", "dense_mlp", "routed_experts", "shared_experts", "lm_head")
 

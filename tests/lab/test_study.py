@@ -10,12 +10,12 @@ import pytest
 import torch
 from scipy import stats
 
-from moescope.catalog import count_parameters
 from moescope.errors import UserError
 from moescope.lab import study as module
 from moescope.lab import trainings
 from moescope.lab.routers import BASE, STUDIES, Case, base_config
 from moescope.lab.study import Row, Study, run_study, summarise
+from moescope.model.costs import count_parameters
 from moescope.model.routing import ROUTERS
 from moescope.scope.resampling import t_interval
 from moescope.training import trainer

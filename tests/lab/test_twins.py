@@ -5,13 +5,14 @@ from pathlib import Path
 
 import pytest
 
-from moescope.catalog import catalog, count_parameters
+from moescope.catalog import catalog
 from moescope.cli.main import run
 from moescope.errors import UserError
 from moescope.lab import trainings
 from moescope.lab.compare import Comparison
 from moescope.lab.routers import BASE, base_config
 from moescope.lab.twins import dense_twin, is_recipe, recipe, train_recipes
+from moescope.model.costs import count_parameters
 from moescope.training import trainer
 
 MODEL = """

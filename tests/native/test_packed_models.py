@@ -17,13 +17,13 @@ from packing import expert_reader
 from torch import Tensor
 
 from moescope.api import Model, load
-from moescope.catalog import count_parameters
 from moescope.checkpoint import save_weights
 from moescope.cli.main import run
 from moescope.errors import UserError
 from moescope.families import read_config
 from moescope.kernels import cpu
 from moescope.model.cache import Cache
+from moescope.model.costs import count_parameters
 from moescope.model.decoder import CausalLM, Decoder, initialise
 from moescope.model.steering import Steering, steered
 from moescope.native.decoder import NativeDecoder

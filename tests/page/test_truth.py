@@ -6,7 +6,8 @@ import pytest
 from reader import LANGUAGES, TEXT, settle, token_ids, write
 
 from moescope.api import Model
-from moescope.catalog import BOX, count_parameters
+from moescope.catalog import BOX
+from moescope.model.costs import count_parameters
 from moescope.scope.bytes import WeightBytes
 from moescope.scope.detail import Reading
 from moescope.scope.specialization import Specialization
@@ -171,7 +172,7 @@ def test_every_sentence_with_a_number_has_the_engines(
     assert str(len(found.router.topk_ids)) in experts and f"{100 * k / n:.1f}%" in experts
     cache = page.get_by_test_id("station-attention")
     kept = config.kv_lora_rank + config.qk_rope_head_dim
-    full = config.num_attention_heads * (config.qk_head_dim + config.v_head_dim)
+    full = config.num_attention_heads * (config.qk_nope_head_dim + config.v_head_dim)
     words = cache.text_content()
     assert str(kept) in words and str(full) in words and f"{round(100 * kept / full)}%" in words
     summary = page.get_by_test_id("station-summary").inner_text()

@@ -24,7 +24,8 @@ import gather
 import manuals
 import sources
 
-from moescope.catalog import catalog, count_parameters
+from moescope.catalog import catalog
+from moescope.model.costs import count_parameters
 
 POEM = {
     "title": "靜夜思",

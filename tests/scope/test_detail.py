@@ -43,6 +43,18 @@ def test_streams_attention_and_guesses_are_the_traces(model: Model, reading: Rea
     assert detail.embedding == model.network.model.embed_tokens.weight[reading.ids[6]].tolist()
 
 
+@pytest.mark.parametrize("steering", [{}, {"rule": "relu"}, {"rule": "random", "noise": 0.3}])
+def test_a_longer_text_goes_on_from_a_shorter(model: Model, steering: dict[str, Any]) -> None:
+    engine, ids = model.steer(**steering).engine, model.engine.encode(TEXT)
+    grown = Reading(engine, ids[:3])
+    for length in range(4, len(ids) + 1):
+        grown = Reading(engine, ids[:length], begun=grown)
+    for step, same in zip(grown.steps(), read(engine, ids), strict=True):
+        for layer, expected in zip(step.layers, same.layers, strict=True):
+            assert (layer and layer.topk_ids) == (expected and expected.topk_ids)
+        assert step.logprob == (same.logprob and pytest.approx(same.logprob, rel=1e-4))
+
+
 @pytest.mark.parametrize(
     "steering",
     [

@@ -3,6 +3,8 @@
 import io
 import re
 from collections.abc import Iterator
+from dataclasses import replace
+from unittest.mock import ANY
 
 import pytest
 import torch
@@ -129,3 +131,35 @@ def test_a_text_read_in_parts_was_read_as_a_whole(opened: Model) -> None:
             assert (one.mixing is None) == (other.mixing is None)
             for half, same in zip(one.mixing or (), other.mixing or (), strict=True):
                 assert half.pre == pytest.approx(same.pre, abs=1e-5)
+
+
+def test_a_reading_goes_on_as_if_the_text_were_read_at_once(opened: Model) -> None:
+    ids, params = opened.engine.encode(TEXT), SamplingParams()
+    begun = Reading(opened.engine, ids[:5])
+    going = Reading(opened.engine, ids[:6], begun=begun)
+    grown, whole = Reading(opened.engine, ids, begun=going), Reading(opened.engine, ids)
+    assert not begun.begins(ids) and not going.begins(ids)  # each hands on what it remembers
+    for step, same in zip(grown.steps(), whole.steps(), strict=True):
+        assert step.layers == [
+            layer and replace(layer, topk_weights=approx(layer.topk_weights), shared_share=ANY)
+            for layer in same.layers
+        ]
+        assert step.logprob == (same.logprob and approx(same.logprob))
+    for layer_idx in range(opened.config.num_hidden_layers):
+        for index in (4, 5, len(ids) - 1):
+            detail, same = (r.token(index, layer_idx, params) for r in (grown, whole))
+            assert detail.hidden_norms == approx(same.hidden_norms)
+            assert detail.attention.seen == same.attention.seen
+            assert detail.attention.mean == approx(same.attention.mean)
+            assert (detail.mixing is None) == (same.mixing is None)
+            if detail.mixing is not None and same.mixing is not None:
+                assert detail.mixing[1].pre == approx(same.mixing[1].pre)
+            assert [c.id for c in detail.candidates[:3]] == [c.id for c in same.candidates[:3]]
+    # What was handed on tells of its own text as before, and another text begins anew.
+    assert begun.token(4, 1, params).picked == whole.token(4, 1, params).picked
+    other = Reading(opened.engine, [*ids[:5], ids[1]], begun=begun)
+    assert other.steps()[-1].id == ids[1]
+
+
+def approx(values: object) -> object:
+    return pytest.approx(values, rel=1e-3, abs=1e-5)

@@ -14,8 +14,8 @@ from starlette.testclient import TestClient
 
 import moescope
 from moescope.api import Model, sampling_params
-from moescope.catalog import count_parameters
 from moescope.checkpoint import save_weights
+from moescope.model.costs import count_parameters
 from moescope.scope.detail import Reading
 from moescope.scope.steps import read
 from moescope.server import schema
@@ -54,7 +54,7 @@ def test_the_model_is_described(client: TestClient, model: Model) -> None:
     counted = count_parameters(model.config)
     assert info["parameters"] == {"total": counted.total, "active": counted.active}
     assert round(info["reference"]["total"] / 1e9) == 671
-    assert info["cache"] == {"kind": "latent", "kept": 16 + 4, "full": 2 * (8 + 4 + 8)}
+    assert info["cache"] == {"kind": "latent", "kept": 16 + 4, "full": 2 * (8 + 8)}
     assert info["companions"] == [
         {"name": "small-dense", "role": "dense", "problem": None},
         {"name": "small-unbalanced", "role": "unbalanced", "problem": None},
@@ -111,6 +111,17 @@ def test_ids_are_continued_as_they_stand(client: TestClient, model: Model) -> No
     assert [event["step"]["id"] for event in tokens][:3] == ids
     likeliest = model.logits(torch.tensor([ids]))[0, -1].argmax()
     assert tokens[3]["step"]["id"] == int(likeliest)
+
+
+def test_a_text_that_grows_is_read_on_from_where_it_was(home: Path) -> None:
+    studio = Studio.open(str(home))
+    ids, read_at_once = studio.model.engine.encode(TEXT), list[int]()
+    decoder = studio.model.network.model
+    decoder.register_forward_pre_hook(lambda _, given: read_at_once.append(given[0].shape[1]))
+    for length in (3, 4, 6, 5):
+        asked = schema.TokenRequest(ids=ids[:length], index=length - 1, layer=1)
+        studio.token(asked)
+    assert read_at_once == [3, 1, 2, 5]  # the last one branches off
 
 
 @pytest.mark.parametrize("steering", [{}, STEERING])

@@ -7,10 +7,10 @@ from dataclasses import dataclass
 
 import torch
 
-from moescope.catalog import count_parameters
 from moescope.engine.engine import Engine
 from moescope.model.balancing import chosen_experts
 from moescope.model.cache import Cache
+from moescope.model.costs import count_parameters, weight_flops
 from moescope.scope.bytes import WeightBytes
 from moescope.scope.recording import TraceRecorder
 from moescope.scope.steps import describe
@@ -105,7 +105,7 @@ def _contestant(name: str, engine: Engine, ids: Sequence[int], milliseconds: flo
         name=name,
         parameters=ParameterCount(parameters.total, parameters.active),
         losses=[-step.logprob for step in steps if step.logprob is not None],
-        flops_per_token=2 * (parameters.active_without_embedding - parameters.norm),
+        flops_per_token=weight_flops(parameters),
         bytes_per_token=round(float(read.float().mean())),
         milliseconds_per_token=milliseconds,
         next_tokens=steps[-1].candidates,

@@ -10,7 +10,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any, ClassVar
 
-from moescope.catalog import Entry, Parameters, catalog, count_parameters
+from moescope.catalog import Entry, catalog
 from moescope.config import ModelConfig
 from moescope.errors import UserError
 from moescope.families import config_fields, open_config
@@ -19,8 +19,16 @@ from moescope.formats.headers import Headers
 from moescope.formats.repository import is_hub_name
 from moescope.lab.speed import CACHE_BYTES, PROMPT, Prediction, predict
 from moescope.lab.stored import Stored, local_headers
-from moescope.lab.widths import attention_flops, cached_numbers, held_numbers, plain_numbers
 from moescope.machine import Machine
+from moescope.model.costs import (
+    Parameters,
+    attention_flops,
+    cached_numbers,
+    count_parameters,
+    held_numbers,
+    plain_numbers,
+    weight_flops,
+)
 from moescope.native.weight_format import BITS_PER_WEIGHT
 from moescope.scope.saved import Saved
 
@@ -286,7 +294,7 @@ def _work(config: ModelConfig, parameters: Parameters) -> Work:
     context = min(CONTEXT, config.max_position_embeddings)
     return Work(
         context=context,
-        weight_flops=2 * (parameters.active_without_embedding - parameters.norm),
+        weight_flops=weight_flops(parameters),
         generating_attention_flops=attention_flops(config, context, reading=False),
         reading_attention_flops=attention_flops(config, context, reading=True),
         bytes_read=Bytes.of(

@@ -22,10 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from moescope.catalog import Parameters, count_parameters
 from moescope.config import ModelConfig
 from moescope.kernels import cpu
-from moescope.lab.widths import attention_flops, held_numbers
 from moescope.machine import (
     Machine,
     last_level_cache,
@@ -34,6 +32,7 @@ from moescope.machine import (
     measure_read_bandwidth,
 )
 from moescope.model.cache import Cache
+from moescope.model.costs import Parameters, attention_flops, count_parameters, held_numbers
 from moescope.model.decoder import CausalLM
 from moescope.model.moe import MoE
 from moescope.model.rope import RotaryEmbedding

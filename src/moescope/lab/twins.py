@@ -4,11 +4,11 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from moescope.catalog import count_parameters
 from moescope.config import ModelConfig
 from moescope.errors import UserError
 from moescope.lab.routers import BASE, Fields
 from moescope.lab.trainings import Training, run_all, steps_done, train_quietly
+from moescope.model.costs import count_parameters
 from moescope.scope.choices import Progress
 from moescope.training.config import TrainConfig
 from moescope.training.text import prepare_text, with_special_ids

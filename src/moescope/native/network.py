@@ -12,7 +12,6 @@ from functools import partial
 import torch
 from torch import Tensor, nn
 
-from moescope.catalog import count_parameters
 from moescope.config import ModelConfig
 from moescope.errors import UserError
 from moescope.formats.source import ReadBlocks, ReadExpert
@@ -20,6 +19,7 @@ from moescope.kernels import cpu
 from moescope.kernels.quantize import rounded as round_to
 from moescope.model.attention import GroupedQueryAttention, LatentAttention
 from moescope.model.compressed_attention import GroupedLinear
+from moescope.model.costs import count_parameters
 from moescope.model.decoder import CausalLM
 from moescope.model.moe import MLP, GroupedExperts, MoE
 from moescope.model.norm import RMSNorm

@@ -213,32 +213,50 @@ class Reading:
         engine: of the model that reads.
         ids: the text.
         parts: in which it is computed.
+        begun: a reading, by the same engine, of what the text begins with, which need not be read
+            again; it answers on, but can begin no other text.
 
     Raises:
         UserError: the ids are no text for the model.
     """
 
     @torch.inference_mode()
-    def __init__(self, engine: Engine, ids: Sequence[int], parts: Parts = WHOLE) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        ids: Sequence[int],
+        parts: Parts = WHOLE,
+        begun: "Reading | None" = None,
+    ) -> None:
         engine.check(ids)
         self.model: CausalLM = engine.model
         self.tokenizer = engine.tokenizer
         self.ids = list(ids)
         self._input_ids = torch.tensor([self.ids], device=engine.device)  # (1, tokens)
         self._parts = parts
-        self._seen = self._read(parts.tokens or len(ids))
+        self._cache: Cache | None = Cache()
+        if begun is None or not begun.begins(ids):
+            self._seen = TraceRecorder.join(self._read(0))
+        else:
+            self._cache, begun._cache = begun._cache, None
+            self._seen = TraceRecorder.join([begun._seen, *self._read(len(begun.ids))])
 
-    def _read(self, at_once: int) -> TraceRecorder:
-        """Run all layers over the text, so many tokens at a time."""
-        cache = Cache() if at_once < len(self.ids) else None
+    def _read(self, known: int) -> list[TraceRecorder]:
+        """Run all layers over what follows so many tokens, in parts."""
         positions = torch.arange(len(self.ids), device=self._input_ids.device)[None]
         seen: list[TraceRecorder] = []
-        for start in range(0, len(self.ids), at_once):
+        at_once = self._parts.tokens or len(self.ids)
+        for start in range(known, len(self.ids), at_once):
             part = slice(start, start + at_once)
             seen.append(TraceRecorder())
-            self.model.model(self._input_ids[:, part], positions[:, part], cache, seen[-1])
+            self.model.model(self._input_ids[:, part], positions[:, part], self._cache, seen[-1])
             self._parts.pause()
-        return TraceRecorder.join(seen)
+        return seen
+
+    def begins(self, ids: Sequence[int]) -> bool:
+        """Whether a text can go on from here: it begins so, and no other has gone on yet."""
+        known = len(self.ids)
+        return self._cache is not None and len(ids) > known and list(ids[:known]) == self.ids
 
     # --- questions --------------------------------------------------------------------------------
 

@@ -2,10 +2,10 @@
 
 from typing import Literal
 
-from moescope.catalog import count_parameters
 from moescope.config import ModelConfig
 from moescope.engine import thinking
 from moescope.lab.beside import ParameterCount
+from moescope.model.costs import count_parameters, kept_numbers, plain_numbers
 from moescope.server import schema
 from moescope.server.companions import Companion
 from moescope.text.tokenizer import Tokenizer
@@ -52,17 +52,13 @@ def parameter_count(config: ModelConfig) -> ParameterCount:
 def cache_info(config: ModelConfig) -> schema.CacheInfo:
     """What a token leaves in the cache of a layer."""
     kind: Literal["latent", "grouped", "full", "compressed"]
-    if config.uses_mla:
-        kind = "latent"
-        kept = config.required("kv_lora_rank") + config.required("qk_rope_head_dim")
-        width = config.qk_head_dim + config.required("v_head_dim")
-    else:
-        kind = "grouped" if config.num_key_value_heads < config.num_attention_heads else "full"
-        kept = 2 * config.num_key_value_heads * config.qk_head_dim
-        width = 2 * config.qk_head_dim
     if config.compress_rates is not None:
         kind = "compressed"
-    return schema.CacheInfo(kind=kind, kept=kept, full=config.num_attention_heads * width)
+    elif config.uses_mla:
+        kind = "latent"
+    else:
+        kind = "grouped" if config.num_key_value_heads < config.num_attention_heads else "full"
+    return schema.CacheInfo(kind=kind, kept=kept_numbers(config), full=plain_numbers(config))
 
 
 def thinks(tokenizer: Tokenizer) -> bool:

@@ -10,6 +10,7 @@ from typing import Annotated, Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
+from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
 from moescope.lab.beside import Contestant, ParameterCount
 from moescope.scope.cards import Card
@@ -72,15 +73,18 @@ class ExpertBias(ExpertId):
 
 
 class SamplingRequest(Message):
-    """How the next token is picked; see `engine.sampling.SamplingParams`."""
+    """How the next token is picked: fields of `SamplingParams`, which knows what they may be.
 
-    temperature: float = Field(default=0.0, ge=0, le=100)
-    top_k: int | None = Field(default=None, ge=1)
-    top_p: float | None = Field(default=None, gt=0, le=1)
-    min_p: float | None = Field(default=None, ge=0, le=1)
-    repetition_penalty: float = Field(default=1.0, gt=0, le=100)
-    frequency_penalty: float = Field(default=0.0, ge=-2, le=2)
-    presence_penalty: float = Field(default=0.0, ge=-2, le=2)
+    The seed alone has another default: a link reproduces a text.
+    """
+
+    temperature: float = SamplingParams.temperature
+    top_k: int | None = SamplingParams.top_k
+    top_p: float | None = SamplingParams.top_p
+    min_p: float | None = SamplingParams.min_p
+    repetition_penalty: float = SamplingParams.repetition_penalty
+    frequency_penalty: float = SamplingParams.frequency_penalty
+    presence_penalty: float = SamplingParams.presence_penalty
     seed: int = 0
 
 

@@ -421,11 +421,17 @@ class Studio:
         )
 
     def _reading(self, request: schema.TextRequest) -> Reading:
-        ids = self._ids(request)
-        return self._readings.get(
-            (request.steering.model_dump_json(), ids),
-            lambda: Reading(self._steer(request.steering).engine, ids, self.parts),
-        )
+        steering, ids = request.steering.model_dump_json(), self._ids(request)
+
+        def read() -> Reading:
+            # A text that is played grows by a token at a time.
+            same = (kept for key, kept in self._readings.items() if key[0] == steering)
+            begun = max(
+                (kept for kept in same if kept.begins(ids)), key=lambda k: len(k.ids), default=None
+            )
+            return Reading(self._steer(request.steering).engine, ids, self.parts, begun)
+
+        return self._readings.get((steering, ids), read)
 
 
 def cut(request: schema.CutRequest) -> schema.CutAnswer:
@@ -461,6 +467,10 @@ class _Kept(Generic[Key, Value]):
         if key in self._values:
             self._values.move_to_end(key)
         return self._values.get(key)
+
+    def items(self) -> list[tuple[Key, Value]]:
+        """All that is kept."""
+        return list(self._values.items())
 
     def keep(self, key: Key, value: Value) -> None:
         """Keep a value, and no more than so many."""

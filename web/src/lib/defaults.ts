@@ -1,5 +1,5 @@
 /** What the reader has not changed. */
-import type { SamplingRequest, SteeringRequest } from './types';
+import type { SteeringRequest } from './types';
 
 export const MAX_TOKENS = 48;
 /** Tokens that the reader may ask for at once. */
@@ -14,16 +14,4 @@ export const NO_STEERING: SteeringRequest = {
   bias: [],
   disabled: [],
   forced: [],
-};
-
-/** Where a model's files say nothing else. */
-export const GREEDY: SamplingRequest = {
-  temperature: 0,
-  top_k: null,
-  top_p: null,
-  min_p: null,
-  repetition_penalty: 1,
-  frequency_penalty: 0,
-  presence_penalty: 0,
-  seed: 0,
 };

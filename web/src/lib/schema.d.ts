@@ -1405,7 +1405,9 @@ export interface components {
         };
         /**
          * SamplingRequest
-         * @description How the next token is picked; see `engine.sampling.SamplingParams`.
+         * @description How the next token is picked: fields of `SamplingParams`, which knows what they may be.
+         *
+         *     The seed alone has another default: a link reproduces a text.
          */
         SamplingRequest: {
             /**

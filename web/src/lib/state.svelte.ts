@@ -1,7 +1,7 @@
 /** The page's one state: what was typed, what the model answered, and what the reader chose. */
 import { getContext, setContext, untrack } from 'svelte';
 import { ApiError, generate, getModel, getStart, isAbort, knock, MAX_TEXT, serverGone, told, token, trace } from './api';
-import { GREEDY, MAX_TOKENS, NO_STEERING } from './defaults';
+import { MAX_TOKENS, NO_STEERING } from './defaults';
 import { i18n, t, type Language } from './i18n.svelte';
 import type {
   Card,
@@ -60,7 +60,8 @@ export class AppState {
   selectedExpert: number | null = $state(null);
 
   steering: SteeringRequest = $state.raw(NO_STEERING);
-  sampling: SamplingRequest = $state.raw(GREEDY);
+  /** What the reader changed about the model's own sampling. */
+  resampled: Partial<SamplingRequest> = $state.raw({});
   maxTokens: number = $state(MAX_TOKENS);
   guessFirst: boolean = $state(false);
   /** The token that the reader bet on in "guess first"; null until then. */
@@ -127,14 +128,8 @@ export class AppState {
     this.guessFirst && this.bet === null && this.selected === this.steps.length - 1,
   );
 
-  /** What the reader changed about the model's own sampling. */
-  resampled: Partial<SamplingRequest> = $derived(
-    Object.fromEntries(
-      Object.entries(this.sampling).filter(
-        ([name, value]) => value !== (this.model?.sampling ?? GREEDY)[name as keyof SamplingRequest],
-      ),
-    ),
-  );
+  /** How tokens are picked; nothing is known of it before the model is. */
+  sampling = $derived({ ...this.model?.sampling, ...this.resampled } as SamplingRequest);
 
   get language(): Language {
     return i18n.language;
@@ -171,7 +166,7 @@ export class AppState {
       this.locked = false;
       this.model = model;
       this.hero = hero;
-      this.sampling = { ...model.sampling, ...wanted.sampling };
+      this.setSampling(wanted.sampling);
       this.setLayer(wanted.layer ?? this.readable);
       this.selectedExpert = wanted.expert ?? null;
       this.prompt ||= this.#firstExample();
@@ -322,7 +317,11 @@ export class AppState {
   }
 
   setSampling(change: Partial<SamplingRequest>): void {
-    this.sampling = { ...this.sampling, ...change };
+    const own = this.model?.sampling;
+    const all = Object.entries({ ...this.resampled, ...change });
+    this.resampled = Object.fromEntries(
+      all.filter(([name, value]) => value !== own?.[name as keyof SamplingRequest]),
+    );
   }
 
   /** The model beside this one in a role; null where there is none. */

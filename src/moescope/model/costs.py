@@ -1,7 +1,91 @@
-"""How many numbers attention keeps and multiplies, by kind."""
+"""What a network costs, counted from its config alone: parameters, cache and operations."""
+
+from collections import Counter
+from dataclasses import dataclass
 
 from moescope.config import ModelConfig
 from moescope.model.compressed_attention import SPARSE
+from moescope.model.decoder import without_numbers
+
+# --- parameters -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Parameters:
+    """How many weights a model has, and where they stand.
+
+    Attributes:
+        total: all but `mtp`, which DeepSeek counts apart; a tied matrix once.
+        active: of them, what works on one token: all but the routed experts that it does not
+            visit. Routers without a fixed number of experts count with their mean.
+        active_without_embedding: the same without the input embedding, of which a token takes
+            one row and multiplies by none.
+        embedding: the input embedding; none if it is tied, as then it is `lm_head`.
+        attention: projections and their biases.
+        dense_mlp: feed-forward parts of layers without experts.
+        routed_experts: all of them.
+        shared_experts: those that see every token.
+        router: the maps that score experts.
+        norm: all norms, and what mixes several residual streams (DeepSeek-V4).
+        lm_head: the map to logits.
+        mtp: multi-token prediction, embedding and head not included.
+    """
+
+    total: int
+    active: int
+    active_without_embedding: int
+    embedding: int
+    attention: int
+    dense_mlp: int
+    routed_experts: int
+    shared_experts: int
+    router: int
+    norm: int
+    lm_head: int
+    mtp: int
+
+
+_PARTS = {
+    "mtp.": "mtp",
+    "embed_tokens.": "embedding",
+    "lm_head.": "lm_head",
+    "norm.": "norm",
+    "_hc.": "norm",
+    "hc_head.": "norm",
+    ".shared_experts.": "shared_experts",
+    ".experts.": "routed_experts",
+    ".mlp.gate.": "router",
+    ".self_attn.": "attention",
+    ".mlp.": "dense_mlp",
+}
+"""What a parameter belongs to, by a piece of its name; the first that fits decides."""
+
+
+def count_parameters(config: ModelConfig) -> Parameters:
+    """Count the weights of the network that `config` describes, without making them."""
+    model = without_numbers(config)
+    counted: Counter[str] = Counter()
+    for name, parameter in model.named_parameters():
+        counted[next(part for piece, part in _PARTS.items() if piece in name)] += parameter.numel()
+    if config.tie_word_embeddings:
+        counted["lm_head"] = counted.pop("embedding")
+    split = {part: counted[part] for part in _PARTS.values()}
+    total = sum(split.values()) - split["mtp"]
+    active = total - split["routed_experts"]
+    if config.n_routed_experts is not None:
+        visited = config.required("num_experts_per_tok")
+        active += split["routed_experts"] * visited // config.n_routed_experts
+    return Parameters(
+        total=total, active=active, active_without_embedding=active - split["embedding"], **split
+    )
+
+
+def weight_flops(parameters: Parameters) -> int:
+    """Operations of all weights on a token: two for each that multiplies it."""
+    return 2 * (parameters.active_without_embedding - parameters.norm)
+
+
+# --- the cache ------------------------------------------------------------------------------------
 
 
 def cached_numbers(config: ModelConfig) -> int:
@@ -18,7 +102,7 @@ def cached_numbers(config: ModelConfig) -> int:
         if rate is not None:
             numbers += (config.qk_head_dim + _indexed(config, layer)) / rate
         elif config.window_of(layer) is None:
-            numbers += _kept(config) + _indexed(config, layer)
+            numbers += kept_numbers(config) + _indexed(config, layer)
     return round(numbers)
 
 
@@ -32,7 +116,7 @@ def held_numbers(config: ModelConfig) -> int:
     for layer in range(config.num_hidden_layers):
         rate, indexed = config.compress_rate_of(layer), _indexed(config, layer)
         if config.compress_rates is None:
-            numbers += _kept(config) + indexed
+            numbers += kept_numbers(config) + indexed
             continue
         numbers += config.qk_head_dim  # key and value at once
         if rate is not None:
@@ -40,6 +124,13 @@ def held_numbers(config: ModelConfig) -> int:
             made_of = (2 if indexed else 1) * 2 * width  # overlapping halves, states and gates
             numbers += made_of + width / rate
     return round(numbers)
+
+
+def kept_numbers(config: ModelConfig) -> int:
+    """Numbers that a layer without an indexer or windows keeps of each token."""
+    if config.uses_mla:
+        return config.required("kv_lora_rank") + config.required("qk_rope_head_dim")
+    return 2 * config.num_key_value_heads * config.qk_head_dim
 
 
 def plain_numbers(config: ModelConfig) -> int:
@@ -51,6 +142,9 @@ def plain_numbers(config: ModelConfig) -> int:
         head = config.required("qk_nope_head_dim") + config.required("v_head_dim")
         return config.num_attention_heads * head
     return config.num_attention_heads * 2 * config.qk_head_dim
+
+
+# --- attention's operations -----------------------------------------------------------------------
 
 
 def attention_flops(config: ModelConfig, context: int, *, reading: bool) -> int:
@@ -98,12 +192,6 @@ def _indexed(config: ModelConfig, layer: int) -> int:
         else config.layer_type_of(layer) == SPARSE
     )
     return config.required("index_head_dim") if picks else 0
-
-
-def _kept(config: ModelConfig) -> int:
-    if config.uses_mla:
-        return config.required("kv_lora_rank") + config.required("qk_rope_head_dim")
-    return 2 * config.num_key_value_heads * config.qk_head_dim
 
 
 def _cached_width(config: ModelConfig) -> int:
