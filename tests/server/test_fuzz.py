@@ -23,6 +23,7 @@ from hypothesis import strategies as st
 from served import ask, kilobytes, nothing_runs, process, said, save_tool_caller
 
 from moescope.api import Model
+from moescope.server.contract import openapi
 
 BODIES = int(os.environ.get("FUZZ_BODIES", "300"))
 MODEL = os.environ.get("FUZZ_MODEL")
@@ -74,10 +75,19 @@ class Served:
 def served(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Served]:
     home = tmp_path_factory.mktemp("fuzz") / "small"
     save_tool_caller(model, home, positions=512)
-    with process(MODEL or home, "--name", "small", "--cache-memory", "0.02") as (server, port):
+    options = ("--name", "small", "--cache-memory", "0.02", "--watch")
+    with process(MODEL or home, *options) as (server, port):
         known = ask(port, "/v1/completions", KNOWN)
-        yield Served(server, port, ask(port, "/openapi.json"), known["choices"])
+        yield Served(server, port, joined(ask(port, "/openapi.json"), openapi()), known["choices"])
         assert server.poll() is None and said(server) == ""
+
+
+def joined(apis: Mapping[str, Any], page: Mapping[str, Any]) -> Mapping[str, Any]:
+    """The description of all that a server answers: its APIs and, below /page, the page's own."""
+    schemas, others = (document["components"]["schemas"] for document in (apis, page))
+    assert not schemas.keys() & others.keys()
+    paths = {f"/page{path}": how for path, how in page["paths"].items()}
+    return {"paths": {**apis["paths"], **paths}, "components": {"schemas": {**schemas, **others}}}
 
 
 def requests(document: Mapping[str, Any]) -> st.SearchStrategy[tuple[str, bytes]]:
@@ -99,7 +109,8 @@ def checked(served: Served, path: str, body: bytes) -> None:
     assert status < 500, told
     assert "server failed" not in told  # in the middle of a stream
     if status != 200:
-        error = json.loads(told)["error"]
+        mistake = json.loads(told)
+        error = mistake.get("error", mistake)
         message = error if isinstance(error, str) else error["message"]
         assert message and len(message) < 600, message
 
