@@ -115,7 +115,7 @@ def test_answers_come_with_the_probabilities_and_experts_of_who_drew_them(
     talker: Tokenizer,  # noqa: F811
     sampler: str,
 ) -> None:
-    network = sampling_network(model, sampler)  # type: ignore[arg-type]
+    network = sampling_network(model, sampler, torch.float32)  # type: ignore[arg-type]
     prompts = [[0, 7, 8], [0, 9], [0, 10, 11, 12, 13]]
     answers = draw_answers(network, talker, prompts, [5, 6, 7], max_tokens=10)
     for prompt, answer in zip(prompts, answers, strict=True):

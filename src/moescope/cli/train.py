@@ -4,9 +4,11 @@ import json
 import sys
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
-from typing import Annotated, TextIO
+from typing import Annotated, Any, TextIO
 
 import typer
+
+from moescope.errors import UserError
 
 
 def _show_fields(wanted: bool) -> None:
@@ -49,6 +51,13 @@ def train(
         int | None,
         typer.Option(help="Go back to this step's checkpoint in OUT and continue from there."),
     ] = None,
+    parallel: Annotated[
+        str | None,
+        typer.Option(
+            metavar="data=N,expert=M",
+            help="Over how many of torchrun's processes the training is dealt.",
+        ),
+    ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show the training on a page while it runs.")
     ] = False,
@@ -67,24 +76,37 @@ def train(
 ) -> None:
     """Train a model. Ctrl-C saves a checkpoint; --resume continues from it, bit for bit."""
     from moescope.training.config import TrainConfig
+    from moescope.training.parallel.ranks import is_first_process, one_of_all_says
     from moescope.training.trainer import train as run_training
 
-    settings = TrainConfig.from_file(
-        config,
-        {
-            "start": {"model": start_from},
-            "data": {"source": data, "tokenizer": tokenizer},
-            "training": {"steps": steps, "seed": seed},
-            "checkpoints": {"every": checkpoint_every},
-        },
-    )
     stream = sys.stderr if as_json else sys.stdout
-    with _page(out, stream) if watch else nullcontext():
-        summary = run_training(settings, out, resume=resume, from_step=from_step, stream=stream)
+    with one_of_all_says():
+        settings = TrainConfig.from_file(
+            config,
+            {
+                "start": {"model": start_from},
+                "data": {"source": data, "tokenizer": tokenizer},
+                "training": {"steps": steps, "seed": seed},
+                "checkpoints": {"every": checkpoint_every},
+                "parallel": _ranks(parallel),
+            },
+        )
+        with _page(out, stream) if watch and is_first_process() else nullcontext():
+            summary = run_training(settings, out, resume=resume, from_step=from_step, stream=stream)
     if summary is None:
         raise typer.Exit(130)
-    if as_json:
+    if as_json and is_first_process():
         print(json.dumps(summary, ensure_ascii=False))
+
+
+def _ranks(text: str | None) -> dict[str, Any]:
+    """Read `data=1,expert=2`; numbers are checked where the config's are."""
+    parts = [] if text is None else [part.partition("=") for part in text.split(",")]
+    if any(name not in ("data", "expert") or not number for name, _, number in parts):
+        raise UserError(
+            f"--parallel {text} says no numbers of ranks; write it as --parallel data=2,expert=1"
+        )
+    return {name: number for name, _, number in parts}
 
 
 def _page(out: Path, stream: TextIO) -> AbstractContextManager[None]:

@@ -1,5 +1,7 @@
 """The mixture of experts: route -> dispatch -> experts -> combine, plus the shared experts."""
 
+from typing import Any, Protocol
+
 import torch
 from torch import Tensor, nn
 
@@ -34,8 +36,28 @@ class MLP(nn.Module):
         )
 
 
+class Dispatcher(Protocol):
+    """Brings tokens to where their experts are, where these do not all lie here."""
+
+    def held(self, parameter: Tensor) -> Tensor:
+        """Return the part of a parameter that belongs to the experts here."""
+        ...
+
+    def dispatch(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Any:
+        """Send tokens out; return those that came, with ids and weights of the experts here."""
+        ...
+
+    def combine(self, outputs: Tensor, arrived: Any) -> Tensor:
+        """Send outputs back to the tokens, and sum each token's."""
+        ...
+
+
 class GroupedExperts(nn.Module):
-    """The weights of all routed experts of a layer, stacked."""
+    """The weights of all routed experts of a layer, stacked.
+
+    Attributes:
+        dispatcher: None where all experts lie here.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -45,6 +67,7 @@ class GroupedExperts(nn.Module):
         self.gate_up_proj = nn.Parameter(torch.empty(experts, 2 * intermediate, hidden))
         self.down_proj = nn.Parameter(torch.empty(experts, hidden, intermediate))
         self.activation = kernels.Activation(config.expert_act, config.swiglu_limit)
+        self.dispatcher: Dispatcher | None = None
         self.gate_up_proj_bias: nn.Parameter | None = None
         self.down_proj_bias: nn.Parameter | None = None
         if config.expert_bias:
@@ -53,20 +76,34 @@ class GroupedExperts(nn.Module):
 
     def forward(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Dispatch `(tokens, hidden)` to the chosen experts and sum what they return, weighted."""
+        if self.dispatcher is None:
+            return self.compute(hidden_states, topk_ids, topk_weights)
+        there = self.dispatcher.dispatch(hidden_states, topk_ids, topk_weights)
+        outputs = self.compute(there.hidden_states, there.topk_ids, there.topk_weights)
+        return self.dispatcher.combine(outputs, there)
+
+    def compute(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
+        """Sum what the experts here return: `(tokens, hidden)` to the same shape."""
+        gate_up_proj, down_proj = self._held(self.gate_up_proj), self._held(self.down_proj)
         if self.gate_up_proj_bias is None and self.activation.is_plain:
             return kernels.routed_experts(
-                hidden_states, self.gate_up_proj, self.down_proj, topk_ids, topk_weights
+                hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights
             )
         return kernels.visited_experts(
             hidden_states,
-            self.gate_up_proj,
-            self.down_proj,
+            gate_up_proj,
+            down_proj,
             topk_ids,
             topk_weights,
             activation=self.activation,
-            gate_up_proj_bias=self.gate_up_proj_bias,
-            down_proj_bias=self.down_proj_bias,
+            gate_up_proj_bias=self._held(self.gate_up_proj_bias),
+            down_proj_bias=self._held(self.down_proj_bias),
         )
+
+    def _held(self, parameter: Any) -> Any:
+        if self.dispatcher is None or parameter is None:
+            return parameter
+        return self.dispatcher.held(parameter)
 
 
 class MoE(nn.Module):

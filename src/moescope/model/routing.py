@@ -5,8 +5,9 @@ Each rule below is one class with one method; `ROUTERS` names them by `topk_meth
 own field. Arithmetic is float32 whatever the model's type.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Protocol
 
 import torch
 import torch.nn.functional as F
@@ -49,6 +50,16 @@ class Routing:
         """Tokens that each expert received, `(n_routed_experts,)` int64."""
         n_routed_experts = self.scores.shape[-1]
         return torch.bincount(self.topk_ids.flatten() + 1, minlength=n_routed_experts + 1)[1:]
+
+
+class Peers(Protocol):
+    """Other processes that hold as many tokens of the same micro batch each."""
+
+    number: int  # of this one, from zero
+
+    def gather(self, rows: Tensor) -> Tensor:
+        """Return the rows of all of them, in order."""
+        ...
 
 
 class Router(nn.Module):
@@ -188,7 +199,27 @@ class ReLU(Router):
         return topk_ids, topk_weights * self.routed_scaling_factor
 
 
-class ExpertChoice(Router):
+class CompetingRouter(Router):
+    """A router for which the tokens of a micro batch compete in training.
+
+    Attributes:
+        peers: the ranks among which the micro batch is dealt; None where all of it is here.
+    """
+
+    peers: Peers | None = None
+
+    def own_part(self, rule: Callable[[Tensor], Tensor], rows: Tensor) -> Tensor:
+        """Apply a rule to the whole micro batch; return what it says of the tokens here.
+
+        `rows` and what is returned are `(tokens, experts)`.
+        """
+        if self.peers is None:
+            return rule(rows)
+        start = self.peers.number * len(rows)
+        return rule(self.peers.gather(rows))[start : start + len(rows)]
+
+
+class ExpertChoice(CompetingRouter):
     """Each expert chooses tokens, not each token experts (Zhou et al. 2022, eq. 1).
 
     In training an expert takes the best `tokens * k / n_routed_experts` of the micro batch, which
@@ -209,7 +240,11 @@ class ExpertChoice(Router):
     def choose(
         self, scores: Tensor, router_logits: Tensor, input_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        taken = self.best_tokens(scores) if self.training else self.reached(scores)
+        with torch.no_grad():
+            if self.training:
+                taken = self.own_part(self.best_tokens, scores)
+            else:
+                taken = self.reached(scores)
         slots = int(taken.sum(dim=-1).max().clamp(min=1))
         topk_weights, topk_ids = scores.masked_fill(~taken, 0.0).topk(slots, dim=-1)
         topk_ids = topk_ids.masked_fill(~taken.gather(1, topk_ids), UNUSED)
@@ -230,7 +265,7 @@ class ExpertChoice(Router):
         return torch.zeros_like(scores, dtype=torch.bool).scatter_(1, best, True)
 
 
-class Sinkhorn(Router):
+class Sinkhorn(CompetingRouter):
     """A balanced assignment by Sinkhorn's iteration in training (Clark et al. 2022, S-BASE).
 
     The plan decides who goes where and carries no gradient; weights are the scores. Outside
@@ -244,7 +279,7 @@ class Sinkhorn(Router):
         self, scores: Tensor, router_logits: Tensor, input_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
         with torch.no_grad():
-            plan = self.balance(router_logits) if self.training else scores
+            plan = self.own_part(self.balance, router_logits) if self.training else scores
             topk_ids = plan.topk(self.top_k, dim=-1).indices
         return topk_ids, self.weigh(scores, topk_ids)
 

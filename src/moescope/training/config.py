@@ -8,6 +8,7 @@ import tomllib
 from pathlib import Path
 from typing import Any, Literal
 
+import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from moescope.config import ModelConfig, one_sentence
@@ -74,6 +75,8 @@ class TrainingConfig(Table):
         dtype: type that the network computes in; masters and optimizer state are float32.
         mtp_loss_weight: of the multi-token-prediction loss (DeepSeek-V3, section 4.2: 0.3).
         fuse: compile chains of elementwise operations, which costs half a minute at the start.
+        checkpoint_activations: keep of attention, experts and dense parts their inputs alone and
+            compute the rest again in the backward pass: less memory, a third more work.
     """
 
     steps: int = Field(gt=0)
@@ -91,6 +94,11 @@ class TrainingConfig(Table):
     dtype: Literal["bfloat16", "float32"] = "bfloat16"
     mtp_loss_weight: float = Field(default=0.3, ge=0)
     fuse: bool = False
+    checkpoint_activations: bool = False
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return getattr(torch, self.dtype)
 
     @property
     def rows_at_a_time(self) -> int:
@@ -143,6 +151,24 @@ class CheckpointsConfig(Table):
 
     every: int = Field(default=0, ge=0)
     keep: int = Field(default=2, gt=0)
+
+
+class ParallelConfig(Table):
+    """`[parallel]`: over how many processes the training is dealt, which torchrun starts.
+
+    Each process reads its share of every micro batch.
+
+    Attributes:
+        data: ranks among which weights and optimizer state are dealt (FSDP).
+        expert: ranks among which the experts of each layer are dealt; tokens travel to them.
+    """
+
+    data: int = Field(default=1, gt=0)
+    expert: int = Field(default=1, gt=0)
+
+    @property
+    def ranks(self) -> int:
+        return self.data * self.expert
 
 
 class RlConfig(Table):
@@ -198,6 +224,7 @@ class TrainConfig(Table):
     balance: BalanceConfig = BalanceConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
     checkpoints: CheckpointsConfig = CheckpointsConfig()
+    parallel: ParallelConfig = ParallelConfig()
     rl: RlConfig = RlConfig()
 
     def required_start(self) -> str:
@@ -268,6 +295,33 @@ class TrainConfig(Table):
                 f"{path}: n_routed_experts {experts} is no multiple of device_groups "
                 f"{self.balance.device_groups}"
             )
+        self._check_parallel(path)
+
+    def _check_parallel(self, path: Path) -> None:
+        parallel, rows = self.parallel, self.training.rows_at_a_time
+        experts = self.model.n_routed_experts
+        if parallel.expert > 1 and experts is None:
+            raise UserError(
+                f"{path}: [parallel] deals experts to {parallel.expert} ranks, but the model has "
+                "none; leave `expert` out and raise `data`"
+            )
+        if experts is not None and experts % parallel.expert:
+            raise UserError(
+                f"{path}: n_routed_experts {experts} cannot be dealt evenly to the "
+                f"{parallel.expert} ranks of `expert` in [parallel]"
+            )
+        if rows % parallel.ranks:
+            name = "micro_batch_size" if self.training.micro_batch_size else "batch_size"
+            raise UserError(
+                f"{path}: {name} {rows} cannot be dealt evenly to {parallel.ranks} ranks (data "
+                f"{parallel.data} x expert {parallel.expert}); make it a multiple of that"
+            )
+        method = self.model.topk_method
+        if self.kind == "rl" and parallel.ranks > 1 and method in ("expert_choice", "sinkhorn"):
+            raise UserError(
+                f"{path}: the tokens of a micro batch compete for experts with {method}, and "
+                'those of kind = "rl" differ in number between ranks; train in one process'
+            )
 
 
 def _model_of(tables: dict[str, Any], path: Path) -> ModelConfig:
@@ -290,6 +344,7 @@ FIELDS: dict[str, set[str]] = {
     "balance": set(BalanceConfig.model_fields),
     "evaluation": set(EvaluationConfig.model_fields),
     "checkpoints": set(CheckpointsConfig.model_fields),
+    "parallel": set(ParallelConfig.model_fields),
     "rl": set(RlConfig.model_fields),
 }
 """What each table may hold; a model's rotary settings may come as `transformers` writes them."""

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from moescope import kernels
 from moescope.model.balancing import dead_share, load_entropy, max_violation
@@ -12,6 +13,8 @@ from moescope.model.decoder import CausalLM
 from moescope.training.batches import HeldOutBatches
 from moescope.training.data import ShardIndex
 from moescope.training.objective import LoadRecorder
+from moescope.training.parallel.ranks import Ranks
+from moescope.training.part import Part
 
 
 @dataclass(frozen=True)
@@ -51,27 +54,36 @@ class Evaluation:
 
 @torch.no_grad()
 def evaluate(
-    model: CausalLM, index: ShardIndex, *, batch_size: int, sequence_length: int, max_tokens: int
+    model: CausalLM,
+    index: ShardIndex,
+    *,
+    batch_size: int,
+    sequence_length: int,
+    max_tokens: int,
+    ranks: Ranks,
 ) -> Evaluation:
     """Run up to `max_tokens` held-out tokens of every domain through the network."""
     loss: dict[str, float] = {}
     bits_per_byte: dict[str, float] = {}
     load: dict[str, dict[int, list[int]]] = {}
-    weight = model.lm_head.weight
+    device = model.lm_head.weight.device
     model.eval()
     for domain in index.domains:
         batches = HeldOutBatches(index, domain, batch_size, sequence_length, max_tokens)
-        recorder = LoadRecorder()
+        counts: dict[int, Tensor] = {}
         total = 0.0
         for ids in batches:
-            ids = ids.to(weight.device)
-            hidden_states = model(ids[:, :-1], recorder=recorder).flatten(0, 1)
-            targets = ids[:, 1:].flatten()
-            total += float(kernels.linear_cross_entropy(hidden_states, weight, targets)) * len(
-                targets
-            )
+            part = Part(ids=ids.to(device), share=1.0).own(ranks)
+            recorder = LoadRecorder(part.read)
+            hidden_states = model(part.ids[:, :-1], recorder=recorder).flatten(0, 1)
+            weight, targets = model.lm_head.weight, part.ids[:, 1:].flatten()
+            mean = float(kernels.linear_cross_entropy(hidden_states, weight, targets))
+            total += mean * part.tokens
+            for layer, received in recorder.counts.items():
+                counts[layer] = counts.get(layer, 0) + received
+        total = ranks.sums({"loss": total})["loss"]
         loss[domain] = total / batches.n_tokens
         bits_per_byte[domain] = total / math.log(2) / max(batches.n_bytes, 1)
-        load[domain] = {layer: counts.tolist() for layer, counts in recorder.counts.items()}
+        load[domain] = {layer: ranks.sum(counts[layer]).tolist() for layer in counts}
     model.train()
     return Evaluation(loss, bits_per_byte, load)

@@ -14,6 +14,7 @@ from moescope.training.config import (
     CheckpointsConfig,
     DataConfig,
     EvaluationConfig,
+    ParallelConfig,
     RlConfig,
     StartConfig,
     TrainConfig,
@@ -27,6 +28,7 @@ TABLES: dict[str, type[BaseModel]] = {
     "balance": BalanceConfig,
     "evaluation": EvaluationConfig,
     "checkpoints": CheckpointsConfig,
+    "parallel": ParallelConfig,
     "rl": RlConfig,
     "model": ModelConfig,
 }

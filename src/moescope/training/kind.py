@@ -1,34 +1,18 @@
 """What varies between the kinds of training: what a step reads, and what it minimises."""
 
 from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
 
 import torch
-from torch import Tensor
 
 from moescope.model.decoder import CausalLM
 from moescope.text.split import TrainedText
 from moescope.text.tokenizer import Tokenizer
 from moescope.training.objective import BalanceRecorder, Losses
+from moescope.training.part import Part
 
 Say = Callable[[str], None]
-
-
-@dataclass(frozen=True, kw_only=True)
-class Part:
-    """Rows of a step that are computed together.
-
-    Attributes:
-        ids: `(rows, seq + 1)`; each token but the first is predicted.
-        share: by which the part's loss is multiplied, so that those of a step add up.
-        read: `(rows, seq)` bool, which tokens count for the experts' load; None where all do.
-    """
-
-    ids: Tensor
-    share: float
-    read: Tensor | None = None
 
 
 P = TypeVar("P", bound=Part)
@@ -50,11 +34,14 @@ class Kind(Protocol[P]):
     tokens: int
 
     def updates(self, model: CausalLM, step: int) -> Iterable[Sequence[P]]:
-        """Yield what each move of the weights in `step` learns from; most kinds yield once."""
+        """Yield what each move of the weights in `step` learns from; most kinds yield once.
+
+        Every rank is given the same, all rows of it.
+        """
         ...
 
     def losses(self, model: CausalLM, part: P, recorder: BalanceRecorder) -> Losses:
-        """Run the network over a part; `total` carries the gradient."""
+        """Run the network over a part, as much of it as this rank computes."""
         ...
 
     def row(self) -> dict[str, Any]:

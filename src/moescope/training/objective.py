@@ -20,16 +20,22 @@ from moescope.model.decoder import CausalLM
 from moescope.model.recorder import Recorder
 from moescope.model.routing import Routing
 from moescope.training.config import BalanceConfig
+from moescope.training.parallel.ranks import Ranks
+from moescope.training.part import Part
 
 
 @dataclass(frozen=True)
 class Losses:
-    """Scalars of one micro-batch; `total` carries the gradient."""
+    """Scalars of one micro-batch; `main` and `balance` carry the gradient."""
 
-    total: Tensor
+    main: Tensor  # what the predictions cost
+    balance: Tensor  # weighted auxiliary terms, summed over layers
     next_token: Tensor  # mean nats a token
     further_tokens: Tensor  # mean nats of the multi-token-prediction depths, zero without
-    balance: Tensor  # weighted auxiliary terms, summed over layers
+
+    @property
+    def total(self) -> Tensor:
+        return self.main + self.balance
 
 
 class LoadRecorder(Recorder):
@@ -63,11 +69,13 @@ class BalanceRecorder(LoadRecorder):
     Args:
         config: of the model.
         balance: weights of the terms.
-        rows: of the micro batch.
+        rows: of the micro batch that are here.
         l1_weight: of ReMoE's term.
         whole: layer index -> `(experts,)` tokens that each expert receives on average in a micro
             batch of the step, where losses count over the whole step; None if this is all of it.
         read: as for `LoadRecorder`; losses count every token all the same.
+        ranks: among which the micro batch is dealt.
+        row_share: the rows here over those of all ranks; zero if they count for nothing.
 
     Attributes:
         loss: the sum, zero-dimensional.
@@ -83,8 +91,11 @@ class BalanceRecorder(LoadRecorder):
         l1_weight: float,
         whole: Mapping[int, Tensor] | None = None,
         read: Tensor | None = None,
+        ranks: Ranks | None = None,
+        row_share: float = 1.0,
     ) -> None:
         super().__init__(read)
+        self._ranks, self._row_share = ranks or Ranks(), row_share
         self._whole = whole or {}
         self._experts_choose = config.topk_method == "expert_choice"
         self.lowest: dict[int, Tensor] = {}
@@ -99,9 +110,9 @@ class BalanceRecorder(LoadRecorder):
     def routing(self, layer_idx: int, routing: Routing) -> None:
         super().routing(layer_idx, routing)
         scores, topk_ids, weights = routing.scores, routing.topk_ids, self._balance
-        seq, counts = scores.shape[0] // self._rows, self._whole.get(layer_idx)
+        seq, counts = scores.shape[0] // self._rows, self._whole_counts(layer_idx, routing)
         if self._experts_choose:
-            self.lowest[layer_idx] = lowest_taken(scores, topk_ids)
+            self.lowest[layer_idx] = self._ranks.lowest(lowest_taken(scores, topk_ids))
         loss = self.loss.to(scores.device)
         if weights.expert_aux:
             loss = loss + weights.expert_aux * expert_level_loss(scores, topk_ids, counts)
@@ -117,6 +128,18 @@ class BalanceRecorder(LoadRecorder):
             loss = loss + self._l1_weight * l1
         self.loss = loss
 
+    def _whole_counts(self, layer_idx: int, routing: Routing) -> Tensor | None:
+        """The tokens that each expert receives in all that losses count over, scaled to those here.
+
+        None if that is what is here.
+        """
+        counts = self._whole.get(layer_idx)
+        if counts is None:
+            if self._ranks.size == 1:
+                return None
+            counts = self._ranks.sum(routing.expert_counts * bool(self._row_share))
+        return counts * self._row_share
+
 
 def compute_losses(
     model: CausalLM, ids: Tensor, recorder: BalanceRecorder, mtp_loss_weight: float
@@ -127,22 +150,25 @@ def compute_losses(
     further_tokens = torch.zeros_like(next_token)
     if model.mtp is not None and mtp_loss_weight:
         further_tokens = _further_tokens_loss(model, hidden_states, ids, recorder)
-    total = next_token + mtp_loss_weight * further_tokens + recorder.loss
-    return Losses(total, next_token.detach(), further_tokens.detach(), recorder.loss.detach())
+    main = next_token + mtp_loss_weight * further_tokens
+    return Losses(main, recorder.loss, next_token.detach(), further_tokens.detach())
 
 
 @torch.no_grad()
 def count_choices(
-    model: CausalLM, parts: Sequence[Tensor], *, with_depths: bool
+    model: CausalLM, parts: Sequence[Part], *, with_depths: bool, ranks: Ranks
 ) -> dict[int, Tensor]:
     """Return layer index -> `(experts,)` tokens that each expert receives, the mean over parts."""
-    recorder = LoadRecorder()
-    for ids in parts:
-        hidden_states = model(ids[:, :-1], recorder=recorder)
+    sums: dict[int, Tensor] = {}
+    for part in parts:
+        recorder = LoadRecorder(None if part.row_share else part.read)
+        hidden_states = model(part.ids[:, :-1], recorder=recorder)
         if with_depths:
-            for _ in _further_states(model, hidden_states, ids, recorder):
+            for _ in _further_states(model, hidden_states, part.ids, recorder):
                 pass
-    return {layer: counts / len(parts) for layer, counts in recorder.counts.items()}
+        for layer, counts in recorder.counts.items():
+            sums[layer] = sums.get(layer, 0) + counts
+    return {layer: ranks.sum(counts) / len(parts) for layer, counts in sums.items()}
 
 
 def _further_tokens_loss(

@@ -13,20 +13,25 @@ from moescope.model.decoder import CausalLM
 from moescope.text.split import TrainedText
 from moescope.training.batches import PackedBatches
 from moescope.training.config import TrainConfig
-from moescope.training.evaluation import evaluate
-from moescope.training.kind import Part, Say
+from moescope.training.evaluation import Evaluation, evaluate
+from moescope.training.kind import Say
 from moescope.training.metrics import rows_up_to
 from moescope.training.objective import BalanceRecorder, Losses, compute_losses
+from moescope.training.parallel.ranks import Ranks
+from moescope.training.part import Part
 from moescope.training.text import TrainingText
 
 
 class Pretraining:
     """`kind = "pretrain"`."""
 
-    def __init__(self, config: TrainConfig, text: TrainingText, device: torch.device) -> None:
+    def __init__(
+        self, config: TrainConfig, text: TrainingText, device: torch.device, ranks: Ranks
+    ) -> None:
         self.tokenizer, self.tokens = text.tokenizer, 0
         self.remembered: TrainedText | None = text.remembered
         self._config, self._held_out, self.device = config, text.held_out, device
+        self._ranks = ranks
         self.batches = PackedBatches(
             text.train,
             batch_size=config.training.batch_size,
@@ -59,7 +64,13 @@ class Pretraining:
             batch_size=self._config.training.rows_at_a_time,
             sequence_length=self._config.data.sequence_length,
             max_tokens=self._config.evaluation.tokens,
+            ranks=self._ranks,
         )
+        if self._ranks.is_first:
+            self._keep_load(result, out, step, say)
+        return {**result.to_row(), "epochs": self.batches.epochs()}
+
+    def _keep_load(self, result: Evaluation, out: Path, step: int, say: Say) -> None:
         load = {"step": step, "load": result.load}
         line = json.dumps(load, ensure_ascii=False) + "\n"
         series = out / "expert_load.jsonl"
@@ -68,7 +79,6 @@ class Pretraining:
             write_text(series, "".join([*rows_up_to(series, step - 1), line]))
         except UserError as error:
             say(f"step {step}: {error}")
-        return {**result.to_row(), "epochs": self.batches.epochs()}
 
     def sentence(self, row: dict[str, Any]) -> str:
         return loss_sentence(row)

@@ -21,8 +21,10 @@ from moescope.model.decoder import CausalLM
 from moescope.text.split import TrainedText
 from moescope.text.tokenizer import Tokenizer
 from moescope.training.config import TrainConfig
-from moescope.training.kind import Part, Say
+from moescope.training.kind import Say
 from moescope.training.objective import BalanceRecorder, Losses
+from moescope.training.parallel.ranks import Ranks
+from moescope.training.part import Part
 from moescope.training.pretraining import loss_sentence
 
 PROBE = "x"
@@ -43,6 +45,9 @@ class ChatPart(Part):
     """Rows with `scored` `(rows, seq)` bool: which of the predicted tokens are learned."""
 
     scored: Tensor
+
+    def loss_share_of(self, rows: slice) -> float:
+        return int(self.scored[rows].sum()) / int(self.scored.sum())
 
 
 def read_chats(source: Path, tokenizer: Tokenizer, longest: int) -> dict[str, list[Chat]]:
@@ -136,9 +141,10 @@ class FineTuning:
         tokenizer: Tokenizer,
         remembered: TrainedText | None,
         device: torch.device,
+        ranks: Ranks,
     ) -> None:
         self.tokenizer, self.remembered, self.tokens = tokenizer, remembered, 0
-        self._config, self.device = config, device
+        self._config, self.device, self._ranks = config, device, ranks
         self._filler = tokenizer.pad_id or 0
         source, longest = config.data.source, config.data.sequence_length + 1
         if source is None:
@@ -166,8 +172,7 @@ class FineTuning:
     def losses(self, model: CausalLM, part: ChatPart, recorder: BalanceRecorder) -> Losses:
         loss = answer_loss(model, model(part.ids[:, :-1], recorder=recorder), part)
         nothing = torch.zeros_like(loss)
-        balance = recorder.loss.detach()
-        return Losses(loss + recorder.loss, loss.detach(), nothing.detach(), balance)
+        return Losses(loss, recorder.loss, loss.detach(), nothing.detach())
 
     def row(self) -> dict[str, Any]:
         return {}
@@ -184,9 +189,11 @@ class FineTuning:
                 if tokens >= self._config.evaluation.tokens:
                     break
                 part = self._part(chats[at : at + rows], 1.0)
-                learned = int(part.scored.sum())
-                total += float(answer_loss(model, model(part.ids[:, :-1]), part)) * learned
+                own, learned = part.own(self._ranks), int(part.scored.sum())
+                mean = float(answer_loss(model, model(own.ids[:, :-1]), own))
+                total += mean * own.loss_share * learned
                 tokens += learned
+            total = self._ranks.sums({"loss": total})["loss"]
             losses[domain] = total / tokens if tokens else math.nan
         model.train()
         return {"held_out_loss": losses}

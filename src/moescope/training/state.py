@@ -32,40 +32,72 @@ def saved_steps(folder: Path) -> list[int]:
     return sorted(int(name[1]) for name in names if name)
 
 
-def save_checkpoint(
-    folder: Path, step: int, tensors: dict[str, Tensor], state: dict[str, Any]
-) -> Path:
-    """Write the checkpoint of `step` and return its path; one of the same step is replaced.
+def save_checkpoint(path: Path, tensors: dict[str, Tensor], state: dict[str, Any]) -> None:
+    """Write a checkpoint; one of the same step is replaced.
 
     Raises:
         UserError: the disk is full or the folder cannot be written; other checkpoints stay.
     """
-    path = checkpoint_path(folder, step)
-    partial = folder / f".{path.name}.partial"
+    partial = begin_checkpoint(path)
     try:
-        for abandoned in folder.glob(".step-*"):
-            shutil.rmtree(abandoned)
-        partial.mkdir(parents=True)
         save_file(
             {name: tensor.contiguous() for name, tensor in tensors.items()}, partial / TENSORS
         )
-        (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
-        checksums = {name: _digest(partial / name) for name in (TENSORS, STATE)}
-        (partial / CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
-        for written in (TENSORS, STATE, CHECKSUMS, "."):
-            fsync(partial / written)
-        if path.exists():
-            path.rename(folder / f".{path.name}.replaced")
-        partial.rename(path)
-        fsync(folder)
-        shutil.rmtree(folder / f".{path.name}.replaced", ignore_errors=True)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(partial, ignore_errors=True)
-        raise UserError(
-            f"cannot write the checkpoint {path} ({error}); free some space, then continue with "
-            "--resume from the last checkpoint, which is untouched"
-        ) from error
-    return path
+        raise cannot_write(path, error) from error
+    publish_checkpoint(path, state)
+
+
+def partial_path(path: Path) -> Path:
+    """Return where a checkpoint lies while it is written."""
+    return path.with_name(f".{path.name}.partial")
+
+
+def begin_checkpoint(path: Path) -> Path:
+    """Make the folder in which a checkpoint is written, and return it.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written.
+    """
+    partial = partial_path(path)
+    try:
+        for abandoned in path.parent.glob(".step-*"):
+            shutil.rmtree(abandoned)
+        partial.mkdir(parents=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return partial
+
+
+def publish_checkpoint(path: Path, state: dict[str, Any]) -> None:
+    """Add the JSON part and checksums to a checkpoint's tensors, and let it appear.
+
+    Raises:
+        UserError: the disk is full or the folder cannot be written; other checkpoints stay.
+    """
+    partial, replaced = partial_path(path), path.with_name(f".{path.name}.replaced")
+    try:
+        (partial / STATE).write_text(json.dumps(state, indent=1), encoding="utf-8")
+        checksums = {file.name: _digest(file) for file in partial.iterdir()}
+        (partial / CHECKSUMS).write_text(json.dumps(checksums), encoding="utf-8")
+        for written in (*partial.iterdir(), partial):
+            fsync(written)
+        if path.exists():
+            path.rename(replaced)
+        partial.rename(path)
+        fsync(path.parent)
+        shutil.rmtree(replaced, ignore_errors=True)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: Path, reason: object) -> UserError:
+    """Return what is said of a checkpoint that cannot be written; nothing of it stays."""
+    shutil.rmtree(partial_path(path), ignore_errors=True)
+    return UserError(
+        f"cannot write the checkpoint {path} ({reason}); free some space, then continue with "
+        "--resume from the last checkpoint, which is untouched"
+    )
 
 
 def prune_checkpoints(folder: Path, keep: Collection[int]) -> None:
@@ -84,11 +116,11 @@ def read_state(path: Path) -> dict[str, Any]:
     try:
         return json.loads(_intact(path, STATE).read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
 
 
 def read_tensors(path: Path) -> dict[str, Tensor]:
-    """Read the tensors of the checkpoint at `path`.
+    """Read the tensors of a checkpoint that one process has written.
 
     Raises:
         UserError: they are missing or damaged.
@@ -96,7 +128,27 @@ def read_tensors(path: Path) -> dict[str, Tensor]:
     try:
         return load_file(_intact(path, TENSORS))
     except (OSError, ValueError, SafetensorError) as error:
-        raise _damaged(path, error) from error
+        raise damaged(path, error) from error
+
+
+def is_dealt(path: Path) -> bool:
+    """Whether several ranks have written a checkpoint, each its parts of the tensors."""
+    return any(path.glob("shard-*.safetensors"))
+
+
+def check_tensors(path: Path) -> None:
+    """Hold all files of a checkpoint to their checksums.
+
+    Raises:
+        UserError: one is missing or damaged.
+    """
+    try:
+        if (path / CHECKSUMS).exists():
+            expected: dict[str, str] = json.loads((path / CHECKSUMS).read_text(encoding="utf-8"))
+            for name in expected:
+                _intact(path, name)
+    except (OSError, ValueError) as error:
+        raise damaged(path, error) from error
 
 
 def _intact(path: Path, name: str) -> Path:
@@ -114,7 +166,7 @@ def _digest(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _damaged(path: Path, error: Exception) -> UserError:
+def damaged(path: Path, error: object) -> UserError:
     return UserError(
         f"cannot read the checkpoint {path} ({error}); delete it to continue from an older one"
     )

@@ -2,6 +2,7 @@
 
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from moescope.config import ModelConfig
@@ -10,6 +11,8 @@ from moescope.model.decoder import CausalLM
 from moescope.model.moe import MoE
 from moescope.model.routing import ExpertChoice, NoAuxTopK
 from moescope.training.objective import BalanceRecorder
+from moescope.training.parallel.ranks import Ranks
+from moescope.training.part import Part
 
 THRESHOLD_RATE = 0.1
 """Share of the way that expert choice's thresholds move in a step."""
@@ -30,14 +33,23 @@ class StepLoad:
         self.counts: dict[int, Tensor] = {}
         self.lowest: dict[int, Tensor] = {}
 
-    def add(self, recorder: BalanceRecorder, share: float, *, rows: int, tokens: int) -> None:
-        """Add a micro batch of so many rows and tokens, which is `share` of the step."""
-        self._rows += rows
-        self._tokens += tokens
+    def add(self, recorder: BalanceRecorder, part: Part) -> None:
+        """Add what was chosen in a part."""
+        self._rows += part.rows
+        self._tokens += part.tokens
         for layer, received in recorder.counts.items():
             self.counts[layer] = self.counts.get(layer, 0) + received
         for layer, scores in recorder.lowest.items():
-            self.lowest[layer] = self.lowest.get(layer, 0) + scores * share
+            self.lowest[layer] = self.lowest.get(layer, 0) + scores * part.share
+
+    def over(self, ranks: Ranks) -> None:
+        """Count what all ranks have added."""
+        if ranks.size == 1:
+            return
+        self._rows, self._tokens = ranks.sum(torch.tensor([self._rows, self._tokens])).tolist()
+        if self.counts:
+            summed = ranks.sum(torch.stack(list(self.counts.values())))  # (layers, experts)
+            self.counts = dict(zip(self.counts, summed, strict=True))
 
     def move(self, model: CausalLM, l1: AdaptiveL1, bias_update_speed: float) -> None:
         """Move what follows the load: loss-free biases, thresholds and ReMoE's L1 weight."""

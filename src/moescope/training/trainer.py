@@ -1,9 +1,10 @@
 """The training loop: batches in, steps, evaluations and checkpoints, and finished weights out."""
 
+import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -14,7 +15,6 @@ from torch import Tensor
 from moescope import kernels
 from moescope.checkpoint import save_weights
 from moescope.errors import UserError
-from moescope.families import others_route_alike
 from moescope.files import write_text
 from moescope.machine import measure_gemm_peak
 from moescope.model.balancing import AdaptiveL1
@@ -22,7 +22,7 @@ from moescope.model.decoder import CausalLM, initialise
 from moescope.training.allocator import keep_freed_memory
 from moescope.training.config import TrainConfig
 from moescope.training.interruption import Interruption
-from moescope.training.kind import Kind, Part
+from moescope.training.kind import Kind
 from moescope.training.kinds import make_kind
 from moescope.training.metrics import (
     MetricsLog,
@@ -30,16 +30,24 @@ from moescope.training.metrics import (
     flops_per_token,
     print_line,
 )
+from moescope.training.notes import notes_before
 from moescope.training.objective import BalanceRecorder, count_choices
 from moescope.training.optimizer import Optimizer
+from moescope.training.parallel import shards
+from moescope.training.parallel.placement import let_go, place, whole_copy
+from moescope.training.parallel.ranks import Ranks, joined, was_restarted
+from moescope.training.parallel.saver import Saver, read_dealt
+from moescope.training.part import Part
 from moescope.training.pretraining import times
-from moescope.training.rescue import lacking_room, save_somewhere
+from moescope.training.recompute import checkpoint_activations
+from moescope.training.rescue import save_somewhere
+from moescope.training.resume import check_same_config, last_fitting_checkpoint, plain
 from moescope.training.schedule import warmup_stable_decay
 from moescope.training.start import READING, load_start, reading_of
 from moescope.training.state import (
     checkpoint_path,
+    is_dealt,
     prune_checkpoints,
-    read_state,
     read_tensors,
     save_checkpoint,
     saved_steps,
@@ -50,26 +58,6 @@ from moescope.training.watch import MAX_SKIPPED, Watch, way_back
 
 LOAD_EVERY = 10
 """Steps between two whose load per expert is logged."""
-SLOWER = 1.5
-"""Times that bf16 products are slower than float32 ones, above which it is said."""
-BYTES_OF_STATE = 12
-"""Of a checkpoint a parameter: a float32 master and one or two moments."""
-MAY_CHANGE = {
-    "training.muon_learning_rate",
-    "training.adamw_learning_rate",
-    "training.clip",
-    "training.steps",
-    "training.warmup_fraction",
-    "training.decay_fraction",
-    "training.decay",
-    "data.source",
-    "data.tokenizer",
-    "evaluation.every",
-    "evaluation.tokens",
-    "checkpoints.every",
-    "checkpoints.keep",
-}
-"""Fields that a resumed training may give anew; other text is told by the batches' own key."""
 
 
 def train(
@@ -80,12 +68,12 @@ def train(
     from_step: int | None = None,
     stream: TextIO | None = None,
 ) -> dict[str, Any] | None:
-    """Train as `config` says, into the folder `out`.
+    """Train as `config` says, into the folder `out`, alone or as one of torchrun's processes.
 
     Ctrl-C or SIGTERM end the training after the step at hand, with a checkpoint; a second Ctrl-C
     ends the process at once. With `resume`, the last checkpoint in `out` is continued, bit for
     bit on the same machine and number of threads. With more steps than before it is the last one
-    from before the learning rate decayed.
+    from before the learning rate decayed. What torchrun has restarted is resumed, too.
 
     Args:
         config: what to train.
@@ -102,10 +90,24 @@ def train(
     Raises:
         UserError: no text, a text or vocabulary that does not fit, a folder that holds another
             training, a checkpoint that does not fit the config, a disk without room for the
-            finished model, or gradients that are no longer numbers, step after step.
+            finished model, gradients that are no longer numbers, step after step, other processes
+            than `[parallel]` says, or one that was lost.
     """
-    resume = resume or from_step is not None
-    console = Console(file=stream or sys.stdout)
+    with joined(config.parallel) as ranks:
+        resume = resume or from_step is not None or was_restarted()
+        console = Console(file=stream or sys.stdout, quiet=not ranks.is_first)
+        return _train(config, out, ranks, console, resume=resume, from_step=from_step)
+
+
+def _train(
+    config: TrainConfig,
+    out: Path,
+    ranks: Ranks,
+    console: Console,
+    *,
+    resume: bool,
+    from_step: int | None,
+) -> dict[str, Any] | None:
     steps = saved_steps(out / "checkpoints")
     if steps and not resume:
         raise UserError(
@@ -117,10 +119,11 @@ def train(
             f"{out} already holds a model, and no checkpoint to continue it from; choose another "
             "folder"
         )
-    kind = make_kind(config, out, lambda line: print_line(console, line))
+    say = functools.partial(print_line, console)
+    kind = ranks.first_then_others(lambda: make_kind(config, out, say, ranks))
     model = with_special_ids(config.model, kind.tokenizer)
     config = config.model_copy(update={"model": model})
-    trainer = Trainer(config, out, kind, begins=not steps)
+    trainer = Trainer(config, out, kind, ranks, begins=not steps)
     if steps:
         for note in trainer.resume(from_step):
             print_line(console, note)
@@ -139,10 +142,12 @@ class Trainer:
         config: TrainConfig,
         out: Path,
         kind: Kind[Any],
+        ranks: Ranks | None = None,
         *,
         begins: bool = True,
     ) -> None:
         """With `begins`, the weights are drawn, or taken from `[start]`; else `resume` follows."""
+        self.ranks = ranks or Ranks()
         training = config.training
         keep_freed_memory()
         if training.fuse:
@@ -158,11 +163,20 @@ class Trainer:
         elif begins:
             load_start(self.model, config.start.model)
         self.model.to(self.device)
+        if training.checkpoint_activations:
+            checkpoint_activations(self.model)
+        self.saver = self.traffic = None
+        if self.ranks.size > 1:
+            self.saver = Saver(self.ranks)
+            self.traffic = place(self.model, config.parallel, self.ranks, training.torch_dtype)
         self.optimizer = Optimizer(
-            self.model, training.optimizer, weight_decay=training.weight_decay
+            self.model,
+            training.optimizer,
+            weight_decay=training.weight_decay,
+            ranks=self.ranks,
         )
-        if training.dtype == "bfloat16":
-            _round_parameters(self.model, torch.bfloat16)
+        if self.ranks.size == 1:  # else they are rounded when they are gathered
+            _round_parameters(self.model, training.torch_dtype)
         self.l1 = AdaptiveL1(config.balance.l1_start, config.balance.l1_factor)
         self.step = self.tokens_before = 0
         self.seconds = 0.0
@@ -183,7 +197,7 @@ class Trainer:
 
     def run(self, console: Console) -> dict[str, Any] | None:
         """Train to the last step and return the summary, or None if interrupted."""
-        log = MetricsLog(self.out, self.step)
+        log = MetricsLog(self.out, self.step) if self.ranks.is_first else None
         peak = self._peak()
         display = TrainingDisplay(
             console,
@@ -194,16 +208,34 @@ class Trainer:
         )
         try:
             with Interruption() as interruption, display:
-                if not log.has_tensorboard:
-                    display.say("tensorboard is not installed; metrics go to metrics.jsonl only")
-                for note in self._notes(peak):
-                    display.say(note)
+                if log is not None:
+                    self._say_what_to_know(log, display.say, peak)
                 return self._run(log, display, interruption)
         finally:
-            log.close()
+            if log is not None:
+                log.close()
+
+    def _say_what_to_know(
+        self, log: MetricsLog, say: Callable[[str], None], peak: float | None
+    ) -> None:
+        if not log.has_tensorboard:
+            say("tensorboard is not installed; metrics go to metrics.jsonl only")
+        for note in self.kind.notes(self.config.training.steps):
+            say(note)
+        times = 1.0
+        if peak is not None and self.config.training.dtype == "bfloat16":
+            times = measure_gemm_peak(torch.float32) / peak
+        for note in notes_before(
+            self.config,
+            self.out,
+            parameters=sum(parameter.numel() for parameter in self.model.parameters()),
+            float32_times=times,
+            counts_first=self._counts_first,
+        ):
+            say(note)
 
     def _run(
-        self, log: MetricsLog, display: TrainingDisplay, interruption: Interruption
+        self, log: MetricsLog | None, display: TrainingDisplay, interruption: Interruption
     ) -> dict[str, Any] | None:
         steps, every = self.config.training.steps, self.config.evaluation.every
         while self.step < steps:
@@ -215,14 +247,14 @@ class Trainer:
             if every and (self.step % every == 0 or self.step == steps):
                 row |= self.evaluate(display.say)
                 display.say(f"step {self.step}: {self.kind.sentence(row)}")
-            if (problem := log.write(row)) is not None:
+            if log is not None and (problem := log.write(row)) is not None:
                 display.say(problem)
             if row["loss"] is not None:
                 display.update(self.step, row["loss"], read, row["seconds"])
             if (news := self.watch.news()) is not None:
                 display.say(f"{news}; {self._way_back()}")
-            if interruption.requested and self.step < steps:
-                if (path := self._try_to_save(display.say)) is not None:
+            if self.ranks.any(interruption.requested) and self.step < steps:
+                if (path := self._try_to_save(display.say, wait=True)) is not None:
                     display.say(f"stopped at step {self.step}; continue with --resume from {path}")
                     return None
                 display.say("the training goes on; stop it again when there is room")
@@ -238,52 +270,18 @@ class Trainer:
         display.say(f"step {self.step}: {found}; the model is in {self.out}")
         return summary
 
-    def _notes(self, peak: float | None) -> list[str]:
-        """What a user should know before the first step."""
-        training, config = self.config.training, self.config.model
-        notes = self.kind.notes(training.steps)
-        if self.config.start.model is not None:
-            notes.append(f"starting from the weights of {self.config.start.model}")
-        if config.topk_method in ("expert_choice", "sinkhorn"):
-            tokens = training.rows_at_a_time * self.config.data.sequence_length
-            notes.append(
-                f"{config.topk_method}: the {tokens:,} tokens of a micro batch compete for "
-                f"experts, so micro_batch_size {training.rows_at_a_time} is part of this recipe"
-            )
-        if not others_route_alike(config):
-            notes.append(
-                f"only moescope computes a {config.model_type} with the router "
-                f"{config.topk_method} and {config.scoring_func} scores: the model is written "
-                "so that others refuse it"
-            )
-        if self._counts_first:
-            notes.append(
-                "balance losses count over the whole step, so each micro batch is run forward "
-                "twice; a larger micro_batch_size is faster and gives the same"
-            )
-        if peak is not None and training.dtype == "bfloat16":
-            times = measure_gemm_peak(torch.float32) / peak
-            if times > SLOWER:
-                notes.append(
-                    f"this processor multiplies float32 {times:.0f} times as fast as bfloat16; "
-                    'dtype = "float32" in [training] makes the training faster'
-                )
-        parameters = sum(parameter.numel() for parameter in self.model.parameters())
-        state = parameters * BYTES_OF_STATE
-        kept = self.config.checkpoints.keep + 2 if self.config.checkpoints.every else 1
-        if (warning := lacking_room(self.out, state * kept)) is not None:
-            notes.append(warning)
-        return notes
-
     def _way_back(self) -> str:
         training = self.config.training
         saved = saved_steps(self.out / "checkpoints")
         return way_back(saved, training.muon_learning_rate, training.adamw_learning_rate)
 
-    def _try_to_save(self, say: Callable[[str], None]) -> Path | None:
-        """Write a checkpoint; where the disk is full, say so and return None."""
+    def _try_to_save(self, say: Callable[[str], None], *, wait: bool = False) -> Path | None:
+        """Write a checkpoint, or begin to; where the disk is full, say so and return None."""
         try:
-            return self.save()
+            path = self.save()
+            if wait:
+                self._finish_saving()
+            return path
         except UserError as error:
             say(f"step {self.step}: {error}")
             return None
@@ -306,6 +304,8 @@ class Trainer:
 
     def _peak(self) -> float | None:
         if self.device.type != "cpu" or self.config.kind == "rl":  # which mostly draws answers
+            return None
+        if self.ranks.size > 1:  # of which each would measure what the others leave
             return None
         return measure_gemm_peak(getattr(torch, self.config.training.dtype))
 
@@ -335,12 +335,12 @@ class Trainer:
     def _move(self, parts: Sequence[Part]) -> dict[str, Any]:
         """Move the weights once; return what it showed, or the problem for which it was not."""
         config, training = self.config, self.config.training
-        whole = None
+        parts, whole = [part.own(self.ranks) for part in parts], None
         if self._counts_first:
             depths = self.model.mtp is not None and training.mtp_loss_weight > 0
-            whole = count_choices(self.model, [part.ids for part in parts], with_depths=depths)
+            whole = count_choices(self.model, parts, with_depths=depths, ranks=self.ranks)
         load = StepLoad(config.model)
-        sums = dict.fromkeys(("loss", "further_tokens_loss", "balance_loss"), 0.0)
+        sums = {"loss": 0.0, "further_tokens_loss": 0.0, "balance_loss": 0.0}
         for part in parts:
             recorder = BalanceRecorder(
                 config.model,
@@ -349,15 +349,19 @@ class Trainer:
                 l1_weight=self.l1.weight,
                 whole=whole,
                 read=part.read,
+                ranks=self.ranks,
+                row_share=part.row_share,
             )
             losses = self.kind.losses(self.model, part, recorder)
-            (losses.total * part.share).backward()
+            main, balance = part.share * part.loss_share, part.share * part.row_share
+            (losses.main * main + losses.balance * balance).backward()
             self.optimizer.accumulate()
-            sums["loss"] += float(losses.next_token) * part.share
-            sums["further_tokens_loss"] += float(losses.further_tokens) * part.share
-            sums["balance_loss"] += float(losses.balance) * part.share
-            tokens = part.ids[:, 1:].numel() if part.read is None else int(part.read.sum())
-            load.add(recorder, part.share, rows=len(part.ids), tokens=tokens)
+            sums["loss"] += float(losses.next_token) * main
+            sums["further_tokens_loss"] += float(losses.further_tokens) * main
+            sums["balance_loss"] += float(losses.balance.detach()) * balance
+            load.add(recorder, part)
+        sums = self.ranks.sums(sums)
+        load.over(self.ranks)
         factor = self._learning_rate_factor()
         try:
             norm = self.optimizer.step(
@@ -373,6 +377,8 @@ class Trainer:
         row |= load.row(with_loads=(self.step + 1) % LOAD_EVERY == 0)
         if config.model.topk_method == "relu":
             row["l1_weight"] = self.l1.weight
+        if self.traffic is not None:
+            row["traffic"] = self.traffic.over(self.ranks)
         return row
 
     @property
@@ -417,7 +423,9 @@ class Trainer:
 
     def evaluate(self, say: Callable[[str], None]) -> dict[str, Any]:
         """Measure on what the training holds out."""
-        return self.kind.evaluate(self.model, self.out, self.step, say)
+        found = self.kind.evaluate(self.model, self.out, self.step, say)
+        let_go(self.model)
+        return found
 
     def _finish(self, say: Callable[[str], None]) -> dict[str, Any]:
         """Write the finished model into `out`, as `transformers` reads it, with a summary.
@@ -431,11 +439,15 @@ class Trainer:
             "seconds": self.seconds,
             **self.evaluate(say),
             "failed": self.watch.verdict(),
-            "config": _plain(self.config),
+            "config": plain(self.config),
         }
+        self._finish_saving()
+        model = self.model
+        if self.ranks.size > 1:
+            model = whole_copy(self.model, self.config.training.torch_dtype)
 
         def save(folder: Path) -> None:
-            save_weights(self.model, folder)
+            save_weights(model, folder)
             self.kind.tokenizer.save(folder)
             if self.kind.remembered is not None:
                 self.kind.remembered.save(folder)
@@ -447,13 +459,15 @@ class Trainer:
             text = json.dumps(summary, indent=2, ensure_ascii=False)
             write_text(folder / "training.json", text + "\n")
 
-        save_somewhere(save, self.out, say)
+        self.ranks.first_alone(lambda: save_somewhere(save, self.out, say))
         return summary
 
     # --- checkpoints ------------------------------------------------------------------------------
 
     def save(self) -> Path:
-        """Write a checkpoint of this very moment; return its folder.
+        """Write a checkpoint of this very moment, or begin to; return its folder.
+
+        Several ranks write it while they go on; it appears when all of it is there.
 
         Besides the last few, the one from before the learning rate decayed is kept: more steps
         can continue from it. Those of later steps belong to a run that was wound back.
@@ -469,16 +483,28 @@ class Trainer:
             "tokens_before": self.tokens_before,
             "tokens": self.kind.tokens,
             "batches": self.kind.state_dict(),
-            "config": _plain(self.config),
+            "config": plain(self.config),
         }
         folder = self.out / "checkpoints"
-        path = save_checkpoint(folder, self.step, tensors, state)
-        if self.watch.is_failing:
-            return path  # those from before it failed are the way back
-        past = [step for step in saved_steps(folder) if step <= self.step]
-        keep = past[-self.config.checkpoints.keep :]
-        prune_checkpoints(folder, {*keep, self._decay_start})
+        path, step = checkpoint_path(folder, self.step), self.step
+        fails = self.watch.is_failing  # then those from before it failed are the way back
+
+        def prune() -> None:
+            if not fails:
+                past = [saved for saved in saved_steps(folder) if saved <= step]
+                keep = past[-self.config.checkpoints.keep :]
+                prune_checkpoints(folder, {*keep, self._decay_start})
+
+        if self.saver is not None:
+            self.saver.begin(path, tensors, state, prune)
+        else:
+            save_checkpoint(path, tensors, state)
+            prune()
         return path
+
+    def _finish_saving(self) -> None:
+        if self.saver is not None:
+            self.saver.finish()
 
     def resume(self, from_step: int | None = None) -> list[str]:
         """Continue from the last checkpoint that fits; return what the user should know.
@@ -490,13 +516,16 @@ class Trainer:
             UserError: it is damaged, or was made with a config that differs where it may not, or
                 the learning rate had decayed already in all checkpoints and steps are added.
         """
-        path, state = self._last_fitting_checkpoint(from_step)
-        notes = [f"continuing from {path}", *self._check_same_config(state["config"], path)]
-        tensors = read_tensors(path)
+        path, state = last_fitting_checkpoint(self.out / "checkpoints", self.config, from_step)
+        notes = [f"continuing from {path}", *check_same_config(self.config, state["config"], path)]
+        if self.ranks.size > 1 or is_dealt(path):
+            tensors = read_dealt(path, self._blank_tensors, self.ranks)
+        else:
+            tensors = read_tensors(path)
         self.optimizer.load_state_tensors(tensors)
         with torch.no_grad():
             for name, tensor in self._untrained_tensors().items():
-                tensor.copy_(tensors[name])
+                shards.part(tensor).copy_(shards.part(tensors[name]))
         torch.set_rng_state(tensors["rng"])
         self.kind.load_state_dict(state["batches"])
         self.step, self.seconds = state["step"], state["seconds"]
@@ -514,25 +543,11 @@ class Trainer:
             )
         return notes
 
-    def _last_fitting_checkpoint(self, wanted: int | None) -> tuple[Path, dict[str, Any]]:
-        folder, training = self.out / "checkpoints", self.config.training
-        saved = saved_steps(folder)
-        if wanted is not None and wanted not in saved:
-            there = ", ".join(map(str, saved))
-            raise UserError(f"there is no checkpoint of step {wanted} in {folder}; it has {there}")
-        for step in reversed(saved) if wanted is None else [wanted]:
-            path = checkpoint_path(folder, step)
-            state = read_state(path)
-            before: dict[str, Any] = state["config"]["training"]
-            decay_start = before["steps"] - round(before["decay_fraction"] * before["steps"])
-            if step <= training.steps and (
-                training.steps == before["steps"] or step <= decay_start
-            ):
-                return path, state
-        raise UserError(
-            f"no checkpoint in {folder} can continue to {training.steps} steps: it must lie before "
-            "that step and before the learning rate decayed; train anew in another folder"
-        )
+    def _blank_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
+        """Return tensors to read a checkpoint into, by those of its names that are ours."""
+        blank = self.optimizer.blank_tensors(names)
+        blank |= {n: torch.zeros_like(t) for n, t in self._untrained_tensors().items()}
+        return {**blank, "rng": torch.zeros_like(torch.get_rng_state())}
 
     def _untrained_tensors(self) -> dict[str, Tensor]:
         """What the network holds beside trained weights: routers' biases and frozen weights."""
@@ -540,33 +555,8 @@ class Trainer:
         tensors = self.model.state_dict(keep_vars=True)
         return {f"model.{n}": t.detach() for n, t in tensors.items() if t not in trained}
 
-    def _check_same_config(self, saved: dict[str, Any], checkpoint: Path) -> list[str]:
-        """Refuse a config that differs where it may not; say where its rates differ."""
-        notes: list[str] = []
-        ours, theirs = _plain(self.config), _plain(TrainConfig.model_validate(saved))
-        if ours.pop("kind") != theirs.pop("kind"):
-            raise UserError(
-                f"{checkpoint} is of another kind of training than {self.config.kind!r}; start a "
-                "new training in another folder"
-            )
-        for table, fields in ours.items():
-            for field, now in fields.items():
-                name, before = f"{table}.{field}", theirs[table][field]
-                if before != now and name not in MAY_CHANGE:
-                    raise UserError(
-                        f"{checkpoint} was made with {name} = {before!r}, the config now says "
-                        f"{now!r}; set it back or start a new training in another folder"
-                    )
-                if before != now and name.endswith(("learning_rate", "clip")):
-                    notes.append(f"{name} was {before!r} and is {now!r} from here on")
-        return notes
-
 
 def _round_parameters(model: CausalLM, dtype: torch.dtype) -> None:
     """Convert the parameters only: biases of routers and rotary frequencies stay float32."""
     for parameter in model.parameters():
         parameter.data = parameter.data.to(dtype)
-
-
-def _plain(config: TrainConfig) -> dict[str, Any]:
-    return config.model_dump(mode="json")

@@ -5,9 +5,9 @@ import random
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 import torch
 from torch import Tensor
@@ -20,9 +20,11 @@ from moescope.model.routing import Routing
 from moescope.text.split import TrainedText
 from moescope.text.tokenizer import Tokenizer
 from moescope.training.config import TrainConfig
-from moescope.training.kind import Part, Say
+from moescope.training.kind import Say
 from moescope.training.metrics import rows_up_to
 from moescope.training.objective import BalanceRecorder, Losses
+from moescope.training.parallel.ranks import Ranks
+from moescope.training.part import Part
 from moescope.training.rl.objective import divergence, group_advantages, policy_loss
 from moescope.training.rl.replay import Disagreement, joined, replaying
 from moescope.training.rl.sampler import Answer, draw_answers, sampling_network
@@ -32,6 +34,12 @@ from moescope.training.start import locate_start
 
 EVALUATION_SEED = 2**31
 """Problems of an evaluation are drawn from seeds that no step reaches."""
+LARGEST = "largest_probability_difference"
+COUNTED = (
+    *("answers", "tokens", "entropy", "clipped", "probability_difference", LARGEST),
+    *("sampler_kl", "differing", "slots", "kl"),
+)
+"""What is summed over the answers of a step; of `LARGEST` it is the largest."""
 SHOWN = 8
 """Answers of an evaluation that are kept word for word."""
 
@@ -52,6 +60,21 @@ class AnswerPart(Part):
     advantages: Tensor
     choices: dict[int, Tensor]
 
+    def cut(self, rows: slice) -> Self:
+        length = len(self.ids)
+        choices = {
+            layer: chosen.unflatten(0, (length, -1))[rows].flatten(0, 1)
+            for layer, chosen in self.choices.items()
+        }
+        return replace(super().cut(rows), choices=choices)
+
+    def loss_share_of(self, rows: slice) -> float:
+        return 1.0  # it is a sum over answers
+
+    def filler(self) -> Self:
+        first = super().filler()
+        return replace(first, made=torch.zeros_like(first.made))
+
 
 class Reinforcement:
     """`kind = "rl"`: GRPO (DeepSeekMath, section 4), with our own engine as the sampler."""
@@ -62,9 +85,10 @@ class Reinforcement:
         tokenizer: Tokenizer,
         remembered: TrainedText | None,
         device: torch.device,
+        ranks: Ranks,
     ) -> None:
         self.tokenizer, self.remembered, self.tokens = tokenizer, remembered, 0
-        self.device, self._config = device, config
+        self.device, self._config, self._ranks = device, config, ranks
         self._tasks = Tasks(config.rl.tasks)
         self._reference: CausalLM | None = None
         if config.rl.kl:
@@ -124,19 +148,20 @@ class Reinforcement:
         first_seed: int,
         temperature: float = 1.0,
     ) -> list[Answer]:
-        """Answer each problem once."""
-        network = sampling_network(model, self._config.rl.sampler)
+        """Answer each problem once; each rank answers its share of them."""
+        rl, own = self._config.rl, self._ranks.own(len(problems))
+        network = sampling_network(model, rl.sampler, self._config.training.torch_dtype)
         prompts = [self._prompt(problem) for problem in problems]
         seeds = [first_seed + at for at in range(len(prompts))]
-        limit = self._config.rl.max_tokens
-        return draw_answers(
+        answers = draw_answers(
             network,
             self.tokenizer,
-            prompts,
-            seeds,
-            max_tokens=limit,
+            prompts[own],
+            seeds[own],
+            max_tokens=rl.max_tokens,
             temperature=temperature,
         )
+        return self._ranks.gather_objects(answers)
 
     def _prompt(self, problem: Problem) -> list[int]:
         messages = [{"role": "user", "content": problem.question}]
@@ -193,8 +218,7 @@ class Reinforcement:
             self._sums["kl"] += float(kl.detach())
         self._count(part, logprobs.detach(), entropy, held_back, disagreement)
         nothing = torch.zeros_like(loss.detach())
-        balance = recorder.loss.detach()
-        return Losses(total + recorder.loss, loss.detach(), nothing, balance)
+        return Losses(total, recorder.loss, loss.detach(), nothing)
 
     def _count(
         self,
@@ -205,6 +229,8 @@ class Reinforcement:
         disagreement: Disagreement,
     ) -> None:
         made = part.made
+        if not part.row_share:
+            return
         apart = (logprobs.exp() - part.old_logprobs.exp()).abs()[made]
         sums = self._sums
         sums["answers"] += len(part.ids)
@@ -212,25 +238,31 @@ class Reinforcement:
         sums["entropy"] += float(entropy.sum())
         sums["clipped"] += float(held_back) * int(made.sum())
         sums["probability_difference"] += float(apart.sum())
-        largest = max(sums["largest_probability_difference"], float(apart.max()))
-        sums["largest_probability_difference"] = largest
+        sums[LARGEST] = max(sums[LARGEST], float(apart.max()))
         sums["sampler_kl"] += float((part.old_logprobs - logprobs)[made].sum())
         sums["differing"] += disagreement.differing
         sums["slots"] += disagreement.slots
 
     def row(self) -> dict[str, Any]:
         """Return rewards, and how far trainer and sampler were apart, over the last step."""
-        sums, row = self._sums, self._row
+        sums, row = self._counted_by_all(), self._row
         if tokens := sums["tokens"]:
             for name in ("entropy", "clipped", "probability_difference", "sampler_kl"):
                 row[name] = sums[name] / tokens
-            row["largest_probability_difference"] = sums["largest_probability_difference"]
+            row[LARGEST] = sums[LARGEST]
         if sums["slots"]:
             row["differing_choices"] = int(sums["differing"])
             row["differing_share"] = sums["differing"] / sums["slots"]
         if self._reference is not None and sums["answers"]:
             row["kl"] = sums["kl"] / sums["answers"]
         return row
+
+    def _counted_by_all(self) -> dict[str, float]:
+        own = {name: self._sums[name] for name in COUNTED}
+        if self._ranks.size == 1:
+            return own
+        largest = -self._ranks.lowest(torch.tensor(-own[LARGEST], dtype=torch.float64))
+        return {**self._ranks.sums(own), LARGEST: float(largest)}
 
     # --- how well it does -------------------------------------------------------------------------
 
@@ -251,9 +283,10 @@ class Reinforcement:
             }
             for problem, answer in list(zip(asked, answers, strict=True))[:SHOWN]
         ]
-        series = out / "answers.jsonl"
-        line = json.dumps({"step": step, "answers": shown}, ensure_ascii=False) + "\n"
-        write_text(series, "".join([*rows_up_to(series, step - 1), line]))
+        if self._ranks.is_first:
+            series = out / "answers.jsonl"
+            line = json.dumps({"step": step, "answers": shown}, ensure_ascii=False) + "\n"
+            write_text(series, "".join([*rows_up_to(series, step - 1), line]))
         return {
             "accuracy": sum(sum(r) for r in right.values()) / len(asked),
             "accuracy_by_level": {level: sum(r) / len(r) for level, r in sorted(right.items())},

@@ -10,9 +10,8 @@ from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from moescope.config import ModelConfig
 from moescope.model.decoder import CausalLM
 from moescope.model.recorder import Recorder
 from moescope.model.routing import Router, Routing
@@ -25,10 +24,12 @@ Choices = Mapping[int, Tensor]
 class ReplayRouter(Router):
     """A gate that shares another's map and rule, but takes recorded choices."""
 
-    def __init__(self, config: ModelConfig, gate: Router, chosen: Tensor) -> None:
-        super().__init__(config)
-        self.weight, self.bias = gate.weight, gate.bias
+    def __init__(self, gate: Router, chosen: Tensor) -> None:
+        nn.Module.__init__(self)
         self._rule, self._chosen = gate, chosen
+
+    def logits(self, hidden_states: Tensor) -> Tensor:
+        return self._rule.logits(hidden_states)
 
     def score(self, router_logits: Tensor) -> Tensor:
         return self._rule.score(router_logits)
@@ -46,7 +47,7 @@ def replaying(model: CausalLM, choices: Choices) -> Generator[None]:
     gates = {layer: mixtures[layer].gate for layer in choices}
     try:
         for layer, chosen in choices.items():
-            mixtures[layer].gate = ReplayRouter(model.config, gates[layer], chosen)
+            mixtures[layer].gate = ReplayRouter(gates[layer], chosen)
         yield
     finally:
         for layer, gate in gates.items():

@@ -22,6 +22,7 @@ from moescope.model.decoder import CausalLM
 from moescope.native.network import Packer
 from moescope.text.generation import GenerationDefaults
 from moescope.text.tokenizer import Tokenizer
+from moescope.training.parallel.placement import is_dealt, whole_copy, whole_tensors
 from moescope.training.rl.replay import ChoiceRecorder
 
 
@@ -48,13 +49,13 @@ class Answer:
 
 
 class LiveWeights:
-    """A network in memory as a source of weights for another (`WeightSource`)."""
+    """A network in memory, dealt to ranks or not, as a source of weights (`WeightSource`)."""
 
     def __init__(self, model: CausalLM) -> None:
         self.config: ModelConfig = model.config
         self.dtype, self.files = torch.float32, list[Path]()
         self.has_blocks = False
-        self._tensors = model.state_dict()
+        self._tensors = whole_tensors(model)
 
     def read(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
         return self._tensors[name].to(dtype or torch.float32, copy=True)
@@ -83,10 +84,15 @@ class LiveWeights:
         return GenerationDefaults()
 
 
-def sampling_network(model: CausalLM, sampler: Literal["int8", "live"]) -> CausalLM:
-    """Return what answers are drawn with: the network itself, or it rounded for native kernels."""
+def sampling_network(
+    model: CausalLM, sampler: Literal["int8", "live"], dtype: torch.dtype
+) -> CausalLM:
+    """Return what answers are drawn with: the network itself, or it rounded for native kernels.
+
+    The network itself is copied whole, as `dtype`, where it is dealt to ranks.
+    """
     if sampler == "live":
-        return model
+        return whole_copy(model, dtype) if is_dealt(model) else model
     return load_model(LiveWeights(model), dtype=torch.float32, packer=Packer("int8"))
 
 
@@ -105,6 +111,8 @@ def draw_answers(
     Raises:
         NotFinite: the network computes what is no number.
     """
+    if not prompts:
+        return []
     was_training = network.training
     engine = Engine(network, tokenizer)
     texts = [
