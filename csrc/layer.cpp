@@ -13,17 +13,16 @@ namespace {
 constexpr int64_t kBlock = 16;  // tokens, or experts, that a task of the router takes
 constexpr float kNever = -std::numeric_limits<float>::infinity();  // score of who is ruled out
 
-// Marks the `count` largest of `values` in `chosen`; of equal ones the first.
-void mark_largest(const float* values, int64_t n, int64_t count, std::vector<int64_t>& chosen) {
-  static thread_local std::vector<uint8_t> taken;
-  taken.assign(n, 0);
+// Finds the places of the `count` largest of `values`, in order; of equal ones the first.
+void find_largest(const float* values, int64_t n, int64_t count, std::vector<int64_t>& chosen) {
   chosen.clear();
-  for (int64_t round = 0; round < count; ++round) {
-    int64_t best = -1;
-    for (int64_t i = 0; i < n; ++i)
-      if (!taken[i] && (best < 0 || values[i] > values[best])) best = i;
-    taken[best] = 1;
-    chosen.push_back(best);
+  for (int64_t i = 0; i < n; ++i) {
+    const bool full = static_cast<int64_t>(chosen.size()) == count;
+    if (full && !(values[i] > values[chosen.back()])) continue;
+    if (!full) chosen.push_back(i);
+    size_t at = chosen.size() - 1;
+    for (; at > 0 && values[i] > values[chosen[at - 1]]; --at) chosen[at] = chosen[at - 1];
+    chosen[at] = i;
   }
 }
 
@@ -127,19 +126,19 @@ void Router::choose(const float* scores, int64_t* topk_ids) const {
     if (disabled[e]) choice[e] = kNever;
   if (kept_groups < groups) {
     for (int64_t g = 0; g < groups; ++g) {
-      mark_largest(choice.data() + g * size, size, std::min(best_of_group, size), chosen);
+      find_largest(choice.data() + g * size, size, std::min(best_of_group, size), chosen);
       group_scores[g] = choice[g * size + chosen.front()];
       for (size_t i = 1; i < chosen.size(); ++i)
         if (choice[g * size + chosen[i]] > kNever) group_scores[g] += choice[g * size + chosen[i]];
     }
-    mark_largest(group_scores.data(), groups, kept_groups, chosen);
+    find_largest(group_scores.data(), groups, kept_groups, chosen);
     for (int64_t g = 0; g < groups; ++g)
       if (std::find(chosen.begin(), chosen.end(), g) == chosen.end())
         std::fill_n(choice.begin() + g * size, size, kNever);
   }
   for (size_t e = 0; e < forced.size(); ++e)
     if (forced[e]) choice[e] = -kNever;
-  mark_largest(choice.data(), experts, top_k, chosen);
+  find_largest(choice.data(), experts, top_k, chosen);
   for (int64_t slot = 0; slot < top_k; ++slot)
     topk_ids[slot] = choice[chosen[slot]] == kNever ? -1 : chosen[slot];
 }

@@ -5,9 +5,15 @@ A text's keys and values lie in blocks of equally many tokens, which need not li
 digest of all tokens up to its end, so that any text that begins like an earlier one shares its
 blocks; of a block that agrees in part, that part is copied. Blocks that nobody holds any more keep
 what is in them until they are needed, those longest unused first. Nothing here is a tensor.
+
+Kernels may sum tokens of a prompt in another order than those that were made one by one. So that a
+text is the same whatever others left behind, a prompt takes made tokens for its own in two cases
+alone: with all that an earlier text had made, as a conversation that goes on does, and in whole
+blocks.
 """
 
 import hashlib
+import sys
 from array import array
 from collections import OrderedDict
 from dataclasses import dataclass
@@ -42,6 +48,7 @@ class _Block:
     parent: bytes | None = None  # digest of all tokens before; None where nothing is known
     ids: tuple[int, ...] = ()
     digest: bytes | None = None  # once it is full
+    given: int = sys.maxsize  # how many tokens, from the first, were read as a prompt's
 
 
 class Blocks:
@@ -103,11 +110,13 @@ class Blocks:
             sequence.digests.append(digest)
         sequence.read = len(sequence.blocks) * self.size
         rest = ids[sequence.read : min(sequence.read + self.size, len(ids) - 1)]
-        source, shared = self._most_alike(sequence.digests[-1], rest)
+        given = sequence.unread_prompt
+        source, shared = self._most_alike(sequence.digests[-1], rest, given)
         if shared >= self.least_copied and self.can_take(1, holding=source):
             self._hold(source)
             block = self._take()
             self.moves.append(Move(block, source, shared))
+            self._blocks[block].given = self._blocks[source].given
             self._release(source)
             sequence.blocks.append(block)
             sequence.read += shared
@@ -142,6 +151,7 @@ class Blocks:
             parent, block = sequence.digests[at], self._blocks[sequence.blocks[at]]
             if block.digest is None:
                 block.ids = tuple(sequence.ids[start:end])
+                block.given = min(block.given, max(0, sequence.prompt_tokens - start))
                 if block.parent is None:
                     block.parent = parent
                     self._after.setdefault(parent, set()).add(sequence.blocks[at])
@@ -204,11 +214,20 @@ class Blocks:
                 del self._after[known.parent]
         self._blocks[block] = _Block(holders=known.holders)
 
-    def _most_alike(self, parent: bytes, ids: list[int]) -> tuple[int, int]:
-        """Of the blocks that go on from the same tokens the one that shares most of `ids`."""
+    def _most_alike(self, parent: bytes, ids: list[int], given: int) -> tuple[int, int]:
+        """Of the blocks that go on from the same tokens the one that shares most of `ids`.
+
+        Args:
+            parent: digest of all tokens before.
+            ids: of a text.
+            given: how many of them, from the first, are its prompt's.
+        """
         best, shared = NULL, 0
         for block in self._after.get(parent, ()):
-            common = _shared_beginning(self._blocks[block].ids, ids)
+            known = self._blocks[block]
+            common = _shared_beginning(known.ids, ids)
+            if common < len(known.ids) and known.given != given:
+                common = min(common, known.given, given)
             if common > shared:
                 best, shared = block, common
         return best, shared

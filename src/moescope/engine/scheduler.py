@@ -42,8 +42,8 @@ class Chunk:
 
     @property
     def is_single(self) -> bool:
-        """Whether it is one token, as those are that were made last."""
-        return self.count == 1
+        """Whether it is a token that was made, which is read by itself, also when read again."""
+        return self.start >= self.sequence.prompt_tokens
 
     @property
     def ids(self) -> list[int]:
@@ -122,11 +122,12 @@ class Scheduler:
                 chunks.append(Chunk(sequence, sequence.read, 1))
         budget = self._chunk
         for sequence in self._prompts():
-            count = sequence.unread if budget is None else min(budget, sequence.unread)
+            unread = sequence.unread_prompt or sequence.unread
+            count = unread if budget is None else min(budget, unread)
             while count and not self.blocks.reserve(sequence, sequence.read + count):
                 count = min(count - 1, self._fitting(sequence))
             if count:
-                chunks.append(Chunk(sequence, sequence.read, count))
+                chunks += _chunks(sequence, count)
                 budget = None if budget is None else budget - count
             if budget == 0:
                 break
@@ -253,6 +254,13 @@ class Scheduler:
         if sequence in self.running:
             self._step_back(sequence)
         self.blocks.release(sequence)
+
+
+def _chunks(sequence: Sequence, count: int) -> list[Chunk]:
+    """The next tokens of a text: those of its prompt together, those that were made one by one."""
+    if sequence.unread_prompt:
+        return [Chunk(sequence, sequence.read, count)]
+    return [Chunk(sequence, sequence.read + at, 1) for at in range(count)]
 
 
 def work(sequence: Sequence) -> int:

@@ -158,6 +158,11 @@ class Sequence:
         return len(self.ids) - self.read
 
     @property
+    def unread_prompt(self) -> int:
+        """Those of them that were given."""
+        return max(0, self.prompt_tokens - self.read)
+
+    @property
     def is_new(self) -> bool:
         """Whether it has been given no token yet."""
         return len(self.ids) == self.prompt_tokens
