@@ -202,7 +202,16 @@ def home(model: Model, tmp_path_factory: pytest.TempPathFactory) -> Iterator[str
 def test_many_clients_get_what_each_gets_alone(home: str) -> None:
     if not Path("/proc/self/status").exists():
         pytest.skip("no /proc")
-    options = ("--name", "small", "--cache-memory", "0.02")
+    options = (
+        "--name",
+        "small",
+        "--cache-memory",
+        "0.02",
+        "--backend",
+        "cpu",
+        "--quantize",
+        "int8",
+    )
     with process(home, *options) as (server, port):
         seen = asyncio.run(loaded(f"http://127.0.0.1:{port}", server.pid, SECONDS))
         nothing_runs(port)
