@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import subprocess
@@ -13,7 +14,10 @@ from typing import Any
 
 import jsonschema
 import pytest
+import typer
 import yaml
+
+from moescope.cli.main import app
 
 ROOT = Path(__file__).parents[2]
 CLUSTER = ROOT / "docs" / "cluster"
@@ -124,6 +128,36 @@ def test_the_script_starts_one_torchrun_a_node(tmp_path: Path) -> None:
     ).stdout.splitlines()
     assert said[0] == "torchrun" and said[said.index("--rdzv-endpoint") + 1] == "a:29500"
     assert said[said.index("-m") :][:4] == ["-m", "moescope", "train", "my file.toml"]
+
+
+def commands() -> Iterator[tuple[str, list[str]]]:
+    """Each `moescope VERB ...` of the guide and its files: where it stands, and its words."""
+    guide = (ROOT / "docs" / "scaling.md").read_text(encoding="utf-8")
+    places = {"scaling.md": "\n".join(re.findall(r"```sh\n(.*?)```", guide, re.S))}
+    places["train.sbatch"] = read("train.sbatch")
+    for place, text in places.items():
+        for line in text.replace("\\\n", " ").splitlines():
+            words = shlex.split(line, comments=True) if "moescope" in line else []
+            verbs = [
+                at for at, word in enumerate(words) if word == "moescope" and at + 1 < len(words)
+            ]
+            if verbs and (verbs[0] == 0 or words[verbs[0] - 1] == "-m"):
+                yield place, words[verbs[0] + 1 :]
+    job = next(d for d in yaml.safe_load_all(read("train.yaml")) if d["kind"] == "TrainJob")
+    words = job["spec"]["trainer"]["args"]
+    yield "train.yaml", words[words.index("moescope") + 1 :]
+
+
+def test_the_commands_have_the_options_that_are_given() -> None:
+    group: Any = typer.main.get_command(app)
+    given = list(commands())
+    assert len(given) >= 8 and {place for place, _ in given} == {
+        *("scaling.md", "train.sbatch", "train.yaml")
+    }
+    for place, (verb, *words) in given:
+        options = {name for parameter in group.commands[verb].params for name in parameter.opts}
+        asked = {word.partition("=")[0] for word in words if word.startswith("--")}
+        assert asked <= options, (place, verb)
 
 
 @pytest.fixture
