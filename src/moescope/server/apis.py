@@ -156,7 +156,7 @@ def _page_beside(service: Service, traffic: Traffic | None, state: State) -> Sta
     studio = Studio(model, folder=model.path, parts=parts, limit=MAX_PICTURE, traffic=traffic)
 
     async def compute(function: Callable[..., Any], *given: Any) -> Any:
-        if "question_form" not in vars(studio):
+        if "question_form" not in vars(studio):  # its own would let a template take all the time
             studio.question_form = await service.chats.question_form()
         return await asyncio.wrap_future(thread.aside(lambda: function(*given)))
 
