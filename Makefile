@@ -44,7 +44,7 @@ wheel: .venv/.installed-release
 	$(BIN)/python -m build --sdist
 	@for python in $(WHEEL_PYTHONS); do \
 		$$python -m pip wheel --quiet --no-deps -w build/wheels dist/*.tar.gz || exit 1; done
-	$(BIN)/auditwheel repair --wheel-dir dist build/wheels/*.whl
+	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheels/*.whl
 
 lint: .venv/.installed-dev web/node_modules/openapi-typescript
 	$(BIN)/ruff check .
