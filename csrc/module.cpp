@@ -36,6 +36,9 @@ template <int Dimensions>
 using Ids = nb::ndarray<const int64_t, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
 template <int Dimensions>
 using MutableIds = nb::ndarray<int64_t, nb::ndim<Dimensions>, nb::c_contig, nb::device::cpu>;
+// Rows of any number of axes, whose last is their width.
+using FloatRows = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
+using OutputRows = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
 using CacheArray = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using MutableBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
@@ -146,11 +149,24 @@ void unpack(const Weights& weights, const Output<3>& out) {
   weights.unpack(out.data());
 }
 
-void apply_linear(const Weights& weights, const Floats<2>& x, const std::optional<Floats<1>>& bias,
-                  const Output<2>& out) {
-  const int64_t rows = x.shape(0);
+template <typename Array>
+int64_t width_of(const Array& rows) {
+  require(rows.ndim() > 0, "a number is no row");
+  return static_cast<int64_t>(rows.shape(rows.ndim() - 1));
+}
+
+template <typename Array>
+int64_t rows_of(const Array& rows) {
+  int64_t count = 1;
+  for (size_t axis = 0; axis + 1 < rows.ndim(); ++axis) count *= rows.shape(axis);
+  return count;
+}
+
+void apply_linear(const Weights& weights, const FloatRows& x, const std::optional<Floats<1>>& bias,
+                  const OutputRows& out) {
+  const int64_t rows = rows_of(x);
   const int64_t outputs = weights.matrices() * weights.outputs();
-  require(has_shape(x, {rows, weights.columns()}) && has_shape(out, {rows, outputs}) &&
+  require(width_of(x) == weights.columns() && width_of(out) == outputs && rows_of(out) == rows &&
               (!bias || has_shape(*bias, {outputs})),
           "x, bias or out do not fit the weights");
   nb::gil_scoped_release unlocked;
@@ -574,9 +590,9 @@ void apply_log_sums(const Floats<2>& logits, float scale, const Output<1>& out) 
   log_sums(logits.data(), rows, vocab, scale, out.data());
 }
 
-void apply_rms_norm(const Floats<2>& x, const Floats<1>& weight, float eps, const Output<2>& out) {
-  const int64_t rows = x.shape(0), width = x.shape(1);
-  require(has_shape(weight, {width}) && has_shape(out, {rows, width}) && width > 0,
+void apply_rms_norm(const FloatRows& x, const Floats<1>& weight, float eps, const OutputRows& out) {
+  const int64_t rows = rows_of(x), width = width_of(x);
+  require(has_shape(weight, {width}) && width_of(out) == width && rows_of(out) == rows && width > 0,
           "weight or out do not fit x");
   nb::gil_scoped_release unlocked;
   parallel_rows(rows, [&](int64_t first, int64_t last) {

@@ -299,10 +299,10 @@ def rows(weights: Weights, ids: Tensor, width: int) -> Tensor:
 
 def linear(weights: Weights, outputs: int, x: Tensor, bias: Tensor | None = None) -> Tensor:
     """Map `(..., columns)` to `(..., outputs)` float32; several matrices' outputs lie in a row."""
-    rows = _rows(x)  # (rows, columns)
-    out = torch.empty(len(rows), outputs)
-    weights.linear(to_dlpack(rows), None if bias is None else to_dlpack(bias), to_dlpack(out))
-    return out.view(*x.shape[:-1], outputs)
+    x = x.float().contiguous()
+    out = torch.empty(*x.shape[:-1], outputs)
+    weights.linear(to_dlpack(x), None if bias is None else to_dlpack(bias), to_dlpack(out))
+    return out
 
 
 def feed_forward_layer(
@@ -741,10 +741,10 @@ def log_sums(logits: Tensor, scale: float = 1.0) -> Tensor:
 
 def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `kernels.rms_norm`, in float32 for `(..., width)`."""
-    rows = _rows(hidden_states)
-    out = torch.empty_like(rows)
-    _native.rms_norm(to_dlpack(rows), to_dlpack(weight), eps, to_dlpack(out))
-    return out.view(hidden_states.shape)
+    x = hidden_states.float().contiguous()
+    out = torch.empty_like(x)
+    _native.rms_norm(to_dlpack(x), to_dlpack(weight), eps, to_dlpack(out))
+    return out
 
 
 def weight_bytes_read() -> int:

@@ -1,6 +1,7 @@
 """All layers in one call."""
 
 from collections.abc import Mapping
+from functools import lru_cache
 from typing import cast
 
 import torch
@@ -64,7 +65,7 @@ class NativeDecoder(Decoder):
         batch, seq = input_ids.shape
         if positions is None:
             positions = torch.arange(seq).expand_as(input_ids)
-        starts = torch.arange(0, (batch + 1) * seq, seq)
+        starts = _row_starts(batch, seq)
         singles = batch if seq == 1 else 0
         length = int(positions.max()) + 1
         states = self.run_rows(
@@ -165,3 +166,9 @@ class NativeDecoder(Decoder):
             (self.rotary_emb.inv_freq, self.rotary_emb.attention_factor),
             self.embedding_multiplier,
         )
+
+
+@lru_cache(maxsize=64)
+def _row_starts(batch: int, seq: int) -> Tensor:
+    """Where rows of so many tokens begin, and the end: `(batch + 1,)`."""
+    return torch.arange(0, (batch + 1) * seq, seq)
