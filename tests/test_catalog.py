@@ -41,6 +41,7 @@ def test_every_release_is_there_under_its_short_name() -> None:
         "deepseek-r1-0528-qwen3-8b",
         "kimi-k2-instruct",
         "moonlight-16b-a3b",
+        "joyai-llm-flash",
         *("glm-4.7-flash", "glm-4.5", "glm-4.5-air", "glm-4.6", "glm-5"),
         *(f"qwen3-{size}" for size in ("0.6b", "1.7b", "4b", "8b", "14b", "32b")),
         *("qwen3-30b-a3b", "qwen3-235b-a22b", "gpt-oss-20b", "gpt-oss-120b"),
@@ -93,6 +94,7 @@ def test_v4_has_the_announced_size(name: str, total: float, active: float) -> No
         ("granite-3.1-1b-a400m", 0.43),  # its name
         ("granite-3.1-3b-a800m", 0.88),
         ("minimax-m2", 10.4),  # model card: 230B, 10B
+        ("joyai-llm-flash", 3.0),  # model card: 48B, 3B
     ],
 )
 def test_without_the_embedding_the_other_announced_figure_comes_out(
@@ -148,7 +150,10 @@ def test_with_prediction_and_its_own_copies_v3_has_the_hubs_685_billion() -> Non
 @pytest.mark.parametrize("name", [name for name in PUBLISHED if name != "deepseek-moe-16b"])
 def test_transformers_makes_as_many_of_the_same_config(name: str) -> None:
     fields = config_fields(PUBLISHED[name].config)
-    if name == "kimi-k2-instruct":  # transformers knows the network by its first name
+    if name in (
+        "kimi-k2-instruct",
+        "joyai-llm-flash",
+    ):  # transformers knows the network by its first name
         fields["model_type"] = "deepseek_v3"
     with torch.device("meta"):
         theirs = AutoModelForCausalLM.from_config(AutoConfig.for_model(**fields))

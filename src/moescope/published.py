@@ -307,6 +307,30 @@ PUBLISHED: dict[str, dict[str, Any]] = {
         "rms_norm_eps": 1e-5,
         "rope_theta": 50000.0,
     },
+    # As its card has it; the dense layer's width, the queries' rank and the rotation as trainers
+    # have them, with which it comes to 48.9B and 3.0B.
+    "jdopensource/JoyAI-LLM-Flash": _MLA
+    | {
+        "model_type": "joyai_llm_flash",
+        "vocab_size": 129280,
+        "hidden_size": 2048,
+        "intermediate_size": 7168,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 40,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 32,
+        "n_routed_experts": 256,
+        "n_shared_experts": 1,
+        "num_experts_per_tok": 8,
+        "n_group": 1,
+        "topk_group": 1,
+        "norm_topk_prob": True,
+        "routed_scaling_factor": 2.5,
+        "first_k_dense_replace": 1,
+        "q_lora_rank": 1536,
+        "max_position_embeddings": 131072,
+        "rope_theta": 32000000.0,
+    },
     "zai-org/GLM-4.7-Flash": _MLA
     | {
         "model_type": "glm4_moe_lite",
