@@ -12,6 +12,8 @@ from rich.console import Console
 from moescope.api import Model
 from moescope.cli.drawing import draw
 from moescope.cli.main import run
+from moescope.families import config_fields, read_config
+from moescope.model.decoder import CausalLM, initialise
 from moescope.scope.trace import Trace
 
 ENGLISH, CHINESE = "the moon before my bed", "床前明月光"
@@ -45,6 +47,14 @@ def test_each_token_has_its_leading_experts_in_its_row(model: Model) -> None:
         numbers = "\\s+".join(map(str, leading))
         assert re.search(rf"\s{numbers}\s+0\.0M", rows[number])
         assert rows[number].startswith("+" if number >= trace.prompt_tokens else " ")
+
+
+def test_no_share_is_told_of_shared_experts_that_there_are_not(model: Model) -> None:
+    assert " shared " in drawn(model, ENGLISH)
+    config = read_config(config_fields(model.config) | {"n_shared_experts": 0})
+    network = CausalLM(config)
+    initialise(network, seed=0)
+    assert " shared " not in drawn(Model("without", network, model.tokenizer), ENGLISH)
 
 
 def test_colour_says_nothing_that_text_does_not(model: Model) -> None:

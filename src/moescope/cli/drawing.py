@@ -151,7 +151,9 @@ def _draw_paths(trace: Trace, labels: Labels, console: Console, width: int) -> N
         name = labels.column.format(at=at + 1)
         table.add_column(name, justify="right", no_wrap=True, min_width=3)
     table.add_column(labels.parameters, justify="right", no_wrap=True, min_width=6)
-    table.add_column(labels.shared, justify="right", no_wrap=True, min_width=4)
+    has_shared = any(any(router.shared_share) for _, router in routed)
+    if has_shared:
+        table.add_column(labels.shared, justify="right", no_wrap=True, min_width=4)
     table.add_column(labels.next_token, no_wrap=True, overflow="ellipsis", ratio=1)
     for number, token in enumerate(trace.tokens):
         mark = "+" if number >= trace.prompt_tokens else " "
@@ -161,7 +163,7 @@ def _draw_paths(trace: Trace, labels: Labels, console: Console, width: int) -> N
             Text(mark + visible(token.text), style=_foreground(leading[-1])),
             *(Text("-" if e is None else f"{e}", style=_background(e)) for e in leading),
             _millions(token.parameters_used),
-            f"{share:.0%}",
+            *([f"{share:.0%}"] if has_shared else []),
             _guess(trace.guesses[number]),
         )
     console.print()
