@@ -663,6 +663,7 @@ def test_a_request_may_steer_the_routers_and_no_other_is_changed(
         thread.start()
     for thread in threads:
         thread.join()
+    assert len(told) == len(threads)
     for at, choice in told.items():
         assert choice["text"] == texts[at % len(changes)]
     assert {len(slots) for token in told[1]["routed_experts"] for slots in token} == {1}
