@@ -55,6 +55,7 @@ def test_a_defect_keeps_its_traceback(probe) -> None:
         (["doctr"], "doctor"),
         (["doctor", "--no-such-option"], "--no-such-option"),
         (["doctor", "surplus"], "surplus"),
+        (["tokenizer"], "missing command (`moescope tokenizer -h` shows how)"),
         (["--no-such-option"], "--no-such-option"),
     ],
 )

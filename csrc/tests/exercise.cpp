@@ -136,7 +136,7 @@ void check_against_plain_loops(const Model& model) {
 }
 
 struct Answers {
-  std::vector<float> linear, mixture, likeliest, topk_weights;
+  std::vector<float> linear, mixture, likeliest, topk_weights, scores;
   std::vector<int64_t> ids, topk_ids;
   uint64_t sum;
 
@@ -145,9 +145,12 @@ struct Answers {
         mixture(mixture_of(model)),
         likeliest(kTokens * kLikeliest),
         topk_weights(kTokens * kSlots),
+        scores(kTokens * kSlots),
         ids(kTokens * kLikeliest),
         topk_ids(kTokens * kSlots) {
-    model.router.forward(model.x.data(), nullptr, kTokens, topk_ids.data(), topk_weights.data());
+    const std::vector<const Router*> routers(kTokens, &model.router);
+    route(routers.data(), model.x.data(), ids.data(), kTokens,
+          {kSlots, topk_ids.data(), topk_weights.data(), scores.data()});
     moescope::likeliest(model.logits.data(), kTokens, kVocab, kLikeliest, ids.data(),
                         likeliest.data());
     const Buffer& stored = model.gate->stored();
@@ -156,8 +159,8 @@ struct Answers {
 
   bool operator==(const Answers& other) const {
     return linear == other.linear && mixture == other.mixture && likeliest == other.likeliest &&
-           topk_weights == other.topk_weights && ids == other.ids && topk_ids == other.topk_ids &&
-           sum == other.sum;
+           topk_weights == other.topk_weights && scores == other.scores && ids == other.ids &&
+           topk_ids == other.topk_ids && sum == other.sum;
   }
 };
 

@@ -126,12 +126,12 @@ def load_model(
 
     def read_finite(name: str) -> Tensor:  # rounding would make numbers of what is none
         weight = source.read(name, shapes[name], None).to(device)
-        _refuse_if_not_finite(name, weight)
+        refuse_if_not_finite(name, weight)
         return weight
 
     def read_expert(name: str, expert: int, shape: torch.Size) -> Tensor:
         weight = source.read_expert(name, expert, shape, None).to(device)
-        _refuse_if_not_finite(f"{name} of expert {expert}", weight)
+        refuse_if_not_finite(f"{name} of expert {expert}", weight)
         return weight
 
     weights = {
@@ -141,7 +141,7 @@ def load_model(
     }
     for name, weight in weights.items():
         if weight.ndim == 1 or name.endswith(ROUTER_WEIGHT):
-            _refuse_if_not_finite(name, weight)
+            refuse_if_not_finite(name, weight)
     model.load_state_dict(weights, strict=False, assign=True)
     model.lm_head.weight = (
         model.model.embed_tokens.weight if config.tie_word_embeddings else model.lm_head.weight
@@ -193,7 +193,7 @@ def write_folder(
         for name, shape in shapes.items():
             stored = EMBEDDING if name == HEAD and source.config.tie_word_embeddings else name
             tensor = source.read(stored, shape, _type_of(name, dtype))
-            _refuse_if_not_finite(name, tensor)
+            refuse_if_not_finite(name, tensor)
             yield name, tensor
             done += shape.numel()
             if tell is not None:
@@ -217,7 +217,12 @@ def _type_of(name: str, dtype: torch.dtype) -> torch.dtype:
     return torch.float32 if name.endswith(WIDE) else dtype
 
 
-def _refuse_if_not_finite(name: str, weight: Tensor) -> None:
+def refuse_if_not_finite(name: str, weight: Tensor) -> None:
+    """Refuse weights that are no numbers.
+
+    Raises:
+        UserError: some are not finite; the sentence has the tensor's name.
+    """
     low, high = weight.aminmax()  # both are no number where any value is none
     if math.isfinite(low) and math.isfinite(high):
         return

@@ -333,7 +333,9 @@ def checked(fields: dict[str, Any], source: str) -> ModelConfig:
             {name: value for name, value in fields.items() if value is not None}
         )
     except ValidationError as error:
-        raise UserError(f"{source}: {one_sentence(error)}") from error
+        lacks_it = any(detail["type"] == "literal_error" for detail in error.errors())
+        way_out = "; moescope does not compute this, so choose another model" if lacks_it else ""
+        raise UserError(f"{source}: {one_sentence(error)}{way_out}") from error
     except UserError as error:
         raise UserError(f"{source}: {error}") from error
 

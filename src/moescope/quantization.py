@@ -11,7 +11,7 @@ import torch
 from gguf import GGUFReader, GGUFValueType, GGUFWriter
 from torch import Tensor
 
-from moescope.checkpoint import open_checkpoint
+from moescope.checkpoint import open_checkpoint, refuse_if_not_finite
 from moescope.errors import UserError
 from moescope.families import save_config
 from moescope.files import atomic_folder, atomic_path
@@ -78,7 +78,7 @@ def quantize(source: Path, to: str, out: Path, tell: Tell | None = None) -> Writ
 
     Raises:
         UserError: `to` does not suit `out`, `out` is there already, the model lacks what the file
-            must hold, or the disk is full.
+            must hold, a weight is no number, or the disk is full.
     """
     _refuse(to, out)
     checkpoint = open_checkpoint(source)
@@ -144,7 +144,7 @@ def _made(
     return write_gguf(
         checkpoint.config,
         shapes,
-        lambda name: checkpoint.read(name, shapes[name], None),
+        lambda name: _finite(name, checkpoint.read(name, shapes[name], None)),
         out,
         to,
         vocabulary=vocabulary_of(tokenizer, checkpoint.config, defaults),
@@ -190,7 +190,7 @@ def _copied(
             if tensors[name].kind == kind.name:
                 writer.write_tensor_data(checkpoint.raw(name))
             else:
-                writer.write_tensor_data(encode(checkpoint.exact(name), kind))
+                writer.write_tensor_data(encode(_finite(name, checkpoint.exact(name)), kind))
             done += held[name].size
             if tell is not None:
                 tell(done, total)
@@ -209,7 +209,7 @@ def _folder(checkpoint: WeightSource, to: str, out: Path, tell: Tell | None) -> 
     def tensors() -> Iterator[tuple[str, Tensor]]:
         done = 0
         for name, shape in shapes.items():
-            yield name, checkpoint.read(name, shape, None)
+            yield name, _finite(name, checkpoint.read(name, shape, None))
             done += shape.numel()
             if tell is not None:
                 tell(done, total)
@@ -224,6 +224,12 @@ def _folder(checkpoint: WeightSource, to: str, out: Path, tell: Tell | None) -> 
     files = [file for file in out.iterdir() if file.suffix == ".safetensors"]
     size = sum(file.stat().st_size for file in files)
     return Written(out, to, size, 8 * size / total, {to: len(shapes)}, 0)
+
+
+def _finite(name: str, weight: Tensor) -> Tensor:
+    """Return a weight; rounding would make numbers of what is none."""
+    refuse_if_not_finite(name, weight)
+    return weight
 
 
 def _shapes(checkpoint: WeightSource) -> dict[str, torch.Size]:

@@ -3,6 +3,7 @@
 import io
 import json
 import re
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -34,9 +35,14 @@ def test_no_line_is_wider_than_80_columns(model: Model, text: str, width: int) -
     assert max(cell_len(line.rstrip()) for line in lines) <= 80
 
 
-def test_labels_are_in_the_language_of_the_text(model: Model) -> None:
+def test_labels_are_in_the_language_of_the_prompt(model: Model) -> None:
     assert "leading expert" in drawn(model, ENGLISH)
     assert "首选专家" in drawn(model, CHINESE)
+    trace = model.trace(ENGLISH, max_tokens=4)
+    trace.tokens[-1] = replace(trace.tokens[-1], text="月")  # what follows may be in any language
+    console = Console(file=io.StringIO(), width=80)
+    draw(trace, console)
+    assert "leading expert" in console.file.getvalue()
 
 
 def test_each_token_has_its_leading_experts_in_its_row(model: Model) -> None:

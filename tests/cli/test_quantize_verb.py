@@ -1,6 +1,7 @@
 """The verb: any model in, a GGUF file or a folder out, and what becomes of mistakes."""
 
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -8,6 +9,7 @@ import gguf
 import pytest
 import torch
 from gguf_models import V2, logits_of_llama_cpp, network, write
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 import moescope
@@ -143,6 +145,20 @@ def test_mistakes_are_one_sentence(
     assert run(["quantize", "tiny", "--to", to, "--out", str(tmp_path / out)]) == 2
     told = capsys.readouterr().err.strip().splitlines()
     assert len(told) == 1 and sentence in told[0]
+
+
+@pytest.mark.parametrize(("to", "out"), [("int8", "x"), ("bf16", "x"), ("q8_0", "x.gguf")])
+def test_what_is_no_number_is_not_rounded_to_one(
+    tmp_path: Path, to: str, out: str, capsys: Any
+) -> None:
+    damaged = tmp_path / "damaged"
+    moescope.load("tiny").save(damaged)
+    weights = load_file(damaged / "model.safetensors")
+    weights["model.layers.1.self_attn.o_proj.weight"][3, 5] = math.nan
+    save_file(weights, damaged / "model.safetensors", metadata={"format": "pt"})
+    assert run(["quantize", str(damaged), "--to", to, "--out", str(tmp_path / out)]) == 2
+    assert "layers.1.self_attn.o_proj.weight holds values that" in capsys.readouterr().err
+    assert list(tmp_path.iterdir()) == [damaged]
 
 
 def test_a_full_disk_is_one_sentence(tmp_path: Path, monkeypatch: Any, capsys: Any) -> None:

@@ -34,6 +34,16 @@ def test_a_map_of_each_layer_in_80_columns(folder: str, texts: Path, capsys, mon
     assert "bits about the" in shown
 
 
+def test_of_one_domain_nothing_is_told_that_takes_two(folder: str, texts: Path, capsys) -> None:
+    assert run(["specialize", folder, str(texts / "english")]) == 0
+    shown = " ".join(capsys.readouterr().out.split())
+    assert "of one domain; give a folder with a subfolder for each" in shown
+    assert "bits about" not in shown and "decides" in shown
+    assert run(["specialize", folder, str(texts / "poems")]) == 0
+    shown = capsys.readouterr().out
+    assert "只有一个领域" in shown and "比特" not in shown
+
+
 def test_labels_are_chinese_where_the_tokens_are(folder: str, texts: Path, capsys) -> None:
     assert run(["specialize", folder, str(texts / "poems")]) == 0
     assert "每层 8 个专家" in capsys.readouterr().out

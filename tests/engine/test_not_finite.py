@@ -2,12 +2,14 @@
 
 import json
 import math
+import re
 import time
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from family_models import VARIANTS
 from safetensors.torch import load_file, save_file
 from starlette.testclient import TestClient
 from torch import nn
@@ -16,10 +18,13 @@ import moescope
 from moescope import checkpoint
 from moescope.api import Model
 from moescope.cli.main import run
+from moescope.engine import not_finite as not_finite_module
 from moescope.engine.not_finite import NotFinite
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
+from moescope.families import read_config
 from moescope.kernels import cpu
+from moescope.model.decoder import CausalLM, initialise
 from moescope.server.apis import Access, create_api
 from moescope.server.model_thread import ModelThread
 
@@ -67,7 +72,7 @@ def test_the_first_layer_and_tensor_are_named(
 def test_packed_weights_that_became_so_are_named_too(
     case: str, model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_refuse_if_not_finite", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "refuse_if_not_finite", lambda *_: None)
     name, at, words = CASES[case]
     opened = moescope.load(spoilt(model, tmp_path, name, at), quantize="bf16")
     with pytest.raises(UserError, match=f"{words}.*fetch the model again"):
@@ -90,7 +95,7 @@ def test_what_is_to_be_rounded_is_looked_at_when_loaded(
 def test_an_expert_is_named_once_a_token_visits_it(
     options: dict[str, Any], model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checkpoint, "_refuse_if_not_finite", lambda *_: None)
+    monkeypatch.setattr(checkpoint, "refuse_if_not_finite", lambda *_: None)
     name = "model.layers.2.mlp.experts.5.down_proj.weight"
     opened = moescope.load(spoilt(model, tmp_path, name, (0, 0)), **options)
     words = r"layer 2 .*layers.2.mlp.experts.*5"
@@ -117,6 +122,44 @@ def test_norms_routers_and_biases_are_looked_at_when_loaded(
             UserError, match=rf"tensor {name} holds values that are not finite \(\d+ of "
         ):
             moescope.load(folder, **options)
+
+
+def test_the_tensor_is_found_though_a_whole_text_may_hide_it(
+    model: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    config = read_config(VARIANTS["qwen3_moe"].to_dict() | {"vocab_size": 300})
+    network = CausalLM(config)
+    initialise(network, seed=0)
+    with torch.no_grad():
+        network.model.layers[2].self_attn.q_proj.weight[2, 3] = math.inf
+    # Attention over a whole text makes zeros of what is no number, on some processors.
+    see = not_finite_module._FirstNotFinite._see
+    monkeypatch.setattr(
+        not_finite_module._FirstNotFinite,
+        "_see",
+        lambda recorder, states, *names: see(recorder, states.nan_to_num(0), *names),
+    )
+    with pytest.raises(NotFinite, match=r"network .*layers.2.self_attn.q_proj.weight \(at \[2, 3"):
+        Model("hidden", network, model.tokenizer).generate("the moon", max_tokens=9)
+
+
+@pytest.mark.parametrize("verb", ["specialize", "ablate", "compare"])
+def test_measures_of_much_text_end_so_too(
+    verb: str, model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    name, at, words = CASES["dense"]
+    folder = str(spoilt(model, tmp_path / "model", name, at))
+    texts = tmp_path / "texts"
+    texts.mkdir()
+    for number in range(3):
+        (texts / f"{number}.txt").write_text(f"the moon before my bed, is it frost? {number}")
+    arguments = {
+        "specialize": [folder, str(texts)],
+        "ablate": [folder, str(texts), "--layer", "1"],
+        "compare": [folder, "tiny", "--text", str(texts), "--rounds", "1"],
+    }
+    assert run([verb, *arguments[verb]]) == 2
+    assert re.search(f"{words}.*fetch the model again", capsys.readouterr().err)
 
 
 def test_numbers_too_large_for_the_type_are_told_apart(model: Model) -> None:
@@ -172,6 +215,15 @@ def test_a_server_answers_500_with_the_sentence(model: Model, tmp_path: Path) ->
             assert "embedding computes values that are not finite" in told["message"]
         question = {"prompt": "the moon", "max_tokens": 4}
         assert client.post("/v1/completions", json=question, headers=headers).status_code == 200
+
+
+def test_what_goes_wrong_is_told_on_a_line_of_its_own(
+    model: Model, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = spoilt(model, tmp_path, "lm_head.weight", (3, 5))
+    assert run(["generate", "--model", str(folder), PROMPT]) == 2
+    said = capsys.readouterr()
+    assert said.out == f"{PROMPT}\n" and said.err.startswith("moescope: ")
 
 
 def test_the_command_line_says_it_in_a_sentence(

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 
 import moescope
 from moescope.api import Model
-from moescope.checkpoint import save_weights
+from moescope.checkpoint import load_model, save_weights
 from moescope.cli.main import run
 from moescope.errors import UserError
 from moescope.formats.gguf.container import GgufFile
@@ -272,6 +272,25 @@ WRONG = {
         KEY + "_scale_inv": torch.ones(64, 64),
     },
 }
+
+
+FOREIGN = {
+    "GPTQ": (("qweight", "scales", "qzeros", "g_idx"), "GPTQ's or AWQ's form"),
+    "compressed-tensors": (("weight_packed", "weight_scale"), "compressed-tensors' form"),
+    "bitsandbytes": (("weight", "weight.absmax"), "bitsandbytes' form"),
+}
+
+
+@pytest.mark.parametrize("whose", FOREIGN)
+def test_weights_that_others_packed_are_refused_by_their_name(whose: str, folder: Path) -> None:
+    endings, told = FOREIGN[whose]
+    tensors = load_file(folder / WEIGHTS)
+    del tensors[KEY], tensors[KEY + "_scale"]
+    packed = torch.zeros(64 * 8, 1, dtype=torch.uint8)
+    tensors |= {KEY.removesuffix("weight") + ending: packed.clone() for ending in endings}
+    save_file(tensors, folder / WEIGHTS)
+    with pytest.raises(UserError, match=f"{told}.*take the model as it was published"):
+        load_model(folder)
 
 
 @pytest.mark.parametrize("what", WRONG)

@@ -122,7 +122,7 @@ def test_where_one_model_knows_nothing_of_the_text_it_is_said(unsplit) -> None:
     found = labelled_text(source, trained=[remembered, None])
     assert {d.text for d in found.documents if d.domain == "sums"} == held_out["sums"]
     assert found.held_out == {"poems": False, "sums": False}
-    assert found.notes()[0].startswith("nothing tells whether the models were trained on this text")
+    assert found.notes()[0].startswith("nothing tells whether this text")
     write(source / "sums" / "more.jsonl", "one document more")
     changed = labelled_text(source, trained=[remembered])
     assert changed.held_out == {"poems": True, "sums": False}

@@ -134,15 +134,17 @@ def _whole(tokens: "Iterable[Token]", splitter: "ThoughtSplitter") -> dict[str, 
 def _printed(tokens: "Iterable[Token]", splitter: "ThoughtSplitter") -> str:
     """Print an answer as it is made, after what was thought, dim and apart; return it."""
     thought, answer = "", ""
-    for token in tokens:
-        more_thought, more_answer = splitter.feed(token)
-        thought += more_thought
-        typer.secho(more_thought, dim=True, nl=False)
-        if thought and more_answer and not answer:
-            print()
-        print(more_answer, end="", flush=True)
-        answer += more_answer
-    print()
+    try:
+        for token in tokens:
+            more_thought, more_answer = splitter.feed(token)
+            thought += more_thought
+            typer.secho(more_thought, dim=True, nl=False)
+            if thought and more_answer and not answer:
+                print()
+            print(more_answer, end="", flush=True)
+            answer += more_answer
+    finally:
+        print()  # what goes wrong is told on a line of its own
     return answer
 
 

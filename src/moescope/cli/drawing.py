@@ -94,7 +94,8 @@ CHINESE = Labels(
 
 def draw(trace: Trace, console: Console) -> None:
     """Print the whole picture: paths, parameters, load, and the guesses layer by layer."""
-    labels = CHINESE if is_chinese("".join(token.text for token in trace.tokens)) else ENGLISH
+    asked = "".join(token.text for token in trace.tokens[: trace.prompt_tokens])
+    labels = CHINESE if is_chinese(asked) else ENGLISH
     blocks = BLOCKS if console.encoding.lower().startswith("utf") else PLAIN_BLOCKS
     width = min(console.width, WIDEST)
     console.print()

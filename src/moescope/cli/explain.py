@@ -53,7 +53,7 @@ def explain(
 ) -> None:
     """Draw which experts work on each token, and what the model makes of the text.
 
-    Labels are Chinese where the text is.
+    Labels are Chinese where the prompt is.
     """
     from moescope.api import load
 

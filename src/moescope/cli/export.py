@@ -27,13 +27,14 @@ def export(
     from moescope.api import locate
     from moescope.cli.progress import progress_bar
     from moescope.export import export as write
+    from moescope.lab.units import of_bytes
 
     with progress_bar("writing") as tell:
         made = write(locate(model), to, out, dtype=dtype, tell=tell)
     if as_json:
         print(json.dumps({**vars(made), "path": str(made.path)}, ensure_ascii=False))
         return
-    print(f"{made.path}: {made.bytes / 1e9:.2f} GB of {made.dtype}")
+    print(f"{made.path}: {of_bytes(made.bytes)} of {made.dtype}")
     if made.note is not None:
         print(made.note)
     print(f"open it with: {made.command}")

@@ -101,6 +101,8 @@ def generate(
         return
     tokens = opened.stream(prompt, **sampling)
     print(prompt, end="", flush=True)
-    for token in tokens:
-        print(token.text, end="", flush=True)
-    print()
+    try:
+        for token in tokens:
+            print(token.text, end="", flush=True)
+    finally:
+        print()  # what goes wrong is told on a line of its own

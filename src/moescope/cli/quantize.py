@@ -22,6 +22,7 @@ def quantize(
     """Round a model's weights and write it anew, with all that belongs to it."""
     from moescope.api import locate
     from moescope.cli.progress import progress_bar
+    from moescope.lab.units import of_bytes
     from moescope.quantization import quantize as write
 
     with progress_bar("rounding") as tell:
@@ -29,7 +30,7 @@ def quantize(
     if as_json:
         print(json.dumps(made.to_dict(), ensure_ascii=False))
         return
-    print(f"{made.path}: {made.bytes / 1e9:.2f} GB, {made.bits_per_weight:.2f} bits a weight")
+    print(f"{made.path}: {of_bytes(made.bytes)}, {made.bits_per_weight:.2f} bits a weight")
     if made.unfit:
         types = ", ".join(f"{count} {kind}" for kind, count in sorted(made.types.items()))
         print(

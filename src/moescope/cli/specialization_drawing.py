@@ -23,8 +23,10 @@ class Labels:
     """Everything that is said, in one language."""
 
     summary: str
+    summary_of_one: str
     legend: str
     layer: str
+    layer_of_one: str
     devoted: str
     expert: str
     cards: str
@@ -34,10 +36,14 @@ class Labels:
 ENGLISH = Labels(
     summary="{name}: {layers} layers of {experts} experts, {tokens:,} tokens in {documents:,} "
     "documents of {domains} domains.",
+    summary_of_one="{name}: {layers} layers of {experts} experts, {tokens:,} tokens in "
+    "{documents:,} documents of one domain; give a folder with a subfolder for each domain to "
+    "see which experts tell them apart.",
     legend="How much of a domain each expert serves: one column an expert, from 0 to {last}; "
     "full at {fullest:g} times an even share",
     layer="layer {layer}: an expert tells {bits:.2f} ± {error:.3f} of {most:.2f} bits about the "
     "domain; the token alone decides {token:.0%} of its experts",
+    layer_of_one="layer {layer}: the token alone decides {token:.0%} of its experts",
     devoted="The most devoted experts of each domain, and the tokens they receive",
     expert="layer {layer} expert {expert}: {share:.0%}",
     cards="A card of each expert: its name if its tokens are of one kind, the domain that takes "
@@ -47,9 +53,13 @@ ENGLISH = Labels(
 CHINESE = Labels(
     summary="{name}：{layers} 层，每层 {experts} 个专家；{domains} 个领域的 {documents:,} 篇文本，"
     "共 {tokens:,} 个词元。",
+    summary_of_one="{name}：{layers} 层，每层 {experts} 个专家；{documents:,} 篇文本，"
+    "共 {tokens:,} 个词元，只有一个领域。想看专家如何区分领域，"
+    "请给一个文件夹，其中每个领域一个子文件夹。",
     legend="各专家为各领域出力多少：一列一个专家（0 到 {last}），平均的 {fullest:g} 倍为满格",
     layer="层 {layer}：专家透露领域信息 {bits:.2f} ± {error:.3f} 比特（最多 {most:.2f}）；"
     "词元本身决定 {token:.0%}",
+    layer_of_one="层 {layer}：词元本身决定 {token:.0%}",
     devoted="各领域最专一的专家，及其分到的典型词元",
     expert="层 {layer} 专家 {expert}：{share:.0%}",
     cards="每位专家一张卡片：名字（词元属于同一类时才有）、占它工作最多的领域、最典型的词元",
@@ -62,7 +72,8 @@ def draw(found: Specialization, console: Console) -> None:
     labels = CHINESE if _mostly_chinese(found) else ENGLISH
     width = min(console.width, WIDEST)
     experts = len(found.load[0][0])
-    summary = labels.summary.format(
+    told = labels.summary if len(found.domains) > 1 else labels.summary_of_one
+    summary = told.format(
         name=found.model,
         layers=len(found.layers),
         experts=experts,
@@ -110,12 +121,13 @@ def _draw_layer(
     console: Console,
     width: int,
 ) -> None:
-    title = labels.layer.format(
+    told = labels.layer if len(found.domains) > 1 else labels.layer_of_one
+    title = told.format(
         layer=found.layers[position] + 1,
         bits=found.mutual_information[position],
         error=found.mutual_information_error[position],
         most=math.log2(len(found.domains)),
-        token=found.token_share[position],
+        token=max(0.0, found.token_share[position]),  # as it is estimated, chance may be below
     )
     console.print()
     console.print(Text(title), width=width)

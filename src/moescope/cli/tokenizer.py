@@ -7,7 +7,7 @@ from typing import Annotated
 
 import typer
 
-app = typer.Typer(help="Learn a vocabulary from text.", no_args_is_help=True)
+app = typer.Typer(help="Learn a vocabulary from text.")
 
 
 @app.callback()

@@ -86,7 +86,7 @@ class Engine:
         if limit < 1:
             raise UserError(
                 f"{cache_bytes:,} bytes of memory are too few for the cache of {size} tokens; "
-                "close other programs or take a smaller model"
+                "give it more, close other programs or take a smaller model"
             )
         self.blocks = Blocks(size, limit)
         self.runner = Runner(self.model, self.blocks)

@@ -21,13 +21,17 @@ def not_finite(model: CausalLM, ids: Sequence[int]) -> NotFinite:
     """Say where the numbers end that a model computes of a text.
 
     The text is read once more, so that the first layer is found behind which something is not
-    finite; then this layer's weights are searched.
+    finite; then this layer's weights are searched. Where nothing is found so, as attention over a
+    whole text may pass over what attention to a cache does not, all weights are.
     """
     recorder = _FirstNotFinite()
     device = model.model.embed_tokens.weight.device
     with torch.inference_mode():
         model.model(torch.tensor([list(ids)], device=device), recorder=recorder)
         tensor = next(_not_finite_in(model, recorder.parts), None)
+        if tensor is None and not recorder.found:
+            recorder.place = "the network"
+            tensor = next(_not_finite_in(model, ("model.",)), None)
     place = f"{recorder.place} computes values that are not finite"
     if tensor is None:
         return NotFinite(
@@ -43,11 +47,12 @@ class _FirstNotFinite(Recorder):
     Attributes:
         place: what that part is called.
         parts: beginnings of the names of its modules.
+        found: whether it is a layer or the embedding; else it can only be what follows them.
     """
 
     place = "the output head"
     parts: tuple[str, ...] = ("model.norm", "lm_head")
-    _found = False
+    found = False
 
     def embedding(self, hidden_states: Tensor) -> None:
         """See the embedded tokens."""
@@ -58,8 +63,8 @@ class _FirstNotFinite(Recorder):
         self._see(hidden_states, f"layer {layer_idx}", f"model.layers.{layer_idx}.")
 
     def _see(self, hidden_states: Tensor, place: str, part: str) -> None:
-        if not self._found and not hidden_states.isfinite().all():
-            self._found, self.place, self.parts = True, place, (part,)
+        if not self.found and not hidden_states.isfinite().all():
+            self.found, self.place, self.parts = True, place, (part,)
 
 
 def _not_finite_in(model: CausalLM, parts: tuple[str, ...]) -> Iterator[str]:

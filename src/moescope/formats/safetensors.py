@@ -43,6 +43,13 @@ INT8_SCALE, FP8_SCALE = "_scale", "_scale_inv"
 FP4_BLOCKS, FP4_SCALES = "_blocks", "_scales"
 """How the names of gpt-oss's experts in MXFP4, and of their scales, end."""
 
+FOREIGN = {
+    "qweight": "GPTQ's or AWQ's",
+    "weight_packed": "compressed-tensors'",
+    "weight.absmax": "bitsandbytes'",
+}
+"""What others' packed weights are called, or what lies beside them, in the place of `weight`."""
+
 
 def save_tensors(
     config: ModelConfig,
@@ -540,6 +547,12 @@ class _WeightFiles:
 
     def _get(self, name: str, entry: int | None = None) -> Tensor:
         """Read a tensor, or one entry of its first dimension."""
+        for ending, whose in FOREIGN.items():
+            if name.removesuffix("weight") + ending in self._handles:
+                raise UserError(
+                    f"{self._folder}: the tensor {name} has {whose} form, which moescope does not "
+                    "read; take the model as it was published in bf16 or FP8, or as GGUF"
+                )
         if name not in self._handles:
             raise UserError(
                 f"{self._folder} lacks the tensor {name}, which its config.json calls for; the "

@@ -7,6 +7,7 @@ import numpy as np
 import numpy.typing as npt
 import torch
 
+from moescope.engine.not_finite import not_finite
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM
 from moescope.model.recorder import Recorder
@@ -55,7 +56,7 @@ def observe(
     `window` is how many tokens are read at once; `texts.window_length` where it is left out.
 
     Raises:
-        UserError: the model has no routed experts.
+        UserError: the model has no routed experts, or computes what is no number.
     """
     config = model.config
     layers = [i for i in range(config.num_hidden_layers) if config.is_moe_layer(i)]
@@ -72,7 +73,9 @@ def observe(
         recorder.rows = [
             (int(first[part.document]) + part.start, part.end - part.start) for part in batch
         ]
-        model.model(ids.to(model.lm_head.weight.device), recorder=recorder)
+        states = model.model(ids.to(model.lm_head.weight.device), recorder=recorder)
+        if not states.isfinite().all():
+            raise not_finite(model, ids[~states.isfinite().all(dim=(1, 2)).cpu()][0].tolist())
         if progress is not None:
             progress(recorder.tokens // len(layers), int(first[-1]))
     domains = sorted({document.domain for document in documents})

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from moescope.engine.not_finite import not_finite
 from moescope.model.decoder import CausalLM
 from moescope.scope.texts import batches, window_length, windows
 
@@ -23,6 +24,9 @@ def document_losses(
 
     A document that is longer than a window is read window by window, each from its own start.
     `window` is in tokens; `texts.window_length` where it is left out.
+
+    Raises:
+        UserError: the model computes what is no number; the sentence says where.
     """
     length = window_length(model, window)
     losses = np.zeros(len(encoded))
@@ -30,6 +34,8 @@ def document_losses(
     model.eval()
     for batch, ids in batches(encoded, windows(encoded, length, overlap=1)):
         token_losses = _token_losses(model, ids.to(device)).cpu().double().numpy()
+        if not (finite := np.isfinite(token_losses).all(axis=1)).all():
+            raise not_finite(model, ids[int(finite.argmin()), :-1].tolist())
         for part, row in zip(batch, token_losses, strict=True):
             losses[part.document] += row[: part.end - part.start - 1].sum()
     return losses

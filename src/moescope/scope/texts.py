@@ -15,7 +15,14 @@ from torch import Tensor
 
 from moescope.errors import UserError
 from moescope.model.decoder import CausalLM
-from moescope.text.documents import Document, hash_of, is_split, read_documents, text_files
+from moescope.text.documents import (
+    DEFAULT_DOMAIN,
+    Document,
+    hash_of,
+    is_split,
+    read_documents,
+    text_files,
+)
 from moescope.text.split import Fingerprint, TrainedText, hash_number
 from moescope.text.tokenizer import Tokenizer
 
@@ -45,9 +52,9 @@ class LabelledText:
         """Say what a reader of the numbers must know of the text."""
         told: list[str] = []
         if unknown := [domain for domain, known in self.held_out.items() if not known]:
+            of = "" if unknown == [DEFAULT_DOMAIN] else f" of {', '.join(unknown)}"
             told.append(
-                f"nothing tells whether the models were trained on this text of "
-                f"{', '.join(unknown)}, so it may be no held-out text"
+                f"nothing tells whether this text{of} was trained on, so it may be no held-out text"
             )
         if self.left_out:
             told.append(f"left out, as all of it was trained on: {', '.join(self.left_out)}")
