@@ -15,8 +15,10 @@
 // Vectors never cross a call: everything is inlined into `quantize_row`.
 #pragma GCC diagnostic ignored "-Wpsabi"
 
-// One function for AVX2 and one for any processor, chosen when the program is loaded.
-#if defined(MOESCOPE_X86) && defined(__gnu_linux__) && !defined(__clang__)
+// One function for AVX2 and one for any processor, chosen when the program is loaded: too early for
+// ThreadSanitizer, which is not there yet.
+#if defined(MOESCOPE_X86) && defined(__gnu_linux__) && !defined(__clang__) && \
+    !defined(__SANITIZE_THREAD__)
 #define MOESCOPE_CLONES __attribute__((flatten, target_clones("avx2", "default")))
 #else
 #define MOESCOPE_CLONES

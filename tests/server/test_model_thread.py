@@ -17,6 +17,7 @@ from moescope.engine.sampling import SamplingParams
 from moescope.engine.scheduler import Busy
 from moescope.engine.sequence import Sequence, Token
 from moescope.errors import UserError
+from moescope.model.recorder import Recorder
 from moescope.server.model_thread import MAX_ASIDE, ModelThread
 
 PROMPTS = ["床前明月光", "the moon before my bed, is it frost?", "is", "the sun"]
@@ -235,6 +236,14 @@ def test_a_text_whose_choice_fails_ends_alone(
     assert [t.id for t in fine.tokens()] == alone(model, ids)
 
 
+def test_ids_beyond_the_vocabulary_end_nothing(model: Model, thread: ModelThread) -> None:
+    ids = model.engine.encode(PROMPTS[0])
+    for beyond in (-1, model.config.vocab_size, 2**70):
+        sampling = {"min_tokens": 2, "stop_token_ids": (beyond,)}
+        tokens = Listener(thread, ids, **sampling).tokens()
+        assert [token.id for token in tokens] == alone(model, ids, min_tokens=2)
+
+
 def test_what_cannot_be_read_is_refused_at_once(model: Model, thread: ModelThread) -> None:
     with pytest.raises(UserError, match="shorten it"):
         Listener(thread, [65] * 65)
@@ -299,6 +308,34 @@ def test_what_is_computed_aside_lets_texts_go_on(thread: ModelThread, model: Mod
     assert future.result(30) == "made" and told == ["text", "aside"]
     alone = model.engine.repeat([ids], SamplingParams(max_tokens=12))
     assert [t.id for t in tokens] == [t.id for t in alone]
+
+
+def test_texts_wait_for_memory_that_a_question_holds(model: Model) -> None:
+    ids = model.engine.encode(PROMPTS[1])[:10]  # two blocks, and more as it is continued
+    with threaded(model, max_running=2, blocks=4) as thread:
+        asked: list[Listener] = []
+        begun = threading.Event()
+
+        def look_on() -> list[int]:
+            made: list[int] = []
+            params = SamplingParams(max_tokens=10)
+            for _, token in thread.engine.watch([65] * 10, params, Recorder()):
+                made.append(token.id if token else -1)
+                if not asked:
+                    asked.extend(Listener(thread, ids, max_tokens=20) for _ in range(2))
+                    begun.set()
+                thread.pause()
+            return made
+
+        question = thread.aside(look_on)
+        assert begun.wait(60)
+        for listener in asked:
+            told = [token.id for token in listener.tokens()]
+            assert told == alone(model, ids, max_tokens=20)
+        try:
+            assert question.result(30) == alone(model, [65] * 10, max_tokens=10)
+        except Busy as error:  # texts hold what the question would have gone on to
+            assert "others hold all memory" in str(error)
 
 
 def test_a_question_that_fails_is_its_askers_alone(thread: ModelThread, model: Model) -> None:

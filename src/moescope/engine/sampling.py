@@ -148,12 +148,15 @@ def biased(logits: Tensor, biases: Mapping[int, float]) -> Tensor:
 def allowed(logits: Tensor, mask: Tensor | None, forbidden: Iterable[int]) -> Tensor:
     """Rule out tokens of `(vocab,)` that a mask, `(vocab,)` booleans, does not allow, and others.
 
+    Forbidden ids beyond the vocabulary are passed over.
+
     Raises:
         UserError: no token is left.
     """
     if mask is not None:
         logits = logits.masked_fill(~mask.to(logits.device), -torch.inf)
-    ids = torch.tensor([*forbidden], dtype=torch.int64, device=logits.device)
+    known = [token_id for token_id in forbidden if 0 <= token_id < len(logits)]
+    ids = torch.tensor(known, dtype=torch.int64, device=logits.device)
     logits = logits.index_fill(0, ids, -torch.inf)
     if not logits.isfinite().any():
         raise UserError("no token may come next; ask for fewer min_tokens or allow more")

@@ -163,9 +163,8 @@ class ModelThread:
         while self._take_in():
             now = time.perf_counter()
             until = until or now + took * len({text.request for text in self._receivers})
-            if now >= until:
+            if now >= until or not self._step(beside=True):
                 break
-            self._step()
         if self._closing:
             raise Busy(_ENDING)
         self._part_begun = time.perf_counter()
@@ -204,20 +203,27 @@ class ModelThread:
             self._arrived.clear()
             return bool(self._scheduler) and not self._closing
 
-    def _step(self) -> None:
+    def _step(self, *, beside: bool = False) -> bool:
+        """Have the engine step; tell whether texts got on.
+
+        Beside what is computed aside they wait where that holds all memory, until it is done.
+        """
         try:
             made = self.engine.step(self._scheduler)
         except Exception as error:
+            if beside and isinstance(error, Busy):
+                return False
             log.exception("the model failed; all requests end")
             with self._news:
                 self._end_all(error)
-            return
+            return False
         for sequence, event in made:
             self._receivers[sequence](event)
         for sequence in [s for s in self._receivers if s.cancelled or s.ended]:
             del self._receivers[sequence]
         with self._news:
             self._count()
+        return True
 
     def _count(self) -> None:
         """See what runs and waits; in the thread, under the lock."""
