@@ -1,21 +1,42 @@
-"""Write `web/openapi.json`, from which the page's types are made: `python web/openapi.py`."""
+"""Write what the page takes over from the server: `python web/openapi.py`.
+
+`web/openapi.json` is what its types are made from, `web/src/lib/declared.json` has values.
+"""
 
 import json
 from pathlib import Path
+from typing import Any, get_args
 
+from moescope.model.steering import Rule
 from moescope.server.contract import openapi
+from moescope.server.schema import MAX_NOISE, MAX_TEXT, SteeringRequest
 
-FILE = Path(__file__).with_name("openapi.json")
+WEB = Path(__file__).parent
 
 
 def main() -> None:
-    FILE.write_text(text(), encoding="utf-8")
-    print(f"wrote {FILE}")
+    for name, text in files().items():
+        (WEB / name).write_text(text, encoding="utf-8")
+        print(f"wrote {WEB / name}")
 
 
-def text() -> str:
-    """The document as it is committed."""
-    return json.dumps(openapi(), indent=1, ensure_ascii=False) + "\n"
+def files() -> dict[str, str]:
+    """The files as they are committed, by their place in this folder."""
+    documents = {"openapi.json": openapi(), "src/lib/declared.json": declared()}
+    return {
+        name: json.dumps(document, indent=1, ensure_ascii=False) + "\n"
+        for name, document in documents.items()
+    }
+
+
+def declared() -> dict[str, Any]:
+    """Values that the server declares and the page needs before it asks."""
+    return {
+        "steering": SteeringRequest().model_dump(),
+        "rules": get_args(Rule),
+        "max_noise": MAX_NOISE,
+        "max_text": MAX_TEXT,
+    }
 
 
 if __name__ == "__main__":

@@ -3,13 +3,11 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
-from weakref import WeakKeyDictionary
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from moescope.config import ModelConfig
 from moescope.engine.engine import Engine
 from moescope.engine.sampling import SamplingParams, choose, distribution, draw, penalised
 from moescope.errors import UserError
@@ -17,10 +15,10 @@ from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM
 from moescope.model.layer import DecoderLayer
 from moescope.model.moe import MoE
-from moescope.model.recorder import Recorder
 from moescope.model.steering import SteeredRouter, Steering, moe_layers
-from moescope.native.embedding import PackedEmbedding
 from moescope.native.experts import NativeExperts
+from moescope.scope.attended import Attended, attend_again
+from moescope.scope.neighbours import Neighbour, neighbours
 from moescope.scope.parts import WHOLE, Parts
 from moescope.scope.recording import TraceRecorder, chosen
 from moescope.scope.steps import TokenStep, describe, legible
@@ -28,16 +26,6 @@ from moescope.scope.trace import Candidate
 
 CANDIDATES = 40
 LENS_CANDIDATES = 5
-NEIGHBOURS = 8
-
-
-@dataclass(frozen=True)
-class Neighbour:
-    """A token whose embedding points the same way; `similarity` is the cosine."""
-
-    id: int
-    text: str
-    similarity: float
 
 
 @dataclass(frozen=True)
@@ -272,14 +260,14 @@ class Reading:
             UserError: there is no such token or layer.
         """
         self._check(index, layer_idx)
-        again = self._attend(layer_idx)
+        again = attend_again(self.model, self._input_ids, self._seen, layer_idx)
         streams = [self._seen.embedded, *self._seen.hidden_states.values()]
         states = torch.stack([stream[index] for stream in streams])  # (1 + layers, hidden)
         logits = self.model.logits(self.model.model.norm(states[1:]))  # (layers, vocab)
         candidates, picked = self._pick(logits[-1], index, params)
         return TokenDetail(
             embedding=states[0].tolist(),
-            neighbours=self._neighbours(self.ids[index]),
+            neighbours=neighbours(self.model.model.embed_tokens, self.tokenizer, self.ids[index]),
             hidden_norms=states.float().norm(dim=-1).tolist(),
             attention=self._attention(index, layer_idx, again),
             router=self._router(index, layer_idx),
@@ -311,7 +299,7 @@ class Reading:
             raise UserError(
                 "packed experts cannot be looked into; open the model unquantized", "packed"
             )
-        attended = self._attend(layer_idx).given
+        attended = attend_again(self.model, self._input_ids, self._seen, layer_idx).given
         given = self._normed(layer_idx, attended[index])  # (hidden,)
         first, second = (
             None if bias is None else bias[expert]
@@ -329,30 +317,9 @@ class Reading:
         if not 0 <= layer_idx < layers:
             raise UserError(f"there is no layer {layer_idx}; the model has 0 to {layers - 1}")
 
-    # --- one layer again --------------------------------------------------------------------------
+    # --- one layer --------------------------------------------------------------------------------
 
-    def _attend(self, layer_idx: int) -> "_Attended":
-        """Repeat a layer's attention step, and the layers before it where it depends on them."""
-        recorder = _AttentionRecorder(layer_idx)
-        if _depends_on_layers_before(self.model.config):
-            layer = self._layer(layer_idx)
-            hook = layer.post_attention_layernorm.register_forward_pre_hook(recorder.keep_given)
-            try:
-                self.model.model(self._input_ids, recorder=recorder)
-            finally:
-                hook.remove()
-            return recorder.attended()
-        layer = self._layer(layer_idx)
-        before = self._seen.hidden_states[layer_idx - 1] if layer_idx else self._seen.embedded
-        before = before[None]  # (1, tokens, hidden)
-        positions = torch.arange(len(self.ids), device=before.device)[None]
-        rotation = self.model.model.rotary_emb(positions, before.dtype)
-        normed = layer.input_layernorm(before)
-        added = layer.self_attn(normed, rotation, positions, None, recorder)
-        recorder.given = (before + layer.scaled(added))[0]
-        return recorder.attended()
-
-    def _attention(self, index: int, layer_idx: int, again: "_Attended") -> AttentionDetail:
+    def _attention(self, index: int, layer_idx: int, again: Attended) -> AttentionDetail:
         """What `again` tells of one token's attention."""
         heads = again.probabilities[:, index, : index + 1]  # (heads, tokens so far)
         picks, sinks = self._seen.picked.get(layer_idx), self._seen.sink_shares.get(layer_idx)
@@ -483,95 +450,9 @@ class Reading:
             )
         ]
 
-    def _neighbours(self, token_id: int) -> list[Neighbour]:
-        known = _known_neighbours.setdefault(self.model.model.embed_tokens, {})
-        if token_id not in known:
-            known[token_id] = self._find_neighbours(token_id)
-        return known[token_id]
-
-    def _find_neighbours(self, token_id: int) -> list[Neighbour]:
-        table = self.model.model.embed_tokens  # (vocab, hidden)
-        own = table(torch.tensor(token_id, device=table.weight.device))  # (hidden,)
-        # In the table's own type over all of it, then in float32 over the nearest: (vocab,)
-        packed = isinstance(table, PackedEmbedding)
-        products = table.products(own) if packed else (table.weight @ own).float()
-        roughly = products / _lengths(table)
-        roughly[token_id] = -torch.inf
-        near = roughly.topk(min(4 * NEIGHBOURS, roughly.shape[0] - 1)).indices
-        similarity = F.cosine_similarity(table(near).float(), own.float()[None])
-        best = similarity.topk(min(NEIGHBOURS, len(near)))
-        return [
-            Neighbour(i, legible(self.tokenizer, i), cosine)
-            for i, cosine in zip(near[best.indices].tolist(), best.values.tolist(), strict=True)
-        ]
-
-
-ROWS_AT_A_TIME = 8192
-_known_lengths: WeakKeyDictionary[nn.Embedding, Tensor] = WeakKeyDictionary()
-_known_neighbours: WeakKeyDictionary[nn.Embedding, dict[int, list[Neighbour]]] = WeakKeyDictionary()
-
-
-def _lengths(embedding: nn.Embedding) -> Tensor:
-    """Length of each token's vector, computed once: `(vocab,)` float32."""
-    if embedding not in _known_lengths:
-        ids = torch.arange(embedding.num_embeddings, device=embedding.weight.device)
-        parts = [embedding(some).float().norm(dim=-1) for some in ids.split(ROWS_AT_A_TIME)]
-        _known_lengths[embedding] = torch.cat(parts).clamp(min=1e-30)
-    return _known_lengths[embedding]
-
-
-@dataclass(frozen=True)
-class _Attended:
-    """One layer after its attention step.
-
-    Attributes:
-        given: what the norm before the feed-forward part is given, `(tokens, hidden)`.
-        probabilities: `(heads, tokens, tokens)`.
-        entries: of entries of compressed tokens, `(heads, tokens, entries)`.
-        tokens_per_entry: 0 without entries.
-    """
-
-    given: Tensor
-    probabilities: Tensor
-    entries: Tensor | None
-    tokens_per_entry: int
-
-
-class _AttentionRecorder(Recorder):
-    """Keeps one layer's attention."""
-
-    wants_attention = True
-
-    def __init__(self, layer_idx: int) -> None:
-        self.layer_idx = layer_idx
-        self.given = torch.empty(0)
-        self._probabilities = torch.empty(0)
-        self._entries: Tensor | None = None
-        self._tokens_per_entry = 0
-
-    def attention(self, layer_idx: int, probabilities: Tensor) -> None:
-        if layer_idx == self.layer_idx:
-            self._probabilities = probabilities[0]
-
-    def entry_attention(self, layer_idx: int, probabilities: Tensor, tokens_per_slot: int) -> None:
-        if layer_idx == self.layer_idx:
-            self._entries, self._tokens_per_entry = probabilities[0], tokens_per_slot
-
-    def keep_given(self, _norm: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        """Keep what a norm is given, `(1, tokens, hidden)`."""
-        self.given = inputs[0][0]
-
-    def attended(self) -> _Attended:
-        return _Attended(self.given, self._probabilities, self._entries, self._tokens_per_entry)
-
 
 def _weighted_outputs(moe: MoE, given: Tensor, ids: list[int], weights: list[float]) -> Tensor:
     """What each of the experts adds for one token `(hidden,)`: `(experts asked, hidden)`."""
     topk_ids = torch.tensor(ids, device=given.device)[:, None]  # (experts asked, 1)
     topk_weights = torch.tensor(weights, device=given.device)[:, None]
     return moe.experts(given.expand(len(ids), -1), topk_ids, topk_weights)
-
-
-def _depends_on_layers_before(config: ModelConfig) -> bool:
-    """Whether a layer follows from more than the one residual stream before it."""
-    return config.hc_mult is not None or "shared" in (config.indexer_types or ())

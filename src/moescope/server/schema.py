@@ -13,6 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
 from moescope.lab.beside import Contestant, ParameterCount
+from moescope.model.steering import Rule
 from moescope.scope.cards import Card
 from moescope.scope.detail import ExpertDetail
 from moescope.scope.history import TrainingRow
@@ -23,6 +24,8 @@ Language = Literal["zh", "en"]
 LANGUAGES: tuple[Language, ...] = ("zh", "en")
 MAX_TEXT = 20_000
 """Characters of a prompt that the page sends; longer text gets a sentence instead of an answer."""
+MAX_NOISE = 100
+"""Of the router's logits: beyond it nothing is left of them."""
 
 
 class Message(BaseModel):
@@ -57,9 +60,9 @@ class SteeringRequest(Message):
     """
 
     num_experts_per_tok: int | None = Field(default=None, ge=1)
-    rule: Literal["softmax", "sigmoid", "relu", "random"] | None = None
+    rule: Rule | None = None
     without_bias: bool = False
-    noise: float = Field(default=0.0, ge=0, le=100)
+    noise: float = Field(default=0.0, ge=0, le=MAX_NOISE)
     noise_seed: int = 0
     bias: list["ExpertBias"] = []
     disabled: list[ExpertId] = []

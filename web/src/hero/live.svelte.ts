@@ -1,6 +1,6 @@
 /** The sum that the first screen works on, read and continued by the model itself. */
 import { ApiError, generate, isAbort, trace } from '../lib/api';
-import { NO_STEERING } from '../lib/defaults';
+import { NO_STEERING } from '../lib/steering';
 import type { AppState } from '../lib/state.svelte';
 import type { TokenStep } from '../lib/types';
 

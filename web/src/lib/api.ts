@@ -26,9 +26,6 @@ import type {
   WatchedAnswer,
 } from './types';
 
-/** Characters of a prompt that the server takes (`MAX_TEXT` in server/schema.py). */
-export const MAX_TEXT = 20_000;
-
 /** A failure as one sentence for the reader; `code` is the server's word for it, if it has one. */
 export class ApiError extends Error {
   constructor(

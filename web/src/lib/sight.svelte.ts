@@ -6,12 +6,33 @@
  * it comes into sight, or the playing ends.
  */
 import { getContext, setContext } from 'svelte';
-import { setApp, useApp, type AppState } from './state.svelte';
+import { setApp, useApp } from './context';
+import type { AppState } from './state.svelte';
 
 const SIGHT = Symbol('sight');
 
+/** Tell whether an element is in sight, or nearly, whenever that changes; ends with the returned function. */
+export function watchSight(element: Element, tell: (inSight: boolean) => void): () => void {
+  const observer = new IntersectionObserver(
+    (entries) => tell(entries.at(-1)!.isIntersecting),
+    { rootMargin: '120px' },
+  );
+  observer.observe(element);
+  return () => observer.disconnect();
+}
+
 /** Tells whether the station is in sight, so that what costs much is asked for only then. */
 export const useSight = () => getContext<() => boolean>(SIGHT);
+
+/** Tells whether the station has been in sight, so that what stays is asked for once. */
+export function useSeen(): () => boolean {
+  const inSight = useSight();
+  let seen = $state(false);
+  $effect(() => {
+    if (inSight()) seen = true;
+  });
+  return () => seen;
+}
 
 /** Give the components below an app whose text stands still while it is played out of sight. */
 export function provideSight(inSight: () => boolean): void {

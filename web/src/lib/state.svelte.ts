@@ -1,47 +1,40 @@
 /** The page's one state: what was typed, what the model answered, and what the reader chose. */
-import { getContext, setContext, untrack } from 'svelte';
-import { ApiError, generate, getModel, getStart, isAbort, knock, MAX_TEXT, serverGone, told, token, trace } from './api';
-import { MAX_TOKENS, NO_STEERING } from './defaults';
+import { untrack } from 'svelte';
+import { keepAddress, takeOver } from './address.svelte';
+import { ApiError, getModel, getStart, isAbort, knock, serverGone, trace } from './api';
+import { setApp } from './context';
+import { Details } from './details.svelte';
 import { i18n, t, type Language } from './i18n.svelte';
+import { Latest } from './latest';
+import { MAX_TEXT, MAX_TOKENS } from './limits';
+import { playBack } from './playback';
+import { Specialists } from './specialists.svelte';
+import { isSteered, NO_STEERING, toggled } from './steering';
 import type {
-  Card,
   CompanionInfo,
   EndEvent,
-  ExpertId,
   GenerateRequest,
   ModelInfo,
   SamplingRequest,
-  SpecializationAnswer,
   SteeringRequest,
   TokenDetail,
   TokenStep,
   WatchedAnswer,
 } from './types';
-import { Latest } from './latest';
-import { shown } from './text';
-import { readUrl, writeUrl, type Local, type LocalName, type Theme, type UrlState } from './url';
+import type { Local, LocalName, Theme } from './url';
+import { visitStation } from './visit';
 
 export type Status = 'idle' | 'loading' | 'playing' | 'paused' | 'ended' | 'error';
-export type { Theme };
 
-/** Milliseconds between two tokens while playing: the model is faster than the eye. */
-const PACE = { prompt: 25, made: 110 };
 /** Milliseconds without a further change before all tokens are traced again. */
 const SETTLED = 60;
-/** An expert whose work is of one kind of text by more than this share is devoted to it. */
-export const DEVOTED = 0.6;
-/** Milliseconds within which a visit to a station ends. */
-const ARRIVED = 3000;
-/** Details without steering that are kept to compare with. */
-const KEPT = 8;
 
 /** Missing while the first screen is rendered at build time. */
 const darkQuery = globalThis.matchMedia?.('(prefers-color-scheme: dark)');
 
 export class AppState {
   model: ModelInfo | null = $state.raw(null);
-  /** What was measured of the experts; null where nothing was. */
-  specialization: SpecializationAnswer | null = $state.raw(null);
+  specialists = new Specialists();
   /** What the first screen asks for. */
   hero: GenerateRequest | null = $state.raw(null);
   theme: Theme = $state('auto');
@@ -67,11 +60,6 @@ export class AppState {
   /** The token that the reader bet on in "guess first"; null until then. */
   bet: number | null = $state(null);
 
-  detail: TokenDetail | null = $state.raw(null);
-  baseline: TokenDetail | null = $state.raw(null);
-  /** Token and layer that `detail` is of: it lags behind the choice by one answer. */
-  detailAt: { index: number; layer: number } | null = $state.raw(null);
-
   /** Stations that the reader folded. */
   folded: string[] = $state.raw([]);
   /** What single stations are set to; it stands in the address, too. */
@@ -83,15 +71,11 @@ export class AppState {
   returns: number = $state(0);
   #prefersDark: boolean = $state(darkQuery?.matches ?? false);
   /** The text that `steps` began with; differs from `prompt` while the reader edits. */
-  #shownPrompt: string | null = null;
+  shownPrompt: string | null = null;
   /** The steering that `steps` were computed under. */
   #traced: SteeringRequest = NO_STEERING;
   #run: AbortController | null = null;
-  #details = new Latest();
-  #baselines = new Latest();
   #traces = new Latest();
-  /** Details of the model as it is, by what was asked. */
-  #plain = new Map<string, TokenDetail>();
   #lastIds: number[] = [];
 
   /** The same array as long as the tokens are the same, whatever else is known of them. */
@@ -116,11 +100,9 @@ export class AppState {
     ),
   );
   /** The layer whose experts differ most by the kind of text, or the middle one. */
-  readable: number = $derived.by(() => {
-    const bits = this.specialization?.mutual_information ?? [];
-    const best = this.specialization?.layers[bits.indexOf(Math.max(...bits))];
-    return best ?? this.moeLayers[Math.floor(this.moeLayers.length / 2)] ?? 0;
-  });
+  readable: number = $derived(
+    this.specialists.readable ?? this.moeLayers[Math.floor(this.moeLayers.length / 2)] ?? 0,
+  );
   steered: boolean = $derived(isSteered(this.steering));
   dark: boolean = $derived(this.theme === 'auto' ? this.#prefersDark : this.theme === 'dark');
   /** Whether the guesses at what follows the selected token are to stay covered. */
@@ -130,6 +112,23 @@ export class AppState {
 
   /** How tokens are picked; nothing is known of it before the model is. */
   sampling = $derived({ ...this.model?.sampling, ...this.resampled } as SamplingRequest);
+
+  #details = new Details(this);
+
+  /** The selected token in the chosen layer. */
+  get detail(): TokenDetail | null {
+    return this.#details.now;
+  }
+
+  /** The same without steering; null while there is none. */
+  get baseline(): TokenDetail | null {
+    return this.#details.before;
+  }
+
+  /** Token and layer that `detail` is of: it lags behind the choice by one answer. */
+  get detailAt(): { index: number; layer: number } | null {
+    return this.#details.at;
+  }
 
   get language(): Language {
     return i18n.language;
@@ -145,10 +144,8 @@ export class AppState {
       document.documentElement.lang = i18n.language === 'zh' ? 'zh-CN' : 'en';
       document.documentElement.dataset.theme = this.theme;
     });
-    $effect(() => this.#fetchDetail());
-    $effect(() => this.#fetchBaseline());
     $effect(() => this.#followSteering());
-    $effect(() => this.#writeUrl());
+    $effect(() => keepAddress(this));
   }
 
   // --- what the reader does ----------------------------------------------------------------------
@@ -158,11 +155,11 @@ export class AppState {
     knock();
     this.status = 'loading';
     this.error = null;
-    const wanted = this.fromUrl();
-    await this.#guard(async () => {
+    const wanted = takeOver(this);
+    await this.guard(async () => {
       // Known before the model is shown: from then on the reader may play, which nothing may overtake.
       const { model, specialization, prompt, steps, hero } = await getStart(i18n.language);
-      this.specialization = specialization;
+      this.specialists.measured = specialization;
       this.locked = false;
       this.model = model;
       this.hero = hero;
@@ -184,7 +181,7 @@ export class AppState {
     this.error = null;
     if (this.status === 'error') this.status = 'paused';
     if (!gone) return;
-    await this.#guard(async () => {
+    await this.guard(async () => {
       await getModel();
       this.returns += 1;
     });
@@ -219,7 +216,7 @@ export class AppState {
   /** Back to the prompt alone, as it is written now. */
   async reset(): Promise<void> {
     this.pause();
-    await this.#guard(() => this.#show(this.prompt));
+    await this.guard(() => this.#show(this.prompt));
     this.select(this.steps.length - 1);
   }
 
@@ -227,13 +224,13 @@ export class AppState {
   async take(id: number): Promise<void> {
     const kept = this.ids.slice(0, this.selected + 1);
     const typed = Math.min(this.promptTokens, kept.length);
-    await this.load(this.#shownPrompt ?? this.prompt, [...kept, id], typed);
+    await this.load(this.shownPrompt ?? this.prompt, [...kept, id], typed);
   }
 
   /** Show an answer that somebody was given, under the routers that it was made with. */
   async open(ask: () => Promise<WatchedAnswer>): Promise<void> {
     this.pause();
-    await this.#guard(async () => {
+    await this.guard(async () => {
       const { prompt, ids, prompt_tokens, steering } = await ask();
       this.steering = isSteered(steering) ? steering : NO_STEERING;
       this.prompt = prompt;
@@ -246,7 +243,7 @@ export class AppState {
   async load(prompt: string, ids: number[], promptTokens: number): Promise<void> {
     this.pause();
     this.prompt = prompt;
-    await this.#guard(() => this.#show(prompt, ids, promptTokens));
+    await this.guard(() => this.#show(prompt, ids, promptTokens));
     this.select(this.steps.length - 1);
   }
 
@@ -260,50 +257,8 @@ export class AppState {
     this.selectedExpert = null;
   }
 
-  /** What was found out about an expert; null where nobody measured. */
-  card(layer: number, expert: number): Card | null {
-    const at = this.specialization?.layers.indexOf(layer) ?? -1;
-    return this.specialization?.cards[at]?.[expert] ?? null;
-  }
-
-  /** An expert's name in the reader's language; null for most. */
-  expertName(layer: number, expert: number): string | null {
-    return this.card(layer, expert)?.[this.language] ?? null;
-  }
-
-  /** An expert's name, else its most typical tokens; null where nobody measured. */
-  expertLabel(layer: number, expert: number): string | null {
-    const tokens = this.card(layer, expert)?.tokens.slice(0, 3) ?? [];
-    const name = this.expertName(layer, expert);
-    return name ?? (tokens.length > 0 ? tokens.map((token) => shown(token).trim() || shown(token)).join(' ') : null);
-  }
-
-  /** The experts that spend most of their work on one kind of text. */
-  expertsOf(domain: string): ExpertId[] {
-    if (!this.specialization) return [];
-    const { domains, layers, cards } = this.specialization;
-    const wanted = domains.indexOf(domain);
-    return layers.flatMap((layer, at) =>
-      cards[at].flatMap((card, expert) =>
-        card.domain === wanted && card.domain_share > DEVOTED ? [{ layer, expert }] : [],
-      ),
-    );
-  }
-
-  isDomainOff(domain: string): boolean {
-    const names = (ids: ExpertId[]) => ids.map((id) => `${id.layer}:${id.expert}`).sort().join();
-    const { disabled } = this.steering;
-    return disabled.length > 0 && names(disabled) === names(this.expertsOf(domain));
-  }
-
   toggleDisabled(layer: number, expert: number): void {
-    const same = (id: ExpertId) => id.layer === layer && id.expert === expert;
-    const { disabled } = this.steering;
-    this.setSteering({
-      disabled: disabled.some(same)
-        ? disabled.filter((id) => !same(id))
-        : [...disabled, { layer, expert }],
-    });
+    this.setSteering({ disabled: toggled(this.steering.disabled, { layer, expert }) });
   }
 
   /** Change the router; the text's tokens stay, what they meet is computed again. */
@@ -347,49 +302,7 @@ export class AppState {
   /** Open a station and bring it into view. */
   visit(station: string): void {
     this.fold(station, false);
-    const smooth = !matchMedia('(prefers-reduced-motion: reduce)').matches;
-    const element = document.getElementById(`station-${station}`);
-    element?.scrollIntoView({ behavior: smooth ? 'smooth' : 'auto', block: 'start' });
-    // Stations that come into sight on the way may grow and push this one down.
-    const late = performance.now() + ARRIVED;
-    const arrive = () => performance.now() < late && element?.scrollIntoView({ block: 'start' });
-    if (smooth) addEventListener('scrollend', arrive, { once: true });
-    element?.querySelector<HTMLElement>('h2')?.focus({ preventScroll: true });
-  }
-
-  // --- the address -------------------------------------------------------------------------------
-
-  toUrl(): string {
-    return writeUrl({
-      prompt: this.#shownPrompt ?? this.prompt,
-      ids: this.steps.length > this.promptTokens ? this.ids : undefined,
-      promptTokens: this.promptTokens,
-      selected: this.selected,
-      layer: this.layer,
-      expert: this.selectedExpert ?? undefined,
-      maxTokens: this.maxTokens,
-      folded: this.folded,
-      theme: this.theme,
-      guessFirst: this.guessFirst,
-      local: this.local,
-      steering: this.steering,
-      sampling: this.resampled,
-      language: this.language,
-    });
-  }
-
-  /** Take over what the address says, but for what needs the model first: that is given back. */
-  fromUrl(): UrlState {
-    const wanted = readUrl(location.search);
-    if (wanted.language) this.language = wanted.language;
-    if (wanted.prompt) this.prompt = wanted.prompt;
-    this.steering = wanted.steering;
-    this.maxTokens = wanted.maxTokens ?? MAX_TOKENS;
-    this.folded = wanted.folded;
-    this.theme = wanted.theme ?? 'auto';
-    this.guessFirst = wanted.guessFirst;
-    this.local = wanted.local;
-    return wanted;
+    visitStation(station);
   }
 
   // --- talking to the server ---------------------------------------------------------------------
@@ -408,7 +321,7 @@ export class AppState {
 
   /** Show a text, the first `promptTokens` of it as the reader's. */
   #display(prompt: string, steps: TokenStep[], promptTokens = steps.length): void {
-    this.#shownPrompt = prompt;
+    this.shownPrompt = prompt;
     this.promptTokens = promptTokens;
     this.steps = steps.map((step) => ({ ...step, in_prompt: step.index < this.promptTokens }));
     this.endEvent = null;
@@ -416,8 +329,8 @@ export class AppState {
   }
 
   async #continue(maxTokens: number): Promise<void> {
-    await this.#guard(async () => {
-      const fresh = this.steps.length === 0 || this.prompt !== this.#shownPrompt;
+    await this.guard(async () => {
+      const fresh = this.steps.length === 0 || this.prompt !== this.shownPrompt;
       if (fresh) this.#checkPrompt();
       else if (this.steering !== this.#traced) await this.#retrace();
       const run = this.#newRun();
@@ -425,57 +338,30 @@ export class AppState {
       this.status = 'playing';
       this.endEvent = null;
       this.select(this.steps.length - 1);
-      await this.#playBack(run, fresh, {
-        ...(fresh
-          ? { prompt: this.prompt.toWellFormed() }
-          : { ids: this.ids, known: this.ids.length }),
-        max_tokens: maxTokens,
-        sampling: this.sampling,
-        steering: this.steering,
-      });
-    });
-  }
-
-  /** Stream a continuation and show its tokens one by one, no faster than the eye follows. */
-  async #playBack(
-    run: AbortController,
-    fresh: boolean,
-    request: Partial<GenerateRequest>,
-  ): Promise<void> {
-    const { prompt } = this;
-    let shown = Promise.resolve();
-    let failure: unknown = null;
-    const enqueue = (milliseconds: number, show: () => void) => {
-      shown = shown.then(async () => {
-        await new Promise((resolve) => setTimeout(resolve, milliseconds));
-        if (run === this.#run && !failure) show();
-      });
-    };
-    await generate(
-      request,
-      (event) => {
-        if (event.type === 'error') failure = new ApiError(told(event));
-        else if (event.type === 'end') enqueue(0, () => this.#end(event));
-        else {
-          const { step } = event;
-          const inPrompt = fresh ? step.in_prompt : false;
-          enqueue(inPrompt ? PACE.prompt : PACE.made, () => {
+      const { prompt, sampling, steering } = this;
+      const text = fresh
+        ? { prompt: prompt.toWellFormed() }
+        : { ids: this.ids, known: this.ids.length };
+      await playBack(
+        { ...text, max_tokens: maxTokens, sampling, steering },
+        {
+          listening: () => run === this.#run,
+          onToken: (step, inPrompt) => {
             if (step.index === 0) this.#clear(prompt);
             this.#append({ ...step, in_prompt: inPrompt });
-          });
-        }
-      },
-      run.signal,
-    );
-    if (failure) throw failure;
-    await shown;
+          },
+          onEnd: (event) => this.#end(event),
+        },
+        run.signal,
+      );
+    });
   }
 
   /** Make room for a new text, once its first token is there. */
   #clear(prompt: string): void {
     this.steps = [];
     this.promptTokens = 0;
-    this.#shownPrompt = prompt;
+    this.shownPrompt = prompt;
     this.selected = 0;
   }
 
@@ -510,66 +396,8 @@ export class AppState {
     void this.returns;
     const overtaken = () => steering === this.#traced || this.steps.length === 0;
     if (untrack(overtaken)) return;
-    const retrace = () => (overtaken() ? Promise.resolve() : this.#guard(() => this.#retrace()));
+    const retrace = () => (overtaken() ? Promise.resolve() : this.guard(() => this.#retrace()));
     const timer = setTimeout(() => void this.#traces.ask(retrace), SETTLED);
-    return () => clearTimeout(timer);
-  }
-
-  #fetchDetail(): (() => void) | void {
-    const request = this.#detailRequest();
-    const { steering } = this;
-    if (!request) {
-      this.detail = this.detailAt = null;
-      return;
-    }
-    return this.#ask(this.#details, async () => {
-      const detail = await token({ ...request, steering });
-      const { index, layer } = request;
-      if (this.ids[index] !== request.ids[index]) return; // meanwhile another text
-      this.detail = detail;
-      this.detailAt = { index, layer };
-      if (!isSteered(steering)) this.#keepPlain(JSON.stringify(request), detail);
-    });
-  }
-
-  #fetchBaseline(): (() => void) | void {
-    const request = this.steered ? this.#detailRequest() : null;
-    const key = JSON.stringify(request);
-    const known = this.#plain.get(key) ?? null;
-    if (!request || known) {
-      this.baseline = known;
-      return;
-    }
-    return this.#ask(this.#baselines, async () => {
-      const baseline = await token(request);
-      this.#keepPlain(key, baseline);
-      if (this.steered) this.baseline = baseline;
-    });
-  }
-
-  #keepPlain(key: string, detail: TokenDetail): void {
-    this.#plain.set(key, detail);
-    for (const oldest of this.#plain.keys()) if (this.#plain.size > KEPT) this.#plain.delete(oldest);
-  }
-
-  #detailRequest() {
-    const { ids, selected: index, layer, sampling } = this;
-    void this.returns;
-    return this.model && index < ids.length ? { ids, index, layer, sampling } : null;
-  }
-
-  /** Ask at once, or when the last answer is there; the effect's end calls it off. */
-  #ask(queue: Latest, task: () => Promise<void>): () => void {
-    void queue.ask(() => this.#guard(task));
-    return () => queue.drop();
-  }
-
-  #writeUrl(): (() => void) | void {
-    const url = this.toUrl();
-    // Until its text is there, the address says more than the state.
-    if (this.steps.length === 0) return;
-    // Browsers refuse more than some hundred changes of the address in half a minute.
-    const timer = setTimeout(() => history.replaceState(null, '', url), 250);
     return () => clearTimeout(timer);
   }
 
@@ -587,7 +415,8 @@ export class AppState {
       throw new ApiError(t('common.tooLong', { n: [...this.prompt].length, max: MAX_TEXT }));
   }
 
-  async #guard(task: () => Promise<void>): Promise<void> {
+  /** Do what may fail; what went wrong is told to the reader. */
+  async guard(task: () => Promise<void>): Promise<void> {
     try {
       await task();
     } catch (error) {
@@ -606,20 +435,6 @@ export class AppState {
   }
 }
 
-function isSteered(steering: SteeringRequest): boolean {
-  return JSON.stringify(steering) !== JSON.stringify(NO_STEERING);
-}
-
-const CONTEXT = Symbol('app');
-
 export function provideApp(): AppState {
   return setApp(new AppState());
-}
-
-export function setApp(app: AppState): AppState {
-  return setContext(CONTEXT, app);
-}
-
-export function useApp(): AppState {
-  return getContext<AppState>(CONTEXT);
 }

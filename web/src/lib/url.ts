@@ -1,6 +1,7 @@
 /** The state in the address: short names, left out where nothing was changed. */
-import { MAX_TOKENS, MOST_TOKENS, NO_STEERING } from './defaults';
 import type { Language } from './i18n.svelte';
+import { MAX_TOKENS, MOST_TOKENS } from './limits';
+import { MAX_NOISE, NO_STEERING, RULES } from './steering';
 import type { ExpertBias, ExpertId, SamplingRequest, SteeringRequest } from './types';
 
 export type Theme = 'auto' | 'light' | 'dark';
@@ -36,7 +37,6 @@ export interface UrlState {
 }
 
 const THEMES: Theme[] = ['auto', 'light', 'dark'];
-const RULES = ['softmax', 'sigmoid', 'relu', 'random'] as const;
 
 /** Names of the fields of sampling in the address. */
 const SAMPLING = {
@@ -124,7 +124,7 @@ export function readUrl(search: string): UrlState {
       num_experts_per_tok: integer('k', 1),
       rule: RULES.find((rule) => rule === query.get('rule')) ?? null,
       without_bias: query.get('unbiased') === '1',
-      noise: number('noise', 0, 100) ?? NO_STEERING.noise,
+      noise: number('noise', 0, MAX_NOISE) ?? NO_STEERING.noise,
       noise_seed: integer('noise-seed') ?? NO_STEERING.noise_seed,
       bias: list('bias').flatMap(parseBias),
       disabled: list('off').flatMap(parseExpert),

@@ -32,6 +32,7 @@ export default {
   back: 'Back',
   reset: 'Start over',
   skip: 'Skip to the text',
+  leadsIn: 'Leading in layer {layer}:',
   chips: 'Below each token: its leading expert in layer {layer}.',
   save: 'Save this picture: {title}',
 };

@@ -13,5 +13,6 @@ export default {
   wrong: 'wrong, it is {truth}',
   loads: 'Which experts worked on which part (layer {layer})',
   load: 'Expert {expert}: visited by {share} of the tokens',
+  words: 'write: the digit that is put down; carry: what goes on to the next place. The model learned its steps in these words.',
   unable: 'This model knows no <think> … </think>: it was not taught to write down its steps apart from its answer.',
 };

@@ -34,6 +34,7 @@ const zh: typeof en = {
   back: '后退',
   reset: '从头再来',
   skip: '直达正文',
+  leadsIn: '第 {layer} 层的首选：',
   chips: '词元下面是第 {layer} 层的首选专家。',
   save: '保存这张图：{title}',
 };

@@ -15,6 +15,7 @@ const zh: typeof en = {
   wrong: '答错了，应是 {truth}',
   loads: '各部分由哪些专家经手（第 {layer} 层）',
   load: '专家 {expert}：经手了 {share} 的词元',
+  words: 'write 是写下这一位，carry 是向前一位进。模型学步骤时用的就是这两个英文词。',
   unable: '这个模型不认得 <think> … </think>：没有学过把步骤和答案分开写。',
 };
 export default zh;
