@@ -4,7 +4,7 @@ Names of checks may follow: `warnings` (all files compile without any), `address
 under AddressSanitizer and UndefinedBehaviorSanitizer runs tests/kernels), `thread`
 (csrc/tests/exercise.cpp under ThreadSanitizer: Python itself is not clean there) and `arm64` (the
 same program, cross-compiled, under qemu). Without names, all run for which the tools are there.
-Some minutes each; needs g++, for arm64 also g++-aarch64-linux-gnu and qemu-user.
+Minutes each, `address` an hour; needs g++, for arm64 also g++-aarch64-linux-gnu and qemu-user.
 """
 
 import os
@@ -48,7 +48,9 @@ def address() -> None:
     }
     tests = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
     # `-s`: a report is printed right before the end, where pytest's own capture would lose it.
-    subprocess.run([*tests, "tests/kernels", "tests/native"], cwd=ROOT, env=environment, check=True)
+    # What PyTorch compiles ("fused") is not ours, and takes many minutes so.
+    chosen = ["-k", "not fused", "-o", "faulthandler_timeout=3600", "tests/kernels", "tests/native"]
+    subprocess.run([*tests, *chosen], cwd=ROOT, env=environment, check=True)
 
 
 def thread() -> None:
