@@ -37,7 +37,7 @@ def main() -> None:
             record=True, width=80, highlight=False, force_terminal=True, file=io.StringIO(),
             color_system="truecolor",
         )  # fmt: skip
-        draw(model.trace(sentence, max_tokens=12), console)
+        draw(model.trace(sentence, max_tokens=12), model.tokenizer, console)
         page = console.export_html(code_format=PAGE, theme=MONOKAI, inline_styles=True)
         photograph(page, HERE / name)
 

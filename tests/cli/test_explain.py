@@ -23,7 +23,8 @@ ENGLISH, CHINESE = "the moon before my bed", "床前明月光"
 def drawn(model: Model, text: str, width: int = 80, encoding: str = "utf-8") -> str:
     raw = io.BytesIO()
     file = io.TextIOWrapper(raw, encoding=encoding, errors="strict")
-    draw(model.trace(text, max_tokens=4), Console(file=file, width=width, color_system=None))
+    trace = model.trace(text, max_tokens=4)
+    draw(trace, model.tokenizer, Console(file=file, width=width, color_system=None))
     file.flush()
     return raw.getvalue().decode(encoding)
 
@@ -39,10 +40,18 @@ def test_labels_are_in_the_language_of_the_prompt(model: Model) -> None:
     assert "leading expert" in drawn(model, ENGLISH)
     assert "首选专家" in drawn(model, CHINESE)
     trace = model.trace(ENGLISH, max_tokens=4)
-    trace.tokens[-1] = replace(trace.tokens[-1], text="月")  # what follows may be in any language
-    console = Console(file=io.StringIO(), width=80)
-    draw(trace, console)
-    assert "leading expert" in console.file.getvalue()
+    (moon,) = model.tokenizer.encode("月")[-1:]
+    trace.tokens[-1] = replace(trace.tokens[-1], id=moon)  # what follows may be in any language
+    file = io.StringIO()
+    draw(trace, model.tokenizer, Console(file=file, width=80))
+    assert "leading expert" in file.getvalue()
+
+
+def test_characters_of_several_tokens_are_whole_where_text_is_shown(model: Model) -> None:
+    text = "鸑鷟"  # of bytes alone, as the vocabulary has neither
+    assert "\ufffd" in "".join(token.text for token in model.trace(text, max_tokens=0).tokens)
+    shown = drawn(model, text)
+    assert f"续写: {text} ▸" in shown and "首选专家" in shown
 
 
 def test_each_token_has_its_leading_experts_in_its_row(model: Model) -> None:
@@ -66,7 +75,7 @@ def test_no_share_is_told_of_shared_experts_that_there_are_not(model: Model) -> 
 def test_colour_says_nothing_that_text_does_not(model: Model) -> None:
     """The same characters with colour and without."""
     coloured = Console(file=io.StringIO(), width=80, force_terminal=True, color_system="truecolor")
-    draw(model.trace(ENGLISH, max_tokens=4), coloured)
+    draw(model.trace(ENGLISH, max_tokens=4), model.tokenizer, coloured)
     assert isinstance(coloured.file, io.StringIO)
     escaped = coloured.file.getvalue()
     assert "\x1b[" in escaped

@@ -75,7 +75,8 @@ def test_a_trace_tells_of_every_part(opened: Model) -> None:
 
 def test_explain_has_a_line_for_each(opened: Model) -> None:
     file = io.StringIO()
-    draw(opened.trace(TEXT, max_tokens=3), Console(file=file, width=80, color_system=None))
+    console = Console(file=file, width=80, color_system=None)
+    draw(opened.trace(TEXT, max_tokens=3), opened.tokenizer, console)
     lines = file.getvalue().splitlines()
     assert max(cell_len(line.rstrip()) for line in lines) <= 80
     told = file.getvalue()

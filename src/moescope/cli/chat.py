@@ -138,7 +138,8 @@ def _printed(tokens: "Iterable[Token]", splitter: "ThoughtSplitter") -> str:
         for token in tokens:
             more_thought, more_answer = splitter.feed(token)
             thought += more_thought
-            typer.secho(more_thought, dim=True, nl=False)
+            if more_thought:
+                typer.secho(more_thought, dim=True, nl=False)
             if thought and more_answer and not answer:
                 print()
             print(more_answer, end="", flush=True)
@@ -153,4 +154,6 @@ def _listen() -> str:
     try:
         return input("> " if sys.stdin.isatty() else "").strip()
     except (EOFError, KeyboardInterrupt):
+        if sys.stdin.isatty():
+            print()
         return ""

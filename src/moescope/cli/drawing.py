@@ -10,7 +10,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from moescope.scope.trace import Candidate, LayerTrace, Trace, TracedToken
+from moescope.scope.trace import Candidate, LayerTrace, Trace
+from moescope.text.tokenizer import Tokenizer
 
 WIDEST = 80
 BLOCKS = " ▁▂▃▄▅▆▇█"
@@ -92,15 +93,18 @@ CHINESE = Labels(
 )
 
 
-def draw(trace: Trace, console: Console) -> None:
+def draw(trace: Trace, tokenizer: Tokenizer, console: Console) -> None:
     """Print the whole picture: paths, parameters, load, and the guesses layer by layer."""
-    asked = "".join(token.text for token in trace.tokens[: trace.prompt_tokens])
-    labels = CHINESE if is_chinese(asked) else ENGLISH
+    ids = [token.id for token in trace.tokens]
+    prompt = tokenizer.decode(ids[: trace.prompt_tokens])
+    labels = CHINESE if is_chinese(prompt) else ENGLISH
     blocks = BLOCKS if console.encoding.lower().startswith("utf") else PLAIN_BLOCKS
     width = min(console.width, WIDEST)
     console.print()
     console.print(_summary(trace, labels), width=width)
-    _draw_continuation(trace, labels, console, width)
+    if len(ids) > trace.prompt_tokens:
+        made = tokenizer.decode(ids[trace.prompt_tokens :])
+        _draw_continuation(prompt, made, labels, console, width)
     if any(layer.router for layer in trace.layers):
         _draw_paths(trace, labels, console, width)
         _draw_load(trace, labels, console, width, blocks)
@@ -129,16 +133,15 @@ def _summary(trace: Trace, labels: Labels) -> Text:
     )
 
 
-def _draw_continuation(trace: Trace, labels: Labels, console: Console, width: int) -> None:
-    if trace.prompt_tokens == len(trace.tokens):
-        return
-    prompt, made = trace.tokens[: trace.prompt_tokens], trace.tokens[trace.prompt_tokens :]
+def _draw_continuation(
+    prompt: str, made: str, labels: Labels, console: Console, width: int
+) -> None:
     text = Text(f"{labels.continuation}: ", style="bold")
-    text.append(_spoken(prompt), style="not bold")
+    text.append(prompt, style="not bold")
     text.append(
         " ▸ " if console.encoding.lower().startswith("utf") else " > ", style="not bold dim"
     )
-    text.append(_spoken(made), style="not bold italic")
+    text.append(made, style="not bold italic")
     console.print(text, width=width)
 
 
@@ -243,11 +246,6 @@ def _draw_lens(trace: Trace, labels: Labels, console: Console, width: int) -> No
         line.append(_guess(layer.guesses[place]))
         line.truncate(width, overflow="ellipsis")
         console.print(line, width=width, no_wrap=True)
-
-
-def _spoken(tokens: list[TracedToken]) -> str:
-    """The text of tokens without those that only steer."""
-    return "".join(token.text for token in tokens if not SPECIAL.fullmatch(token.text))
 
 
 def _guess(candidates: list[Candidate]) -> Text:

@@ -95,7 +95,7 @@ def _show(model: "Model", prompt: str, max_tokens: int, save: Path | None, as_js
     if as_json:
         print(trace.to_json())
     else:
-        draw(trace, Console(highlight=False))
+        draw(trace, model.tokenizer, Console(highlight=False))
 
 
 def _ask() -> str | None:
@@ -105,4 +105,6 @@ def _ask() -> str | None:
     try:
         return input("> " if sys.stdin.isatty() else "")
     except (EOFError, KeyboardInterrupt):
+        if sys.stdin.isatty():
+            print()
         return None
