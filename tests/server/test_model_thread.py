@@ -1,10 +1,12 @@
 """Requests that come at any time to the one thread that steps."""
 
+import asyncio
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from queue import Queue
+from typing import Any
 
 import pytest
 import torch
@@ -100,6 +102,45 @@ def test_requests_that_come_at_any_time_get_what_each_gets_alone(model: Model, c
             assert [token.id for token in made] == alone(model, ids, **sampling)
             assert made[-1].finish_reason in ("stop", "length")
         assert idle(thread)
+
+
+def test_a_loop_is_woken_once_a_step_for_all_that_was_made(
+    model: Model, thread: ModelThread
+) -> None:
+    ids = [model.engine.encode(prompt) for prompt in PROMPTS[:3]]
+    params = SamplingParams(max_tokens=12, ignore_eos=True)
+    made: list[list[Token]] = [[] for _ in ids]
+    threads: set[int] = set()
+    woken = 0
+
+    async def listen() -> None:
+        nonlocal woken
+        loop, ended = asyncio.get_running_loop(), asyncio.Event()
+        wake = loop.call_soon_threadsafe
+
+        def counted(*arguments: Any) -> Any:
+            nonlocal woken
+            woken += 1
+            return wake(*arguments)
+
+        def receive(event: Token | Exception) -> None:
+            assert isinstance(event, Token)
+            threads.add(threading.get_ident())
+            made[event.row].append(event)
+            if sum(map(len, made)) == 36:
+                ended.set()
+
+        loop.call_soon_threadsafe = counted  # type: ignore[method-assign]
+        with thread._news:  # all join in one step
+            for row, prompt in enumerate(ids):
+                thread.submit(prompt, params, receive, row, loop=loop)
+        await asyncio.wait_for(ended.wait(), 60)
+
+    asyncio.run(listen())
+    assert threads == {threading.get_ident()}
+    assert woken == 12
+    for prompt, tokens in zip(ids, made, strict=True):
+        assert [t.id for t in tokens] == alone(model, prompt, ignore_eos=True)
 
 
 def test_a_prompt_of_one_token_is_continued(model: Model, thread: ModelThread) -> None:

@@ -7,10 +7,12 @@ picture gets what one more request would, and keeps nobody waiting for longer th
 
 import logging
 import time
-from collections import deque
-from collections.abc import Callable, Hashable
+from asyncio import AbstractEventLoop
+from collections import defaultdict, deque
+from collections.abc import Callable, Hashable, Iterable
 from collections.abc import Sequence as Series
 from concurrent.futures import Future
+from contextlib import suppress
 from threading import Condition, Thread
 from typing import Any, TypeVar
 
@@ -20,7 +22,9 @@ from moescope.engine.scheduler import Busy, Scheduler, work
 from moescope.engine.sequence import Sequence, Token
 from moescope.errors import UserError
 
-Receive = Callable[[Token | Exception], None]
+Event = Token | Exception
+Receive = Callable[[Event], None]
+_Receiver = tuple[Receive, AbstractEventLoop | None]
 Result = TypeVar("Result")
 
 MAX_WAITING = 262_144
@@ -62,8 +66,8 @@ class ModelThread:
         self._block_bytes = cache_bytes // (engine.blocks.limit or 1)
         self._scheduler = Scheduler(engine.blocks, max_running=max_running)
         self._max_waiting = max_waiting
-        self._arrived: list[tuple[Sequence, Receive]] = []
-        self._receivers: dict[Sequence, Receive] = {}  # the thread's own
+        self._arrived: list[tuple[Sequence, _Receiver]] = []
+        self._receivers: dict[Sequence, _Receiver] = {}  # the thread's own
         self._aside: deque[tuple[Callable[[], Any], Future[Any]]] = deque()
         self._part_begun = 0.0
         self.running = self.waiting = self.waiting_tokens = 0
@@ -81,10 +85,11 @@ class ModelThread:
         receive: Receive,
         number: int = 0,
         request: Hashable = None,
+        loop: AbstractEventLoop | None = None,
     ) -> Sequence:
         """Queue a prompt; `receive` is called with each token, or with what went wrong.
 
-        It is called in the model's thread and must not block.
+        It must not block.
 
         Args:
             prompt_ids: the prompt.
@@ -92,6 +97,8 @@ class ModelThread:
             receive: told what is made.
             number: the tokens' `row`.
             request: whose it is; requests share the model equally. None for a request of its own.
+            loop: in which `receive` is called, once a step for all that it made; None for the
+                model's thread.
 
         Raises:
             UserError: the model cannot read the prompt, there is no memory for it, or no token is
@@ -109,7 +116,7 @@ class ModelThread:
                     f"{self.waiting_tokens:,} tokens wait to be read or made already; "
                     "try again later"
                 )
-            self._arrived.append((sequence, receive))
+            self._arrived.append((sequence, (receive, loop)))
             self.waiting += 1
             self.waiting_tokens += work(sequence)
             self._news.notify()
@@ -197,9 +204,9 @@ class ModelThread:
     def _take_in(self) -> bool:
         """Queue the texts that have arrived; tell whether there are any, and the server goes on."""
         with self._news:
-            for sequence, receive in self._arrived:
+            for sequence, receiver in self._arrived:
                 self._scheduler.add(sequence)
-                self._receivers[sequence] = receive
+                self._receivers[sequence] = receiver
             self._arrived.clear()
             return bool(self._scheduler) and not self._closing
 
@@ -217,8 +224,7 @@ class ModelThread:
             with self._news:
                 self._end_all(error)
             return False
-        for sequence, event in made:
-            self._receivers[sequence](event)
+        _tell((self._receivers[sequence], event) for sequence, event in made)
         for sequence in [s for s in self._receivers if s.cancelled or s.ended]:
             del self._receivers[sequence]
         with self._news:
@@ -235,14 +241,31 @@ class ModelThread:
     def _end_all(self, why: Exception) -> None:
         self._scheduler.clear()
         self.engine.blocks.forget()
-        ended = [*self._receivers.values(), *(receive for _, receive in self._arrived)]
+        ended = [*self._receivers.values(), *(receiver for _, receiver in self._arrived)]
         self._receivers.clear()
         self._arrived.clear()
         self._count()
-        for receive in ended:
-            receive(why)
+        _tell((receiver, why) for receiver in ended)
         if self._closing:
             for _, future in self._aside:
                 if future.set_running_or_notify_cancel():
                     future.set_exception(why)
             self._aside.clear()
+
+
+def _tell(events: Iterable[tuple[_Receiver, Event]]) -> None:
+    """Tell what was made; each loop is woken once, since waking it costs as much as a token."""
+    of_loops = defaultdict[AbstractEventLoop, list[tuple[Receive, Event]]](list)
+    for (receive, loop), event in events:
+        if loop is None:
+            receive(event)
+        else:
+            of_loops[loop].append((receive, event))
+    for loop, told in of_loops.items():
+        with suppress(RuntimeError):  # the server has ended meanwhile
+            loop.call_soon_threadsafe(_hand_out, told)
+
+
+def _hand_out(told: list[tuple[Receive, Event]]) -> None:
+    for receive, event in told:
+        receive(event)

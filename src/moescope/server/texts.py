@@ -3,7 +3,6 @@
 import asyncio
 import time
 from collections.abc import AsyncIterator
-from contextlib import suppress
 from dataclasses import dataclass
 from typing import Any
 
@@ -90,12 +89,7 @@ class Texts:
                 f"the request asks for {self.count} texts at once; ask for {MAX_TEXTS} at most"
             )
         self._choices = len(params)
-        loop = asyncio.get_running_loop()
-
-        def receive(event: Token | Exception) -> None:
-            with suppress(RuntimeError):  # the server has ended meanwhile
-                loop.call_soon_threadsafe(self._events.put_nowait, event)
-
+        loop, receive = asyncio.get_running_loop(), self._events.put_nowait
         self._watched = None
         self._texts: list[Sequence] = []
         try:
@@ -103,7 +97,7 @@ class Texts:
                 for how in params:
                     number = len(self._texts)
                     submit = self._thread.submit
-                    self._texts.append(submit(prompt, how, receive, number, request=self))
+                    self._texts.append(submit(prompt, how, receive, number, self, loop))
         except UserError:
             self.end()
             raise
