@@ -39,6 +39,7 @@ LONG = "床" * 100_000
         ("generate", {"max_tokens": 5000}, 422, "`max_tokens`"),
         ("generate", {"steering": {"num_experts_per_tok": 9}}, 400, "the model has 1 to 8"),
         ("trace", {"steering": {"rule": "best"}}, 422, "`steering.rule`"),
+        ("trace", {"steering": {"x" * 10**4: 1}}, 422, f"`steering.{'x' * 60}...`: extra inputs"),
         (
             "trace",
             {"steering": {"disabled": [{"layer": 0, "expert": 1}]}},

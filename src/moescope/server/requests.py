@@ -34,6 +34,8 @@ PATIENCE = 10.0
 """Seconds in which a request's head and body must come; a server's `state.patience` may differ."""
 BYTES_PER_SECOND = 100_000
 """A body has a second more for each of so many bytes that it has sent."""
+LONGEST_NAME = 60
+"""Characters that a mistake repeats of a name that was sent."""
 
 
 async def read_json(request: Request, kind: type[Question], most_bytes: int) -> Question:
@@ -100,10 +102,16 @@ def explained(error: ValidationError) -> str:
     """Say in a sentence what is wrong with a request, without repeating all of it."""
     # Of the ways in which each kind of a union fails, the one that got furthest says most.
     first = max(error.errors(include_url=False), key=lambda one: len(one["loc"]))
-    place = ".".join(str(part) for part in first["loc"] if "[" not in str(part))
+    place = ".".join(_named(part) for part in first["loc"] if "[" not in str(part))
     message = first["msg"].removeprefix("Value error, ")
     message = message[0].lower() + message[1:]
     return f"`{place}`: {message}" if place else f"the request: {message}"
+
+
+def _named(part: int | str) -> str:
+    """A place's name, which may be what was sent, as far as one has to read it."""
+    name = str(part)
+    return name if len(name) <= LONGEST_NAME else f"{name[:LONGEST_NAME]}..."
 
 
 class OwnHostOnly:
