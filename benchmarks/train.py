@@ -1,8 +1,10 @@
 """Training speed: moescope against `transformers`, the same network and tokens, in one run.
 
     python benchmarks/train.py --rounds 5 --json train.json
+    python benchmarks/train.py --device cuda --config MOE.toml --json train.json
 
-Each round measures the machine's bf16 GEMM peak, then takes steps with moescope (Muon as in the
+Each round measures the device's bf16 GEMM peak (the share of it that a training reaches is its
+MFU), then takes steps with moescope (Muon as in the
 recipe, and AdamW alone) and with `transformers` (bf16 autocast, `grouped_mm` experts, fused
 AdamW), so that all meet the same moment of a shared machine. A step is forward, backward and
 optimizer over the same random tokens. Ratios are taken within a round; medians are printed.
@@ -22,9 +24,10 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
 from moescope import kernels
+from moescope.errors import UserError
 from moescope.families import config_fields
-from moescope.machine import measure_gemm_peak
-from moescope.model.decoder import CausalLM, initialise
+from moescope.machine import choose_device, measure_gemm_peak
+from moescope.model.decoder import CausalLM, initialise, without_numbers
 from moescope.training.allocator import keep_freed_memory
 from moescope.training.config import TrainConfig
 from moescope.training.metrics import flops_per_token
@@ -36,9 +39,10 @@ STEPS_A_ROUND = 3
 
 
 def ours(config: TrainConfig, optimizer_kind: str, ids: Tensor) -> Callable[[], None]:
-    """A training step of moescope on `(batch, seq + 1)` ids, as `training.trainer` takes it."""
+    """A training step of moescope on `(batch, seq + 1)` ids, as `training.learner` takes it."""
     model = CausalLM(config.model)
     initialise(model, 0)
+    model.to(ids.device)
     optimizer = Optimizer(model, optimizer_kind, weight_decay=0.1)  # pyright: ignore
     for parameter in model.parameters():
         parameter.data = parameter.data.bfloat16()
@@ -60,12 +64,12 @@ def theirs(config: TrainConfig, ids: Tensor) -> Callable[[], None]:
     fields.pop("architectures")
     model = AutoModelForCausalLM.from_config(DeepseekV3Config(**fields))
     model.set_experts_implementation("grouped_mm")
-    model.train()
+    model.to(ids.device).train()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, fused=True)
 
     def step() -> None:
         for part in ids.split(config.training.rows_at_a_time):
-            with torch.autocast("cpu", dtype=torch.bfloat16):
+            with torch.autocast(ids.device.type, dtype=torch.bfloat16):
                 loss = model(input_ids=part[:, :-1], labels=part[:, :-1], use_cache=False).loss
             loss.backward()
         optimizer.step()
@@ -79,7 +83,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--config", type=Path, default=RECIPE)
     parser.add_argument("--json", type=Path)
+    parser.add_argument("--device", default="cpu", metavar="cpu|cuda")
     arguments = parser.parse_args()
+    try:
+        device = choose_device(arguments.device)
+    except UserError as error:
+        parser.error(str(error))
 
     keep_freed_memory()
     if not kernels.enable_fusion():
@@ -87,9 +96,9 @@ def main() -> None:
     config = TrainConfig.from_file(arguments.config, {})
     torch.manual_seed(0)
     rows, seq = config.training.batch_size, config.data.sequence_length
-    ids = torch.randint(config.model.vocab_size, (rows, seq + 1))
+    ids = torch.randint(config.model.vocab_size, (rows, seq + 1)).to(device)
     tokens = rows * seq
-    flops = flops_per_token(CausalLM(config.model), seq)
+    flops = flops_per_token(without_numbers(config.model), seq)
 
     sides = {
         "moescope, Muon": ours(config, "muon", ids),
@@ -102,11 +111,13 @@ def main() -> None:
     peaks: list[float] = []
     rates: dict[str, list[float]] = {name: [] for name in sides}
     for _ in range(arguments.rounds):
-        peaks.append(measure_gemm_peak())
+        peaks.append(measure_gemm_peak(device=device))
         for name, step in sides.items():
             start = time.perf_counter()
             for _ in range(STEPS_A_ROUND):
                 step()
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
             rates[name].append(STEPS_A_ROUND * tokens / (time.perf_counter() - start))
     report(peaks, rates, flops, arguments.json)
 

@@ -106,3 +106,17 @@ def test_steering_adds_up_and_shares_the_weights(model: Model, tmp_path: Path) -
         model.steer(top_k=3)
     with pytest.raises(UserError, match="a checkpoint cannot hold steering"):
         steered.save(tmp_path)
+
+
+@pytest.mark.parametrize("options", [{"quantize": "int8"}, {"backend": "cpu"}])
+def test_native_kernels_do_not_compute_on_a_gpu(options: dict[str, str], monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(UserError, match="compute on the CPU, and device is 'cuda'"):
+        moescope.load("tiny", device="cuda", **options)
+
+
+def test_a_gpu_that_is_not_there_is_one_sentence(monkeypatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    with pytest.raises(UserError, match="finds no GPU here; leave it out or say cpu"):
+        moescope.load("tiny", device="cuda")

@@ -20,7 +20,7 @@ from moescope.formats.gguf.model import is_gguf
 from moescope.formats.headers import Headers
 from moescope.formats.repository import is_hub_name
 from moescope.kernels import cpu
-from moescope.machine import memory
+from moescope.machine import choose_device, memory
 from moescope.model.costs import count_parameters
 from moescope.model.decoder import CausalLM
 from moescope.model.steering import Steering, steered
@@ -51,6 +51,7 @@ def load(
     dtype: str | None = None,
     backend: str | None = None,
     quantize: str | None = None,
+    device: str | None = None,
     stream_experts: bool = False,
     expert_memory: int | None = None,
 ) -> "Model":
@@ -68,6 +69,8 @@ def load(
             given, and where `quantize` is given; else `torch`.
         quantize: what weights are rounded to for the backend `cpu`: `int8`, `int4` or `bf16`. None
             keeps the own numbers of GGUF, FP8 and MXFP4, and means `int8` for other folders.
+        device: `cpu`, `cuda` or `cuda:N`, of the backend `torch`; a GPU means that backend. None is
+            `cpu`.
         stream_experts: leave routed experts on the disk, packed for the native kernels; each is
             read when a token visits it, and dropped when others need its place.
         expert_memory: bytes of such experts that may be in memory at a time; None takes three
@@ -75,8 +78,17 @@ def load(
 
     Raises:
         UserError: there is no such model, it is damaged, does not fit into memory or is of a kind
-            moescope does not know, or backend and `quantize` do not go together.
+            moescope does not know, there is no such device, or backend, `quantize` and `device` do
+            not go together.
     """
+    place = choose_device(device or "cpu")
+    if place.type != "cpu":
+        if backend == "cpu" or quantize is not None or stream_experts:
+            raise UserError(
+                f"the native kernels compute on the CPU, and device is {device!r}; leave out "
+                "backend, quantize and stream_experts for a GPU"
+            )
+        backend = "torch"
     if dtype is not None and dtype not in DTYPES:
         raise UserError(f"dtype is {dtype!r}; choose from {', '.join(DTYPES)}")
     if stream_experts and backend is None:
@@ -101,7 +113,8 @@ def load(
         parameters = count_parameters(config)
         if dtype is None and parameters.total <= FLOAT32_PARAMETERS:
             wanted = torch.float32
-        _refuse_if_too_large(parameters.total + parameters.mtp, wanted, memory()[1])
+        room = memory()[1] if place.type == "cpu" else torch.cuda.mem_get_info(place)[0]
+        _refuse_if_too_large(parameters.total + parameters.mtp, wanted, room)
         return wanted
 
     def refuse_before_download(headers: Headers) -> None:
@@ -117,7 +130,7 @@ def load(
     wanted = fitting_dtype(checkpoint.config, checkpoint.dtype, packer, size)
     tokenizer = checkpoint.tokenizer()
     if packer is None:
-        network, pack = load_model(checkpoint, dtype=wanted), None
+        network, pack = load_model(checkpoint, dtype=wanted, device=place), None
     else:
         if stream_experts:
             free = memory()[1] - packer.resident_bytes(checkpoint.config, size, experts=False)

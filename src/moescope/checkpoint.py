@@ -18,10 +18,11 @@ from moescope.formats.safetensors import WIDE, SafetensorsModel, save_tensors
 from moescope.formats.source import ReadBlocks, ReadExpert, WeightSource
 from moescope.model.decoder import CausalLM, without_numbers
 from moescope.model.rope import RotaryEmbedding
-from moescope.model.routing import Hash, TokenTable
+from moescope.model.routing import Hash
 
 ROUTER_WEIGHT = "mlp.gate.weight"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"
+TABLE = "tid2eid"
 
 
 def save_weights(
@@ -121,9 +122,6 @@ def load_model(
     shapes = {name: slot.shape for name, slot in model.state_dict().items()}
     packed: set[str] = set() if packer is None else packer.wants(model)
 
-    def read(name: str) -> Tensor:
-        return source.read(name, shapes[name], _type_of(name, dtype)).to(device)
-
     def read_finite(name: str) -> Tensor:  # rounding would make numbers of what is none
         weight = source.read(name, shapes[name], None).to(device)
         refuse_if_not_finite(name, weight)
@@ -134,24 +132,53 @@ def load_model(
         refuse_if_not_finite(f"{name} of expert {expert}", weight)
         return weight
 
-    weights = {
-        name: read(name)
-        for name in shapes
-        if name not in packed and not (name == "lm_head.weight" and config.tie_word_embeddings)
-    }
-    for name, weight in weights.items():
-        if weight.ndim == 1 or name.endswith(ROUTER_WEIGHT):
-            refuse_if_not_finite(name, weight)
-    model.load_state_dict(weights, strict=False, assign=True)
-    model.lm_head.weight = (
-        model.model.embed_tokens.weight if config.tie_word_embeddings else model.lm_head.weight
-    )
-    _make_fixed_buffers(model, device)
+    unpacked = {name: shape for name, shape in shapes.items() if name not in packed}
+    weights = {n: weight.to(device) for n, weight in read_weights(source, unpacked, dtype)}
+    load_weights(model, weights, device)
     if packer is not None:
         packer.pack(model, read_finite, read_expert, source.blocks)
     if packer is None or packer.reads_all:
         source.refuse_unread()
     return model.eval()
+
+
+def read_weights(
+    source: WeightSource, shapes: dict[str, torch.Size], dtype: torch.dtype
+) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors of an open checkpoint by the network's names, one after another.
+
+    A tied head is left out.
+
+    Args:
+        source: an open checkpoint.
+        shapes: of the tensors, by name.
+        dtype: of the weights, but for those that are held in another type whatever it is.
+
+    Raises:
+        UserError: a tensor is missing or of another shape, or a norm, a bias or a router holds
+            what is no number.
+    """
+    for name, shape in shapes.items():
+        if name == HEAD and source.config.tie_word_embeddings:
+            continue
+        weight = source.read(name, shape, _type_of(name, dtype))
+        if weight.ndim == 1 or name.endswith(ROUTER_WEIGHT):
+            refuse_if_not_finite(name, weight)
+        if name.endswith(TABLE):
+            _refuse_unknown_experts(weight, source.config)
+        yield name, weight
+
+
+def load_weights(model: CausalLM, weights: dict[str, Tensor], device: str | torch.device) -> None:
+    """Put weights into a network of shapes alone, and make what follows from its config."""
+    model.load_state_dict(weights, strict=False, assign=True)
+    if model.config.tie_word_embeddings:
+        model.lm_head.weight = model.model.embed_tokens.weight
+    for module in model.modules():
+        if isinstance(module, RotaryEmbedding):
+            module.to(device)
+        elif isinstance(module, Hash):
+            module.table = Hash(model.config).table.to(device)
 
 
 def write_folder(
@@ -212,7 +239,7 @@ def write_folder(
 
 def _type_of(name: str, dtype: torch.dtype) -> torch.dtype:
     """Return what a tensor of a network that computes in `dtype` is held in."""
-    if name.endswith("tid2eid"):
+    if name.endswith(TABLE):
         return torch.int64
     return torch.float32 if name.endswith(WIDE) else dtype
 
@@ -233,21 +260,10 @@ def refuse_if_not_finite(name: str, weight: Tensor) -> None:
     )
 
 
-def _make_fixed_buffers(model: CausalLM, device: str | torch.device) -> None:
-    """Make what no file holds, because it follows from the config."""
-    for module in model.modules():
-        if isinstance(module, RotaryEmbedding):
-            module.to(device)
-        elif isinstance(module, TokenTable):
-            if (
-                not 0
-                <= int(module.tid2eid.min())
-                <= int(module.tid2eid.max())
-                < module.n_routed_experts
-            ):
-                raise UserError(
-                    "a table of experts by token ids (`tid2eid`) names experts beyond "
-                    f"{module.n_routed_experts - 1}; the file is damaged, fetch the model again"
-                )
-        elif isinstance(module, Hash):
-            module.table = Hash(model.config).table.to(device)
+def _refuse_unknown_experts(table: Tensor, config: ModelConfig) -> None:
+    experts = config.required("n_routed_experts")
+    if not 0 <= int(table.min()) <= int(table.max()) < experts:
+        raise UserError(
+            f"a table of experts by token ids (`{TABLE}`) names experts beyond {experts - 1}; the "
+            "file is damaged, fetch the model again"
+        )

@@ -10,7 +10,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from moescope.errors import UserError
 from moescope.kernels import cpu, fusion
+
+CPU = torch.device("cpu")
 
 INSTRUCTION_SETS = {
     "avx2": "avx2",
@@ -84,25 +87,61 @@ class Machine:
         return not made_for_bf16.isdisjoint(self.instruction_sets)
 
 
-def measure_gemm_peak(dtype: torch.dtype = torch.bfloat16, seconds: float = 1.0) -> float:
-    """Measure the FLOP/s that matrix products of `dtype` reach on the CPU.
+def choose_device(name: str | None) -> torch.device:
+    """Return the device that a process computes on.
 
-    The peak is the best, over squares of 256, 1024 and 2048, of the median rate; a product of
-    `n x n` matrices counts `2 * n**3` operations. Squares of which one product would fill the time
-    are left out: without instructions for it, bf16 is some 40 times slower than float32.
+    Args:
+        name: `cpu`, `cuda` or one GPU, `cuda:1`. `cuda` is the GPU of the process's number on its
+            node where torchrun started several (`LOCAL_RANK`), else the first. None is `cuda`
+            where there is a GPU, else `cpu`.
+
+    Raises:
+        UserError: there is no such device.
+    """
+    there = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    kind, _, number = (name or ("cuda" if there else "cpu")).partition(":")
+    if kind == "cpu" and not number:
+        return torch.device("cpu")
+    if kind != "cuda" or (number and not number.isdecimal()):
+        raise UserError(f"device is {name!r}; choose from cpu, cuda and cuda:N")
+    if not there:
+        raise UserError(
+            f"device is {name!r}, but PyTorch {torch.__version__} finds no GPU here; leave it out "
+            "or say cpu"
+        )
+    index = int(number or os.environ.get("LOCAL_RANK", "0"))
+    if index >= there:
+        raise UserError(
+            f"there is no cuda:{index}: PyTorch finds {there} GPUs here, and each process takes one"
+        )
+    return torch.device("cuda", index)
+
+
+def measure_gemm_peak(
+    dtype: torch.dtype = torch.bfloat16,
+    seconds: float = 1.0,
+    device: torch.device = CPU,
+) -> float:
+    """Measure the FLOP/s that matrix products of `dtype` reach on a device.
+
+    The peak is the best, over squares of 256, 1024 and 2048 (and 8192 on a GPU), of the median
+    rate; a product of `n x n` matrices counts `2 * n**3` operations. Squares of which one product
+    would fill the time are left out: without instructions for it, bf16 is some 40 times slower
+    than float32.
 
     Args:
         dtype: type of both factors and of the product.
         seconds: time to spend, about.
+        device: that computes.
     """
-    sizes = (256, 1024, 2048)
+    sizes = (256, 1024, 2048) if device.type == "cpu" else (2048, 8192)
     rates: list[float] = []
     for size in sizes:
         if rates and 2 * size**3 / rates[-1] > seconds:
             break
         generator = torch.Generator().manual_seed(0)
-        left = torch.randn(size, size, generator=generator).to(dtype)
-        right = torch.randn(size, size, generator=generator).to(dtype)
+        left = torch.randn(size, size, generator=generator).to(device, dtype)
+        right = torch.randn(size, size, generator=generator).to(device, dtype)
         product = torch.empty_like(left)
         multiply = _writes_product(left, right, product)
         rates.append(2 * size**3 / _median_time(multiply, seconds / len(sizes)))
@@ -150,7 +189,12 @@ def measure_read_bandwidth(seconds: float = 1.0) -> float:
 
 
 def _writes_product(left: Tensor, right: Tensor, product: Tensor) -> Callable[[], object]:
-    return lambda: torch.mm(left, right, out=product)
+    def multiply() -> None:
+        torch.mm(left, right, out=product)
+        if product.is_cuda:  # which else goes on while the next one is asked for
+            torch.cuda.synchronize(product.device)
+
+    return multiply
 
 
 def _median_time(action: Callable[[], object], seconds: float) -> float:

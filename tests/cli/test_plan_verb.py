@@ -102,3 +102,32 @@ def test_nothing_is_measured_unasked(small: Path, capsys) -> None:
 def test_a_speed_belongs_to_a_model(capsys) -> None:
     assert run(["plan", "--speed"]) == 2
     assert "name the model" in capsys.readouterr().err
+
+
+def test_placements_are_shown_and_told(capsys, monkeypatch) -> None:
+    monkeypatch.setenv("COLUMNS", "80")
+    line = ["plan", "deepseek-v3", "--gpus", "8,64,2048", "--tokens", "14.8"]
+    assert run(line) == 0
+    shown = capsys.readouterr().out
+    assert "…" not in shown and max(map(cell_len, shown.splitlines())) <= 80
+    assert "training on 14.8T tokens, on H800" in shown and "32 x 64" in shown
+    assert run([*line, "--json"]) == 0
+    dealt = json.loads(capsys.readouterr().out)["placements"]
+    assert {one["gpus"] for one in dealt} == {8, 64, 2048}
+    fits = [(one["data"], one["expert"]) for one in dealt if one["fits"]]
+    assert (32, 64) in fits and not any(one["fits"] for one in dealt if one["gpus"] < 2048)
+    # DeepSeek took 2.664M H800 hours: more than the products at the GPU's full rate.
+    assert all(1.0e6 < one["product_hours"] < 2.664e6 for one in dealt)
+
+
+@pytest.mark.parametrize(
+    ("gpus", "sentence"),
+    [
+        ("many", "--gpus many says no numbers of GPUs"),
+        ("12", "12 GPUs fill no whole number of nodes of 8"),
+        ("0", "0 GPUs fill no whole number"),
+    ],
+)
+def test_a_number_of_gpus_that_cannot_be_is_one_sentence(gpus: str, sentence: str, capsys) -> None:
+    assert run(["plan", "deepseek-v3", "--gpus", gpus]) == 2
+    assert sentence in capsys.readouterr().err

@@ -45,18 +45,25 @@ def agree(
         assert float((got.detach().double() - wanted.detach()).abs().max() / largest) < bound
 
 
+def alone(*inputs: Tensor) -> Tensor:
+    """What is computed on a GPU, with nothing but plain experts."""
+    return kernels.grouped_experts(*inputs, activation=kernels.Activation())
+
+
+@pytest.mark.parametrize("kernel", [kernels.routed_experts, alone])
 @pytest.mark.parametrize("dtype", DTYPES)
 @settings(max_examples=40)
 @given(
     tokens=st.integers(1, 90),
     experts=st.integers(1, 9),
     slots=st.integers(1, 4),
-    hidden=st.integers(1, 19),
-    intermediate=st.integers(1, 13),
+    hidden=st.one_of(st.integers(1, 19), st.just(24)),
+    intermediate=st.one_of(st.integers(1, 13), st.just(16)),
     unused=st.floats(0, 1),
     seed=SEEDS,
 )
 def test_routed_experts_equal_a_loop_over_experts(
+    kernel: Callable[..., Tensor],
     dtype: str,
     tokens: int,
     experts: int,
@@ -83,11 +90,39 @@ def test_routed_experts_equal_a_loop_over_experts(
         return lambda x, up, down, w: kernel(x, up, down, topk_ids, w)
 
     agree(
-        with_ids(kernels.routed_experts),
+        with_ids(kernel),
         with_ids(reference.routed_experts),
         [*inputs, weights],
         DTYPES[dtype],
         bf16_bound=6e-2,  # three roundings one after another
+    )
+
+
+@pytest.mark.parametrize("kind", ["silu", "swigluoai"])
+@pytest.mark.parametrize("limit", [None, 0.5])
+def test_grouped_experts_equal_experts_one_after_another(kind: str, limit: float | None) -> None:
+    generator = chance(1)
+    topk_ids = torch.randint(-1, 5, (33, 3), generator=generator)
+    shapes = ((33, 8), (5, 24, 8), (5, 8, 12), (33, 3), (5, 24), (5, 8))
+
+    def with_biases(kernel: Callable[..., Tensor]) -> Callable[..., Tensor]:
+        activation = kernels.Activation(kind, limit)  # pyright: ignore[reportArgumentType]
+        return lambda x, up, down, w, first, second: kernel(
+            x,
+            up,
+            down,
+            topk_ids,
+            w,
+            activation=activation,
+            gate_up_proj_bias=first,
+            down_proj_bias=second,
+        )
+
+    agree(
+        with_biases(kernels.grouped_experts),
+        with_biases(kernels.visited_experts),
+        [torch.randn(shape, generator=generator) for shape in shapes],
+        torch.float32,
     )
 
 

@@ -44,6 +44,10 @@ CASES["whole step"] = {
     "balance": {"expert_aux": 0.01},
 }
 CASES["checkpointed"] = {"training": {"checkpoint_activations": True, "optimizer": "adamw"}}
+CASES["two experts"] = {  # of which two ranks of data and two of expert deal the rows
+    "model": {"n_routed_experts": 2, "num_experts_per_tok": 1},
+    "training": {"optimizer": "adamw"},
+}
 CASES["biased experts"] = {
     "model": {
         "model_type": "gpt_oss",

@@ -320,7 +320,7 @@ def test_a_batch_without_a_finite_gradient_is_skipped(
 ) -> None:
     made = trainer(training={"dtype": "float32", "steps": 3})
     made.train_step()
-    before = {name: master.clone() for name, master in made.optimizer.masters.items()}
+    before = {name: master.clone() for name, master in made.learner.optimizer.masters.items()}
     losses = objective.compute_losses
 
     def broken(*arguments: Any) -> Any:
@@ -330,12 +330,12 @@ def test_a_batch_without_a_finite_gradient_is_skipped(
     monkeypatch.setattr(pretraining, "compute_losses", broken)
     row = made.train_step()
     assert row["loss"] is None and "nan" in row["problem"]
-    assert all(torch.equal(before[n], m) for n, m in made.optimizer.masters.items())
+    assert all(torch.equal(before[n], m) for n, m in made.learner.optimizer.masters.items())
     monkeypatch.setattr(pretraining, "compute_losses", losses)
     assert made.train_step()["loss"] > 0
     assert made.step == 3
-    assert all(bool(master.isfinite().all()) for master in made.optimizer.masters.values())
-    assert not any(torch.equal(before[n], m) for n, m in made.optimizer.masters.items())
+    assert all(bool(master.isfinite().all()) for master in made.learner.optimizer.masters.values())
+    assert not any(torch.equal(before[n], m) for n, m in made.learner.optimizer.masters.items())
 
 
 def test_a_training_that_ends_worse_than_chance_says_so(config, tmp_path: Path) -> None:
@@ -649,7 +649,7 @@ def test_gradients_of_micro_batches_sum_to_those_of_the_batch(
         model = {"topk_method": topk_method, **ROUTER_FIELDS.get(topk_method, {})}
         made = trainer(training=training, balance=balance, model=model)
         row = made.train_step()
-        ends.append((row, made.optimizer.state_tensors()))
+        ends.append((row, made.learner.optimizer.state_tensors()))
     for other_row, other_state in ends[:2]:
         assert_same_step(ends[2], (other_row, other_state))
 
@@ -776,7 +776,7 @@ def test_a_balance_term_is_its_formula_summed_over_layers(
     ids, kept = next_ids(made), Kept()
     config = made.config
     recorder = BalanceRecorder(
-        config.model, config.balance, rows=len(ids), l1_weight=made.l1.weight
+        config.model, config.balance, rows=len(ids), l1_weight=made.learner.l1.weight
     )
     losses = compute_losses(made.model, ids, recorder, 0.3)
     made.model(ids[:, :-1], recorder=kept)

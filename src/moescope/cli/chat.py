@@ -9,6 +9,7 @@ import typer
 
 from moescope.cli.sampling import (
     Backend,
+    Device,
     ExpertMemory,
     FrequencyPenalty,
     MaxTokens,
@@ -47,6 +48,7 @@ def chat(
     model: ModelName = "tiny",
     backend: Backend = None,
     quantize: Quantize = None,
+    device: Device = None,
     stream_experts: StreamExperts = False,
     expert_memory: ExpertMemory = None,
     system: Annotated[str | None, typer.Option(help="What the model is told beforehand.")] = None,
@@ -96,6 +98,7 @@ def chat(
             model,
             backend=backend,
             quantize=quantize,
+            device=device,
             **streaming(stream_experts, expert_memory),
         ),
         num_experts_per_tok,

@@ -8,6 +8,7 @@ import typer
 
 from moescope.cli.sampling import (
     Backend,
+    Device,
     ExpertMemory,
     Quantize,
     StreamExperts,
@@ -36,6 +37,7 @@ def explain(
     ] = "tiny",
     backend: Backend = None,
     quantize: Quantize = None,
+    device: Device = None,
     stream_experts: StreamExperts = False,
     expert_memory: ExpertMemory = None,
     max_tokens: Annotated[int, typer.Option(help="Tokens to continue the text by.")] = 12,
@@ -64,6 +66,7 @@ def explain(
             model,
             backend=backend,
             quantize=quantize,
+            device=device,
             **streaming(stream_experts, expert_memory),
         ),
         num_experts_per_tok,

@@ -7,6 +7,7 @@ import typer
 
 from moescope.cli.sampling import (
     Backend,
+    Device,
     ExpertMemory,
     FrequencyPenalty,
     MaxTokens,
@@ -39,6 +40,7 @@ def generate(
     model: ModelName = "tiny",
     backend: Backend = None,
     quantize: Quantize = None,
+    device: Device = None,
     stream_experts: StreamExperts = False,
     expert_memory: ExpertMemory = None,
     max_tokens: MaxTokens = 64,
@@ -80,6 +82,7 @@ def generate(
             model,
             backend=backend,
             quantize=quantize,
+            device=device,
             **streaming(stream_experts, expert_memory),
         ),
         num_experts_per_tok,

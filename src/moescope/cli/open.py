@@ -7,6 +7,7 @@ import typer
 
 from moescope.cli.sampling import (
     Backend,
+    Device,
     ExpertMemory,
     Quantize,
     StreamExperts,
@@ -29,6 +30,7 @@ def open(
     ] = True,
     backend: Backend = None,
     quantize: Quantize = None,
+    device: Device = None,
     stream_experts: StreamExperts = False,
     expert_memory: ExpertMemory = None,
     watch: Annotated[
@@ -44,6 +46,7 @@ def open(
         watching=watch,
         backend=backend,
         quantize=quantize,
+        device=device,
         **streaming(stream_experts, expert_memory),
     )
     serve(studio, host, port, lambda line: print(line, flush=True), browser=browser)

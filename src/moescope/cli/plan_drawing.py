@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from moescope.config import ModelConfig
+from moescope.lab.cluster import H800, Placement
 from moescope.lab.plan import Fit, Plan
 from moescope.lab.speed import Prediction
 from moescope.lab.stored import Stored
@@ -16,6 +17,14 @@ from moescope.lab.units import of_bytes, of_flops, of_parameters
 WIDEST = 80
 FORMATS = {"stored": "as stored", "bf16": "bf16", "int8": "int8, fp8", "int4": "int4"}
 LEGEND = "int4: all weights at 4.5 bits; cache: keys and values of one token, in bf16"
+PLACEMENTS_LEGEND = (
+    "state: weights, gradients and moments (float32, AdamW) of a GPU, without activations; *: more "
+    "than its memory. nodes: that a token visits in a layer. Then bytes for each token: to experts "
+    "and back, to gather weights and sum gradients, and what of both goes between nodes. hours: of "
+    "all GPUs together, if products and wire never waited for each other, and if they always did, "
+    f"each at its full rate ({of_flops(int(H800.flops))}/s in bf16, {of_bytes(int(H800.link))}/s "
+    f"within a node of {H800.per_node}, {of_bytes(int(H800.network))}/s between nodes)"
+)
 SPEED_LEGEND = (
     "tokens a second, predicted from a few layers of this shape with random weights; limits: if "
     "nothing but memory, or products, took time"
@@ -76,6 +85,25 @@ def draw(plan: Plan, console: Console) -> None:
         console.print(Text(_probed(plan.speed), style="bold"), width=width)
         console.print(_speeds(plan.speed), width=width)
         console.print(Text(SPEED_LEGEND, style="dim"), width=width)
+
+
+def draw_placements(placements: Sequence[Placement], tokens: float, console: Console) -> None:
+    """Print what each way to deal a training of so many trillions of tokens sends and takes."""
+    table = _table("data x expert", "state", "nodes", "experts", "weights", "network", "hours")
+    for one in placements:
+        hours = (one.overlapped_hours / 1e6, one.separate_hours / 1e6)
+        table.add_row(
+            f"{one.data:,} x {one.expert}",
+            of_bytes(one.state_bytes) + (" " if one.fits else "*"),
+            f"{one.nodes_per_token:.1f}",
+            *(of_bytes(round(b)) for b in (one.expert_bytes, one.data_bytes, one.network_bytes)),
+            " - ".join(f"{million:.3g}M" for million in hours),
+        )
+    width = min(console.width, WIDEST)
+    console.print()
+    console.print(Text(f"training on {tokens:g}T tokens, on {H800.name}", style="bold"))
+    console.print(table, width=width)
+    console.print(Text(PLACEMENTS_LEGEND, style="dim"), width=width)
 
 
 def _shape(config: ModelConfig) -> Text:

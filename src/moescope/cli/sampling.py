@@ -11,6 +11,9 @@ Backend = Annotated[
     str | None, typer.Option(help='"torch", or "cpu": native kernels, as for GGUF.')
 ]
 Quantize = Annotated[str | None, typer.Option(help='Round to "int8", "int4" or "bf16", for "cpu".')]
+Device = Annotated[
+    str | None, typer.Option(metavar="cpu|cuda", help='What "torch" computes on; else the CPU.')
+]
 StreamExperts = Annotated[
     bool,
     typer.Option(

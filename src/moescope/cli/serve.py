@@ -6,6 +6,7 @@ import typer
 
 from moescope.cli.sampling import (
     Backend,
+    Device,
     ExpertMemory,
     Quantize,
     StreamExperts,
@@ -62,6 +63,7 @@ def serve(
     ] = None,
     backend: Backend = None,
     quantize: Quantize = None,
+    device: Device = None,
     stream_experts: StreamExperts = False,
     expert_memory: ExpertMemory = None,
 ) -> None:
@@ -81,6 +83,7 @@ def serve(
             model,
             backend=backend,
             quantize=quantize,
+            device=device,
             **streaming(stream_experts, expert_memory),
         ),
         host,

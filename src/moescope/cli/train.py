@@ -58,6 +58,10 @@ def train(
             help="Over how many of torchrun's processes the training is dealt.",
         ),
     ] = None,
+    device: Annotated[
+        str | None,
+        typer.Option(metavar="cpu|cuda", help="What computes; a GPU where there is one."),
+    ] = None,
     watch: Annotated[
         bool, typer.Option("--watch", help="Show the training on a page while it runs.")
     ] = False,
@@ -86,7 +90,7 @@ def train(
             {
                 "start": {"model": start_from},
                 "data": {"source": data, "tokenizer": tokenizer},
-                "training": {"steps": steps, "seed": seed},
+                "training": {"steps": steps, "seed": seed, "device": device},
                 "checkpoints": {"every": checkpoint_every},
                 "parallel": _ranks(parallel),
             },

@@ -1,5 +1,6 @@
 """The network: embed -> layers -> norm -> logits."""
 
+from collections.abc import Iterator
 from typing import Any
 
 import torch
@@ -119,17 +120,24 @@ class _Uninitialised(TorchFunctionMode):
 
 @torch.no_grad()
 def initialise(model: CausalLM, seed: int) -> None:
-    """Draw every weight from a normal of `initializer_range`; norms are one, biases zero.
+    """Give every parameter its first numbers, `first_weights`."""
+    for parameter, weight in first_weights(model, seed):
+        parameter.copy_(weight)
 
-    Maps back into the residual stream are scaled by `1 / sqrt(2 * layers)` (Radford et al. 2019).
+
+def first_weights(model: CausalLM, seed: int) -> Iterator[tuple[nn.Parameter, Tensor]]:
+    """Yield each parameter and its first numbers, which follow from the seed and its place.
+
+    They are drawn from a normal of `initializer_range`; norms are one, biases zero. Maps back into
+    the residual stream are scaled by `1 / sqrt(2 * layers)` (Radford et al. 2019).
     """
     config = model.config
     generator = torch.Generator().manual_seed(seed)
     residual_std = config.initializer_range / (2 * config.num_hidden_layers) ** 0.5
     for name, parameter in model.named_parameters():
         if parameter.ndim == 1:
-            parameter.fill_(0.0 if name.endswith("bias") else 1.0)
+            yield parameter, torch.full(parameter.shape, 0.0 if name.endswith("bias") else 1.0)
             continue
         into_residual = "o_proj" in name or "down_proj" in name
         std = residual_std if into_residual else config.initializer_range
-        parameter.copy_(torch.randn(parameter.shape, generator=generator) * std)
+        yield parameter, torch.randn(parameter.shape, generator=generator) * std

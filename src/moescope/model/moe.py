@@ -85,11 +85,13 @@ class GroupedExperts(nn.Module):
     def compute(self, hidden_states: Tensor, topk_ids: Tensor, topk_weights: Tensor) -> Tensor:
         """Sum what the experts here return: `(tokens, hidden)` to the same shape."""
         gate_up_proj, down_proj = self._held(self.gate_up_proj), self._held(self.down_proj)
-        if self.gate_up_proj_bias is None and self.activation.is_plain:
+        on_cpu = hidden_states.device.type == "cpu"
+        if on_cpu and self.gate_up_proj_bias is None and self.activation.is_plain:
             return kernels.routed_experts(
                 hidden_states, gate_up_proj, down_proj, topk_ids, topk_weights
             )
-        return kernels.visited_experts(
+        experts = kernels.visited_experts if on_cpu else kernels.grouped_experts
+        return experts(
             hidden_states,
             gate_up_proj,
             down_proj,

@@ -103,6 +103,7 @@ class Studio:
         watching: Path | None = None,
         backend: str | None = None,
         quantize: str | None = None,
+        device: str | None = None,
         stream_experts: bool = False,
         expert_memory: int | None = None,
     ) -> "Studio":
@@ -113,6 +114,7 @@ class Studio:
             watching: folder of a training to follow.
             backend: as for `moescope.load`.
             quantize: as for `moescope.load`.
+            device: as for `moescope.load`.
             stream_experts: as for `moescope.load`.
             expert_memory: as for `moescope.load`.
 
@@ -123,6 +125,7 @@ class Studio:
             name_or_path,
             backend=backend,
             quantize=quantize,
+            device=device,
             stream_experts=stream_experts,
             expert_memory=expert_memory,
         )

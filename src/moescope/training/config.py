@@ -77,6 +77,8 @@ class TrainingConfig(Table):
         fuse: compile chains of elementwise operations, which costs half a minute at the start.
         checkpoint_activations: keep of attention, experts and dense parts their inputs alone and
             compute the rest again in the backward pass: less memory, a third more work.
+        device: `cpu`, `cuda` (the GPU of the process's number on its node) or `cuda:N`; a GPU where
+            there is one if left out.
     """
 
     steps: int = Field(gt=0)
@@ -95,6 +97,7 @@ class TrainingConfig(Table):
     mtp_loss_weight: float = Field(default=0.3, ge=0)
     fuse: bool = False
     checkpoint_activations: bool = False
+    device: str | None = None
 
     @property
     def torch_dtype(self) -> torch.dtype:

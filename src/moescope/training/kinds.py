@@ -4,8 +4,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import torch
-
+from moescope.machine import choose_device
 from moescope.text.split import TrainedText
 from moescope.text.tokenizer import Tokenizer
 from moescope.training.config import TrainConfig
@@ -24,10 +23,10 @@ def make_kind(
     """Open what a training of the config's kind reads, on one of `ranks`.
 
     Raises:
-        UserError: as for the kind's own reader.
+        UserError: as for the kind's own reader, or there is no such device.
     """
     ranks = ranks or Ranks()
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = choose_device(config.training.device)
     if config.kind == "pretrain":
         text = prepare_text(config.data, config.model, out, say, start=config.start.model)
         return Pretraining(config, text, device, ranks)

@@ -39,6 +39,12 @@ def orthogonalise(matrices: Tensor) -> Tensor:
     return x.mT if tall else x
 
 
+def is_hidden_matrix(name: str, weight: Tensor) -> bool:
+    """Whether Muon may move a weight: a matrix, or a stack of them, within the layers."""
+    at_the_edge = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
+    return weight.ndim > 1 and not name.endswith(at_the_edge)
+
+
 class Optimizer:
     """Holds the float32 masters, sums gradients into float32 and moves the masters.
 
@@ -62,7 +68,7 @@ class Optimizer:
         self._parameters = {n: p for n, p in model.named_parameters() if p.requires_grad}
         self.masters = {n: part(p.detach()).float() for n, p in self._parameters.items()}
         self._gradients = {n: torch.zeros_like(m) for n, m in self.masters.items()}
-        by_muon = [n for n in self.masters if kind == "muon" and self._is_hidden_matrix(n)]
+        by_muon = [n for n, m in self.masters.items() if kind == "muon" and is_hidden_matrix(n, m)]
         self.momenta = {n: torch.zeros_like(self.masters[n]) for n in by_muon}
         by_adamw = [m for n, m in self.masters.items() if n not in self.momenta]
         self.adamw = torch.optim.AdamW(
@@ -74,10 +80,6 @@ class Optimizer:
             eps=ADAMW_EPS,
             fused=True,
         )
-
-    def _is_hidden_matrix(self, name: str) -> bool:
-        at_the_edge = ("embed_tokens.weight", "lm_head.weight", "mlp.gate.weight")
-        return self.masters[name].ndim > 1 and not name.endswith(at_the_edge)
 
     def accumulate(self) -> None:
         """Add the parameters' gradients to the step's sum and free them."""

@@ -16,6 +16,7 @@ MAY_CHANGE = {
     "training.decay_fraction",
     "training.decay",
     "training.checkpoint_activations",
+    "training.device",
     "data.source",
     "data.tokenizer",
     "evaluation.every",

@@ -7,11 +7,12 @@ from typing import Any
 import torch
 
 from moescope.catalog import BOX
-from moescope.checkpoint import load_model, open_checkpoint
+from moescope.checkpoint import open_checkpoint, read_weights
 from moescope.config import ModelConfig
 from moescope.errors import UserError
 from moescope.formats.gguf.model import is_gguf
-from moescope.model.decoder import CausalLM
+from moescope.model.decoder import CausalLM, first_weights
+from moescope.training.parallel.shards import write_part
 
 READING = "reading.json"
 """Beside a finished model: how far it had read its text."""
@@ -43,22 +44,34 @@ def start_config(name: str) -> ModelConfig:
 
 
 @torch.no_grad()
+def draw_start(model: CausalLM, seed: int) -> None:
+    """Draw the first weights of `model`, which may be dealt to ranks: the same on all of them."""
+    for parameter, weight in first_weights(model, seed):
+        write_part(parameter, weight)
+
+
+@torch.no_grad()
 def load_start(model: CausalLM, name: str) -> None:
     """Give `model`, whose weights are float32, the weights of another of the same shape.
+
+    They are read tensor by tensor; of a model that is dealt to ranks each keeps its parts.
 
     Raises:
         UserError: the models differ in shape or in how they compute.
     """
-    path = locate_start(name)
-    before = load_model(path, dtype=torch.float32)
-    ours, theirs = _shaping(model.config), _shaping(before.config)
+    source = open_checkpoint(locate_start(name))
+    ours, theirs = _shaping(model.config), _shaping(source.config)
     for field in ours:
         if ours[field] != theirs[field]:
             raise UserError(
                 f"[model] says {field} = {ours[field]!r}, but {name}, which [start] names, has "
                 f"{theirs[field]!r}; leave [model] out to take its own"
             )
-    model.load_state_dict(before.state_dict())
+    tensors = model.state_dict()
+    shapes = {name: tensor.shape for name, tensor in tensors.items()}
+    for name, weight in read_weights(source, shapes, torch.float32):
+        write_part(tensors[name], weight)
+    source.refuse_unread()
 
 
 def reading_of(name: str) -> dict[str, Any] | None:

@@ -4,26 +4,25 @@ import functools
 import json
 import sys
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TextIO
 
 import torch
 from rich.console import Console
-from torch import Tensor
 
 from moescope import kernels
 from moescope.checkpoint import save_weights
 from moescope.errors import UserError
 from moescope.files import write_text
-from moescope.machine import measure_gemm_peak
-from moescope.model.balancing import AdaptiveL1
-from moescope.model.decoder import CausalLM, initialise
+from moescope.machine import choose_device, measure_gemm_peak
+from moescope.model.decoder import CausalLM
 from moescope.training.allocator import keep_freed_memory
 from moescope.training.config import TrainConfig
 from moescope.training.interruption import Interruption
 from moescope.training.kind import Kind
 from moescope.training.kinds import make_kind
+from moescope.training.learner import Learner
 from moescope.training.metrics import (
     MetricsLog,
     TrainingDisplay,
@@ -31,19 +30,14 @@ from moescope.training.metrics import (
     print_line,
 )
 from moescope.training.notes import notes_before
-from moescope.training.objective import BalanceRecorder, count_choices
-from moescope.training.optimizer import Optimizer
-from moescope.training.parallel import shards
-from moescope.training.parallel.placement import let_go, place, whole_copy
+from moescope.training.parallel.placement import each_whole, let_go, whole_copy
 from moescope.training.parallel.ranks import Ranks, joined, was_restarted
 from moescope.training.parallel.saver import Saver, read_dealt
-from moescope.training.part import Part
 from moescope.training.pretraining import times
-from moescope.training.recompute import checkpoint_activations
 from moescope.training.rescue import save_somewhere
 from moescope.training.resume import check_same_config, last_fitting_checkpoint, plain
 from moescope.training.schedule import warmup_stable_decay
-from moescope.training.start import READING, load_start, reading_of
+from moescope.training.start import READING, reading_of
 from moescope.training.state import (
     checkpoint_path,
     is_dealt,
@@ -52,12 +46,8 @@ from moescope.training.state import (
     save_checkpoint,
     saved_steps,
 )
-from moescope.training.step_load import StepLoad
 from moescope.training.text import with_special_ids
 from moescope.training.watch import MAX_SKIPPED, Watch, way_back
-
-LOAD_EVERY = 10
-"""Steps between two whose load per expert is logged."""
 
 
 def train(
@@ -91,9 +81,10 @@ def train(
         UserError: no text, a text or vocabulary that does not fit, a folder that holds another
             training, a checkpoint that does not fit the config, a disk without room for the
             finished model, gradients that are no longer numbers, step after step, other processes
-            than `[parallel]` says, or one that was lost.
+            than `[parallel]` says, or one that was lost, a device that is not there.
     """
-    with joined(config.parallel) as ranks:
+    device = choose_device(config.training.device)
+    with joined(config.parallel, device) as ranks:
         resume = resume or from_step is not None or was_restarted()
         console = Console(file=stream or sys.stdout, quiet=not ranks.is_first)
         return _train(config, out, ranks, console, resume=resume, from_step=from_step)
@@ -153,31 +144,10 @@ class Trainer:
         if training.fuse:
             kernels.enable_fusion()
         torch.manual_seed(training.seed)
-        self.config, self.out, self.kind, self.device = config, out, kind, kind.device
-        length = config.data.sequence_length
-        if config.kind != "pretrain":  # chats and answers are as long as they are
-            length = config.model.trained_length
-        self.model = CausalLM(config.model.model_copy(update={"trained_length": length}))
-        if config.start.model is None:
-            initialise(self.model, training.seed)
-        elif begins:
-            load_start(self.model, config.start.model)
-        self.model.to(self.device)
-        if training.checkpoint_activations:
-            checkpoint_activations(self.model)
-        self.saver = self.traffic = None
-        if self.ranks.size > 1:
-            self.saver = Saver(self.ranks)
-            self.traffic = place(self.model, config.parallel, self.ranks, training.torch_dtype)
-        self.optimizer = Optimizer(
-            self.model,
-            training.optimizer,
-            weight_decay=training.weight_decay,
-            ranks=self.ranks,
-        )
-        if self.ranks.size == 1:  # else they are rounded when they are gathered
-            _round_parameters(self.model, training.torch_dtype)
-        self.l1 = AdaptiveL1(config.balance.l1_start, config.balance.l1_factor)
+        self.config, self.out, self.kind = config, out, kind
+        self.learner = Learner(config, kind.device, self.ranks, begins=begins)
+        self.model = self.learner.model
+        self.saver = Saver(self.ranks) if self.ranks.size > 1 else None
         self.step = self.tokens_before = 0
         self.seconds = 0.0
         if config.start.model is not None and begins:
@@ -230,7 +200,7 @@ class Trainer:
             self.out,
             parameters=sum(parameter.numel() for parameter in self.model.parameters()),
             float32_times=times,
-            counts_first=self._counts_first,
+            counts_first=self.learner.counts_first,
         ):
             say(note)
 
@@ -303,7 +273,7 @@ class Trainer:
         )
 
     def _peak(self) -> float | None:
-        if self.device.type != "cpu" or self.config.kind == "rl":  # which mostly draws answers
+        if self.kind.device.type != "cpu" or self.config.kind == "rl":  # which mostly draws answers
             return None
         if self.ranks.size > 1:  # of which each would measure what the others leave
             return None
@@ -320,9 +290,10 @@ class Trainer:
         Raises:
             UserError: so many were skipped in a row that more of them would not help.
         """
-        row: dict[str, Any] = {"loss": 0.0, "learning_rate_factor": self._learning_rate_factor()}
+        factor = self._learning_rate_factor()
+        row: dict[str, Any] = {"loss": 0.0, "learning_rate_factor": factor}
         for parts in self.kind.updates(self.model, self.step):
-            row = self._move(parts)
+            row = self.learner.move(self.kind, parts, self.step + 1, factor)
             if "problem" in row:
                 break
         self.step += 1
@@ -331,65 +302,6 @@ class Trainer:
             return row
         self.watch.add(self.step, row["loss"])
         return row | self.kind.row()
-
-    def _move(self, parts: Sequence[Part]) -> dict[str, Any]:
-        """Move the weights once; return what it showed, or the problem for which it was not."""
-        config, training = self.config, self.config.training
-        parts, whole = [part.own(self.ranks) for part in parts], None
-        if self._counts_first:
-            depths = self.model.mtp is not None and training.mtp_loss_weight > 0
-            whole = count_choices(self.model, parts, with_depths=depths, ranks=self.ranks)
-        load = StepLoad(config.model)
-        sums = {"loss": 0.0, "further_tokens_loss": 0.0, "balance_loss": 0.0}
-        for part in parts:
-            recorder = BalanceRecorder(
-                config.model,
-                config.balance,
-                rows=len(part.ids),
-                l1_weight=self.l1.weight,
-                whole=whole,
-                read=part.read,
-                ranks=self.ranks,
-                row_share=part.row_share,
-            )
-            losses = self.kind.losses(self.model, part, recorder)
-            main, balance = part.share * part.loss_share, part.share * part.row_share
-            (losses.main * main + losses.balance * balance).backward()
-            self.optimizer.accumulate()
-            sums["loss"] += float(losses.next_token) * main
-            sums["further_tokens_loss"] += float(losses.further_tokens) * main
-            sums["balance_loss"] += float(losses.balance.detach()) * balance
-            load.add(recorder, part)
-        sums = self.ranks.sums(sums)
-        load.over(self.ranks)
-        factor = self._learning_rate_factor()
-        try:
-            norm = self.optimizer.step(
-                training.muon_learning_rate * factor,
-                training.adamw_learning_rate * factor,
-                training.clip,
-            )
-        except FloatingPointError as error:
-            problem = f"{error} and the loss {sums['loss']}"
-            return {"loss": None, "learning_rate_factor": factor, "problem": problem}
-        load.move(self.model, self.l1, config.balance.bias_update_speed)
-        row: dict[str, Any] = {**sums, "gradient_norm": norm, "learning_rate_factor": factor}
-        row |= load.row(with_loads=(self.step + 1) % LOAD_EVERY == 0)
-        if config.model.topk_method == "relu":
-            row["l1_weight"] = self.l1.weight
-        if self.traffic is not None:
-            row["traffic"] = self.traffic.over(self.ranks)
-        return row
-
-    @property
-    def _counts_first(self) -> bool:
-        """Whether a balance loss depends on the load of micro batches that are yet to come."""
-        config, balance = self.config, self.config.balance
-        if config.training.rows_at_a_time == config.training.batch_size:
-            return False
-        if config.model.n_routed_experts is None:
-            return False
-        return bool(balance.expert_aux or balance.device_aux or config.model.topk_method == "relu")
 
     def _count_skipped(self, problem: str) -> None:
         """Count a step whose gradient was not finite.
@@ -442,9 +354,7 @@ class Trainer:
             "config": plain(self.config),
         }
         self._finish_saving()
-        model = self.model
-        if self.ranks.size > 1:
-            model = whole_copy(self.model, self.config.training.torch_dtype)
+        model = self._whole_model()
 
         def save(folder: Path) -> None:
             save_weights(model, folder)
@@ -462,6 +372,16 @@ class Trainer:
         self.ranks.first_alone(lambda: save_somewhere(save, self.out, say))
         return summary
 
+    def _whole_model(self) -> CausalLM:
+        """Return the finished network; of one that is dealt, on the first rank alone."""
+        if self.ranks.size == 1:
+            return self.model
+        if self.ranks.is_first:
+            return whole_copy(self.model, self.config.training.torch_dtype, torch.device("cpu"))
+        for _ in each_whole(self.model):  # gathered by all, kept by the first
+            pass
+        return self.model
+
     # --- checkpoints ------------------------------------------------------------------------------
 
     def save(self) -> Path:
@@ -472,13 +392,12 @@ class Trainer:
         Besides the last few, the one from before the learning rate decayed is kept: more steps
         can continue from it. Those of later steps belong to a run that was wound back.
         """
-        tensors = {**self.optimizer.state_tensors(), **self._untrained_tensors()}
-        tensors["rng"] = torch.get_rng_state()
+        tensors = self.learner.tensors()
         state = {
             "step": self.step,
             "seconds": self.seconds,
             "warmup_steps": self.warmup_steps,
-            "l1_weight": self.l1.weight,
+            "l1_weight": self.learner.l1.weight,
             "threads": torch.get_num_threads(),
             "tokens_before": self.tokens_before,
             "tokens": self.kind.tokens,
@@ -519,21 +438,17 @@ class Trainer:
         path, state = last_fitting_checkpoint(self.out / "checkpoints", self.config, from_step)
         notes = [f"continuing from {path}", *check_same_config(self.config, state["config"], path)]
         if self.ranks.size > 1 or is_dealt(path):
-            tensors = read_dealt(path, self._blank_tensors, self.ranks)
+            tensors = read_dealt(path, self.learner.blank_tensors, self.ranks)
         else:
             tensors = read_tensors(path)
-        self.optimizer.load_state_tensors(tensors)
-        with torch.no_grad():
-            for name, tensor in self._untrained_tensors().items():
-                shards.part(tensor).copy_(shards.part(tensors[name]))
-        torch.set_rng_state(tensors["rng"])
+        self.learner.take(tensors)
         self.kind.load_state_dict(state["batches"])
         self.step, self.seconds = state["step"], state["seconds"]
         training = self.config.training  # older checkpoints do not say how much was read
         per_step = training.batch_size * self.config.data.sequence_length
         self.kind.tokens = state.get("tokens", self.step * per_step)
         self.tokens_before = state.get("tokens_before", 0)
-        self.warmup_steps, self.l1.weight = state["warmup_steps"], state["l1_weight"]
+        self.warmup_steps, self.learner.l1.weight = state["warmup_steps"], state["l1_weight"]
         self.watch = Watch(self.config.model.vocab_size, self.warmup_steps)
         threads = torch.get_num_threads()
         if state.get("threads", threads) != threads:
@@ -542,21 +457,3 @@ class Trainer:
                 f"{threads}: the last bits of the results may differ"
             )
         return notes
-
-    def _blank_tensors(self, names: Iterable[str]) -> dict[str, Tensor]:
-        """Return tensors to read a checkpoint into, by those of its names that are ours."""
-        blank = self.optimizer.blank_tensors(names)
-        blank |= {n: torch.zeros_like(t) for n, t in self._untrained_tensors().items()}
-        return {**blank, "rng": torch.zeros_like(torch.get_rng_state())}
-
-    def _untrained_tensors(self) -> dict[str, Tensor]:
-        """What the network holds beside trained weights: routers' biases and frozen weights."""
-        trained = {parameter for parameter in self.model.parameters() if parameter.requires_grad}
-        tensors = self.model.state_dict(keep_vars=True)
-        return {f"model.{n}": t.detach() for n, t in tensors.items() if t not in trained}
-
-
-def _round_parameters(model: CausalLM, dtype: torch.dtype) -> None:
-    """Convert the parameters only: biases of routers and rotary frequencies stay float32."""
-    for parameter in model.parameters():
-        parameter.data = parameter.data.to(dtype)

@@ -5,7 +5,8 @@ the ids and weights of those; the rank adds up what they return, and one row com
 that limits the groups a token visits limits what is sent (DeepSeek-V2, 2.2.2; V3, 2.1.2).
 """
 
-from dataclasses import asdict, dataclass
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
 from typing import Any
 
 import torch
@@ -27,46 +28,73 @@ class Traffic:
         tokens: that were routed.
         visits: of a token to a rank.
         crossings: visits to another rank than the token's own.
+        node_visits: of a token to a node, which may have several ranks.
+        node_crossings: visits to a rank of another node than the token's own.
         bytes: sent to other ranks, forward and backward.
+        network_bytes: of them, those sent to other nodes.
     """
 
     tokens: int = 0
     visits: int = 0
     crossings: int = 0
+    node_visits: int = 0
+    node_crossings: int = 0
     bytes: int = 0
+    network_bytes: int = 0
 
     def over(self, ranks: Ranks) -> dict[str, float]:
         """Return what is logged of all ranks since the last call."""
         own = {name: float(value) for name, value in asdict(self).items()}
         summed = ranks.sums(own)
-        self.tokens = self.visits = self.crossings = self.bytes = 0
+        for name in own:
+            setattr(self, name, 0)
+        tokens, visits = max(summed["tokens"], 1), max(summed["visits"], 1)
         return {
-            "ranks_per_token": summed["visits"] / max(summed["tokens"], 1),
-            "crossing_share": summed["crossings"] / max(summed["visits"], 1),
+            "ranks_per_token": summed["visits"] / tokens,
+            "nodes_per_token": summed["node_visits"] / tokens,
+            "crossing_share": summed["crossings"] / visits,
+            "node_crossing_share": summed["node_crossings"] / visits,
+            "crossings": summed["crossings"],
             "bytes": summed["bytes"],
+            "network_bytes": summed["network_bytes"],
         }
 
 
 @dataclass(frozen=True)
 class Way:
-    """Between a rank and the others: how many rows go to each, and how many come from each."""
+    """Between a rank and the others: how many rows go to each, and how many come from each.
+
+    `nodes` says on which node each of them is.
+    """
 
     sent: list[int]
     received: list[int]
+    nodes: Sequence[int]
     group: dist.ProcessGroup
     traffic: Traffic
 
     @property
     def back(self) -> "Way":
-        return Way(self.received, self.sent, self.group, self.traffic)
+        return replace(self, sent=self.received, received=self.sent)
+
+    @property
+    def sent_elsewhere(self) -> int:
+        """Rows that go to other ranks."""
+        return sum(self.sent) - self.sent[dist.get_rank(self.group)]
+
+    @property
+    def sent_to_other_nodes(self) -> int:
+        """Rows that go to ranks of other nodes."""
+        own = self.nodes[dist.get_rank(self.group)]
+        return sum(rows for rows, node in zip(self.sent, self.nodes, strict=True) if node != own)
 
     def carry(self, rows: Tensor) -> Tensor:
         """Send `(sum of sent, ...)`, in order of ranks; return what came, in order of ranks."""
         arrived = rows.new_empty(sum(self.received), *rows.shape[1:])
         out, to = rows.contiguous(), self.group
         dist.all_to_all_single(arrived, out, self.received, self.sent, group=to)
-        elsewhere = len(rows) - self.sent[dist.get_rank(to)]
-        self.traffic.bytes += elsewhere * rows[:1].nbytes
+        self.traffic.bytes += self.sent_elsewhere * rows[:1].nbytes
+        self.traffic.network_bytes += self.sent_to_other_nodes * rows[:1].nbytes
         return arrived
 
 
@@ -98,12 +126,17 @@ class ExpertParallel:
         mesh: of one dimension, the ranks that share the experts.
         experts: of all of them.
         traffic: counts what is sent.
+        ranks_per_node: neighbours of all ranks that are on one node.
     """
 
-    def __init__(self, mesh: DeviceMesh, experts: int, traffic: Traffic) -> None:
+    def __init__(
+        self, mesh: DeviceMesh, experts: int, traffic: Traffic, ranks_per_node: int
+    ) -> None:
         self._group, self._rank, self._ranks = mesh.get_group(), mesh.get_local_rank(), mesh.size()
         self._experts_per_rank = experts // mesh.size()
         self._traffic = traffic
+        numbers = dist.get_process_group_ranks(self._group)
+        self._nodes = [number // ranks_per_node for number in numbers]
 
     def held(self, parameter: Tensor) -> Tensor:
         """Return the part of a parameter that belongs to this rank's experts."""
@@ -119,7 +152,9 @@ class ExpertParallel:
         way, most_slots = self._announce(visits.sum(dim=0), slots)
         self._traffic.tokens += tokens
         self._traffic.visits += len(token_idx)
-        self._traffic.crossings += len(token_idx) - way.sent[self._rank]
+        self._traffic.crossings += way.sent_elsewhere
+        self._traffic.node_visits += self._node_visits(visits)
+        self._traffic.node_crossings += way.sent_to_other_nodes
 
         destination = destination[:, None]
         there = rank_of_slot[token_idx] == destination  # (visits, slots)
@@ -149,8 +184,18 @@ class ExpertParallel:
         dist.all_gather_single(everyone, own, group=self._group)
         told: list[list[int]] = everyone.view(self._ranks, -1).tolist()
         received = [row[self._rank] for row in told]
-        way = Way(told[self._rank][:-1], received, self._group, self._traffic)
+        way = Way(told[self._rank][:-1], received, self._nodes, self._group, self._traffic)
         return way, max(row[-1] for row in told)
+
+    def _node_visits(self, visits: Tensor) -> int:
+        """Count the nodes that tokens visit, of `(tokens, ranks)` that says which ranks."""
+        if len(set(self._nodes)) == 1:
+            return len(visits)
+        by_node = [
+            visits[:, [place == node for place in self._nodes]].any(dim=1)
+            for node in sorted(set(self._nodes))
+        ]
+        return int(torch.stack(by_node).sum())
 
 
 class _There(torch.autograd.Function):

@@ -20,6 +20,7 @@ from torch._C._distributed_c10d import PrefixStore, Store
 from torch.distributed.rendezvous import rendezvous
 
 from moescope.errors import UserError
+from moescope.machine import CPU
 from moescope.training.config import ParallelConfig
 
 PATIENCE = timedelta(days=7)
@@ -35,10 +36,11 @@ class Ranks:
     Attributes:
         number: of this process, from zero.
         size: how many there are.
+        per_node: how many of them are on one node; neighbours in order.
     """
 
-    def __init__(self, number: int = 0, size: int = 1) -> None:
-        self.number, self.size = number, size
+    def __init__(self, number: int = 0, size: int = 1, per_node: int = 1) -> None:
+        self.number, self.size, self.per_node = number, size, per_node
         self._turns = 0
 
     @property
@@ -139,8 +141,12 @@ def was_restarted() -> bool:
 
 
 @contextmanager
-def joined(parallel: ParallelConfig) -> Generator[Ranks]:
+def joined(parallel: ParallelConfig, device: torch.device = CPU) -> Generator[Ranks]:
     """Meet the other processes that torchrun started; while entered, they compute together.
+
+    Args:
+        parallel: how many there have to be.
+        device: that this one computes on; its tensors travel by NCCL where it is a GPU.
 
     Raises:
         UserError: there are other than `parallel` says, or one was lost meanwhile.
@@ -162,10 +168,13 @@ def joined(parallel: ParallelConfig) -> Generator[Ranks]:
         yield Ranks()
         return
     number = int(os.environ["RANK"])
-    backend = "cpu:gloo,cuda:nccl" if torch.cuda.is_available() else "gloo"
+    backend = "gloo"
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+        backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, store=_store(), rank=number, world_size=size)
     try:
-        yield Ranks(number, size)
+        yield Ranks(number, size, int(os.environ["LOCAL_WORLD_SIZE"]))
     except RuntimeError as error:
         if not _tells_of_a_lost_rank(error):
             raise

@@ -40,6 +40,11 @@ def from_part(own: Tensor, like: Tensor) -> Tensor:
     return DTensor.from_local(own, mesh, placements, run_check=False, shape=shape, stride=stride)
 
 
+def write_part(tensor: Tensor, all_of_it: Tensor) -> None:
+    """Write this rank's part of what is here whole into a tensor."""
+    part(tensor).copy_(part_of(all_of_it.to(tensor.device), tensor))
+
+
 def part_of(all_of_it: Tensor, like: Tensor) -> Tensor:
     """Return this rank's part of a tensor that is here whole, dealt as another is."""
     if not isinstance(like, DTensor):

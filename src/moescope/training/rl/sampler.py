@@ -22,7 +22,7 @@ from moescope.model.decoder import CausalLM
 from moescope.native.network import Packer
 from moescope.text.generation import GenerationDefaults
 from moescope.text.tokenizer import Tokenizer
-from moescope.training.parallel.placement import is_dealt, whole_copy, whole_tensors
+from moescope.training.parallel.placement import each_whole, is_dealt, whole_copy
 from moescope.training.rl.replay import ChoiceRecorder
 
 
@@ -55,7 +55,7 @@ class LiveWeights:
         self.config: ModelConfig = model.config
         self.dtype, self.files = torch.float32, list[Path]()
         self.has_blocks = False
-        self._tensors = whole_tensors(model)
+        self._tensors = dict(each_whole(model))
 
     def read(self, name: str, shape: torch.Size, dtype: torch.dtype | None) -> Tensor:
         return self._tensors[name].to(dtype or torch.float32, copy=True)
@@ -92,7 +92,8 @@ def sampling_network(
     The network itself is copied whole, as `dtype`, where it is dealt to ranks.
     """
     if sampler == "live":
-        return whole_copy(model, dtype) if is_dealt(model) else model
+        device = model.lm_head.weight.device
+        return whole_copy(model, dtype, device) if is_dealt(model) else model
     return load_model(LiveWeights(model), dtype=torch.float32, packer=Packer("int8"))
 
 
