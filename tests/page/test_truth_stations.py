@@ -121,7 +121,8 @@ def check_context(page, engine: Model, language: str) -> None:
             head = config.required("qk_nope_head_dim") + config.required("v_head_dim")
             full = config.num_attention_heads * head
             kept = config.required("kv_lora_rank") + config.required("qk_rope_head_dim")
-            full, kept = (2 * config.num_hidden_layers * 2**power * n for n in (full, kept))
+            read = min(2**power, config.max_position_embeddings)
+            full, kept = (2 * config.num_hidden_layers * read * n for n in (full, kept))
             expected |= {bytes_of(full), bytes_of(kept), percent(kept / full)}
             expected.add(number(config.max_position_embeddings))
         assert numbers(section) == expected
