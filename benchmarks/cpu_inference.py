@@ -3,11 +3,13 @@
     python benchmarks/cpu_inference.py --shape S --rounds 5 --json s.json
     python benchmarks/cpu_inference.py --shape L --engines int8,llama-q8_0,transformers
     python benchmarks/cpu_inference.py --shape F --engines int4,llama-q4_0
+    python benchmarks/cpu_inference.py --shape L --engines int8,ik-q8_0 --ik-bench PATH
 
 It wants `llama-cpp-python` (built on this machine, so that it uses its instructions), `gguf` and
-`transformers`. Engines take turns within each round, and the read bandwidth is measured beside
-every one of them, because on a shared machine both move by a factor of two within minutes: only
-ratios inside a round mean anything, and their medians are what is reported.
+`transformers`; for ik_llama.cpp, a build's `llama-bench`. Engines take turns within each round, and
+the read bandwidth is measured beside every one of them, because on a shared machine both move by a
+factor of two within minutes: only ratios inside a round mean anything, and their medians are what
+is reported.
 
 Shapes: S nearly fits into a last-level cache; L is DeepSeek-V2-Lite with 9 of its 27 layers; F has
 all 27, of which only 4 bit fit into 24 GB. At L and F, `transformers` lets all layers share one
@@ -24,7 +26,15 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from peers import LlamaCpp, Moescope, Runner, Transformers, WithoutOneDNN, random_weights
+from peers import (
+    IkLlamaCpp,
+    LlamaCpp,
+    Moescope,
+    Runner,
+    Transformers,
+    WithoutOneDNN,
+    random_weights,
+)
 from rich.console import Console
 from rich.table import Table
 from torch import Tensor
@@ -73,12 +83,15 @@ SHAPES: dict[str, dict[str, Any]] = {
 }
 NATIVE = ("int8", "int4")
 LLAMA = {"llama-q8_0": "Q8_0", "llama-q4_0": "Q4_0", "llama-bf16": "BF16"}
-ENGINES = (*NATIVE, *LLAMA, "transformers", "reference", "reference-without-onednn")
+IK = {"ik-q8_0": "Q8_0", "ik-q4_0": "Q4_0"}
+ENGINES = (*NATIVE, *LLAMA, *IK, "transformers", "reference", "reference-without-onednn")
 RATIOS = [
     ("int8", "llama-q8_0", "llama_q8"),
     ("int8", "transformers", "transformers"),
     ("int4", "llama-q4_0", "llama_q4"),
     ("int4", "transformers", "transformers_int4"),
+    ("int8", "ik-q8_0", "ik_q8"),
+    ("int4", "ik-q4_0", "ik_q4"),
     ("reference", "transformers", "transformers_reference"),
     ("reference", "reference-without-onednn", "without_onednn"),
 ]
@@ -88,20 +101,24 @@ BATCH, BATCH_PROMPT, BATCH_NEW_TOKENS = 8, 128, 16
 MEASURES = ("prefill", "decode", "batch_decode")
 
 
-def build(engine: str, config: ModelConfig, shape: str, folder: Path) -> Runner:
+def build(
+    engine: str, config: ModelConfig, shape: str, folder: Path, context: int, ik_bench: Path | None
+) -> Runner | IkLlamaCpp:
     """Make an engine ready to run."""
     if engine in NATIVE:
         return Moescope.native(config, engine)
-    if engine in LLAMA:
-        path = folder / f"{shape}-{LLAMA[engine]}.gguf"
+    if engine in LLAMA | IK:
+        kind = (LLAMA | IK)[engine]
+        path = folder / f"{shape}-{kind}.gguf"
         if not path.exists():
             unfinished = path.with_suffix(".part")
             shapes = weight_shapes(config)
-            write_gguf(
-                config, shapes, lambda n: random_weights(shapes[n]), unfinished, LLAMA[engine]
-            )
+            write_gguf(config, shapes, lambda n: random_weights(shapes[n]), unfinished, kind)
             unfinished.rename(path)
-        return LlamaCpp(path, cpu.threads(), BATCH, 640)
+        if engine in LLAMA:
+            return LlamaCpp(path, cpu.threads(), BATCH, context)
+        assert ik_bench is not None
+        return IkLlamaCpp(ik_bench, path, cpu.threads())
     if engine == "transformers":
         return Transformers(config, one_layer=shape != "S")
     kind = Moescope if engine == "reference" else WithoutOneDNN
@@ -131,12 +148,19 @@ def continuing(runner: Runner, rows: int, new_tokens: int) -> tuple[float, float
     return rows * new_tokens / seconds, (cpu.weight_bytes_read() - before) / new_tokens
 
 
-def measure(runner: Runner, prompt: Tensor, prompts: Tensor, new_tokens: int) -> dict[str, float]:
-    """Rates of one prompt, of its continuation, and of a batch's continuation.
+def measure(
+    runner: Runner | IkLlamaCpp, prompt: Tensor, prompts: Tensor, new_tokens: int
+) -> dict[str, float]:
+    """Rates of one prompt, of its continuation, and of a batch's continuation, but for ik's.
 
     Another prompt comes first and does not count: on virtual machines, memory that has rested for
     a minute was seen to be three times as slow to read once.
     """
+    if isinstance(runner, IkLlamaCpp):
+        before = cpu.measure_read_bandwidth(0.15)
+        prefill, decode = runner.measure(prompt.shape[1], new_tokens)
+        after = cpu.measure_read_bandwidth(0.15)
+        return {"prefill": prefill, "decode": decode, "read_bandwidth": (before + after) / 2}
     runner.read(prompts[:1])
     prefill = reading(runner, prompt)
     before = cpu.measure_read_bandwidth(0.15)
@@ -161,6 +185,7 @@ def run(
     prompt_tokens: int,
     new_tokens: int,
     folder: Path,
+    ik_bench: Path | None,
     say: Callable[[str], None],
 ) -> dict[str, Any]:
     """Measure all engines in turn, `rounds` times, after a first round that does not count."""
@@ -168,12 +193,14 @@ def run(
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(config.vocab_size, (1, prompt_tokens), generator=generator)
     prompts = torch.randint(config.vocab_size, (BATCH, BATCH_PROMPT), generator=generator)
-    runners: dict[str, Runner] = {}
+    context = max(BATCH_PROMPT + BATCH_NEW_TOKENS, prompt_tokens + new_tokens)
+    runners: dict[str, Runner | IkLlamaCpp] = {}
     for engine in engines:
         say(f"making {engine}")
-        runners[engine] = build(engine, config, shape, folder)
-        runners[engine].read(prompt)
-        continuing(runners[engine], 1, 2)
+        runners[engine] = runner = build(engine, config, shape, folder, context, ik_bench)
+        if not isinstance(runner, IkLlamaCpp):
+            runner.read(prompt)
+            continuing(runner, 1, 2)
     limits = measure_limits()
     measured: list[dict[str, dict[str, float]]] = []
     for number in range(1, rounds + 1):
@@ -182,7 +209,7 @@ def run(
             row[engine] = measure(runner, prompt, prompts, new_tokens)
             say(
                 f"round {number}/{rounds} {engine}: "
-                + ", ".join(f"{key} {row[engine][key]:,.1f}" for key in MEASURES)
+                + ", ".join(f"{key} {row[engine][key]:,.1f}" for key in told(row[engine]))
             )
         measured.append(row)
     return {
@@ -194,12 +221,20 @@ def run(
         "instruction_set": cpu.instruction_set(),
         "rounds": measured,
         "tokens_per_second": {
-            engine: {key: _median([row[engine][key] for row in measured]) for key in MEASURES}
+            engine: {
+                key: _median([row[engine][key] for row in measured])
+                for key in told(measured[0][engine])
+            }
             for engine in engines
         },
         "ratios": ratios(measured, engines),
         "limits": limits | shares(measured, engines),
     }
+
+
+def told(rates: dict[str, float]) -> list[str]:
+    """Which measures an engine has."""
+    return [key for key in MEASURES if key in rates]
 
 
 def measure_limits() -> dict[str, float]:
@@ -231,7 +266,7 @@ def ratios(
     for engine, peer, name in RATIOS:
         if engine not in engines or peer not in engines:
             continue
-        for key in MEASURES:
+        for key in told(measured[0][peer]):
             values = [row[engine][key] / row[peer][key] for row in measured]
             found[f"{key}_vs_{name}"] = _median(values)
             found[f"{key}_vs_{name}_range"] = [min(values), max(values)]
@@ -270,8 +305,11 @@ def show(result: dict[str, Any], console: Console) -> None:
         cells = [engine]
         rows = [row[engine] for row in result["rounds"]]
         for key in MEASURES:
-            values = [row[key] for row in rows]
-            cells += [f"{rates[key]:,.1f}", f"{min(values):,.1f}-{max(values):,.1f}"]
+            values = [row[key] for row in rows if key in row]
+            if values:
+                cells += [f"{rates[key]:,.1f}", f"{min(values):,.1f}-{max(values):,.1f}"]
+            else:
+                cells += ["", ""]
         bandwidth = _median([row["read_bandwidth"] for row in rows])
         table.add_row(*cells, f"{bandwidth / 1e9:.1f}")
     console.print(table)
@@ -297,10 +335,13 @@ def main() -> None:
     parser.add_argument(
         "--gguf-folder", type=Path, help="where llama.cpp's files are kept from run to run"
     )
+    parser.add_argument("--ik-bench", type=Path, help="ik_llama.cpp's llama-bench, for ik-*")
     given = parser.parse_args()
     engines = given.engines.split(",")
     if unknown := set(engines) - set(ENGINES):
         parser.error(f"there is no engine {unknown.pop()!r}; choose from {', '.join(ENGINES)}")
+    if given.ik_bench is None and set(engines) & set(IK):
+        parser.error("ik's engines want --ik-bench")
     console = Console()
     if not console.is_terminal:
         console = Console(width=140)
@@ -314,6 +355,7 @@ def main() -> None:
             given.prompt_tokens,
             given.new_tokens,
             folder,
+            given.ik_bench,
             lambda line: console.print(line, style="dim", highlight=False),
         )
     show(result, console)

@@ -6,7 +6,9 @@ spread as it can be.
 """
 
 import ctypes
+import json
 import math
+import subprocess
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +23,7 @@ from moescope.model.decoder import CausalLM
 from moescope.model.rope import RotaryEmbedding
 from moescope.native.network import Packer
 
+IK_SETTINGS = "-rtr 1 -mla 3 -fmoe 1 -thp 1 -b 4096 -ub 2048"
 SEED_BLOCK = (1 << 22) + 3
 """Random numbers are drawn once for so many weights, then repeated; odd, so that rows differ."""
 
@@ -246,3 +249,28 @@ class LlamaCpp:
         logits = self.c.llama_get_logits_ith(self.context, at)
         buffer = (ctypes.c_float * self.vocab_size).from_address(ctypes.addressof(logits.contents))
         return int(torch.frombuffer(buffer, dtype=torch.float32).argmax())
+
+
+class IkLlamaCpp:
+    """ik_llama.cpp, by the `llama-bench` of a build of it, at its best settings for mixtures.
+
+    A process of its own loads the file and measures for each round; it has no verbs.
+
+    Args:
+        bench: the program.
+        path: a GGUF file. It takes DeepSeek-V2-Lite's shapes by their 26 or 27 layers.
+        threads: that share the work.
+    """
+
+    def __init__(self, bench: Path, path: Path, threads: int) -> None:
+        self.command = [str(bench), "-m", str(path), "-o", "json", "-r", "1", "-t", str(threads)]
+        self.command += IK_SETTINGS.split()
+
+    def measure(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
+        """Tokens per second of taking in a prompt, and of continuing it."""
+        tests = ["-p", str(prompt_tokens), "-n", "0", "-gp", f"{prompt_tokens},{new_tokens}"]
+        done = subprocess.run([*self.command, *tests], capture_output=True, text=True, check=False)
+        if done.returncode:
+            raise SystemExit(f"{self.command[0]} ended with {done.returncode}:\n{done.stderr}")
+        rates = {bool(test["n_gen"]): test["avg_ts"] for test in json.loads(done.stdout)}
+        return rates[False], rates[True]
