@@ -80,6 +80,7 @@ def test_a_model_that_vanishes_is_missed_in_words(open_page, start_server, shelf
     twin = page.get_by_test_id("station-dense").get_by_role("alert")
     twin.wait_for()
     assert "tiny-dense" in twin.inner_text()
+    page.get_by_test_id("station-training").scroll_into_view_if_needed()
     training = page.get_by_test_id("station-training").get_by_role("alert")
     assert "no history of its training" in training.inner_text()
     assert page.get_by_test_id("error").count() == 0

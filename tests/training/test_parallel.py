@@ -75,10 +75,17 @@ def finished(process: subprocess.Popen[str], code: int = 0) -> tuple[str, str]:
     return stdout, stderr
 
 
+def deals(case: str, expert: int) -> bool:
+    """Whether so many ranks have at least an expert each."""
+    return case != "two experts" or expert <= 2
+
+
 def run_cases(folder: Path, corpus: Path, vocabulary: Path, data: int, expert: int) -> Path:
     """Train all cases on so many ranks, in `folder`."""
     cases = []
     for case, changes in CASES.items():
+        if not deals(case, expert):
+            continue
         training = {"steps": 5, "dtype": "float32", "batch_size": 8, "micro_batch_size": 4}
         tables = {**changes, "training": {**training, **changes.get("training", {})}}
         tables["data"] = {"source": str(corpus), "tokenizer": str(vocabulary)}
@@ -113,6 +120,8 @@ def together(request, tmp_path_factory: pytest.TempPathFactory, corpus: Path, vo
 @pytest.mark.parametrize("case", CASES)
 def test_ranks_train_as_one_process_does(case: str, alone: Path, together) -> None:
     folder, _, expert = together
+    if not deals(case, expert):
+        pytest.skip("there are fewer experts than ranks")
     ours, theirs = rows(folder / case), rows(alone / case)
     assert [row["step"] for row in ours] == [row["step"] for row in theirs] == [1, 2, 3, 4, 5]
     for one, other in zip(ours, theirs, strict=True):
