@@ -2,7 +2,7 @@
 
 import copy
 from collections.abc import Callable, Mapping
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -14,6 +14,17 @@ if TYPE_CHECKING:
     from moescope.kernels.cpu import Weights
 
 Pack = Callable[[Tensor], "Weights"]
+
+SMALL: dict[str, Any] = {
+    "vocab_size": 300,
+    "hidden_size": 96,
+    "intermediate_size": 130,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "max_position_embeddings": 64,
+    "initializer_range": 0.1,
+}
+"""Sizes of a network that no block or register divides."""
 
 
 def expert_reader(state: Mapping[str, Tensor]) -> Callable[[str, int, torch.Size], Tensor]:

@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from packing import expert_reader
+from packing import SMALL, expert_reader
 from torch import Tensor, nn
 
 from moescope.families import read_config
@@ -18,15 +18,6 @@ from moescope.native import importance, network
 from moescope.native.importance import PRIOR, TOKENS, weigh_layers
 from moescope.native.network import EMBEDDING, Packer
 
-SHAPE: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 96,
-    "intermediate_size": 130,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-}
 EXPERTS = {"moe_intermediate_size": 48, "n_routed_experts": 8, "first_k_dense_replace": 1}
 LATENT = {"kv_lora_rank": 40, "qk_nope_head_dim": 24, "qk_rope_head_dim": 12, "v_head_dim": 20}
 GPT_OSS = {
@@ -55,7 +46,7 @@ NETWORKS: dict[str, dict[str, Any]] = {
 
 def whole(name: str, seed: int = 0) -> CausalLM:
     """A network with norms that let channels differ, as those of trained ones do."""
-    made = CausalLM(read_config({**SHAPE, **NETWORKS[name]}))
+    made = CausalLM(read_config({**SMALL, **NETWORKS[name]}))
     initialise(made, seed)
     generator = torch.Generator().manual_seed(seed)
     for parameter_name, parameter in made.named_parameters():

@@ -13,7 +13,7 @@ import pytest
 import torch
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
-from packing import expert_reader
+from packing import SMALL, expert_reader
 from torch import Tensor
 
 from moescope.api import Model, load
@@ -31,15 +31,6 @@ from moescope.native.experts import NativeMoE
 from moescope.native.network import Packer
 
 ROOT = Path(__file__).parents[2]
-SMALL: dict[str, Any] = {
-    "vocab_size": 300,
-    "hidden_size": 96,
-    "intermediate_size": 130,
-    "num_hidden_layers": 3,
-    "num_attention_heads": 6,
-    "max_position_embeddings": 64,
-    "initializer_range": 0.1,
-}
 EXPERTS: dict[str, Any] = {
     "moe_intermediate_size": 48,
     "n_routed_experts": 8,
