@@ -1,16 +1,16 @@
-"""Sums of two numbers of 1 to 4 digits; those of 4 digits are longer than any that was taught."""
+"""Sums of two numbers of 1 to 5 digits; those of 5 digits are longer than any in the text."""
 
 import random
 
-from moescope.training.rl.tasks import Problem
+from moescope.training.rl.tasks import Problem, graded
+
+MOST_DIGITS = 5
 
 
 def sample(rng: random.Random) -> Problem:
-    digits = rng.randint(1, 4)
+    digits = rng.randint(1, MOST_DIGITS)
     first, second = (rng.randint(10 ** (digits - 1), 10**digits - 1) for _ in range(2))
-    answer = str(first + second)
-
-    def reward(text: str) -> float:
-        return float(text.rpartition("</think>")[2].strip() == answer)
-
-    return Problem(f"{first}+{second}=?", reward, level=digits)
+    right = str(first + second)
+    return Problem(
+        f"{first}+{second}=?", lambda text: graded(text, lambda a: a == right), level=digits
+    )

@@ -57,14 +57,22 @@ class RoutedTokens:
     def join(cls, parts: "Iterable[RoutedTokens]") -> "RoutedTokens":
         """Put together what follows each other, at least one part."""
         parts = list(parts)
+        if len(parts) == 1:
+            return parts[0]
         slots = max(part.ids.shape[-1] for part in parts)
-        padded = [(part, (0, slots - part.ids.shape[-1])) for part in parts]
+
+        def joined(tensors: list[Tensor], value: int = 0) -> Tensor:
+            widths = {tensor.shape[-1] for tensor in tensors}
+            if len(widths) > 1:
+                tensors = [F.pad(t, (0, slots - t.shape[-1]), value=value) for t in tensors]
+            return torch.cat(tensors)
+
         return cls(
             parts[0].start,
             parts[0].layers,
-            torch.cat([F.pad(part.ids, room, value=-1) for part, room in padded]),
-            torch.cat([F.pad(part.weights, room) for part, room in padded]),
-            torch.cat([F.pad(part.scores, room) for part, room in padded]),
+            joined([part.ids for part in parts], value=-1),
+            joined([part.weights for part in parts]),
+            joined([part.scores for part in parts]),
         )
 
 

@@ -275,7 +275,7 @@ class TrainConfig(Table):
                 f"{path}: warmup_fraction {training.warmup_fraction} and decay_fraction "
                 f"{training.decay_fraction} together exceed 1"
             )
-        if self.data.sequence_length > model.max_position_embeddings:
+        if self.kind != "rl" and self.data.sequence_length > model.max_position_embeddings:
             raise UserError(
                 f"{path}: sequence_length {self.data.sequence_length} exceeds "
                 f"max_position_embeddings {model.max_position_embeddings}"

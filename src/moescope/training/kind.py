@@ -26,12 +26,14 @@ class Kind(Protocol[P]):
         tokenizer: saved beside the model.
         remembered: by what the text, and what of it was held out, is known again.
         tokens: that the steps so far have read.
+        evaluates_first: whether it is measured before its first step, too.
     """
 
     device: torch.device
     tokenizer: Tokenizer
     remembered: TrainedText | None
     tokens: int
+    evaluates_first: bool
 
     def updates(self, model: CausalLM, step: int) -> Iterable[Sequence[P]]:
         """Yield what each move of the weights in `step` learns from; most kinds yield once.

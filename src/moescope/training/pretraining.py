@@ -25,6 +25,8 @@ from moescope.training.text import TrainingText
 class Pretraining:
     """`kind = "pretrain"`."""
 
+    evaluates_first = False
+
     def __init__(
         self, config: TrainConfig, text: TrainingText, device: torch.device, ranks: Ranks
     ) -> None:

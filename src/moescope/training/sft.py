@@ -135,6 +135,8 @@ def answer_loss(model: CausalLM, hidden_states: Tensor, part: ChatPart) -> Tenso
 class FineTuning:
     """`kind = "sft"`."""
 
+    evaluates_first = False
+
     def __init__(
         self,
         config: TrainConfig,

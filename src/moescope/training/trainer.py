@@ -208,6 +208,11 @@ class Trainer:
         self, log: MetricsLog | None, display: TrainingDisplay, interruption: Interruption
     ) -> dict[str, Any] | None:
         steps, every = self.config.training.steps, self.config.evaluation.every
+        if every and self.step == 0 and self.kind.evaluates_first:
+            row = self.evaluate(display.say)
+            display.say(f"before the first step: {self.kind.sentence(row)}")
+            if log is not None and (problem := log.write({"step": 0, **row})) is not None:
+                display.say(problem)
         while self.step < steps:
             before = self.kind.tokens
             row = self._logged_step()

@@ -40,7 +40,7 @@ COUNTED = (
     *("sampler_kl", "differing", "slots", "kl"),
 )
 """What is summed over the answers of a step; of `LARGEST` it is the largest."""
-SHOWN = 8
+SHOWN = 40
 """Answers of an evaluation that are kept word for word."""
 
 
@@ -78,6 +78,8 @@ class AnswerPart(Part):
 
 class Reinforcement:
     """`kind = "rl"`: GRPO (DeepSeekMath, section 4), with our own engine as the sampler."""
+
+    evaluates_first = True
 
     def __init__(
         self,
@@ -272,25 +274,37 @@ class Reinforcement:
             self._problem(EVALUATION_SEED, 0, number) for number in range(self._config.rl.asked)
         ]
         answers = self._draw(model, asked, first_seed=0, temperature=0.0)
+        rewards = [p.reward(a.text) for p, a in zip(asked, answers, strict=True)]
         right: dict[str, list[bool]] = {}
-        for problem, answer in zip(asked, answers, strict=True):
-            right.setdefault(str(problem.level), []).append(problem.reward(answer.text) >= 1)
+        for problem, reward in zip(asked, rewards, strict=True):
+            right.setdefault(f"{problem.task} {problem.level}", []).append(reward >= 1)
         shown = [
-            {
-                "question": problem.question,
-                "answer": answer.text,
-                "reward": problem.reward(answer.text),
-            }
-            for problem, answer in list(zip(asked, answers, strict=True))[:SHOWN]
+            self._shown(*one) for one in list(zip(asked, answers, rewards, strict=True))[:SHOWN]
         ]
         if self._ranks.is_first:
             series = out / "answers.jsonl"
             line = json.dumps({"step": step, "answers": shown}, ensure_ascii=False) + "\n"
             write_text(series, "".join([*rows_up_to(series, step - 1), line]))
         return {
-            "accuracy": sum(sum(r) for r in right.values()) / len(asked),
+            "accuracy": sum(reward >= 1 for reward in rewards) / len(asked),
             "accuracy_by_level": {level: sum(r) / len(r) for level, r in sorted(right.items())},
             "evaluated_tokens": sum(len(a.ids) for a in answers) / len(answers),
+        }
+
+    def _shown(self, problem: Problem, answer: Answer, reward: float) -> dict[str, Any]:
+        """Return an answer as it is kept, with how often it went to each expert of each layer."""
+        experts = self._config.model.n_routed_experts or 0
+        return {
+            "task": problem.task,
+            "level": problem.level,
+            "question": problem.question,
+            "answer": answer.text,
+            "reward": reward,
+            "tokens": len(answer.ids),
+            "experts": {
+                str(layer): chosen[chosen >= 0].bincount(minlength=experts).tolist()
+                for layer, chosen in answer.choices.items()
+            },
         }
 
     def sentence(self, row: dict[str, Any]) -> str:

@@ -11,10 +11,11 @@ from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from moescope.model.decoder import CausalLM
 from moescope.model.recorder import Recorder
-from moescope.model.routing import Router, Routing
+from moescope.model.routing import UNUSED, Router, Routing
 from moescope.model.steering import moe_layers
 
 Choices = Mapping[int, Tensor]
@@ -37,7 +38,9 @@ class ReplayRouter(Router):
     def choose(
         self, scores: Tensor, router_logits: Tensor, input_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        return self._chosen, self._rule.weigh(scores, self._chosen)
+        unused = self._chosen == UNUSED
+        weights = self._rule.weigh(scores, self._chosen.clamp(min=0))
+        return self._chosen, weights.masked_fill(unused, 0.0)
 
 
 @contextmanager
@@ -52,19 +55,6 @@ def replaying(model: CausalLM, choices: Choices) -> Generator[None]:
     finally:
         for layer, gate in gates.items():
             mixtures[layer].gate = gate
-
-
-class ChoiceRecorder(Recorder):
-    """Keeps what each layer chose, pass after pass, `(tokens, slots)` each."""
-
-    def __init__(self) -> None:
-        self.passes: list[dict[int, Tensor]] = []
-
-    def embedding(self, hidden_states: Tensor) -> None:
-        self.passes.append({})
-
-    def routing(self, layer_idx: int, routing: Routing) -> None:
-        self.passes[-1][layer_idx] = routing.topk_ids.detach()
 
 
 class Disagreement(Recorder):
@@ -103,12 +93,12 @@ def joined(rows: Sequence[Choices], length: int) -> dict[int, Tensor]:
 
     What fills a row up, and counts nowhere, visits the first experts.
     """
-    layers = rows[0].keys()
     filled: dict[int, Tensor] = {}
-    for layer in layers:
-        slots = rows[0][layer].shape[1]
+    for layer in rows[0]:
+        slots = max(row[layer].shape[1] for row in rows)
         chosen = torch.arange(slots).repeat(len(rows), length, 1)
         for row, choices in enumerate(rows):
-            chosen[row, : len(choices[layer])] = choices[layer]
+            own = choices[layer]
+            chosen[row, : len(own)] = F.pad(own, (0, slots - own.shape[1]), value=UNUSED)
         filled[layer] = chosen.flatten(0, 1)
     return filled

@@ -13,17 +13,15 @@ from moescope.checkpoint import load_model
 from moescope.config import ModelConfig
 from moescope.engine import sequence as engine_sequence
 from moescope.engine.engine import Engine
-from moescope.engine.runner import by_length
 from moescope.engine.sampling import SamplingParams
 from moescope.engine.scheduler import Scheduler
-from moescope.engine.sequence import Token
+from moescope.engine.sequence import RoutedTokens, Token
 from moescope.kernels.blocks import Blocks
 from moescope.model.decoder import CausalLM
 from moescope.native.network import Packer
 from moescope.text.generation import GenerationDefaults
 from moescope.text.tokenizer import Tokenizer
 from moescope.training.parallel.placement import each_whole, is_dealt, whole_copy
-from moescope.training.rl.replay import ChoiceRecorder
 
 
 @dataclass(frozen=True)
@@ -117,40 +115,25 @@ def draw_answers(
     was_training = network.training
     engine = Engine(network, tokenizer)
     texts = [
-        engine.sequence(prompt, SamplingParams(max_tokens, temperature, seed=seed), at)
+        engine.sequence(
+            prompt, SamplingParams(max_tokens, temperature, seed=seed, routed_experts=True), at
+        )
         for at, (prompt, seed) in enumerate(zip(prompts, seeds, strict=True))
     ]
     made: list[list[Token]] = [[] for _ in texts]
-    chosen: list[dict[int, list[Tensor]]] = [{} for _ in texts]
-    recorder, scheduler = ChoiceRecorder(), Scheduler(engine.blocks, chunk=None, reuse=False)
+    scheduler = Scheduler(engine.blocks, chunk=None, reuse=False)
     for text in texts:
         scheduler.add(text)
     while scheduler:
-        chunks = scheduler.schedule()
-        logits = engine.runner.run(chunks, recorder)
-        for batch, layers in zip(by_length(chunks), recorder.passes, strict=True):
-            for layer, topk_ids in layers.items():
-                by_text = topk_ids.unflatten(0, (len(batch), -1))  # (texts, tokens, slots)
-                for one, ids in zip(batch, by_text, strict=True):
-                    chosen[one.sequence.number].setdefault(layer, []).append(ids.clone())
-        recorder.passes.clear()
-        for _, event in engine.hand_out(scheduler, chunks, logits):
+        for _, event in engine.step(scheduler):
             if not isinstance(event, Token):
                 raise event
             made[event.row].append(event)
     network.train(was_training)
-    return [
-        _answer(engine, text, tokens, {layer: torch.cat(c) for layer, c in choices.items()})
-        for text, tokens, choices in zip(texts, made, chosen, strict=True)
-    ]
+    return [_answer(engine, text, tokens) for text, tokens in zip(texts, made, strict=True)]
 
 
-def _answer(
-    engine: Engine,
-    text: engine_sequence.Sequence,
-    tokens: Sequence[Token],
-    choices: dict[int, Tensor],
-) -> Answer:
+def _answer(engine: Engine, text: engine_sequence.Sequence, tokens: Sequence[Token]) -> Answer:
     ids = tuple(token.id for token in tokens)
     ended = ids[-1] in engine.end_ids
     told = list(itertools.takewhile(lambda i: i not in engine.end_ids, ids))
@@ -159,6 +142,14 @@ def _answer(
         ids=ids,
         text=engine.tokenizer.decode(told, skip_special_tokens=False),
         logprobs=tuple(token.logprob for token in tokens),
-        choices=choices,
+        choices=_choices([token.routed for token in tokens if token.routed is not None]),
         ended=ended,
     )
+
+
+def _choices(routed: Sequence[RoutedTokens]) -> dict[int, Tensor]:
+    """Return what was chosen for the tokens of a text, by layer; nothing without a router."""
+    if not routed:
+        return {}
+    whole = RoutedTokens.join(routed)
+    return {layer: whole.ids[:, at].long() for at, layer in enumerate(whole.layers)}
