@@ -249,6 +249,10 @@ def test_a_model_of_its_own_kind_names_a_known_family() -> None:
             {"model_type": "qwen3_next", "layer_types": ["linear_attention", "full_attention"]},
             "layers 0 of this qwen3_next model are Gated DeltaNet",
         ),
+        (
+            {"model_type": "qwen3_moe", "layer_types": ["full_attention", "linear_attention"] * 2},
+            "layers 1, 3 of this qwen3_moe model are linear_attention, which moescope does not",
+        ),
         ({"num_experts_per_tok": 9}, "num_experts_per_tok 9 exceeds n_routed_experts 8"),
         (
             {"num_key_value_heads": 3},

@@ -53,7 +53,7 @@ def test_machines_read_one_object_or_a_list(capsys) -> None:
     assert every["deepseek-v2"]["parameters"] == one["parameters"]
 
 
-def test_brackets_in_a_name_are_no_markup(tmp_path, capsys) -> None:
+def test_brackets_in_a_name_are_no_markup_and_a_path_is_told_once(tmp_path, capsys) -> None:
     folder = tmp_path / "[bold]"
     folder.mkdir()
     save_config(catalog()["deepseek-v2-lite"].config, folder / "config.json")

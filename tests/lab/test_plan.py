@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from family_models import VARIANTS
+from safetensors.torch import save_file
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.utils.flop_counter import FlopCounterMode
 
@@ -273,6 +274,14 @@ def test_a_name_like_no_other_is_told_without_a_guess() -> None:
         plan("qqqq")
     assert "did you mean" not in str(error.value)
     assert "deepseek-v2-lite" in str(error.value)
+
+
+def test_weights_that_others_packed_are_refused_before_they_are_counted(tmp_path: Path) -> None:
+    write(tmp_path, LATENT)
+    packed = {"model.layers.0.mlp.down_proj.qweight": torch.zeros(8, 8, dtype=torch.int32)}
+    save_file(packed, tmp_path / "model.safetensors")
+    with pytest.raises(UserError, match=r"tensor model\.layers\.0\.mlp\.down_proj\.weight has GPTQ"):
+        plan(tmp_path)
 
 
 @pytest.mark.parametrize(

@@ -66,7 +66,10 @@ def draw_overview(plans: Sequence[Plan], console: Console) -> None:
 def draw(plan: Plan, console: Console) -> None:
     """Print the shape, the parameters, what fits into this machine, and the work of a token."""
     width = min(console.width, WIDEST)
-    console.print(Text(plan.name, style="bold"), Text(plan.source, style="dim"), width=width)
+    title = [Text(plan.source, style="bold")]
+    if not plan.source.startswith(plan.name):  # as a path, which names the model already
+        title = [Text(plan.name, style="bold"), Text(plan.source, style="dim")]
+    console.print(*title, width=width)
     console.print(_shape(plan.config), width=width)
     console.print()
     console.print(_parameters(plan), width=width)

@@ -5,11 +5,11 @@ To add one: a file with its `Family`, its line in `FAMILIES`, its line in `tests
 
 import json
 from pathlib import Path
-from typing import Any, cast
+from typing import Any, cast, get_args
 
 import torch
 
-from moescope.config import ModelConfig, checked
+from moescope.config import LayerType, ModelConfig, checked
 from moescope.errors import UserError
 from moescope.families import (
     deepseek,
@@ -88,6 +88,12 @@ LACKING = {
 }
 """Families with layers of a kind that the network does not have, and its name."""
 
+KNOWN_LAYERS = (
+    *get_args(LayerType),
+    *("attention", "indexed_attention", "deepseek_sparse_attention"),  # what each family has anyway
+)
+"""What `layer_types` may say."""
+
 
 def read_config(fields: Fields, source: str = "config.json") -> ModelConfig:
     """Read a family's dialect: the fields of a `config.json`, as publishers or transformers write.
@@ -107,8 +113,9 @@ def read_config(fields: Fields, source: str = "config.json") -> ModelConfig:
     is_own = model_type == OWN
     if is_own:
         model_type = fields.get("family")
-    if isinstance(model_type, str) and model_type in LACKING:
-        raise UserError(f"{source}: {_lacking(model_type, fields)}")
+    lacking = _lacking(str(model_type), fields)
+    if lacking is not None:
+        raise UserError(f"{source}: {lacking}")
     if not isinstance(model_type, str) or model_type not in FAMILIES:
         said = "is missing" if model_type is None else f"is {str(model_type)[:40]!r}"
         raise UserError(f"{source}: `model_type` {said}; moescope opens {', '.join(FAMILIES)}")
@@ -121,19 +128,26 @@ def read_config(fields: Fields, source: str = "config.json") -> ModelConfig:
     return checked(read, source)
 
 
-def _lacking(model_type: str, fields: Fields) -> str:
+def _lacking(model_type: str, fields: Fields) -> str | None:
     """Say which layers are of a kind that the network does not have."""
     types: list[Any] = fields.get("layer_types") or []
-    if not types and isinstance(fields.get("full_attention_interval"), int):
-        step: int = fields["full_attention_interval"] or 1
-        types = [
-            "full_attention" if (layer + 1) % step == 0 else "linear_attention"
-            for layer in range(fields.get("num_hidden_layers") or 0)
-        ]
-    found = [str(layer) for layer, kind in enumerate(types) if "full" not in str(kind)]
+    if model_type in LACKING:
+        step = fields.get("full_attention_interval")
+        if not types and isinstance(step, int):
+            numbers = range(1, 1 + (fields.get("num_hidden_layers") or 0))
+            types = ["linear" if number % (step or 1) else "full" for number in numbers]
+        kind = LACKING[model_type]
+        found = [str(layer) for layer, said in enumerate(types) if "full" not in str(said)]
+    elif model_type in FAMILIES:
+        kind = next((said for said in types if said not in KNOWN_LAYERS), None)
+        found = [str(layer) for layer, said in enumerate(types) if said == kind]
+    else:
+        return None
+    if kind is None:
+        return None
     layers = f"layers {', '.join(found[:8])}{', ...' if found[8:] else ''}" if found else "layers"
     return (
-        f"{layers} of this {model_type} model are {LACKING[model_type]}, which moescope does not "
+        f"{layers} of this {model_type} model are {str(kind)[:40]}, which moescope does not "
         "compute; choose a model of another family"
     )
 

@@ -34,6 +34,13 @@ _LAYER = re.compile(r"\b(?:layers|blk)\.(\d{1,9})\.")
 _MXFP4 = ("_blocks", "_scales")
 """How the names of gpt-oss's 4-bit blocks, and of their scales, end; their type says U8."""
 
+_FOREIGN = {
+    ".qweight": "GPTQ's or AWQ's",
+    ".weight_packed": "compressed-tensors'",
+    ".weight.absmax": "bitsandbytes'",
+}
+"""How the names of weights that others packed end, or of what lies beside them."""
+
 
 class Files(Protocol):
     """A checkpoint's files, parts of which can be read."""
@@ -134,11 +141,33 @@ def safetensors_headers(files: Files, config: ModelConfig, names: Sequence[str])
         names: of the files.
 
     Raises:
-        UserError: one of them is damaged.
+        UserError: one of them is damaged, or others packed the weights (`refuse_foreign`).
     """
     with ThreadPoolExecutor(READERS) as pool:
         read = list(pool.map(partial(_safetensors_header, files), names))
+    for name, tensors in zip(names, read, strict=True):
+        refuse_foreign(tensors, files.shown(name))
     return Headers.of(config, (item for tensors in read for item in tensors.items()))
+
+
+def refuse_foreign(names: Iterable[str], where: Path) -> None:
+    """Refuse weights in a form that others pack them in.
+
+    Args:
+        names: of the tensors in a safetensors file.
+        where: it lies, for the message.
+
+    Raises:
+        UserError: one of them tells of such a form.
+    """
+    for name in names:
+        for ending, whose in _FOREIGN.items():
+            if name.endswith(ending):
+                raise UserError(
+                    f"{where}: the tensor {name.removesuffix(ending)}.weight has {whose} form, "
+                    "which moescope does not read; take the model as it was published in bf16 or "
+                    "FP8, or as GGUF"
+                )
 
 
 def gguf_headers(files: Files, names: Sequence[str]) -> Headers:

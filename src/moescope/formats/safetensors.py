@@ -19,6 +19,7 @@ from moescope.errors import UserError
 from moescope.families import FAMILIES, open_config
 from moescope.families.family import ExpertTensors, Tensors
 from moescope.files import atomic_path, write_text
+from moescope.formats.headers import refuse_foreign
 from moescope.formats.scaled import (
     FP4_BLOCK,
     FP8_BLOCK,
@@ -42,14 +43,6 @@ WIDE = (CORRECTION_BIAS, "sinks", "position_bias", *STREAMS)
 INT8_SCALE, FP8_SCALE = "_scale", "_scale_inv"
 FP4_BLOCKS, FP4_SCALES = "_blocks", "_scales"
 """How the names of gpt-oss's experts in MXFP4, and of their scales, end."""
-
-FOREIGN = {
-    "qweight": "GPTQ's or AWQ's",
-    "weight_packed": "compressed-tensors'",
-    "weight.absmax": "bitsandbytes'",
-}
-"""What others' packed weights are called, or what lies beside them, in the place of `weight`."""
-
 
 def save_tensors(
     config: ModelConfig,
@@ -365,6 +358,7 @@ class _WeightFiles:
                 raise UserError(
                     f"{path} is no intact safetensors file ({error}); fetch the model again"
                 ) from error
+            refuse_foreign(names, path)
             self._handles |= {_begun(name, layout.beginnings): (handle, name) for name in names}
         prefix = layout.prefix
         if prefix and any(name.startswith(prefix) for name in self._handles):
@@ -547,12 +541,6 @@ class _WeightFiles:
 
     def _get(self, name: str, entry: int | None = None) -> Tensor:
         """Read a tensor, or one entry of its first dimension."""
-        for ending, whose in FOREIGN.items():
-            if name.removesuffix("weight") + ending in self._handles:
-                raise UserError(
-                    f"{self._folder}: the tensor {name} has {whose} form, which moescope does not "
-                    "read; take the model as it was published in bf16 or FP8, or as GGUF"
-                )
         if name not in self._handles:
             raise UserError(
                 f"{self._folder} lacks the tensor {name}, which its config.json calls for; the "
