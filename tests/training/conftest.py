@@ -1,10 +1,16 @@
 from pathlib import Path
+from typing import Any
 
 import pytest
+from small import write_config
 from texts import POEMS, PROSE, SUMS, write_jsonl
 
 from moescope.text.tokenizer import Tokenizer
+from moescope.training.config import TrainConfig
 from moescope.training.data import ShardIndex, build_shards
+from moescope.training.kinds import make_kind
+from moescope.training.text import with_special_ids
+from moescope.training.trainer import Trainer
 
 
 @pytest.fixture(scope="session")
@@ -40,3 +46,34 @@ def vocabulary(corpus: Path) -> Path:
         corpus.parent / "tokenizer"
     )
     return corpus.parent / "tokenizer"
+
+
+@pytest.fixture
+def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Spare each training in this process the second that measuring the machine takes."""
+    monkeypatch.setattr("moescope.training.trainer.measure_gemm_peak", lambda _: 1e11)
+
+
+@pytest.fixture
+def config(tmp_path: Path, corpus: Path, vocabulary: Path):
+    """Return a function that makes a config of the small training with some fields changed."""
+
+    def make(**changes: dict[str, Any]) -> TrainConfig:
+        path = write_config(tmp_path / "config.toml", **changes)
+        data = {"source": corpus, "tokenizer": vocabulary}
+        return TrainConfig.from_file(path, {"data": data})
+
+    return make
+
+
+@pytest.fixture
+def trainer(tmp_path: Path, config):
+    """Return a function that makes a trainer of the small training with some fields changed."""
+
+    def make(out: str = "out", **changes: dict[str, Any]) -> Trainer:
+        made = config(**changes)
+        kind = make_kind(made, tmp_path / out, lambda _: None)
+        model = with_special_ids(made.model, kind.tokenizer)
+        return Trainer(made.model_copy(update={"model": model}), tmp_path / out, kind)
+
+    return make

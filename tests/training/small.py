@@ -1,11 +1,21 @@
 """The smallest training with everything in it, and ways to run and kill it."""
 
+import io
 import json
 import os
 import subprocess
 import sys
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from moescope.model.recorder import Recorder
+from moescope.model.routing import Routing
+from moescope.training.config import TrainConfig
+from moescope.training.kinds import make_kind
+from moescope.training.trainer import Trainer, train
 
 MAIN = "from moescope.cli.main import main; main()"
 
@@ -38,6 +48,12 @@ TABLES: dict[str, dict[str, Any]] = {
     "checkpoints": {},
 }
 
+ROUTER_FIELDS = {
+    "relu": {"num_experts_per_tok": 1},  # at the start half of four experts fire
+    "group_limited_greedy": {"n_group": 2, "topk_group": 1},
+    "noaux_tc": {"n_group": 2, "topk_group": 2},
+}
+
 
 def write_config(path: Path, **changes: dict[str, Any]) -> Path:
     """Write `TABLES` as TOML with some fields changed; None leaves a field out."""
@@ -67,3 +83,30 @@ def rows(out: Path) -> list[dict[str, Any]]:
     """Return the logged metrics without the time that steps took."""
     lines = (out / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def run(config: TrainConfig, out: Path, resume: bool = False, threads: int = 1) -> str:
+    """Train in this process; return what was said."""
+    stream = io.StringIO()
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        train(config, out, resume=resume, stream=stream)
+    finally:
+        torch.set_num_threads(before)
+    return stream.getvalue()
+
+
+class Kept(Recorder):
+    def __init__(self) -> None:
+        self.routings: dict[int, Routing] = {}
+
+    def routing(self, layer_idx: int, routing: Routing) -> None:
+        self.routings[layer_idx] = routing
+
+
+def next_ids(trainer: Trainer) -> Tensor:
+    """Return the ids that the trainer's first step will see."""
+    kind = make_kind(trainer.config, trainer.out, lambda _: None)
+    (parts,) = kind.updates(trainer.model, 0)
+    return torch.cat([part.ids for part in parts])

@@ -13,7 +13,7 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import load_file
-from small import rows, write_config
+from small import ROUTER_FIELDS, rows, write_config
 from test_rl import rl_config
 from test_sft import chat, start, talker, write_chats  # noqa: F401
 
@@ -21,15 +21,12 @@ from moescope.cli import main as cli
 from moescope.model.routing import ROUTERS
 from moescope.training.state import saved_steps
 
+pytestmark = pytest.mark.xdist_group("ranks")  # whose processes fill the machine
+
 RANKS = Path(__file__).parent / "ranks.py"
 LOSSES = ("loss", "further_tokens_loss", "balance_loss", "gradient_norm")
 SHAPES = [(1, 2), (2, 1), (2, 2), (1, 4)]
 """Ranks of `data` and `expert`."""
-ROUTER_FIELDS = {
-    "relu": {"num_experts_per_tok": 1},
-    "group_limited_greedy": {"n_group": 2, "topk_group": 1},
-    "noaux_tc": {"n_group": 2, "topk_group": 2},
-}
 CASES: dict[str, dict[str, dict[str, Any]]] = {
     router: {
         "model": {"topk_method": router, **ROUTER_FIELDS.get(router, {})},

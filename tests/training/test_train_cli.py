@@ -19,10 +19,7 @@ from moescope.text.tokenizer import Tokenizer
 from moescope.training.config import FIELDS
 
 
-@pytest.fixture(autouse=True)
-def unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Spare each training in this process the second that measuring the machine takes."""
-    monkeypatch.setattr("moescope.training.trainer.measure_gemm_peak", lambda _: 1e11)
+pytestmark = pytest.mark.usefixtures("unmeasured")
 
 
 @pytest.fixture

@@ -15,6 +15,8 @@ from moescope.families import read_config
 from moescope.training.config import ParallelConfig
 from moescope.training.parallel.wire import places_visited, wire
 
+pytestmark = pytest.mark.xdist_group("ranks")
+
 SHAPES = [(1, 2), (2, 1), (2, 2), (4, 1), (1, 4)]
 """Ranks of `data` and `expert`."""
 STEPS = 3

@@ -44,6 +44,7 @@ INT8_SCALE, FP8_SCALE = "_scale", "_scale_inv"
 FP4_BLOCKS, FP4_SCALES = "_blocks", "_scales"
 """How the names of gpt-oss's experts in MXFP4, and of their scales, end."""
 
+
 def save_tensors(
     config: ModelConfig,
     tensors: Iterator[tuple[str, Tensor]],
