@@ -4,7 +4,9 @@
     python benchmarks/parallel_losses.py --routers noaux_tc --steps 50 --data my-text
 
 Each router learns `recipes/smoke.toml` in float32 with AdamW, on each placement; torchrun starts
-the processes, which talk over gloo. Processes share the machine's cores, so no time is measured.
+the processes, which talk over gloo. "Loads from 7" says that in step 7 first an expert had another
+number of tokens than with one process: one that lay between two experts has fallen to the other,
+by the last bits of a sum. Processes share the machine's cores, so no time is measured.
 """
 
 import argparse
@@ -62,8 +64,8 @@ def learn(arguments: argparse.Namespace, data: int, expert: int, out: Path) -> N
             trainer.Trainer(config, folder, kind, ranks).run(Console(quiet=True))
 
 
-def losses(arguments: list[str], data: int, expert: int, routers: list[str]) -> dict[str, Any]:
-    """Start processes that learn; return each router's losses, a step each."""
+def learned(arguments: list[str], data: int, expert: int, routers: list[str]) -> dict[str, Any]:
+    """Start processes that learn; return each router's logged steps."""
     with tempfile.TemporaryDirectory() as folder:
         line = [sys.executable]
         if data * expert > 1:
@@ -76,16 +78,20 @@ def losses(arguments: list[str], data: int, expert: int, routers: list[str]) -> 
             sys.exit(ended.stderr)
         return {
             router: [
-                json.loads(row)["loss"]
+                json.loads(row)
                 for row in (Path(folder) / router / "metrics.jsonl").read_text().splitlines()
             ]
             for router in routers
         }
 
 
-def farthest(one: list[float], other: list[float]) -> float:
-    """Return the largest difference of two losses of the same step, over the loss."""
-    return max(abs(a - b) / b for a, b in zip(one, other, strict=True))
+def compared(one: list[dict[str, Any]], other: list[dict[str, Any]]) -> str:
+    """Say how far apart losses of the same step lie at most, and when an expert's load differs."""
+    pairs = list(zip(one, other, strict=True))
+    far = max(abs(a["loss"] - b["loss"]) / b["loss"] for a, b in pairs)
+    loads = ("max_violation", "experts_per_token", "load")
+    steps = [a["step"] for a, b in pairs if any(a.get(n) != b.get(n) for n in loads)]
+    return f"{far:.1e}" + (f" (loads from {steps[0]})" if steps else "")
 
 
 def main() -> None:
@@ -93,7 +99,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--routers", type=lambda text: text.split(","), default=list(ROUTERS))
     parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--data", default=str(ROOT / "docs"), help="text; ours if left out")
+    parser.add_argument("--data", default=str(ROOT / "src" / "moescope" / "model"), help="text")
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rank-of", nargs=2, metavar=("DATA,EXPERT", "OUT"), help="internal")
     arguments = parser.parse_args()
@@ -101,20 +107,22 @@ def main() -> None:
         data, expert = map(int, arguments.rank_of[0].split(","))
         learn(arguments, data, expert, Path(arguments.rank_of[1]))
         return
-    found: dict[str, dict[str, list[float]]] = {}
+    found: dict[str, dict[str, list[dict[str, Any]]]] = {}
     for data, expert in PLACEMENTS:
-        found[f"{data} x {expert}"] = losses(sys.argv[1:], data, expert, arguments.routers)
+        found[f"{data} x {expert}"] = learned(sys.argv[1:], data, expert, arguments.routers)
     alone, *others = found
     console = Console()
     for router in arguments.routers:
         table = Table("step", *found, title=f"{router}: loss by placement, data x expert")
         for step in range(arguments.steps):
-            table.add_row(str(step + 1), *(f"{made[router][step]:.7f}" for made in found.values()))
+            row = (f"{made[router][step]['loss']:.7f}" for made in found.values())
+            table.add_row(str(step + 1), *row)
         console.print(table)
     table = Table("router", *others, title="largest difference of a step's loss from one process's")
     for router in arguments.routers:
-        far = [farthest(found[name][router], found[alone][router]) for name in others]
-        table.add_row(router, *(f"{difference:.1e}" for difference in far))
+        table.add_row(
+            router, *(compared(found[name][router], found[alone][router]) for name in others)
+        )
     console.print(table)
     if arguments.json is not None:
         arguments.json.write_text(json.dumps(found, indent=1) + "\n")

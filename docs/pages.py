@@ -1,6 +1,7 @@
 """What the site does to pages before and after Markdown: a hook of `mkdocs.yml`."""
 
 import html
+import logging
 import re
 from typing import Any
 
@@ -8,6 +9,8 @@ from latex2mathml.converter import convert
 
 FORMULA = re.compile(r'<(span|div) class="arithmatex">(?:\\\(|\\\[)(.*?)(?:\\\)|\\\])</\1>', re.S)
 WRAPPED = re.compile(r"(?<=[\u3000-\u9fff\uff00-\uffef]) *\n *(?=[\u3000-\u9fff\uff00-\uffef])")
+
+logging.getLogger("jieba").setLevel(logging.WARNING)  # it cuts Chinese into words for the search
 
 
 def on_page_markdown(markdown: str, **_: Any) -> str:
