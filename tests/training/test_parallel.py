@@ -227,7 +227,10 @@ def line(tmp_path: Path, corpus: Path, vocabulary: Path):
         recipe = {"dtype": "float32", "batch_size": 4, "micro_batch_size": 4, "steps": 9}
         recipe |= {"decay_fraction": 0.0, "optimizer": "adamw", **training}
         config = write_config(
-            tmp_path / "config.toml", training=recipe, checkpoints={"every": 2, "keep": 9}
+            tmp_path / "config.toml",
+            training=recipe,
+            checkpoints={"every": 2, "keep": 9},
+            evaluation={"every": 2, "tokens": 24},
         )
         return [
             *("train", str(config), "--out", str(tmp_path / out), "--steps", str(steps)),

@@ -18,7 +18,6 @@ from moescope.cli import main as cli
 from moescope.text.tokenizer import Tokenizer
 from moescope.training.config import FIELDS
 
-
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
 

@@ -94,6 +94,8 @@ class Learner:
         """
         config, training = self._config, self._config.training
         parts, whole = [part.own(self._ranks) for part in parts], None
+        if self.traffic is not None:
+            self.traffic.begin()
         if self.counts_first:
             depths = self.model.mtp is not None and training.mtp_loss_weight > 0
             whole = count_choices(self.model, parts, with_depths=depths, ranks=self._ranks)

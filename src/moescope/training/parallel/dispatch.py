@@ -22,7 +22,7 @@ from moescope.training.parallel.ranks import Ranks
 
 @dataclass
 class Traffic:
-    """What the mixtures of a rank sent.
+    """What the mixtures of a rank sent in a step.
 
     Attributes:
         tokens: that were routed.
@@ -42,12 +42,14 @@ class Traffic:
     bytes: int = 0
     network_bytes: int = 0
 
-    def over(self, ranks: Ranks) -> dict[str, float]:
-        """Return what is logged of all ranks since the last call."""
-        own = {name: float(value) for name, value in asdict(self).items()}
-        summed = ranks.sums(own)
-        for name in own:
+    def begin(self) -> None:
+        """Forget what was sent before the step, as for an evaluation."""
+        for name in asdict(self):
             setattr(self, name, 0)
+
+    def over(self, ranks: Ranks) -> dict[str, float]:
+        """Return what is logged of all ranks."""
+        summed = ranks.sums({name: float(value) for name, value in asdict(self).items()})
         tokens, visits = max(summed["tokens"], 1), max(summed["visits"], 1)
         return {
             "ranks_per_token": summed["visits"] / tokens,
