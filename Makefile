@@ -10,7 +10,7 @@ PYTEST := $(BIN)/python -m pytest -n auto --maxprocesses 4 --dist loadgroup
 TEST_SECONDS ?= 1800
 WHEEL_PYTHONS ?= python3.11 python3.12
 
-.PHONY: run test test-all fuzz load lint sanitize docs wheel
+.PHONY: run test test-all fuzz load lint sanitize docs wheel try-wheel
 
 run: .venv/.installed
 	$(BIN)/moescope explain "床前明月光，疑是地上"
@@ -47,6 +47,14 @@ wheel: .venv/.installed-release
 	@for python in $(WHEEL_PYTHONS); do \
 		$$python -m pip wheel --quiet --no-deps -w build/wheels dist/*.tar.gz || exit 1; done
 	PATH="$(BIN):$$PATH" $(BIN)/auditwheel repair --wheel-dir dist build/wheels/*.whl
+
+# A wheel that is in dist, in an empty environment for each Python, without compiler and Node.
+try-wheel:
+	@for python in $(WHEEL_PYTHONS); do \
+		rm -rf build/try && $$python -m venv build/try \
+		&& build/try/bin/python -m pip install --quiet --no-deps --no-index --pre --find-links dist moescope \
+		&& build/try/bin/python -m pip install --quiet -c constraints.txt moescope \
+		&& env -i HOME=build/try LANG=C.UTF-8 PATH=build/try/bin moescope explain "1 + 2 =" || exit 1; done
 
 lint: .venv/.installed-dev web/node_modules/openapi-typescript
 	$(BIN)/ruff check .

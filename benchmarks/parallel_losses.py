@@ -32,8 +32,10 @@ from moescope.training.text import with_special_ids
 ROOT = Path(__file__).parents[1]
 PLACEMENTS = ((1, 1), (2, 1), (1, 2), (4, 1), (2, 2), (1, 4))
 """Ranks of `data` and `expert`; the first is one process by itself."""
-GROUPS = {"n_group": 4, "topk_group": 2}
-MODEL: dict[str, dict[str, Any]] = {"noaux_tc": GROUPS, "group_limited_greedy": GROUPS}
+MODEL: dict[str, dict[str, Any]] = {
+    "noaux_tc": {"n_group": 4, "topk_group": 2},
+    "group_limited_greedy": {"n_group": 2, "topk_group": 1},
+}
 """What a router has beside its name; group by group, experts lie on ranks."""
 TRAINING = {"dtype": "float32", "optimizer": "adamw", "batch_size": 16, "micro_batch_size": 8}
 BALANCE = {"expert_aux": 0.01, "sequence_aux": 0.0, "bias_update_speed": 0.01}
