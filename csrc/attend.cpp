@@ -7,108 +7,197 @@
 namespace moescope {
 namespace {
 
-constexpr int64_t kQueryBlock = 48;
-constexpr int64_t kScores = 24576;  // of a block of queries, so that they stay in the cache
+constexpr int64_t kPromptSlots = 128;  // that queries meet at a time
+constexpr int64_t kFewQueries = 48, kManyQueries = 96, kManySlots = 1024;
+constexpr int64_t kPanelBytes =
+    8 << 20;  // of keys and values at once, if that is no less than a head
+
+constexpr float kNever = -std::numeric_limits<float>::infinity();
+
+// Multiplies what was mixed by how much less it weighs now.
+void weigh(float kept, float* mixed, int64_t width) {
+  if (kept != 1) kernels().axpy(kept - 1, mixed, mixed, width);
+}
 
 }  // namespace
 
-Bundle::Bundle(float* memory, int64_t key_width, int64_t value_width)
+template <typename T>
+Bundle<T>::Bundle(float* memory, int64_t key_width, int64_t value_width)
     : key_width_(key_width),
       value_width_(value_width),
-      queries_(memory),
-      mixed_(queries_ + kHeads * key_width),
+      queries_(reinterpret_cast<T*>(memory)),
+      mixed_(memory + kHeads * key_width),
       scores_(mixed_ + kHeads * value_width) {
-  std::fill_n(greatest_, kHeads, -std::numeric_limits<float>::infinity());
+  std::fill_n(greatest_, kHeads, kNever);
   std::fill_n(sums_, kHeads, 0.0f);
 }
 
-void Bundle::add_sink(int64_t head, float logit, float scale) {
+template <typename T>
+void Bundle<T>::set_query(int64_t head, const float* query) {
+  attention_loops<T>(kernels()).store(query, key_width_, queries_ + head * key_width_);
+}
+
+template <typename T>
+void Bundle<T>::add_sink(int64_t head, float logit, float scale) {
   greatest_[head] = logit / scale;
   sums_[head] = 1;
 }
 
-void Bundle::visit(const SlotRun& keys, const SlotRun* more_keys, const SlotRun& values,
-                   int64_t count, float scale) {
+template <typename T>
+void Bundle<T>::visit(const SlotRun<T>& keys, const SlotRun<T>* more_keys, const SlotRun<T>& values,
+                      int64_t count, float scale, int64_t bundle, int64_t walking) {
   const Kernels& k = kernels();
+  const AttentionLoops<T>& loops = attention_loops<T>(k);
   std::fill_n(scores_, kHeads * kSlotBlock, 0.0f);
-  k.dots(keys.data, keys.stride, count, queries_, key_width_, keys.width, scores_, kSlotBlock);
-  if (more_keys != nullptr)
-    k.dots(more_keys->data, more_keys->stride, count, queries_ + keys.width, key_width_,
-           more_keys->width, scores_, kSlotBlock);
+  const int64_t share = walking >= 4 ? 1 : walking >= 2 ? 2 : 4;  // rows for every four
+  const int64_t ahead = bundle * share * (kSlotBlock / 4);
+  const auto add_dots = [&](const SlotRun<T>& slots, int64_t first) {
+    const bool fetches = slots.next != nullptr && ahead < kSlotBlock;
+    loops.dots(slots.data, slots.stride, count, queries_ + first, key_width_, slots.width,
+               fetches ? slots.next + ahead * slots.stride : slots.data,
+               fetches ? static_cast<int>(share) : 0, scores_, kSlotBlock);
+  };
+  add_dots(keys, 0);
+  if (more_keys != nullptr) add_dots(*more_keys, keys.width);
   for (int h = 0; h < kHeads; ++h) {
-    float *p = scores_ + h * kSlotBlock, *mixed = mixed_ + h * value_width_;
-    const float most = std::max(greatest_[h], largest(p, count));
+    float* p = scores_ + h * kSlotBlock;
+    const float most = std::max(greatest_[h], k.greatest(p, count));
     const float kept = std::exp(scale * (greatest_[h] - most));
-    if (kept != 1) k.axpy(kept - 1, mixed, mixed, value_width_);
+    weigh(kept, mixed_ + h * value_width_, value_width_);
     sums_[h] = sums_[h] * kept + k.exponentials(p, scale, most, count);
     greatest_[h] = most;
   }
-  k.mix(values.data, values.stride, count, scores_, kSlotBlock, value_width_, mixed_, value_width_);
+  loops.mix(values.data, values.stride, count, scores_, kSlotBlock, value_width_, mixed_,
+            value_width_);
 }
 
-const float* Bundle::finish(int64_t head) {
-  float* mixed = mixed_ + head * value_width_;
-  for (int64_t i = 0; i < value_width_; ++i) mixed[i] /= sums_[head];
-  return mixed;
+Findings::Findings(std::vector<float>& memory, int64_t queries, int64_t runs, int64_t width)
+    : runs_(runs), width_(width) {
+  grow(memory, queries * runs * (width + 2));
+  data_ = memory.data();
 }
 
-Panels::Panels(int64_t kv_heads, int64_t first, int64_t end, int64_t key_width, int64_t value_width)
-    : first(first / kPanel * kPanel),
+template <typename T>
+void Findings::put(int64_t query, int64_t run, const Bundle<T>& found, int64_t head) {
+  float* to = at(query, run);
+  to[0] = found.greatest(head);
+  to[1] = found.sum(head);
+  std::copy_n(found.mixed(head), width_, to + 2);
+}
+
+void Findings::join(int64_t query, int64_t runs, float scale, float* out) const {
+  float most = kNever, sum = 0;
+  for (int64_t run = 0; run < runs; ++run) most = std::max(most, at(query, run)[0]);
+  std::fill_n(out, width_, 0.0f);
+  for (int64_t run = 0; run < runs; ++run) {
+    const float* found = at(query, run);
+    const float weight = std::exp(scale * (found[0] - most));
+    sum += weight * found[1];
+    kernels().axpy(weight, found + 2, out, width_);
+  }
+  for (int64_t n = 0; n < width_; ++n) out[n] /= sum;
+}
+
+template <typename T>
+Panels<T>::Panels(int64_t all_heads, int64_t first, int64_t end, int64_t key_width,
+                  int64_t value_width)
+    : first(first / kPromptSlots * kPromptSlots),
+      end(end),
       padded_slots(round_up(end - this->first, kPanel)),
       key_width(key_width),
+      padded_key(round_up(key_width, kStep<T>)),
       value_width(value_width),
       padded_value(round_up(value_width, kPanel)) {
-  static thread_local std::vector<float> held_keys, held_values;
-  grow(held_keys, kv_heads * padded_slots * key_width);
-  grow(held_values, kv_heads * padded_slots * padded_value);
+  static thread_local std::vector<T> held_keys, held_values;
+  const int64_t bytes = padded_slots * (padded_key + padded_value) * sizeof(T);
+  const int64_t least = std::min<int64_t>(threads(), all_heads);
+  heads = std::clamp(kPanelBytes / bytes / least * least, least, all_heads);
+  grow(held_keys, heads * padded_slots * padded_key);
+  grow(held_values, heads * padded_slots * padded_value);
   keys = held_keys.data();
   values = held_values.data();
 }
 
-void Panels::attend(const float* queries, int64_t heads, int64_t kv_heads, int64_t seq,
-                    const int64_t* positions, const Lookback& back, float* out) const {
-  const int64_t met =
-      std::min(padded_slots, back.window < padded_slots ? back.window + kQueryBlock : padded_slots);
-  const int64_t block = std::max<int64_t>(6, std::min(kQueryBlock, kScores / met / 6 * 6));
+template <typename T>
+void Panels<T>::clear_edges(int64_t head) const {
+  for (int64_t n = key_width; n < padded_key; ++n)
+    for (int64_t slot = first; slot < end; ++slot) key(head, slot, n) = {};
+  for (int64_t slot = end; slot < first + round_up(end - first, kStep<T>); ++slot)
+    for (int64_t n = 0; n < padded_value; ++n) value(head, slot, n) = {};
+}
+
+template <typename T>
+void Panels<T>::attend(const float* queries, int64_t heads, int64_t kv_heads, int64_t first_kv,
+                       int64_t count, int64_t seq, const int64_t* positions, const Lookback& back,
+                       float* out) const {
+  const int64_t group = heads / kv_heads, attended = count * group;
+  const int64_t block = end - first > kManySlots ? kManyQueries : kFewQueries;
   const int64_t blocks = (seq + block - 1) / block;
-  parallel(heads * blocks, [&](int64_t task) {
+  parallel(attended * blocks, [&](int64_t task) {
     static thread_local std::vector<float> memory;
-    const int64_t head = task % heads;
-    const int64_t start = (blocks - 1 - task / heads) * block;  // longest first
-    const int64_t kv_head = head / (heads / kv_heads);
-    const int count = static_cast<int>(std::min(block, seq - start));
-    const float sink =
-        back.sinks == nullptr ? -std::numeric_limits<float>::infinity() : back.sinks[head];
-    const auto [least, most] = std::minmax_element(positions + start, positions + start + count);
-    const int64_t begin = back.first_slot(*least) / kPanel * kPanel;  // met by some query
-    const int64_t visible = *most + 1 - begin;
-    const int64_t stride = round_up(visible, kPanel);
-    grow(memory, block * (stride + padded_value + 1));
-    float* scores = memory.data();               // (count, stride)
-    float* mixed = scores + block * stride;      // (count, padded_value)
-    float* sums = mixed + block * padded_value;  // (count,)
-    kernels().multiply_floats(queries + (start * heads + head) * key_width, heads * key_width,
-                              count, &key(kv_head, begin, 0), kPanel * key_width, key_width,
-                              static_cast<int>(stride / kPanel), scores, stride);
-    for (int q = 0; q < count; ++q) {
-      const int64_t position = positions[start + q];
-      const int64_t unseen = back.first_slot(position) - begin, seen = position + 1 - begin;
-      float* row = scores + q * stride;
-      const float greatest = std::max(largest(row + unseen, seen - unseen), sink / back.scale);
-      sums[q] = kernels().exponentials(row + unseen, back.scale, greatest, seen - unseen) +
-                std::exp(sink - back.scale * greatest);
-      std::fill(row, row + unseen, 0.0f);
-      std::fill(row + seen, row + visible, 0.0f);
+    static thread_local std::vector<T> rounded;
+    const Kernels& k = kernels();
+    const AttentionLoops<T>& loops = attention_loops<T>(k);
+    const int64_t kv_head = task % attended / group;  // of the panels
+    const int64_t head = first_kv * group + task % attended;
+    const int64_t start = (blocks - 1 - task / attended) * block;  // longest first
+    const int rows = static_cast<int>(std::min(block, seq - start));
+    const auto [least, most] = std::minmax_element(positions + start, positions + start + rows);
+    const int64_t begin = back.first_slot(*least) / kPromptSlots * kPromptSlots;
+    grow(memory, rows * (kPromptSlots + padded_value + 2));
+    grow(rounded, rows * (padded_key + kPromptSlots));
+    float* scores = memory.data();                  // (rows, kPromptSlots)
+    float* mixed = scores + rows * kPromptSlots;    // (rows, padded_value)
+    float* greatest = mixed + rows * padded_value;  // (rows,)
+    float* sums = greatest + rows;                  // (rows,)
+    T* asked = rounded.data();                      // (rows, padded_key)
+    T* weights = asked + rows * padded_key;         // (rows, kPromptSlots)
+    std::fill_n(mixed, rows * padded_value, 0.0f);
+    std::fill_n(greatest, rows, back.sinks ? back.sinks[head] / back.scale : kNever);
+    std::fill_n(sums, rows, back.sinks ? 1.0f : 0.0f);
+    for (int q = 0; q < rows; ++q) {
+      T* to = asked + q * padded_key;
+      loops.store(queries + ((start + q) * heads + head) * key_width, key_width, to);
+      std::fill(to + key_width, to + padded_key, T{});
     }
-    kernels().multiply_floats(scores, stride, count, &value(kv_head, begin, 0),
-                              kPanel * padded_slots, visible,
-                              static_cast<int>(padded_value / kPanel), mixed, padded_value);
-    for (int q = 0; q < count; ++q) {
+    for (int64_t slot = begin; slot <= *most; slot += kPromptSlots) {
+      const int64_t met = std::min(kPromptSlots, *most + 1 - slot);
+      const int64_t depth = round_up(met, kStep<T>);
+      loops.multiply(asked, padded_key, rows, &key(kv_head, slot, 0), kPanel * padded_key,
+                     padded_key, static_cast<int>((met + kPanel - 1) / kPanel), false, scores,
+                     kPromptSlots);
+      for (int q = 0; q < rows; ++q) {
+        const int64_t position = positions[start + q];
+        const int64_t unseen = std::clamp<int64_t>(back.first_slot(position) - slot, 0, met);
+        const int64_t seen = std::clamp<int64_t>(position + 1 - slot, unseen, met);
+        float* row = scores + q * kPromptSlots;
+        if (unseen < seen) {
+          const float now = std::max(greatest[q], k.greatest(row + unseen, seen - unseen));
+          const float kept = std::exp(back.scale * (greatest[q] - now));
+          weigh(kept, mixed + q * padded_value, padded_value);
+          sums[q] = sums[q] * kept + k.exponentials(row + unseen, back.scale, now, seen - unseen);
+          greatest[q] = now;
+        }
+        std::fill(row, row + unseen, 0.0f);
+        std::fill(row + seen, row + depth, 0.0f);
+        loops.store(row, depth, weights + q * kPromptSlots);
+      }
+      loops.multiply(weights, kPromptSlots, rows, &value(kv_head, slot, 0), kPanel * padded_slots,
+                     depth, static_cast<int>(padded_value / kPanel), true, mixed, padded_value);
+    }
+    for (int q = 0; q < rows; ++q) {
       const float inverse = 1 / sums[q];
       float* to = out + ((start + q) * heads + head) * value_width;
       for (int64_t n = 0; n < value_width; ++n) to[n] = mixed[q * padded_value + n] * inverse;
     }
   });
 }
+
+template class Bundle<float>;
+template class Bundle<Bf16>;
+template void Findings::put(int64_t, int64_t, const Bundle<float>&, int64_t);
+template void Findings::put(int64_t, int64_t, const Bundle<Bf16>&, int64_t);
+template struct Panels<float>;
+template struct Panels<Bf16>;
 
 }  // namespace moescope

@@ -1,15 +1,18 @@
 // Softmax attention over slots of a cache: single queries walk over the slots, prompts meet panels.
+// Both go block by block, keeping a softmax that is mended as greater scores turn up (Milakov and
+// Gimelshein 2018, algorithm 3). Blocks begin at multiples of their size, whoever else is there, so
+// that a query's numbers depend on nothing but its slots. T is what the cache holds (isa.h).
 #pragma once
 #include <algorithm>
 #include <cstdint>
 #include <limits>
+#include <vector>
 
 #include "isa.h"
 #include "numbers.h"
 
 namespace moescope {
 
-constexpr int64_t kSlotBlock = 64;  // slots at a time, so that all heads find them in the cache
 constexpr int64_t kNoWindow = std::numeric_limits<int64_t>::max();
 
 // How queries look back: a query sees the last `window` slots, its own included.
@@ -21,14 +24,21 @@ struct Lookback {
   int64_t first_slot(int64_t position) const { return std::max<int64_t>(0, position + 1 - window); }
 };
 
-// Numbers of successive slots: `width` of each, `stride` apart.
+// Slots that one walk visits; the next ones are another's, whose findings join its own.
+constexpr int64_t kRun = 1024;
+
+inline int64_t runs_of(int64_t slots) { return (slots + kRun - 1) / kRun; }
+
+// Numbers of successive slots: `width` of each, `stride` apart; and where the walk goes on, if it does.
+template <typename T>
 struct SlotRun {
-  const float* data;
+  const T* data;
   int64_t stride, width;
+  const T* next = nullptr;
 };
 
-// `kHeads` queries of one row that walk over its slots block by block, keeping a softmax that is
-// mended as greater scores turn up (Milakov and Gimelshein 2018, algorithm 3).
+// `kHeads` queries of one row that walk over its slots.
+template <typename T>
 class Bundle {
  public:
   static int64_t size(int64_t key_width, int64_t value_width) {
@@ -37,45 +47,77 @@ class Bundle {
   // `memory` has `size` numbers, all zero.
   Bundle(float* memory, int64_t key_width, int64_t value_width);
 
-  float* query(int64_t head) { return queries_ + head * key_width_; }
+  // query (key width,); those that are not set stay zero.
+  void set_query(int64_t head, const float* query);
   // Let a logit join a query's softmax. Before the first visit.
   void add_sink(int64_t head, float logit, float scale);
-  // Meet `count` slots, at most `kSlotBlock`. `more_keys` stand behind `keys`, if not null.
-  void visit(const SlotRun& keys, const SlotRun* more_keys, const SlotRun& values, int64_t count,
-             float scale);
-  // The values of all slots visited, weighted, for one query.
-  const float* finish(int64_t head);
+  // Meet `count` slots, at most `kSlotBlock`. `more_keys` stand behind `keys`, if not null. Of the
+  // next keys the share of one of `walking` bundles is fetched meanwhile.
+  void visit(const SlotRun<T>& keys, const SlotRun<T>* more_keys, const SlotRun<T>& values,
+             int64_t count, float scale, int64_t bundle, int64_t walking);
+
+  // What a query found: its greatest score, its weights' sum, and the values, weighted.
+  float greatest(int64_t head) const { return greatest_[head]; }
+  float sum(int64_t head) const { return sums_[head]; }
+  const float* mixed(int64_t head) const { return mixed_ + head * value_width_; }
 
  private:
   int64_t key_width_, value_width_;
-  float *queries_, *mixed_, *scores_;  // (kHeads, key width | value width | kSlotBlock)
+  T* queries_;              // (kHeads, key width)
+  float *mixed_, *scores_;  // (kHeads, value width | kSlotBlock)
   float greatest_[kHeads], sums_[kHeads];
 };
 
-// Keys and values of slots [first, end) of one row, in panels for `multiply_floats`; its memory is
-// the thread's, kept from call to call.
+// What queries found in each run of their slots.
+class Findings {
+ public:
+  Findings(std::vector<float>& memory, int64_t queries, int64_t runs, int64_t width);
+
+  template <typename T>
+  void put(int64_t query, int64_t run, const Bundle<T>& found, int64_t head);
+  // out (width,) = the values of the query's first `runs` runs, weighted.
+  void join(int64_t query, int64_t runs, float scale, float* out) const;
+
+ private:
+  float* at(int64_t query, int64_t run) const {
+    return data_ + (query * runs_ + run) * (width_ + 2);
+  }
+  float* data_;  // (queries, runs, greatest | sum | width)
+  int64_t runs_, width_;
+};
+
+// Keys and values of slots [first, end) of one row and of some of its heads, in panels for
+// `AttentionLoops::multiply`; its memory is the thread's, kept from call to call.
+template <typename T>
 struct Panels {
-  int64_t first;  // a multiple of 16
-  int64_t padded_slots, key_width, value_width, padded_value;
-  float* keys;    // (kv heads, slots / 16, key width, 16)
-  float* values;  // (kv heads, value width / 16, slots, 16)
+  int64_t first;  // where a block begins
+  int64_t end, padded_slots, key_width, padded_key, value_width, padded_value;
+  int64_t heads;  // for which there is room
+  T* keys;        // (heads, slots / 16, key width / kStep, 16, kStep)
+  T* values;      // (heads, value width / 16, slots / kStep, 16, kStep)
 
-  // They begin with `first` or a little before it.
-  Panels(int64_t kv_heads, int64_t first, int64_t end, int64_t key_width, int64_t value_width);
+  // They begin with `first` or a little before it. There is room for as many of the heads as leave
+  // what they hold in the last-level cache.
+  Panels(int64_t all_heads, int64_t first, int64_t end, int64_t key_width, int64_t value_width);
 
-  float& key(int64_t head, int64_t slot, int64_t n) const {
+  T& key(int64_t head, int64_t slot, int64_t n) const {
     const int64_t at = slot - first;
-    return keys[((head * padded_slots + at / kPanel * kPanel) * key_width) + n * kPanel +
-                at % kPanel];
+    return keys[(head * padded_slots + at / kPanel * kPanel) * padded_key +
+                (n / kStep<T> * kPanel + at % kPanel) * kStep<T> + n % kStep<T>];
   }
-  float& value(int64_t head, int64_t slot, int64_t n) const {
+  T& value(int64_t head, int64_t slot, int64_t n) const {
+    const int64_t at = slot - first;
     return values[(head * padded_value + n / kPanel * kPanel) * padded_slots +
-                  (slot - first) * kPanel + n % kPanel];
+                  (at / kStep<T> * kPanel + n % kPanel) * kStep<T> + at % kStep<T>];
   }
+  // Make a head's numbers zero that stand beside its keys and values and are multiplied with them.
+  void clear_edges(int64_t head) const;
   // queries (seq, heads, key width), each of which sees slots up to its position; out (seq, heads,
-  // value width). Successive heads share a kv head.
-  void attend(const float* queries, int64_t heads, int64_t kv_heads, int64_t seq,
-              const int64_t* positions, const Lookback& back, float* out) const;
+  // value width). Of the heads, those are attended that share kv heads [first_kv, first_kv + count),
+  // whose keys and values the panels hold; successive heads share a kv head.
+  void attend(const float* queries, int64_t heads, int64_t kv_heads, int64_t first_kv,
+              int64_t count, int64_t seq, const int64_t* positions, const Lookback& back,
+              float* out) const;
 };
 
 }  // namespace moescope

@@ -34,6 +34,10 @@ X86_KERNELS = {
         # GCC 12 takes its own header's registers of any content for a mistake.
         *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
     ],
+    "kernels_avx512bf16": [
+        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"),
+        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+    ],
 }
 """Kernel files of x86 and what they are compiled with; everything else is for any processor."""
 

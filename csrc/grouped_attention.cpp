@@ -62,20 +62,20 @@ void GroupedAttention::forward(float* x, const Tokens& tokens, const Slots& keys
         rotate(unrotated.data(), cosine, sine, rope, interleave, rotated);
       }
       const int64_t row = tokens.row_of[token], slot = tokens.positions[token];
-      std::copy_n(token_keys, kv_width, keys.at(row, slot));
-      for (int64_t head = 0; head < kv_heads; ++head)
-        rotate(token_keys + head * width, cosine, sine, rope, interleave,
-               keys.at(row, slot) + head * width);
-      std::copy_n(token_values, kv_width, values.at(row, slot));
+      for (int64_t head = 0; head < kv_heads; ++head) {
+        float* rotated = token_keys + head * width;
+        std::copy_n(rotated, rope, unrotated.data());
+        rotate(unrotated.data(), cosine, sine, rope, interleave, rotated);
+      }
+      keys.put(row, slot, token_keys);
+      values.put(row, slot, token_values);
     }
   });
 
-  attend_singly(queries, tokens, keys, values, mixed);
-  for (int64_t row = tokens.singles; row < tokens.rows; ++row) {
-    const int64_t first = tokens.starts[row], seq = tokens.starts[row + 1] - first;
-    attend_prompt(queries + first * heads * width, seq, tokens.positions + first, row, keys, values,
-                  mixed + first * heads * width);
-  }
+  if (keys.bf16)
+    attend<Bf16>(queries, tokens, keys, values, mixed);
+  else
+    attend<float>(queries, tokens, keys, values, mixed);
   rounded.resize(*output.weights, count);
   parallel_rows(count, [&](int64_t first, int64_t last) {
     for (int64_t token = first; token < last; ++token)
@@ -84,47 +84,96 @@ void GroupedAttention::forward(float* x, const Tokens& tokens, const Slots& keys
   multiply_all({output.add_to(x, residual_multiplier)}, rounded, count);
 }
 
-void GroupedAttention::attend_singly(const float* queries, const Tokens& tokens, const Slots& keys,
-                                     const Slots& values, float* mixed) const {
-  const int64_t group = heads / kv_heads, bundles = (group + kHeads - 1) / kHeads;
-  parallel(tokens.singles * kv_heads * bundles, [&](int64_t task) {
-    static thread_local std::vector<float> memory;
-    const int64_t row = task / (kv_heads * bundles), kv_head = task / bundles % kv_heads;
-    const int64_t first = kv_head * group + task % bundles * kHeads;
-    const int64_t count = std::min<int64_t>(kHeads, (kv_head + 1) * group - first);
-    memory.assign(Bundle::size(width, width), 0.0f);
-    Bundle bundle(memory.data(), width, width);
-    for (int64_t h = 0; h < count; ++h) {
-      std::copy_n(queries + (row * heads + first + h) * width, width, bundle.query(h));
-      if (!sinks.empty()) bundle.add_sink(h, sinks[first + h], scale);
-    }
-    const int64_t slots = tokens.positions[row] + 1;
-    int64_t met;
-    for (int64_t slot = lookback().first_slot(slots - 1); slot < slots; slot += met) {
-      met = std::min({kSlotBlock, slots - slot, keys.together(slot)});
-      bundle.visit({keys.at(row, slot) + kv_head * width, keys.slot_stride, width}, nullptr,
-                   {values.at(row, slot) + kv_head * width, values.slot_stride, width}, met, scale);
-    }
-    for (int64_t h = 0; h < count; ++h)
-      std::copy_n(bundle.finish(h), width, mixed + (row * heads + first + h) * width);
-  });
+template <typename T>
+void GroupedAttention::attend(const float* queries, const Tokens& tokens, const Slots& keys,
+                              const Slots& values, float* mixed) const {
+  attend_singly<T>(queries, tokens, keys, values, mixed);
+  for (int64_t row = tokens.singles; row < tokens.rows; ++row) {
+    const int64_t first = tokens.starts[row], seq = tokens.starts[row + 1] - first;
+    attend_prompt<T>(queries + first * heads * width, seq, tokens.positions + first, row, keys,
+                     values, mixed + first * heads * width);
+  }
 }
 
+template <typename T>
+void GroupedAttention::attend_singly(const float* queries, const Tokens& tokens, const Slots& keys,
+                                     const Slots& values, float* mixed) const {
+  static thread_local std::vector<float> caller_found;
+  const int64_t group = heads / kv_heads, bundles = (group + kHeads - 1) / kHeads;
+  const int64_t* positions = tokens.positions;
+  const auto first_run = [&](int64_t row) { return lookback().first_slot(positions[row]) / kRun; };
+  const auto runs = [&](int64_t row) { return runs_of(positions[row] + 1) - first_run(row); };
+  int64_t most = 0;
+  for (int64_t row = 0; row < tokens.singles; ++row) most = std::max(most, runs(row));
+  Findings findings(caller_found, tokens.singles * heads, most, width);
+  const auto finish = [&](int64_t head) {
+    findings.join(head, runs(head / heads), scale, mixed + head * width);
+  };
+  // All heads that share a key walk together, unless that leaves a thread without work.
+  const int64_t walks = tokens.singles * most * kv_heads;
+  const int64_t at_once = walks < threads() ? 1 : bundles,
+                parts = (bundles + at_once - 1) / at_once;
+  parallel(walks * parts, [&](int64_t task) {
+    static thread_local std::vector<float> memory;
+    static thread_local std::vector<Bundle<T>> walking;
+    const int64_t kv_head = task / parts % kv_heads, run = task / (parts * kv_heads) % most;
+    const int64_t row = task / (parts * kv_heads * most);
+    const int64_t start = (first_run(row) + run) * kRun, last = positions[row];
+    if (start > last) return;
+    const int64_t stop = std::min(start + kRun, last + 1);
+    const int64_t first = kv_head * group + task % parts * at_once * kHeads;
+    const int64_t end = std::min(first + at_once * kHeads, (kv_head + 1) * group);
+    const int64_t size = Bundle<T>::size(width, width);
+    const int64_t count = (end - first + kHeads - 1) / kHeads;
+    memory.assign(count * size, 0.0f);  // heads beyond the last stay zero
+    walking.clear();
+    for (int64_t b = 0; b < count; ++b)
+      walking.emplace_back(memory.data() + b * size, width, width);
+    for (int64_t h = first; h < end; ++h) {
+      Bundle<T>& bundle = walking[(h - first) / kHeads];
+      bundle.set_query((h - first) % kHeads, queries + (row * heads + h) * width);
+      if (!sinks.empty() && run == 0) bundle.add_sink((h - first) % kHeads, sinks[h], scale);
+    }
+    int64_t met;
+    for (int64_t slot = std::max(start, lookback().first_slot(last)); slot < stop; slot += met) {
+      met = std::min({kSlotBlock, stop - slot, keys.together(slot)});
+      const bool more = slot + met < stop;
+      const auto run_of = [&](const Slots& slots) -> SlotRun<T> {
+        return {slots.at<T>(row, slot) + kv_head * width, slots.slot_stride, width,
+                more ? slots.at<T>(row, slot + met) + kv_head * width : nullptr};
+      };
+      const SlotRun<T> met_keys = run_of(keys), met_values = run_of(values);
+      for (int64_t b = 0; b < count; ++b)
+        walking[b].visit(met_keys, nullptr, met_values, met, scale, b, count);
+    }
+    for (int64_t h = first; h < end; ++h) {
+      findings.put(row * heads + h, run, walking[(h - first) / kHeads], (h - first) % kHeads);
+      if (most == 1) finish(row * heads + h);
+    }
+  });
+  if (most > 1) parallel(tokens.singles * heads, finish);
+}
+
+template <typename T>
 void GroupedAttention::attend_prompt(const float* queries, int64_t seq, const int64_t* positions,
                                      int64_t row, const Slots& keys, const Slots& values,
                                      float* mixed) const {
   const auto [least, most] = std::minmax_element(positions, positions + seq);
   const int64_t slots = *most + 1;
-  const Panels panels(kv_heads, lookback().first_slot(*least), slots, width, width);
-  parallel(kv_heads, [&](int64_t head) {
-    for (int64_t slot = panels.first; slot < slots; ++slot) {
-      const float* key_from = keys.at(row, slot) + head * width;
-      const float* value_from = values.at(row, slot) + head * width;
-      for (int64_t n = 0; n < width; ++n) panels.key(head, slot, n) = key_from[n];
-      for (int64_t n = 0; n < width; ++n) panels.value(head, slot, n) = value_from[n];
-    }
-  });
-  panels.attend(queries, heads, kv_heads, seq, positions, lookback(), mixed);
+  const Panels<T> panels(kv_heads, lookback().first_slot(*least), slots, width, width);
+  for (int64_t first_kv = 0; first_kv < kv_heads; first_kv += panels.heads) {
+    const int64_t count = std::min(panels.heads, kv_heads - first_kv);
+    parallel(count, [&](int64_t head) {
+      for (int64_t slot = panels.first; slot < slots; ++slot) {
+        const T* key_from = keys.at<T>(row, slot) + (first_kv + head) * width;
+        const T* value_from = values.at<T>(row, slot) + (first_kv + head) * width;
+        for (int64_t n = 0; n < width; ++n) panels.key(head, slot, n) = key_from[n];
+        for (int64_t n = 0; n < width; ++n) panels.value(head, slot, n) = value_from[n];
+      }
+      panels.clear_edges(head);
+    });
+    panels.attend(queries, heads, kv_heads, first_kv, count, seq, positions, lookback(), mixed);
+  }
 }
 
 }  // namespace moescope

@@ -13,6 +13,21 @@ std::atomic<const Kernels*> current{nullptr};
 
 #ifdef MOESCOPE_X86
 const bool fetches_past_caches = __builtin_cpu_is("amd");
+
+namespace {
+
+// AVX-512 with attention on bf16's own instruction.
+const Kernels& avx512bf16_kernels() {
+  static const Kernels set = [] {
+    Kernels with = avx512_kernels;
+    with.name = "avx512bf16";
+    with.attend_bf16 = avx512bf16_loops;
+    return with;
+  }();
+  return set;
+}
+
+}  // namespace
 #endif
 
 std::vector<const Kernels*> available_kernels() {
@@ -21,8 +36,10 @@ std::vector<const Kernels*> available_kernels() {
   const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma");
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512vnni"))
+      __builtin_cpu_supports("avx512vnni")) {
+    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16_kernels());
     found.push_back(&avx512_kernels);
+  }
   if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&avxvnni_kernels);
   if (avx2) found.push_back(&avx2_kernels);
 #endif

@@ -12,7 +12,9 @@
 
 namespace moescope {
 
-constexpr int kRowBlock = 96;  // rows at a time, so that their results stay in the cache
+constexpr int kRowBlock = 96;       // rows at a time, so that their results stay in the cache
+constexpr int64_t kSlotBlock = 64;  // slots at a time, so that all heads find them in the cache
+constexpr int kHeads = 4;           // heads that attention's loops take at once
 
 // Where a dot product starts so that it ends as if the weights had been stored without their zero
 // point; wraps where infinities, whose integers mean nothing, overflow it.
@@ -57,6 +59,34 @@ struct Multiplies {
   Multiply of[kFormats];
 };
 
+struct Bf16 {
+  uint16_t bits;
+};
+
+// Numbers that stand together for each output in a matrix in panels.
+template <typename T>
+constexpr int kStep = sizeof(float) / sizeof(T);
+
+// The loops of attention over what a cache holds: float32, or bf16, to which queries and
+// probabilities are then rounded too. All sums are float32.
+template <typename T>
+struct AttentionLoops {
+  // out[h * out_stride + i] += dot(x_i, q_h) for 4 heads and `count` rows of `width`. Meanwhile rows
+  // from `ahead` on are fetched, `fetched` (0, 1, 2 or 4) for every four.
+  void (*dots)(const T* x, int64_t stride, int64_t count, const T* q, int64_t q_stride,
+               int64_t width, const T* ahead, int fetched, float* out, int64_t out_stride);
+  // mix_h += sum_i p[h * p_stride + i] * x_i for 4 heads, of `count` rows, at most kSlotBlock
+  void (*mix)(const T* x, int64_t stride, int64_t count, const float* p, int64_t p_stride,
+              int64_t width, float* mixed, int64_t mixed_stride);
+  // out (count, panels * 16) = x (count, depth) times a matrix whose columns stand in panels of 16,
+  // plus what it holds if `add`: [panels][depth / kStep][16][kStep], `panel_stride` numbers from
+  // panel to panel.
+  void (*multiply)(const T* x, int64_t stride, int count, const T* matrix, int64_t panel_stride,
+                   int64_t depth, int panels, bool add, float* out, int64_t out_stride);
+  // out = x, to nearest, ties to even
+  void (*store)(const float* x, int64_t n, T* out);
+};
+
 struct Kernels {
   const char* name;
   // Round one row `x` (columns) to int8; padding becomes zero.
@@ -67,33 +97,34 @@ struct Kernels {
   void (*swiglu)(float* gate, const float* up, int64_t n);
   // y += a * x
   void (*axpy)(float a, const float* x, float* y, int64_t n);
-  // out[h * out_stride + i] += dot(x_i, q_h) for 4 heads and `count` rows of `width`
-  void (*dots)(const float* x, int64_t stride, int64_t count, const float* q, int64_t q_stride,
-               int64_t width, float* out, int64_t out_stride);
   // out[i] = dot(x_i, q) for `count` rows of `width`, one behind the other
   void (*dot_rows)(const float* x, int64_t count, const float* q, int64_t width, float* out);
-  // mix_h += sum_i p[h * p_stride + i] * x_i for 4 heads
-  void (*mix)(const float* x, int64_t stride, int64_t count, const float* p, int64_t p_stride,
-              int64_t width, float* mixed, int64_t mixed_stride);
-  // out (count, panels * 16) = x (count, depth) times a matrix whose columns stand in panels of 16:
-  // [panels][depth][16], `panel_stride` numbers from panel to panel.
-  void (*multiply_floats)(const float* x, int64_t stride, int count, const float* matrix,
-                          int64_t panel_stride, int64_t depth, int panels, float* out,
-                          int64_t out_stride);
   // x = softmax(scale * x)
   void (*softmax)(float* x, float scale, int64_t n);
+  float (*greatest)(const float* x, int64_t n);
   // x = exp(scale * (x - largest)); returns their sum
   float (*exponentials)(float* x, float scale, float largest, int64_t n);
   // log(sum(exp(scale * x)))
   float (*log_sum_exp)(const float* x, float scale, int64_t n);
   // out = x / sqrt(mean(x^2) + eps) * weight
   void (*rms_norm)(const float* x, const float* weight, float eps, int64_t n, float* out);
+  AttentionLoops<float> attend_floats;
+  AttentionLoops<Bf16> attend_bf16;
 };
+
+template <typename T>
+const AttentionLoops<T>& attention_loops(const Kernels& set) {
+  if constexpr (sizeof(T) == sizeof(Bf16))
+    return set.attend_bf16;
+  else
+    return set.attend_floats;
+}
 
 extern const Kernels portable_kernels;
 #ifdef MOESCOPE_X86
 extern const bool fetches_past_caches;  // whether that costs this processor nothing
 extern const Kernels avx2_kernels, avxvnni_kernels, avx512_kernels;
+extern const AttentionLoops<Bf16> avx512bf16_loops;
 #endif
 
 // The sets that this processor runs, the best first.
@@ -103,7 +134,5 @@ std::vector<const Kernels*> available_kernels();
 // std::invalid_argument where that name is unknown or the processor lacks it.
 const Kernels& kernels();
 void use_kernels(const std::string& name);
-
-constexpr int kHeads = 4;  // heads that `dots` and `mix` take at once
 
 }  // namespace moescope

@@ -7,6 +7,7 @@
 #include "each.h"
 #include "isa.h"
 #include "kernels_records.h"
+#include "records.h"
 
 namespace moescope {
 namespace {
@@ -328,21 +329,31 @@ void axpy(float a, const float* x, float* y, int64_t n) {
   for (; i < n; ++i) y[i] += a * x[i];
 }
 
-void dots(const float* x, int64_t stride, int64_t count, const float* q, int64_t q_stride,
-          int64_t width, float* out, int64_t out_stride) {
+inline __m256 numbers(const float* x) { return _mm256_loadu_ps(x); }
+inline __m256 numbers(const Bf16* x) {
+  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
+  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+}
+inline float number(float x) { return x; }
+inline float number(Bf16 x) { return float_of_bf16(x.bits); }
+
+template <typename T>
+void dots(const T* x, int64_t stride, int64_t count, const T* q, int64_t q_stride, int64_t width,
+          const T*, int, float* out, int64_t out_stride) {
   for (int64_t i = 0; i < count; ++i) {
-    const float* from = x + i * stride;
+    const T* from = x + i * stride;
     __m256 sums[kHeads] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(),
                            _mm256_setzero_ps()};
     int64_t k = 0;
     for (; k + 8 <= width; k += 8) {
-      const __m256 a = _mm256_loadu_ps(from + k);
+      const __m256 a = numbers(from + k);
       for (int h = 0; h < kHeads; ++h)
-        sums[h] = _mm256_fmadd_ps(a, _mm256_loadu_ps(q + h * q_stride + k), sums[h]);
+        sums[h] = _mm256_fmadd_ps(a, numbers(q + h * q_stride + k), sums[h]);
     }
     for (int h = 0; h < kHeads; ++h) {
       float sum = sum_of(sums[h]);
-      for (int64_t rest = k; rest < width; ++rest) sum += from[rest] * q[h * q_stride + rest];
+      for (int64_t rest = k; rest < width; ++rest)
+        sum += number(from[rest]) * number(q[h * q_stride + rest]);
       out[h * out_stride + i] += sum;
     }
   }
@@ -362,60 +373,91 @@ void dot_rows(const float* x, int64_t count, const float* q, int64_t width, floa
   }
 }
 
-void mix(const float* x, int64_t stride, int64_t count, const float* p, int64_t p_stride,
-         int64_t width, float* mixed, int64_t mixed_stride) {
+template <typename T>
+void mix(const T* x, int64_t stride, int64_t count, const float* p, int64_t p_stride, int64_t width,
+         float* mixed, int64_t mixed_stride) {
+  float weights[kHeads][kSlotBlock];
+  for (int h = 0; h < kHeads; ++h)
+    for (int64_t i = 0; i < count; ++i) {
+      weights[h][i] = p[h * p_stride + i];
+      if constexpr (kStep<T> == 2) weights[h][i] = float_of_bf16(bf16_of(weights[h][i]));
+    }
   int64_t k = 0;
   for (; k + 8 <= width; k += 8) {
     __m256 sums[kHeads];
     for (int h = 0; h < kHeads; ++h) sums[h] = _mm256_loadu_ps(mixed + h * mixed_stride + k);
     for (int64_t i = 0; i < count; ++i) {
-      const __m256 a = _mm256_loadu_ps(x + i * stride + k);
+      const __m256 a = numbers(x + i * stride + k);
       for (int h = 0; h < kHeads; ++h)
-        sums[h] = _mm256_fmadd_ps(_mm256_set1_ps(p[h * p_stride + i]), a, sums[h]);
+        sums[h] = _mm256_fmadd_ps(_mm256_set1_ps(weights[h][i]), a, sums[h]);
     }
     for (int h = 0; h < kHeads; ++h) _mm256_storeu_ps(mixed + h * mixed_stride + k, sums[h]);
   }
   for (; k < width; ++k)
     for (int h = 0; h < kHeads; ++h)
       for (int64_t i = 0; i < count; ++i)
-        mixed[h * mixed_stride + k] += p[h * p_stride + i] * x[i * stride + k];
+        mixed[h * mixed_stride + k] += weights[h][i] * number(x[i * stride + k]);
 }
 
-template <int M>
-inline __attribute__((always_inline)) void multiply_panel(const float* x, int64_t stride,
-                                                          const float* panel, int64_t depth,
-                                                          float* out, int64_t out_stride) {
+// Eight outputs' numbers of the first or second of the steps that stand together.
+MOESCOPE_INLINE inline __m256 of_step(const float* steps, int half, int) {
+  return _mm256_loadu_ps(steps + half * 8);
+}
+MOESCOPE_INLINE inline __m256 of_step(const Bf16* steps, int half, int second) {
+  const __m256i pairs = load(steps + half * 16);
+  return _mm256_castsi256_ps(
+      second ? _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))
+             : _mm256_slli_epi32(pairs, 16));
+}
+
+template <int M, typename T>
+MOESCOPE_INLINE inline void multiply_panel(const T* x, int64_t stride, const T* panel,
+                                           int64_t depth, bool add, float* out,
+                                           int64_t out_stride) {
   __m256 sums[M][2];
-  each<M>([&](auto m) MOESCOPE_INLINE { sums[m][0] = sums[m][1] = _mm256_setzero_ps(); });
-  for (int64_t k = 0; k < depth; ++k) {
-    const __m256 left = _mm256_loadu_ps(panel + k * kPanel);
-    const __m256 right = _mm256_loadu_ps(panel + k * kPanel + 8);
-    each<M>([&](auto m) MOESCOPE_INLINE {
-      const __m256 factor = _mm256_broadcast_ss(x + m * stride + k);
-      sums[m][0] = _mm256_fmadd_ps(factor, left, sums[m][0]);
-      sums[m][1] = _mm256_fmadd_ps(factor, right, sums[m][1]);
+  each<M>([&](auto m) MOESCOPE_INLINE {
+    each<2>([&](auto half) MOESCOPE_INLINE {
+      sums[m][half] = add ? _mm256_loadu_ps(out + m * out_stride + half * 8) : _mm256_setzero_ps();
     });
-  }
+  });
+  for (int64_t k = 0; k < depth; k += kStep<T>)
+    each<kStep<T>>([&](auto s) MOESCOPE_INLINE {
+      const T* steps = panel + k * kPanel;
+      const __m256 left = of_step(steps, 0, s), right = of_step(steps, 1, s);
+      each<M>([&](auto m) MOESCOPE_INLINE {
+        const __m256 factor = _mm256_set1_ps(number(x[m * stride + k + s]));
+        sums[m][0] = _mm256_fmadd_ps(factor, left, sums[m][0]);
+        sums[m][1] = _mm256_fmadd_ps(factor, right, sums[m][1]);
+      });
+    });
   each<M>([&](auto m) MOESCOPE_INLINE {
     _mm256_storeu_ps(out + m * out_stride, sums[m][0]);
     _mm256_storeu_ps(out + m * out_stride + 8, sums[m][1]);
   });
 }
 
-void multiply_floats(const float* x, int64_t stride, int count, const float* matrix,
-                     int64_t panel_stride, int64_t depth, int panels, float* out,
-                     int64_t out_stride) {
+template <typename T>
+void multiply_panels(const T* x, int64_t stride, int count, const T* matrix, int64_t panel_stride,
+                     int64_t depth, int panels, bool add, float* out, int64_t out_stride) {
   for (int p = 0; p < panels; ++p) {
-    const float* panel = matrix + p * panel_stride;
+    const T* panel = matrix + p * panel_stride;
+    float* to = out + p * kPanel;
     int r = 0;
     for (; r + 6 <= count; r += 6)
-      multiply_panel<6>(x + r * stride, stride, panel, depth, out + r * out_stride + p * kPanel,
-                        out_stride);
+      multiply_panel<6>(x + r * stride, stride, panel, depth, add, to + r * out_stride, out_stride);
     for (; r < count; ++r)
-      multiply_panel<1>(x + r * stride, stride, panel, depth, out + r * out_stride + p * kPanel,
-                        out_stride);
+      multiply_panel<1>(x + r * stride, stride, panel, depth, add, to + r * out_stride, out_stride);
   }
 }
+
+void store(const float* x, int64_t n, float* out) { memcpy(out, x, n * sizeof *x); }
+
+void store(const float* x, int64_t n, Bf16* out) {
+  for (int64_t i = 0; i < n; ++i) out[i].bits = bf16_of(x[i]);
+}
+
+template <typename T>
+constexpr AttentionLoops<T> kLoops = {dots<T>, mix<T>, multiply_panels<T>, store};
 
 float exponentials(float* x, float scale, float largest, int64_t n) {
   const __m256 most = _mm256_set1_ps(largest), factor = _mm256_set1_ps(scale);

@@ -6,6 +6,7 @@
 #include "each.h"
 #include "isa.h"
 #include "kernels_records.h"
+#include "records.h"
 
 namespace moescope {
 namespace {
@@ -450,25 +451,32 @@ inline __m512 sums_of(const __m512 (&v)[16]) {
   return join(join(fours[0], fours[1]), join(fours[2], fours[3]));
 }
 
-void dots(const float* x, int64_t stride, int64_t count, const float* q, int64_t q_stride,
-          int64_t width, float* out, int64_t out_stride) {
+MOESCOPE_INLINE inline __m512 numbers(__mmask16 mask, const float* x) {
+  return _mm512_maskz_loadu_ps(mask, x);
+}
+MOESCOPE_INLINE inline __m512 numbers(__mmask16 mask, const Bf16* x) {
+  const __m512i bits = _mm512_cvtepu16_epi32(_mm256_maskz_loadu_epi16(mask, x));
+  return _mm512_castsi512_ps(_mm512_slli_epi32(bits, 16));
+}
+
+template <int Fetched, typename T>
+void dots_fetching(const T* x, int64_t stride, int64_t count, const T* q, int64_t q_stride,
+                   int64_t width, const T* ahead, float* out, int64_t out_stride) {
   for (int64_t i = 0; i < count; i += 4) {
     const int64_t left = count - i;
-    const float* row[4];
+    const T* row[4];
     each<4>([&](auto r) MOESCOPE_INLINE { row[r] = x + (i + (r < left ? r : 0)) * stride; });
     __m512 sums[16];  // [heads][rows]
-    // The next rows are fetched meanwhile; behind the last stand the caller's next ones.
-    const float* ahead = x + (i + 4) * stride;
+    const T* next = ahead + i / 4 * Fetched * stride;
     each<16>([&](auto s) MOESCOPE_INLINE { sums[s] = _mm512_setzero_ps(); });
     const auto step = [&](int64_t k, __mmask16 mask) MOESCOPE_INLINE {
-      __m512 numbers[4];
-      each<4>([&](auto r) MOESCOPE_INLINE { prefetch(ahead + r * stride + k); });
-      each<4>([&](auto r)
-                  MOESCOPE_INLINE { numbers[r] = _mm512_maskz_loadu_ps(mask, row[r] + k); });
+      __m512 slots[4];
+      each<Fetched>([&](auto r) MOESCOPE_INLINE { prefetch(next + r * stride + k); });
+      each<4>([&](auto r) MOESCOPE_INLINE { slots[r] = numbers(mask, row[r] + k); });
       each<kHeads>([&](auto h) MOESCOPE_INLINE {
-        const __m512 query = _mm512_maskz_loadu_ps(mask, q + h * q_stride + k);
+        const __m512 query = numbers(mask, q + h * q_stride + k);
         each<4>([&](auto r) MOESCOPE_INLINE {
-          sums[h * 4 + r] = _mm512_fmadd_ps(numbers[r], query, sums[h * 4 + r]);
+          sums[h * 4 + r] = _mm512_fmadd_ps(slots[r], query, sums[h * 4 + r]);
         });
       });
     };
@@ -479,6 +487,20 @@ void dots(const float* x, int64_t stride, int64_t count, const float* q, int64_t
     _mm512_store_ps(found, sums_of(sums));
     for (int h = 0; h < kHeads; ++h)
       for (int64_t r = 0; r < 4 && r < left; ++r) out[h * out_stride + i + r] += found[h * 4 + r];
+  }
+}
+
+template <typename T>
+void dots(const T* x, int64_t stride, int64_t count, const T* q, int64_t q_stride, int64_t width,
+          const T* ahead, int fetched, float* out, int64_t out_stride) {
+  const auto in = [&](auto rows) {
+    dots_fetching<rows>(x, stride, count, q, q_stride, width, ahead, out, out_stride);
+  };
+  switch (fetched) {
+    case 0: return in(Index<0>{});
+    case 1: return in(Index<1>{});
+    case 2: return in(Index<2>{});
+    default: return in(Index<4>{});
   }
 }
 
@@ -502,8 +524,15 @@ void dot_rows(const float* x, int64_t count, const float* q, int64_t width, floa
   }
 }
 
-void mix(const float* x, int64_t stride, int64_t count, const float* p, int64_t p_stride,
-         int64_t width, float* mixed, int64_t mixed_stride) {
+template <typename T>
+void mix(const T* x, int64_t stride, int64_t count, const float* p, int64_t p_stride, int64_t width,
+         float* mixed, int64_t mixed_stride) {
+  float weights[kHeads][kSlotBlock];
+  for (int h = 0; h < kHeads; ++h)
+    for (int64_t i = 0; i < count; ++i) {
+      weights[h][i] = p[h * p_stride + i];
+      if constexpr (kStep<T> == 2) weights[h][i] = float_of_bf16(bf16_of(weights[h][i]));
+    }
   for (int64_t k = 0; k < width; k += 32) {
     const int64_t left = width - k;
     const __mmask16 low = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
@@ -516,10 +545,10 @@ void mix(const float* x, int64_t stride, int64_t count, const float* p, int64_t 
       sums[h][1] = _mm512_maskz_loadu_ps(high, mixed + h * mixed_stride + k + 16);
     }
     for (int64_t i = 0; i < count; ++i) {
-      const __m512 a = _mm512_maskz_loadu_ps(low, x + i * stride + k);
-      const __m512 b = _mm512_maskz_loadu_ps(high, x + i * stride + k + 16);
+      const __m512 a = numbers(low, x + i * stride + k);
+      const __m512 b = numbers(high, x + i * stride + k + 16);
       for (int h = 0; h < kHeads; ++h) {
-        const __m512 weight = _mm512_set1_ps(p[h * p_stride + i]);
+        const __m512 weight = _mm512_set1_ps(weights[h][i]);
         sums[h][0] = _mm512_fmadd_ps(weight, a, sums[h][0]);
         sums[h][1] = _mm512_fmadd_ps(weight, b, sums[h][1]);
       }
@@ -531,25 +560,41 @@ void mix(const float* x, int64_t stride, int64_t count, const float* p, int64_t 
   }
 }
 
-template <int M, int P>
-__attribute__((noinline)) void multiply_block(const float* x, int64_t stride, const float* matrix,
-                                              int64_t panel_stride, int64_t depth, float* out,
-                                              int64_t out_stride) {
+// Sixteen outputs' numbers of the first or second of the steps that stand together.
+MOESCOPE_INLINE inline __m512 of_step(const float* steps, int) { return _mm512_loadu_ps(steps); }
+MOESCOPE_INLINE inline __m512 of_step(const Bf16* steps, int second) {
+  const __m512i pairs = _mm512_loadu_si512(steps);
+  return _mm512_castsi512_ps(
+      second ? _mm512_and_si512(pairs, _mm512_set1_epi32(static_cast<int>(0xffff0000u)))
+             : _mm512_slli_epi32(pairs, 16));
+}
+
+MOESCOPE_INLINE inline float number(float x) { return x; }
+MOESCOPE_INLINE inline float number(Bf16 x) { return float_of_bf16(x.bits); }
+
+template <int M, int P, typename T>
+__attribute__((noinline)) void multiply_block(const T* x, int64_t stride, const T* matrix,
+                                              int64_t panel_stride, int64_t depth, bool add,
+                                              float* out, int64_t out_stride) {
   __m512 sums[M][P];
   each<M>([&](auto m) MOESCOPE_INLINE {
-    each<P>([&](auto p) MOESCOPE_INLINE { sums[m][p] = _mm512_setzero_ps(); });
-  });
-  for (int64_t k = 0; k < depth; ++k) {
-    __m512 panel[P];
     each<P>([&](auto p) MOESCOPE_INLINE {
-      panel[p] = _mm512_loadu_ps(matrix + p * panel_stride + k * kPanel);
+      sums[m][p] = add ? _mm512_loadu_ps(out + m * out_stride + p * kPanel) : _mm512_setzero_ps();
     });
-    each<M>([&](auto m) MOESCOPE_INLINE {
-      const __m512 factor = _mm512_set1_ps(x[m * stride + k]);
-      each<P>([&](auto p)
-                  MOESCOPE_INLINE { sums[m][p] = _mm512_fmadd_ps(factor, panel[p], sums[m][p]); });
+  });
+  for (int64_t k = 0; k < depth; k += kStep<T>)
+    each<kStep<T>>([&](auto s) MOESCOPE_INLINE {
+      __m512 panel[P];
+      each<P>([&](auto p) MOESCOPE_INLINE {
+        panel[p] = of_step(matrix + p * panel_stride + k * kPanel, s);
+      });
+      each<M>([&](auto m) MOESCOPE_INLINE {
+        const __m512 factor = _mm512_set1_ps(number(x[m * stride + k + s]));
+        each<P>([&](auto p) MOESCOPE_INLINE {
+          sums[m][p] = _mm512_fmadd_ps(factor, panel[p], sums[m][p]);
+        });
+      });
     });
-  }
   each<M>([&](auto m) MOESCOPE_INLINE {
     each<P>([&](auto p) MOESCOPE_INLINE {
       _mm512_storeu_ps(out + m * out_stride + p * kPanel, sums[m][p]);
@@ -557,29 +602,39 @@ __attribute__((noinline)) void multiply_block(const float* x, int64_t stride, co
   });
 }
 
-template <int P>
-void multiply_blocks(const float* x, int64_t stride, int count, const float* matrix,
-                     int64_t panel_stride, int64_t depth, float* out, int64_t out_stride) {
+template <int P, typename T>
+void multiply_blocks(const T* x, int64_t stride, int count, const T* matrix, int64_t panel_stride,
+                     int64_t depth, bool add, float* out, int64_t out_stride) {
   int r = 0;
   for (; r + kRows <= count; r += kRows)
-    multiply_block<kRows, P>(x + r * stride, stride, matrix, panel_stride, depth,
+    multiply_block<kRows, P>(x + r * stride, stride, matrix, panel_stride, depth, add,
                              out + r * out_stride, out_stride);
   for (; r < count; ++r)
-    multiply_block<1, P>(x + r * stride, stride, matrix, panel_stride, depth, out + r * out_stride,
-                         out_stride);
+    multiply_block<1, P>(x + r * stride, stride, matrix, panel_stride, depth, add,
+                         out + r * out_stride, out_stride);
 }
 
-void multiply_floats(const float* x, int64_t stride, int count, const float* matrix,
-                     int64_t panel_stride, int64_t depth, int panels, float* out,
-                     int64_t out_stride) {
+template <typename T>
+void multiply_all_panels(const T* x, int64_t stride, int count, const T* matrix,
+                         int64_t panel_stride, int64_t depth, int panels, bool add, float* out,
+                         int64_t out_stride) {
   int p = 0;
   for (; p + 4 <= panels; p += 4)
-    multiply_blocks<4>(x, stride, count, matrix + p * panel_stride, panel_stride, depth,
+    multiply_blocks<4>(x, stride, count, matrix + p * panel_stride, panel_stride, depth, add,
                        out + p * kPanel, out_stride);
   for (; p < panels; ++p)
-    multiply_blocks<1>(x, stride, count, matrix + p * panel_stride, panel_stride, depth,
+    multiply_blocks<1>(x, stride, count, matrix + p * panel_stride, panel_stride, depth, add,
                        out + p * kPanel, out_stride);
 }
+
+void store(const float* x, int64_t n, float* out) { memcpy(out, x, n * sizeof *x); }
+
+void store(const float* x, int64_t n, Bf16* out) {
+  for (int64_t i = 0; i < n; ++i) out[i].bits = bf16_of(x[i]);
+}
+
+template <typename T>
+constexpr AttentionLoops<T> kLoops = {dots<T>, mix<T>, multiply_all_panels<T>, store};
 
 float exponentials(float* x, float scale, float largest, int64_t n) {
   __m512 sums = _mm512_setzero_ps();
@@ -642,8 +697,8 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
 
 }  // namespace
 
-const Kernels avx512_kernels = {"avx512",     quantize,    kMultiplies, swiglu,          axpy,
-                                dots,         dot_rows,    mix,         multiply_floats, softmax,
-                                exponentials, log_sum_exp, rms_norm};
+const Kernels avx512_kernels = {"avx512", quantize,      kMultiplies, swiglu,       axpy,
+                                dot_rows, softmax,       greatest,    exponentials, log_sum_exp,
+                                rms_norm, kLoops<float>, kLoops<Bf16>};
 
 }  // namespace moescope

@@ -1,7 +1,7 @@
 #include "kernels_avx2.h"
 
 namespace moescope {
-const Kernels avxvnni_kernels = {"avxvnni",    quantize,    kMultiplies, swiglu,          axpy,
-                                 dots,         dot_rows,    mix,         multiply_floats, softmax,
-                                 exponentials, log_sum_exp, rms_norm};
+const Kernels avxvnni_kernels = {"avxvnni", quantize,      kMultiplies, swiglu,       axpy,
+                                 dot_rows,  softmax,       greatest,    exponentials, log_sum_exp,
+                                 rms_norm,  kLoops<float>, kLoops<Bf16>};
 }  // namespace moescope

@@ -215,16 +215,6 @@ void axpy(float a, const float* x, float* y, int64_t n) {
   for (int64_t i = 0; i < n; ++i) y[i] += a * x[i];
 }
 
-void dots(const float* x, int64_t stride, int64_t count, const float* q, int64_t q_stride,
-          int64_t width, float* out, int64_t out_stride) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int h = 0; h < kHeads; ++h) {
-      float sum = 0;
-      for (int64_t k = 0; k < width; ++k) sum += x[i * stride + k] * q[h * q_stride + k];
-      out[h * out_stride + i] += sum;
-    }
-}
-
 void dot_rows(const float* x, int64_t count, const float* q, int64_t width, float* out) {
   for (int64_t i = 0; i < count; ++i) {
     float sum = 0;
@@ -233,25 +223,57 @@ void dot_rows(const float* x, int64_t count, const float* q, int64_t width, floa
   }
 }
 
-void mix(const float* x, int64_t stride, int64_t count, const float* p, int64_t p_stride,
-         int64_t width, float* mixed, int64_t mixed_stride) {
-  for (int64_t i = 0; i < count; ++i)
-    for (int h = 0; h < kHeads; ++h)
-      axpy(p[h * p_stride + i], x + i * stride, mixed + h * mixed_stride, width);
-}
+inline float number(float x) { return x; }
+inline float number(Bf16 x) { return float_of_bf16(x.bits); }
 
-void multiply_floats(const float* x, int64_t stride, int count, const float* matrix,
-                     int64_t panel_stride, int64_t depth, int panels, float* out,
-                     int64_t out_stride) {
-  for (int r = 0; r < count; ++r)
-    for (int p = 0; p < panels; ++p) {
-      float sums[kPanel] = {};
-      for (int64_t k = 0; k < depth; ++k)
-        for (int n = 0; n < kPanel; ++n)
-          sums[n] += x[r * stride + k] * matrix[p * panel_stride + k * kPanel + n];
-      memcpy(out + r * out_stride + p * kPanel, sums, sizeof sums);
+template <typename T>
+void dots(const T* x, int64_t stride, int64_t count, const T* q, int64_t q_stride, int64_t width,
+          const T*, int, float* out, int64_t out_stride) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int h = 0; h < kHeads; ++h) {
+      float sum = 0;
+      for (int64_t k = 0; k < width; ++k)
+        sum += number(x[i * stride + k]) * number(q[h * q_stride + k]);
+      out[h * out_stride + i] += sum;
     }
 }
+
+template <typename T>
+void mix(const T* x, int64_t stride, int64_t count, const float* p, int64_t p_stride, int64_t width,
+         float* mixed, int64_t mixed_stride) {
+  for (int64_t i = 0; i < count; ++i)
+    for (int h = 0; h < kHeads; ++h) {
+      float weight = p[h * p_stride + i];
+      if constexpr (kStep<T> == 2) weight = float_of_bf16(bf16_of(weight));
+      for (int64_t k = 0; k < width; ++k)
+        mixed[h * mixed_stride + k] += weight * number(x[i * stride + k]);
+    }
+}
+
+template <typename T>
+void multiply_panels(const T* x, int64_t stride, int count, const T* matrix, int64_t panel_stride,
+                     int64_t depth, int panels, bool add, float* out, int64_t out_stride) {
+  for (int r = 0; r < count; ++r)
+    for (int p = 0; p < panels; ++p) {
+      float sums[kPanel] = {}, *to = out + r * out_stride + p * kPanel;
+      if (add) memcpy(sums, to, sizeof sums);
+      for (int64_t k = 0; k < depth; ++k) {
+        const T* from = matrix + p * panel_stride + k / kStep<T> * (kPanel * kStep<T>)+k % kStep<T>;
+        for (int n = 0; n < kPanel; ++n)
+          sums[n] += number(x[r * stride + k]) * number(from[n * kStep<T>]);
+      }
+      memcpy(to, sums, sizeof sums);
+    }
+}
+
+void store(const float* x, int64_t n, float* out) { memcpy(out, x, n * sizeof *x); }
+
+void store(const float* x, int64_t n, Bf16* out) {
+  for (int64_t i = 0; i < n; ++i) out[i].bits = bf16_of(x[i]);
+}
+
+template <typename T>
+constexpr AttentionLoops<T> kLoops = {dots<T>, mix<T>, multiply_panels<T>, store};
 
 float exponentials(float* x, float scale, float largest, int64_t n) {
   float sum = 0;
@@ -259,16 +281,19 @@ float exponentials(float* x, float scale, float largest, int64_t n) {
   return sum;
 }
 
+float greatest(const float* x, int64_t n) {
+  float most = x[0];
+  for (int64_t i = 1; i < n; ++i) most = x[i] > most ? x[i] : most;
+  return most;
+}
+
 void softmax(float* x, float scale, int64_t n) {
-  float largest = x[0];
-  for (int64_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
-  const float sum = exponentials(x, scale, largest, n);
+  const float sum = exponentials(x, scale, greatest(x, n), n);
   for (int64_t i = 0; i < n; ++i) x[i] /= sum;
 }
 
 float log_sum_exp(const float* x, float scale, int64_t n) {
-  float largest = x[0];
-  for (int64_t i = 1; i < n; ++i) largest = x[i] > largest ? x[i] : largest;
+  const float largest = greatest(x, n);
   float sum = 0;
   for (int64_t i = 0; i < n; ++i) sum += expf(scale * (x[i] - largest));
   return scale * largest + logf(sum);
@@ -283,8 +308,8 @@ void rms_norm(const float* x, const float* weight, float eps, int64_t n, float* 
 
 }  // namespace
 
-const Kernels portable_kernels = {"portable",   quantize,    kMultiplies, swiglu,          axpy,
-                                  dots,         dot_rows,    mix,         multiply_floats, softmax,
-                                  exponentials, log_sum_exp, rms_norm};
+const Kernels portable_kernels = {"portable", quantize,      kMultiplies, swiglu,       axpy,
+                                  dot_rows,   softmax,       greatest,    exponentials, log_sum_exp,
+                                  rms_norm,   kLoops<float>, kLoops<Bf16>};
 
 }  // namespace moescope

@@ -25,78 +25,146 @@ void multiply_vector(const Weights& weights, int64_t matrix, const float* x, Qua
 
 void AbsorbedAttention::forward(const Queries& queries, const Slots& latents, const Slots& k_rope,
                                 const int64_t* lengths, int64_t batch, float* out) const {
+  if (latents.bf16)
+    attend<Bf16>(queries, latents, k_rope, lengths, batch, out);
+  else
+    attend<float>(queries, latents, k_rope, lengths, batch, out);
+  count_weight_bytes(up_key->matrices() * (up_key->matrix_bytes() + up_value->matrix_bytes()));
+}
+
+template <typename T>
+void AbsorbedAttention::attend(const Queries& queries, const Slots& latents, const Slots& k_rope,
+                               const int64_t* lengths, int64_t batch, float* out) const {
+  static thread_local std::vector<float> caller_absorbed, caller_found;
   const int64_t heads = up_key->matrices(), value = up_value->outputs();
   const int64_t rank = latents.width, rope = k_rope.width;
-  // A task takes as many heads as leave every thread one: they share what they read of the cache.
-  const int64_t bundles = (heads + kHeads - 1) / kHeads;
-  const int64_t at_once = std::clamp<int64_t>(batch * bundles / threads(), 1, bundles);
-  const int64_t parts = (bundles + at_once - 1) / at_once;
-  parallel(batch * parts, [&](int64_t task) {
+  // query (rank + rope,) of a row's head
+  const auto absorb = [&](int64_t head, float* query) {
     static thread_local QuantizedRows rounded;
-    static thread_local std::vector<float> memory;
-    static thread_local std::vector<Bundle> walking;
-    const int64_t row = task / parts, first = task % parts * at_once * kHeads;
+    multiply_vector(*up_key, head % heads, queries.nope + head * queries.nope_stride, rounded,
+                    query);
+    std::copy_n(queries.rope + head * queries.rope_stride, rope, query + rank);
+  };
+  // What lies beyond one run is shared among threads by runs; what is not, by heads. A task takes as
+  // many heads as leave every thread work: they share what they read of the cache.
+  const int64_t most = runs_of(*std::max_element(lengths, lengths + batch));
+  int64_t walks = 0;
+  for (int64_t row = 0; row < batch; ++row) walks += runs_of(lengths[row]);
+  const int64_t bundles = (heads + kHeads - 1) / kHeads;
+  const bool even = walks % threads() == 0 || walks >= 4 * threads();
+  const int64_t at_once = even ? bundles : std::max<int64_t>(1, bundles / threads());
+  const int64_t parts = (bundles + at_once - 1) / at_once;
+  Findings findings(caller_found, batch * heads, most, rank);
+  const auto finish = [&](int64_t head) {
+    static thread_local QuantizedRows rounded;
+    static thread_local std::vector<float> mixed;
+    grow(mixed, rank);
+    findings.join(head, runs_of(lengths[head / heads]), scale, mixed.data());
+    multiply_vector(*up_value, head % heads, mixed.data(), rounded, out + head * value);
+  };
+  grow(caller_absorbed, most > 1 ? batch * heads * (rank + rope) : 0);
+  float* absorbed = caller_absorbed.data();  // (batch * heads, rank + rope), of several runs
+  if (most > 1)
+    parallel(batch * heads, [&](int64_t head) { absorb(head, absorbed + head * (rank + rope)); });
+  parallel(batch * most * parts, [&](int64_t task) {
+    static thread_local std::vector<float> memory, query;
+    static thread_local std::vector<Bundle<T>> walking;
+    const int64_t row = task / (most * parts), run = task / parts % most;
+    const int64_t start = run * kRun, stop = std::min(start + kRun, lengths[row]);
+    if (start >= stop) return;
+    const int64_t first = task % parts * at_once * kHeads;
     const int64_t end = std::min(first + at_once * kHeads, heads);
-    const int64_t size = Bundle::size(rank + rope, rank);
+    const int64_t size = Bundle<T>::size(rank + rope, rank);
     const int64_t count = (end - first + kHeads - 1) / kHeads;
     memory.assign(count * size, 0.0f);  // heads beyond the last stay zero
+    grow(query, rank + rope);
     walking.clear();
     for (int64_t b = 0; b < count; ++b)
       walking.emplace_back(memory.data() + b * size, rank + rope, rank);
     for (int64_t h = first; h < end; ++h) {
       const int64_t head = row * heads + h;
-      float* query = walking[(h - first) / kHeads].query((h - first) % kHeads);
-      multiply_vector(*up_key, h, queries.nope + head * queries.nope_stride, rounded, query);
-      std::copy_n(queries.rope + head * queries.rope_stride, rope, query + rank);
+      if (most == 1) absorb(head, query.data());
+      walking[(h - first) / kHeads].set_query(
+          (h - first) % kHeads, most == 1 ? query.data() : absorbed + head * (rank + rope));
     }
     int64_t block;
-    for (int64_t slot = 0; slot < lengths[row]; slot += block) {
-      block = std::min({kSlotBlock, lengths[row] - slot, latents.together(slot)});
-      const SlotRun keys{latents.at(row, slot), latents.slot_stride, rank};
-      const SlotRun rotated{k_rope.at(row, slot), k_rope.slot_stride, rope};
-      for (Bundle& bundle : walking) bundle.visit(keys, &rotated, keys, block, scale);
+    for (int64_t slot = start; slot < stop; slot += block) {
+      block = std::min({kSlotBlock, stop - slot, latents.together(slot)});
+      const bool more = slot + block < stop;
+      const SlotRun<T> keys{latents.at<T>(row, slot), latents.slot_stride, rank,
+                            more ? latents.at<T>(row, slot + block) : nullptr};
+      const SlotRun<T> rotated{k_rope.at<T>(row, slot), k_rope.slot_stride, rope,
+                               more ? k_rope.at<T>(row, slot + block) : nullptr};
+      for (int64_t b = 0; b < count; ++b)
+        walking[b].visit(keys, &rotated, keys, block, scale, b, count);
     }
-    for (int64_t h = first; h < end; ++h)
-      multiply_vector(*up_value, h, walking[(h - first) / kHeads].finish((h - first) % kHeads),
-                      rounded, out + (row * heads + h) * value);
+    for (int64_t h = first; h < end; ++h) {
+      const int64_t head = row * heads + h;
+      findings.put(head, run, walking[(h - first) / kHeads], (h - first) % kHeads);
+      if (most == 1) finish(head);
+    }
   });
-  count_weight_bytes(heads * (up_key->matrix_bytes() + up_value->matrix_bytes()));
+  if (most > 1) parallel(batch * heads, finish);
 }
 
 void ExpandedAttention::forward(const float* queries, int64_t seq, const int64_t* positions,
                                 int64_t row, const Slots& latents, const Slots& k_rope,
                                 float* out) const {
+  if (latents.bf16)
+    attend<Bf16>(queries, seq, positions, row, latents, k_rope, out);
+  else
+    attend<float>(queries, seq, positions, row, latents, k_rope, out);
+  count_weight_bytes(expand->matrices() * expand->matrix_bytes());
+}
+
+template <typename T>
+void ExpandedAttention::attend(const float* queries, int64_t seq, const int64_t* positions,
+                               int64_t row, const Slots& latents, const Slots& k_rope,
+                               float* out) const {
   static thread_local QuantizedRows caller_rounded;
   QuantizedRows& rounded = caller_rounded;  // the caller's, seen by all threads
   const int64_t heads = expand->matrices(), rope = k_rope.width;
   const int64_t slots = *std::max_element(positions, positions + seq) + 1;
-  const Panels panels(heads, 0, slots, nope + rope, expand->outputs() - nope);
+  const Panels<T> panels(heads, 0, slots, nope + rope, expand->outputs() - nope);
   rounded.resize(*expand, slots);
   parallel_rows(slots, [&](int64_t first, int64_t last) {
-    for (int64_t slot = first; slot < last; ++slot) rounded.set_row(slot, latents.at(row, slot));
+    static thread_local std::vector<float> numbers;
+    grow(numbers, latents.width);
+    for (int64_t slot = first; slot < last; ++slot) {
+      latents.get(row, slot, numbers.data());
+      rounded.set_row(slot, numbers.data());
+    }
   });
   const int64_t slot_blocks = (slots + kRowBlock - 1) / kRowBlock;
-  parallel(heads * slot_blocks, [&](int64_t task) {
-    const int64_t head = task / slot_blocks, first = task % slot_blocks * kRowBlock;
-    const int64_t last = std::min<int64_t>(first + kRowBlock, slots);
-    int32_t rows[kRowBlock];
-    for (int64_t slot = first; slot < last; ++slot) rows[slot - first] = static_cast<int32_t>(slot);
-    alignas(64) float product[kRowBlock * kTile];
-    for (int64_t tile = 0; tile < expand->tiles(); ++tile) {
-      expand->multiply(head, tile, rounded, rows, static_cast<int>(last - first), product);
-      const int64_t start = tile * kTile, end = std::min(start + kTile, expand->outputs());
-      for (int64_t n = start; n < std::min(end, nope); ++n)
-        for (int64_t slot = first; slot < last; ++slot)
-          panels.key(head, slot, n) = product[(slot - first) * kTile + n - start];
+  for (int64_t first_head = 0; first_head < heads; first_head += panels.heads) {
+    const int64_t count = std::min(panels.heads, heads - first_head);
+    parallel(count * slot_blocks, [&](int64_t task) {
+      const int64_t head = task / slot_blocks, first = task % slot_blocks * kRowBlock;
+      const int64_t last = std::min<int64_t>(first + kRowBlock, slots);
+      int32_t rows[kRowBlock];
       for (int64_t slot = first; slot < last; ++slot)
-        for (int64_t n = std::max(start, nope); n < end; ++n)
-          panels.value(head, slot, n - nope) = product[(slot - first) * kTile + n - start];
-    }
-    for (int64_t slot = first; slot < last; ++slot)
-      for (int64_t r = 0; r < rope; ++r) panels.key(head, slot, nope + r) = k_rope.at(row, slot)[r];
-  });
-  count_weight_bytes(heads * expand->matrix_bytes());
-  panels.attend(queries, heads, heads, seq, positions, {scale}, out);
+        rows[slot - first] = static_cast<int32_t>(slot);
+      alignas(64) float product[kRowBlock * kTile];
+      alignas(64) T stored[kRowBlock * kTile];
+      for (int64_t tile = 0; tile < expand->tiles(); ++tile) {
+        expand->multiply(first_head + head, tile, rounded, rows, static_cast<int>(last - first),
+                         product);
+        attention_loops<T>(kernels()).store(product, (last - first) * kTile, stored);
+        const int64_t start = tile * kTile, end = std::min(start + kTile, expand->outputs());
+        for (int64_t n = start; n < std::min(end, nope); ++n)
+          for (int64_t slot = first; slot < last; ++slot)
+            panels.key(head, slot, n) = stored[(slot - first) * kTile + n - start];
+        for (int64_t slot = first; slot < last; ++slot)
+          for (int64_t n = std::max(start, nope); n < end; ++n)
+            panels.value(head, slot, n - nope) = stored[(slot - first) * kTile + n - start];
+      }
+      for (int64_t slot = first; slot < last; ++slot)
+        for (int64_t r = 0; r < rope; ++r)
+          panels.key(head, slot, nope + r) = k_rope.at<T>(row, slot)[r];
+      if (last == slots) panels.clear_edges(head);
+    });
+    panels.attend(queries, heads, heads, first_head, count, seq, positions, {scale}, out);
+  }
 }
 
 void LatentAttention::forward(float* x, const Tokens& tokens, const Slots& latents,
@@ -126,8 +194,9 @@ void LatentAttention::forward(float* x, const Tokens& tokens, const Slots& laten
   }
 
   parallel_rows(count, [&](int64_t first, int64_t last) {
-    static thread_local std::vector<float> unrotated;
+    static thread_local std::vector<float> unrotated, normed;
     grow(unrotated, rope);
+    grow(normed, rank);
     for (int64_t token = first; token < last; ++token) {
       const float* cosine = tokens.cosine + token * (rope / 2);
       const float* sine = tokens.sine + token * (rope / 2);
@@ -138,8 +207,10 @@ void LatentAttention::forward(float* x, const Tokens& tokens, const Slots& laten
       }
       const int64_t row = tokens.row_of[token], slot = tokens.positions[token];
       const float* from = compressed + token * (rank + rope);
-      latent_norm.forward(from, latents.at(row, slot));
-      rotate(from + rank, cosine, sine, rope, interleave, k_rope.at(row, slot));
+      latent_norm.forward(from, normed.data());
+      latents.put(row, slot, normed.data());
+      rotate(from + rank, cosine, sine, rope, interleave, unrotated.data());
+      k_rope.put(row, slot, unrotated.data());
     }
   });
 

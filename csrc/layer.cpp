@@ -6,6 +6,7 @@
 #include "numbers.h"
 #include "ops.h"
 #include "pool.h"
+#include "records.h"
 
 namespace moescope {
 namespace {
@@ -27,6 +28,21 @@ void find_largest(const float* values, int64_t n, int64_t count, std::vector<int
 }
 
 }  // namespace
+
+void Slots::put(int64_t row, int64_t slot, const float* numbers) const {
+  if (bf16)
+    kernels().attend_bf16.store(numbers, width, at<Bf16>(row, slot));
+  else
+    std::copy_n(numbers, width, at<float>(row, slot));
+}
+
+void Slots::get(int64_t row, int64_t slot, float* out) const {
+  if (bf16)
+    std::transform(at<Bf16>(row, slot), at<Bf16>(row, slot) + width, out,
+                   [](Bf16 number) { return float_of_bf16(number.bits); });
+  else
+    std::copy_n(at<float>(row, slot), width, out);
+}
 
 void rotate(const float* x, const float* cosine, const float* sine, int64_t width, bool interleave,
             float* out) {

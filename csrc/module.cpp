@@ -39,7 +39,7 @@ using MutableIds = nb::ndarray<int64_t, nb::ndim<Dimensions>, nb::c_contig, nb::
 // Rows of any number of axes, whose last is their width.
 using FloatRows = nb::ndarray<const float, nb::c_contig, nb::device::cpu>;
 using OutputRows = nb::ndarray<float, nb::c_contig, nb::device::cpu>;
-using CacheArray = nb::ndarray<float, nb::ndim<3>, nb::device::cpu>;
+using CacheArray = nb::ndarray<nb::ndim<3>, nb::device::cpu>;  // bf16 or float32
 using Bytes = nb::ndarray<const uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using MutableBytes = nb::ndarray<uint8_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Matrices = nb::ndarray<nb::ro, nb::ndim<3>, nb::device::cpu>;
@@ -57,13 +57,15 @@ bool has_shape(const Array& array, std::initializer_list<int64_t> shape) {
   return true;
 }
 
+bool is_bf16(const nb::dlpack::dtype& type) {
+  return type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat) && type.bits == 16;
+}
+
 SharedWeights pack(const Matrices& matrices, const std::string& format,
                    const std::optional<Floats<1>>& importance) {
   const int kind = format_of(format);
-  const nb::dlpack::dtype type = matrices.dtype();
-  const bool bf16 = type.code == static_cast<uint8_t>(nb::dlpack::dtype_code::Bfloat);
-  const bool f32 = type == nb::dtype<float>();
-  require(bf16 || f32, "weights must be float32 or bfloat16");
+  const bool bf16 = is_bf16(matrices.dtype());
+  require(bf16 || matrices.dtype() == nb::dtype<float>(), "weights must be float32 or bfloat16");
   require(matrices.size() > 0, "there are no weights");
   require(matrices.shape(2) == 1 || matrices.stride(2) == 1, "columns must lie side by side");
   const int64_t count = matrices.shape(0), outputs = matrices.shape(1), columns = matrices.shape(2);
@@ -240,7 +242,13 @@ void apply_feed_forward(const FeedForward& layer, const Floats<2>& x,
 }
 
 Slots slots_of(const CacheArray& array) {
-  return {array.data(), array.stride(0), array.stride(1), static_cast<int64_t>(array.shape(2)),
+  const bool bf16 = is_bf16(array.dtype());
+  require(bf16 || array.dtype() == nb::dtype<float>(), "a cache holds bf16 or float32");
+  return {array.data(),
+          bf16,
+          array.stride(0),
+          array.stride(1),
+          static_cast<int64_t>(array.shape(2)),
           static_cast<int64_t>(array.shape(1))};
 }
 
@@ -255,7 +263,7 @@ void apply_attention(const AbsorbedAttention& attention, const Floats<3>& q_nope
               has_shape(k_rope, {batch, slots, rope}) && has_shape(lengths, {batch}) &&
               has_shape(out, {batch, heads, up_value.outputs()}),
           "queries, cache or out do not fit the attention");
-  require((latents.stride(2) == 1 || latents.shape(2) == 1) &&
+  require(latents.dtype() == k_rope.dtype() && (latents.stride(2) == 1 || latents.shape(2) == 1) &&
               (k_rope.stride(2) == 1 || k_rope.shape(2) == 1),
           "the numbers of a slot must lie side by side");
   for (int64_t row = 0; row < batch; ++row)
@@ -406,9 +414,10 @@ void make_cache_slots(CacheSlots* self, std::vector<CacheArray> keys,
   for (const auto& [arrays, held] :
        {std::pair{&made.key_arrays, &made.keys}, std::pair{&made.value_arrays, &made.values}})
     for (const CacheArray& array : *arrays) {
-      require(
-          has_shape(array, {blocks, block_slots}) && (array.stride(2) == 1 || array.shape(2) == 1),
-          "the layers' slots do not fit together");
+      require(has_shape(array, {blocks, block_slots}) &&
+                  array.dtype() == made.key_arrays.front().dtype() &&
+                  (array.stride(2) == 1 || array.shape(2) == 1),
+              "the layers' slots do not fit together");
       held->push_back(slots_of(array));
     }
   new (self) CacheSlots(std::move(made));
@@ -631,6 +640,7 @@ NB_MODULE(_native, m) {
 
   nb::class_<Weights>(m, "Weights")
       .def_prop_ro("matrix_bytes", &Weights::matrix_bytes)
+      .def_prop_ro("format", [](const Weights& weights) { return weights.format().name; })
       .def("rows", &take_rows, "ids"_a, "out"_a)
       .def("put", &Weights::put, "matrix"_a, "one"_a)
       .def_prop_ro("stored", &stored_bytes)

@@ -10,7 +10,8 @@ namespace moescope {
 inline int64_t round_up(int64_t value, int64_t step) { return (value + step - 1) / step * step; }
 
 // Makes room for `size` numbers; what a kernel's scratch holds is kept from call to call.
-inline void grow(std::vector<float>& held, int64_t size) {
+template <typename T>
+void grow(std::vector<T>& held, int64_t size) {
   if (static_cast<int64_t>(held.size()) < size) held.resize(size);
 }
 

@@ -71,10 +71,11 @@ class FeedForward {
   Experts routed_, shared_;
 };
 
-// Slots of one kind of number that a cache holds: (blocks, block_slots, width). A row's slots lie in
-// the blocks that its line of the table (rows, table_width) names, in order.
+// Slots of one kind of number that a cache holds: (blocks, block_slots, width), of bf16 or float32. A
+// row's slots lie in the blocks that its line of the table (rows, table_width) names, in order.
 struct Slots {
-  float* data;
+  void* data;
+  bool bf16;
   int64_t block_stride, slot_stride, width, block_slots;
   const int64_t* table = nullptr;
   int64_t table_width = 0;
@@ -85,10 +86,15 @@ struct Slots {
     slots.table_width = row_table_width;
     return slots;
   }
-  float* at(int64_t row, int64_t slot) const {
-    return data + table[row * table_width + slot / block_slots] * block_stride +
+  template <typename T>
+  T* at(int64_t row, int64_t slot) const {
+    return static_cast<T*>(data) + table[row * table_width + slot / block_slots] * block_stride +
            slot % block_slots * slot_stride;
   }
+  // Keep a slot's numbers (width,).
+  void put(int64_t row, int64_t slot, const float* numbers) const;
+  // out (width,) = a slot's numbers.
+  void get(int64_t row, int64_t slot, float* out) const;
   // How many slots lie together from this one on.
   int64_t together(int64_t slot) const { return block_slots - slot % block_slots; }
 };
@@ -107,6 +113,11 @@ struct AbsorbedAttention {
   // out (batch, heads, v_head_dim); row b sees its first lengths[b] slots.
   void forward(const Queries& queries, const Slots& latents, const Slots& k_rope,
                const int64_t* lengths, int64_t batch, float* out) const;
+
+ private:
+  template <typename T>
+  void attend(const Queries& queries, const Slots& latents, const Slots& k_rope,
+              const int64_t* lengths, int64_t batch, float* out) const;
 };
 
 // Latent attention of a prompt, whose latents are expanded to keys and values.
@@ -119,6 +130,11 @@ struct ExpandedAttention {
   // to its position; out (seq, heads, v_head_dim).
   void forward(const float* queries, int64_t seq, const int64_t* positions, int64_t row,
                const Slots& latents, const Slots& k_rope, float* out) const;
+
+ private:
+  template <typename T>
+  void attend(const float* queries, int64_t seq, const int64_t* positions, int64_t row,
+              const Slots& latents, const Slots& k_rope, float* out) const;
 };
 
 // --- half a layer in one call --------------------------------------------------------------------
@@ -215,8 +231,13 @@ struct GroupedAttention : Attention {
                const Slots& values) const override;
 
  private:
+  template <typename T>
+  void attend(const float* queries, const Tokens& tokens, const Slots& keys, const Slots& values,
+              float* mixed) const;
+  template <typename T>
   void attend_singly(const float* queries, const Tokens& tokens, const Slots& keys,
                      const Slots& values, float* mixed) const;
+  template <typename T>
   void attend_prompt(const float* queries, int64_t seq, const int64_t* positions, int64_t row,
                      const Slots& keys, const Slots& values, float* mixed) const;
 };

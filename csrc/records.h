@@ -18,6 +18,13 @@ static inline float float_of_bf16(uint16_t bits) {
   return float_of_bits(static_cast<uint32_t>(bits) << 16);
 }
 
+static inline uint16_t bf16_of(float value) {  // to nearest, ties to even
+  uint32_t bits;
+  memcpy(&bits, &value, sizeof bits);
+  if ((bits & 0x7fffffff) > 0x7f800000) return 0x7fc0;
+  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
+}
+
 static inline float float_of_f16(uint16_t bits) {
   const uint32_t sign = static_cast<uint32_t>(bits & 0x8000) << 16;
   const uint32_t exponent = bits >> 10 & 31, fraction = bits & 0x3ff;

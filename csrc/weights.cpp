@@ -20,12 +20,6 @@ int64_t scale_bytes_behind(const WeightFormat& format, int64_t padded_outputs) {
   return has_row_scale(format) ? padded_outputs * static_cast<int64_t>(sizeof(float)) : 0;
 }
 
-uint16_t to_bf16(float value) {  // to nearest, ties to even; for finite values
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  return static_cast<uint16_t>((bits + 0x7fff + (bits >> 16 & 1)) >> 16);
-}
-
 uint16_t to_f16(float value) {  // to nearest, ties to even; what is too large becomes infinite
   uint32_t bits;
   std::memcpy(&bits, &value, sizeof bits);
@@ -212,7 +206,7 @@ void Weights::pack_tile(int64_t matrix, int64_t index, const Source& source) {
     if (is_float(f)) {
       for (int64_t k = 0; k < padded_; ++k) {
         uint8_t* to = number(target, n, k);
-        const uint16_t bits = f.values == Values::f16 ? to_f16(row[k]) : to_bf16(row[k]);
+        const uint16_t bits = f.values == Values::f16 ? to_f16(row[k]) : bf16_of(row[k]);
         if (f.values == Values::f32)
           std::memcpy(to, &row[k], sizeof(float));
         else

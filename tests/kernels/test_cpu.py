@@ -201,6 +201,7 @@ def test_the_mixture_equals_the_reference(
     rope=st.integers(1, 20),
     rank=st.integers(1, 100),
     width=st.integers(1, 70),
+    dtype=st.sampled_from([torch.float32, torch.bfloat16]),
     seed=SEEDS,
 )
 def test_absorbed_attention_equals_softmax_over_expanded_keys(
@@ -213,6 +214,7 @@ def test_absorbed_attention_equals_softmax_over_expanded_keys(
     rope: int,
     rank: int,
     width: int,
+    dtype: torch.dtype,
     seed: int,
 ) -> None:
     generator = chance(seed)
@@ -222,8 +224,8 @@ def test_absorbed_attention_equals_softmax_over_expanded_keys(
 
     kv_b_proj = normal(heads, nope + width, rank) / rank**0.5
     q_nope, q_rope = normal(batch, heads, nope), normal(batch, heads, rope)
-    latents = normal(batch, slots + 3, rank)[:, :slots]  # a view into a longer cache
-    k_rope = normal(batch, slots + 3, rope)[:, :slots]
+    latents = normal(batch, slots + 3, rank).to(dtype)[:, :slots]  # a view into a longer cache
+    k_rope = normal(batch, slots + 3, rope).to(dtype)[:, :slots]
     lengths = torch.randint(1, slots + 1, (batch,), generator=generator)
     scale = (nope + rope) ** -0.5
     pack = packer(weight_format)

@@ -2,7 +2,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from moescope.model.cache import GROWTH, BlockPool, Cache
+from moescope.model.cache import GROWTH, BlockPool, Cache, SlotForm
 
 
 @given(st.integers(1, 4), st.lists(st.integers(1, 300), min_size=1, max_size=4), st.integers(0, 99))
@@ -34,7 +34,7 @@ def test_a_kernel_is_handed_slots_again_only_when_they_have_moved() -> None:
     cache, handed = Cache(), []
 
     def reserve(batch: int, length: int) -> int:
-        return cache.reserve(2, batch, ((3,), (1, 2)), length, hand_over)[0]
+        return cache.reserve(2, batch, SlotForm((3,), (1, 2), torch.float32), length, hand_over)[0]
 
     def hand_over(slots: list[tuple[torch.Tensor, torch.Tensor]]) -> int:
         handed.append(slots)

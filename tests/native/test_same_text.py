@@ -92,3 +92,18 @@ def test_company_and_what_is_known_change_no_bit(network: CausalLM, data: st.Dat
     for at, (ids, logits) in zip([*order, *order], together, strict=True):
         assert ids == alone[at][0]
         assert torch.equal(logits, alone[at][1])
+
+
+@pytest.mark.parametrize("chunk", [None, 65, 512])
+def test_company_changes_no_bit_of_long_texts(network: CausalLM, chunk: int | None) -> None:
+    """Single tokens walk their slots in several runs, prompts meet them in several blocks."""
+    generator, made = chance(5), 6
+    whole = torch.randint(VOCAB, (1100,), generator=generator).tolist()
+    prompts = [whole[:1021], whole[:40], whole, whole[:130]]
+    alone = [
+        answers(network, [ids], made, Blocks(64), chunk=None, reuse=False)[0] for ids in prompts
+    ]
+    together = answers(network, prompts * 2, made, Blocks(64), chunk=chunk, max_running=4)
+    for (ids, logits), (alone_ids, alone_logits) in zip(together, alone * 2, strict=True):
+        assert ids == alone_ids
+        assert torch.equal(logits, alone_logits)

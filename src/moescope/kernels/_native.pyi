@@ -14,6 +14,7 @@ class ReadProbe:
 
 class Weights:
     matrix_bytes: int
+    format: str
     stored: NDArray[np.uint8]
     def unpack(self, out: Array) -> None: ...
     def put(self, index: int, one: Weights) -> None: ...

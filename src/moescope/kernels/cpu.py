@@ -390,8 +390,8 @@ def attend_absorbed(
         attention: made by `absorbed_attention`.
         q_nope: `(batch, heads, nope)`.
         q_rope: `(batch, heads, rope)`, rotated.
-        latents: `(batch, slots, kv_lora_rank)`, normed.
-        k_rope: `(batch, slots, rope)`, rotated.
+        latents: `(batch, slots, kv_lora_rank)`, normed, bf16 or float32.
+        k_rope: `(batch, slots, rope)`, rotated, of the same type.
         lengths: `(batch,)` int64, slots that each sequence sees.
         v_head_dim: width of a value.
 
@@ -631,8 +631,8 @@ def cache_slots(slots: list[tuple[Tensor, Tensor]]) -> CacheSlots:
     """Make the cache of all layers ready for `run_decoder`, whose calls write to the same tensors.
 
     Args:
-        slots: for each layer keys and values, `(blocks, slots, ...)`, float32; for latent attention
-            the latents and the rotated keys.
+        slots: for each layer keys and values, `(blocks, slots, ...)`, all bf16 or all float32; for
+            latent attention the latents and the rotated keys.
     """
     return _native.CacheSlots(
         [to_dlpack(keys.flatten(2)) for keys, _ in slots],

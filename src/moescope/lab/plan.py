@@ -17,7 +17,7 @@ from moescope.families import config_fields, open_config
 from moescope.formats.gguf.model import is_gguf
 from moescope.formats.headers import Headers
 from moescope.formats.repository import is_hub_name
-from moescope.lab.speed import CACHE_BYTES, PROMPT, Prediction, predict
+from moescope.lab.speed import PROMPT, Prediction, number_bytes, predict
 from moescope.lab.stored import Stored, local_headers
 from moescope.machine import Machine
 from moescope.model.costs import (
@@ -29,16 +29,15 @@ from moescope.model.costs import (
     plain_numbers,
     weight_flops,
 )
-from moescope.native.weight_format import BITS_PER_WEIGHT
+from moescope.native.weight_format import BITS_PER_WEIGHT, BLOCK_FORMATS, cache_bytes
 from moescope.scope.saved import Saved
 
 CONTEXT = 4096
 """Tokens before the one whose work is counted; fewer where a model cannot have so many."""
-PUBLISHED_CACHE_BYTES = CACHE_BYTES["bf16"]
+PUBLISHED_CACHE_BYTES = 2
 """Of a number in the cache, as papers count it."""
 STORED = "stored"
 """The format that a checkpoint's own types are called, which the native kernels compute with."""
-STORED_CACHE_BYTES = CACHE_BYTES["int8"]
 
 
 @dataclass(frozen=True)
@@ -53,11 +52,11 @@ class Bytes:
     int4: int
 
     @classmethod
-    def of(cls, parameters: int, *, cached: int = 0) -> "Bytes":
-        """Return the bytes of so many weights, and of so many numbers in the cache."""
+    def of(cls, parameters: int, cached: "dict[str, int] | None" = None) -> "Bytes":
+        """Return the bytes of so many weights, and those of the cache by format beside them."""
         return cls(
             **{
-                name: int(parameters * bits / 8) + cached * CACHE_BYTES[name]
+                name: int(parameters * bits / 8) + (cached or {}).get(name, 0)
                 for name, bits in BITS_PER_WEIGHT.items()
             }
         )
@@ -69,8 +68,8 @@ class Cache:
 
     Attributes:
         bytes_per_token: what has to be kept of each token of a long text (`cached_numbers`).
-        engine_bytes_per_token: what moescope keeps (`held_numbers`), by the format of the weights:
-            the native kernels keep float32.
+        engine_bytes_per_token: what moescope keeps (`held_numbers`), by the format of the weights
+            (`number_bytes`).
         max_context: tokens that the model was made for.
         bytes_at_max_context: for one text of that length.
         plain_bytes_per_token: what plain attention would keep: a key and a value for each head,
@@ -206,8 +205,8 @@ def plan(name_or_path: str | Path, *, speed: bool = False, prompt: int = PROMPT)
     parameters = count_parameters(config)
     stored = None if headers is None else Stored.of(headers)
     weights = Bytes.of(parameters.total)
-    cache = _cache(config)
-    work = _work(config, parameters)
+    cache = _cache(config, stored)
+    work = _work(config, parameters, cache)
     held = dataclasses.asdict(weights)
     if stored is not None:
         held = {STORED: stored.bytes, **held}
@@ -276,11 +275,13 @@ def _on_hub(name: str, entry: Entry | None) -> tuple[str, ModelConfig, Headers |
     return f"{found.repo}: {found.choice.main}", headers.config, headers
 
 
-def _cache(config: ModelConfig) -> Cache:
+def _cache(config: ModelConfig, stored: Stored | None) -> Cache:
     bytes_of_number = PUBLISHED_CACHE_BYTES * config.num_hidden_layers
     bytes_per_token = cached_numbers(config) * PUBLISHED_CACHE_BYTES
     held = held_numbers(config)
-    engine = CACHE_BYTES | {STORED: STORED_CACHE_BYTES}
+    kinds = list((stored.parts.get("attention") if stored else None) or {"int8": 0})
+    engine = {name: number_bytes(config, name) for name in BITS_PER_WEIGHT}
+    engine[STORED] = cache_bytes(config, BLOCK_FORMATS.get(kinds[0], kinds[0]))
     return Cache(
         bytes_per_token=bytes_per_token,
         engine_bytes_per_token={name: held * size for name, size in engine.items()},
@@ -290,7 +291,7 @@ def _cache(config: ModelConfig) -> Cache:
     )
 
 
-def _work(config: ModelConfig, parameters: Parameters) -> Work:
+def _work(config: ModelConfig, parameters: Parameters, cache: Cache) -> Work:
     context = min(CONTEXT, config.max_position_embeddings)
     return Work(
         context=context,
@@ -299,7 +300,7 @@ def _work(config: ModelConfig, parameters: Parameters) -> Work:
         reading_attention_flops=attention_flops(config, context, reading=True),
         bytes_read=Bytes.of(
             parameters.active_without_embedding,
-            cached=held_numbers(config) * context,
+            {name: held * context for name, held in cache.engine_bytes_per_token.items()},
         ),
     )
 

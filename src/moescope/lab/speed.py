@@ -37,7 +37,7 @@ from moescope.model.decoder import CausalLM
 from moescope.model.moe import MoE
 from moescope.model.rope import RotaryEmbedding
 from moescope.native.network import Packer
-from moescope.native.weight_format import BITS_PER_WEIGHT
+from moescope.native.weight_format import BITS_PER_WEIGHT, cache_bytes
 
 PROMPT = 512
 """Tokens of the prompt that is read, and so of the context in which is generated."""
@@ -45,8 +45,8 @@ SAMPLE_WEIGHTS = 1 << 27
 """Weights of a sample's routed experts, about: they are made and packed within a second."""
 CACHES_READ = 2
 """A token reads so many times the last-level cache, or everything."""
-CACHE_BYTES = {"bf16": 2, "int8": 4, "int4": 4}
-"""Of a number in the key-value cache: the native kernels keep float32."""
+PYTORCH_CACHE_BYTES = 2
+"""Of a number in the cache of `bf16`, with which PyTorch computes."""
 LEAST_PROMPTS, MOST_PROMPTS = 3, 10
 LEAST_STEPS, MOST_STEPS, WARM_STEPS = 32, 256, 8
 ENOUGH_SECONDS = 0.3
@@ -141,6 +141,11 @@ def predict(config: ModelConfig, prompt: int = PROMPT) -> Prediction:
 
 
 @torch.inference_mode()
+def number_bytes(config: ModelConfig, weight_format: str) -> int:
+    """Return the bytes of a number in the cache: `bf16` is PyTorch's, others are packed."""
+    return PYTORCH_CACHE_BYTES if weight_format == "bf16" else cache_bytes(config, weight_format)
+
+
 def predict_format(
     config: ModelConfig, weight_format: str, prompt: int, bandwidth: float, peak: float
 ) -> Speed:
@@ -164,7 +169,7 @@ def predict_format(
     flops = 2 * (parameters.active_without_embedding - parameters.norm)
     decode_flops = flops + attention_flops(config, prompt, reading=False)
     prefill_flops = flops - 2 * parameters.lm_head + attention_flops(config, prompt, reading=True)
-    decode_bytes = int(read + cached * CACHE_BYTES[weight_format])
+    decode_bytes = int(read + cached * number_bytes(config, weight_format))
     return Speed(
         format=weight_format,
         decode=1 / decode,

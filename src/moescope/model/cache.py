@@ -9,13 +9,33 @@ from torch import Tensor
 
 Handle = TypeVar("Handle")
 """What a kernel knows all layers' slots by."""
-Shapes = tuple[tuple[int, ...], tuple[int, ...]]
-"""Of a slot's keys and of its values."""
 HandOver = Callable[[list[tuple[Tensor, Tensor]]], Handle]
 """Turns every layer's keys and values, `(blocks, slots, ...)`, into what a kernel knows them by."""
 
 GROWTH = 256
 """Slots are added in steps of this many, so that there is always one for the next token."""
+
+
+@dataclass(frozen=True)
+class SlotForm:
+    """What a kernel that stores keys and values itself keeps of a token in each layer.
+
+    Attributes:
+        keys: shape of a slot's keys.
+        values: of its values.
+        dtype: of both.
+    """
+
+    keys: tuple[int, ...]
+    values: tuple[int, ...]
+    dtype: torch.dtype
+
+    def slots(self, *batch_and_slots: int) -> tuple[Tensor, Tensor]:
+        """Zeros for keys and for values, `(batch, slots, ...)`."""
+        return (
+            torch.zeros(*batch_and_slots, *self.keys, dtype=self.dtype),
+            torch.zeros(*batch_and_slots, *self.values, dtype=self.dtype),
+        )
 
 
 @dataclass(frozen=True)
@@ -91,16 +111,16 @@ class Cache:
         self,
         layers: int,
         batch: int,
-        shapes: Shapes,
+        form: SlotForm,
         length: int,
         hand_over: HandOver[Handle],
     ) -> tuple[Handle, Tensor]:
-        """Make room for a kernel that stores float32 keys and values of all layers itself.
+        """Make room for a kernel that stores keys and values of all layers itself.
 
         Args:
             layers: of the network.
             batch: rows.
-            shapes: of a slot.
+            form: of a slot.
             length: slots that are needed at least.
             hand_over: called again only when the slots have moved.
 
@@ -109,7 +129,7 @@ class Cache:
         """
         self.length = max(self.length, length)
         if self._handle is None or self._slots[0][0].shape[1] < self.length:
-            empty = torch.zeros(batch, 0, *shapes[0]), torch.zeros(batch, 0, *shapes[1])
+            empty = form.slots(batch, 0)
             for layer_idx in range(layers):
                 keys, values = self._slots.get(layer_idx, empty)
                 self._slots[layer_idx] = _grow(keys, self.length), _grow(values, self.length)
@@ -191,10 +211,10 @@ class BlockPool:
             self._further[layer_idx, name] = made
         return self._further[layer_idx, name].states
 
-    def handle(self, layers: int, shapes: Shapes, hand_over: HandOver[Handle]) -> Handle:
+    def handle(self, layers: int, form: SlotForm, hand_over: HandOver[Handle]) -> Handle:
         """What a kernel knows all blocks by, as for `Cache.reserve`."""
         if self._handle is None:
-            like = torch.empty(1, 1, *shapes[0]), torch.empty(1, 1, *shapes[1])
+            like = form.slots(1, 1)
             held = [self.slots(layer_idx, *like) for layer_idx in range(layers)]
             self._handle = hand_over(held)
         return cast(Handle, self._handle)
@@ -258,13 +278,13 @@ class BlockRows:
         self,
         layers: int,
         batch: int,
-        shapes: Shapes,
+        form: SlotForm,
         length: int,
         hand_over: HandOver[Handle],
     ) -> tuple[Handle, Tensor]:
         """Return what a kernel that stores keys and values itself knows these rows by."""
         assert batch == len(self._tables) and length == self._length
-        return self._pool.handle(layers, shapes, hand_over), self._tables
+        return self._pool.handle(layers, form, hand_over), self._tables
 
     def _stored(self, held: Tensor, states: Tensor, places: Tensor, used: int) -> Tensor:
         """Store states `(batch, seq, ...)` in `(blocks, slots, ...)`; return the rows' first slots.

@@ -44,7 +44,7 @@ class NativeDecoder(Decoder):
         known = [half for half in halves if isinstance(half, NativeAttention)]
         sparse = any(isinstance(half, LatentAttention) and half.sparse for half in known)
         if len(known) == len(layers) and not sparse:
-            self.slot_shapes = known[0].slot_shapes
+            self.slot_form = known[0].slot_form
             self.attention = [
                 attention.block(layer.input_layernorm, layer.residual_multiplier)
                 for layer, attention in zip(layers, known, strict=True)
@@ -109,7 +109,7 @@ class NativeDecoder(Decoder):
         """
         assert self.all_layers is not None
         held, table = cache.reserve(
-            len(self._mlps), len(starts) - 1, self.slot_shapes, length, cpu.cache_slots
+            len(self._mlps), len(starts) - 1, self.slot_form, length, cpu.cache_slots
         )
         return cpu.run_decoder(
             self.all_layers,

@@ -1,12 +1,17 @@
 """Grouped-query attention whose projections are packed."""
 
 import torch
+from torch import Tensor
 
 from moescope.config import ModelConfig
 from moescope.kernels import cpu
-from moescope.model.attention import GroupedQueryAttention
+from moescope.model.attention import GroupedQueryAttention, KVCache
+from moescope.model.cache import SlotForm
 from moescope.model.norm import RMSNorm
+from moescope.model.recorder import Recorder
 from moescope.native.linear import parts, wide
+from moescope.native.rounded_cache import RoundedCache
+from moescope.native.weight_format import cache_type
 
 
 class NativeGroupedAttention(GroupedQueryAttention):
@@ -21,10 +26,24 @@ class NativeGroupedAttention(GroupedQueryAttention):
         self.rope = config.rotary_dim
 
     @property
-    def slot_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def slot_form(self) -> SlotForm:
         """What the cache keeps of a token: keys and values of all heads."""
         shape = (self.kv_heads, self.q_proj.out_features // self.heads)
-        return shape, shape
+        return SlotForm(shape, shape, cache_type(parts(self.k_proj)[0].format))
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        positions: Tensor,
+        cache: KVCache | None = None,
+        recorder: Recorder | None = None,
+    ) -> Tensor:
+        """As PyTorch computes it, with what the kernels keep."""
+        kept = None
+        if cache is not None:
+            kept = RoundedCache(cache, self.slot_form.dtype, returned=torch.float32)
+        return super().forward(hidden_states, rotation, positions, kept, recorder)
 
     def block(self, input_norm: RMSNorm, residual_multiplier: float) -> "cpu.Attention":
         """Join the norm before it and all its parts into half a layer of a native decoder."""

@@ -5,10 +5,15 @@ from torch import Tensor
 
 from moescope.config import ModelConfig
 from moescope.kernels import cpu
-from moescope.model.attention import LatentAttention
+from moescope.model.attention import KVCache, LatentAttention
+from moescope.model.cache import SlotForm
+from moescope.model.indexer import Picks
 from moescope.model.norm import RMSNorm
+from moescope.model.recorder import Recorder
 from moescope.native.linear import Pack, PackedLinear, parts
 from moescope.native.reader import WeightReader
+from moescope.native.rounded_cache import RoundedCache
+from moescope.native.weight_format import cache_type
 
 
 class NativeLatentAttention(LatentAttention):
@@ -31,9 +36,24 @@ class NativeLatentAttention(LatentAttention):
         self.absorbed = cpu.absorbed_attention(pack(up_key), pack(up_value), self.scale)
 
     @property
-    def slot_shapes(self) -> tuple[tuple[int, ...], tuple[int, ...]]:
+    def slot_form(self) -> SlotForm:
         """What the cache keeps of a token: its latent and its rotated key."""
-        return (self.kv_lora_rank,), (self.rope,)
+        dtype = cache_type(parts(self.kv_a_proj_with_mqa)[0].format)
+        return SlotForm((self.kv_lora_rank,), (self.rope,), dtype)
+
+    def forward(
+        self,
+        hidden_states: Tensor,
+        rotation: tuple[Tensor, Tensor],
+        positions: Tensor,
+        cache: KVCache | None = None,
+        recorder: Recorder | None = None,
+        picks: Picks | None = None,
+    ) -> Tensor:
+        """As PyTorch computes it, with what the kernels keep."""
+        dtype = self.slot_form.dtype
+        kept = None if cache is None else RoundedCache(cache, dtype, returned=dtype)
+        return super().forward(hidden_states, rotation, positions, kept, recorder, picks)
 
     def block(self, input_norm: RMSNorm, residual_multiplier: float) -> "cpu.Attention":
         """Join the norm before it and all its parts into half a layer of a native decoder."""
