@@ -4,12 +4,14 @@
 """
 
 import json
+import math
 from pathlib import Path
 from typing import Any, get_args
 
+from moescope.engine.sampling import RANGES
 from moescope.model.steering import Rule
 from moescope.server.contract import openapi
-from moescope.server.schema import MAX_NOISE, MAX_TEXT, SteeringRequest
+from moescope.server.schema import MAX_NOISE, MAX_TEXT, SamplingRequest, SteeringRequest
 
 WEB = Path(__file__).parent
 
@@ -34,6 +36,16 @@ def declared() -> dict[str, Any]:
     return {
         "steering": SteeringRequest().model_dump(),
         "rules": get_args(Rule),
+        "sampling": {
+            name: {
+                "least": allowed.least,
+                "most": None if allowed.most == math.inf else allowed.most,
+                "open": allowed.open,
+                "whole": float not in (field.annotation, *get_args(field.annotation)),
+            }
+            for name, field in SamplingRequest.model_fields.items()
+            if (allowed := RANGES.get(name)) is not None
+        },
         "max_noise": MAX_NOISE,
         "max_text": MAX_TEXT,
     }

@@ -1,4 +1,9 @@
-"""The one exception that means "the user can mend this"."""
+"""The one exception that means "the user can mend this", and what its sentences are made of."""
+
+
+def counted(number: int, noun: str) -> str:
+    """How many there are: `1 tensor`, `2 tensors`."""
+    return f"{number:,} {noun}" if number == 1 else f"{number:,} {noun}s"
 
 
 class UserError(Exception):

@@ -3,7 +3,7 @@
 import re
 
 import pytest
-from reader import LANGUAGES, TEXT, settle, token_ids, write
+from reader import LANGUAGES, STATIONS, TEXT, settle, token_ids, write
 
 from moescope.api import Model
 from moescope.catalog import BOX
@@ -131,6 +131,59 @@ def test_layers_count_as_people_do_and_chips_say_which(open_page, engine: Model)
     assert f"Layer {layers} of {layers}" in page.get_by_test_id("station-flow").inner_text() or (
         f"Layer {layers} of {layers}" in page.get_by_test_id("station-flow").text_content()
     )
+
+
+NAMES = set(
+    "moescope tiny English DeepSeek DeepSeek-R1 DeepSeek-V3 H100 H200 LLM DeepSeekMoE Dai "
+    "Transformer inference reasoning softmax "
+    "sigmoid ReLU ReMoE top-k top-p min-p gate up down silu MaxVio FLOPs GRPO oneDNN NVIDIA NIM "
+    "Fireworks Cerebras plan Python SVG PNG GB MB KB ms think write carry".lower().split()
+)
+"""What has no other name in Chinese; `write` and `carry` are explained where they stand."""
+SAID = """(main) => {
+  const of_text = '[data-testid=token], [data-testid=candidate], [data-testid=expert-name], .chip,'
+    + '.text, .example, .typical, textarea, ol[aria-label] li, .live, [lang]:not(html), .number';
+  const words = [];
+  const walker = document.createTreeWalker(main, NodeFilter.SHOW_TEXT);
+  while (walker.nextNode()) {
+    const holder = walker.currentNode.parentElement;
+    if (!holder.closest(of_text) && !holder.closest('svg')) words.push(walker.currentNode.data);
+  }
+  for (const node of main.querySelectorAll('[aria-label], [title], [alt], [placeholder]'))
+    if (!node.closest(of_text) && !node.closest('svg'))
+      for (const name of ['aria-label', 'title', 'alt', 'placeholder'])
+        words.push(node.getAttribute(name) ?? '');
+  return words.join('\\n');
+}"""
+"""All that the page says itself, in sight or to screen readers, without the text that it shows."""
+
+
+def test_every_english_word_on_the_chinese_page_is_a_name(open_page) -> None:
+    page = open_page("lang=zh&max=8")
+    write(page, TEXT["zh"])
+    for button in ("dense-moe", "think", "write-both"):
+        page.get_by_test_id(button).click()
+    page.get_by_test_id("dense-text").wait_for()
+    page.evaluate("document.querySelectorAll('details').forEach((more) => (more.open = true))")
+    for station in STATIONS:
+        page.get_by_test_id(f"station-{station}").scroll_into_view_if_needed()
+        settle(page)
+    said = page.locator("main").evaluate(SAID)
+    words = {word.lower() for word in re.findall(r"[A-Za-z][A-Za-z\d-]*[A-Za-z\d]", said)}
+    assert words - NAMES == set()
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_link_that_asks_for_too_much_is_answered_in_words(open_page, language: str) -> None:
+    for query, numbers in (
+        ("k=99", ("99", "64")),
+        ("off=3:99", ("4", "99", "63")),
+        ("ids=1.99999", ("99,999", "16,384")),
+    ):
+        page = open_page(f"lang={language}&{query}", wait="error")
+        told = page.get_by_test_id("error").locator("p").inner_text()
+        assert all(number in told for number in numbers), told
+        assert (re.search(r"[A-Za-z]", told) is None) == (language == "zh")
 
 
 def test_nothing_is_left_in_english_on_the_chinese_page(open_page) -> None:

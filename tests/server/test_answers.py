@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 import torch
 from pydantic import TypeAdapter
-from questions import TEXT, events_of
+from questions import TEXT, events_of, write_run
 from starlette.testclient import TestClient
 
 import moescope
@@ -95,14 +95,9 @@ def test_a_stream_holds_the_prompt_what_generate_makes_and_the_end(
     ids = [*model.engine.encode(TEXT), *(token.id for token in made.tokens)]
     assert [event["step"]["id"] for event in tokens] == ids
     assert {event["type"] for event in tokens} == {"token"}
-    seconds = end.pop("seconds")
-    assert seconds > 0
-    assert end == {
-        "type": "end",
-        "finish_reason": made.finish_reason,
-        "prompt_tokens": made.prompt_tokens,
-        "new_tokens": len(made.tokens),
-    }
+    assert end["end"].pop("seconds") > 0
+    told = {"finish_reason": made.finish_reason, "prompt_tokens": made.prompt_tokens}
+    assert end == {"type": "end", "end": told | {"new_tokens": len(made.tokens)}}
 
 
 def test_ids_are_continued_as_they_stand(client: TestClient, model: Model) -> None:
@@ -168,6 +163,28 @@ def test_the_dense_twin_reads_the_same_text(client: TestClient, home: Path, mode
     trace = model.trace(TEXT)
     read = sum(token.weight_bytes for token in trace.tokens) / len(trace.tokens)
     assert ours["bytes_per_token"] == round(read)
+
+
+def test_a_dense_model_of_the_whole_size_reads_it_too(
+    home: Path, model: Model, tmp_path: Path
+) -> None:
+    shelf = tmp_path / "shelf"
+    for name in ("small", "small-dense"):
+        shutil.copytree(home.with_name(name), shelf / name)
+    shutil.copytree(home.with_name("small-dense"), shelf / "small-large")
+    write_run(shelf / "small-dense", steps=5)
+    studio = Studio.open(str(shelf / "small"))
+    assert {c.role for c in studio.companions} == {"dense", "large"}
+    answer = studio.dense(schema.DenseRequest(prompt=TEXT))
+    assert [c.name.rpartition("/")[2] for c in answer.contestants] == [
+        *("small", "small-dense", "small-large")
+    ]
+    assert answer.held_out == {}  # nothing was kept of the third's training
+    write_run(shelf / "small-large", steps=2)
+    assert studio.dense(schema.DenseRequest(prompt=TEXT)).held_out == {
+        "poetry": [1.0, 0.5, 1.0],
+        "prose": [0.5, 0.25, 0.5],
+    }
 
 
 def test_the_copy_trained_without_balancing_reads_the_same_text(

@@ -22,6 +22,7 @@ def quantize(
     """Round a model's weights and write it anew, with all that belongs to it."""
     from moescope.api import locate
     from moescope.cli.progress import progress_bar
+    from moescope.errors import counted
     from moescope.lab.units import of_bytes
     from moescope.quantization import quantize as write
 
@@ -34,6 +35,6 @@ def quantize(
     if made.unfit:
         types = ", ".join(f"{count} {kind}" for kind, count in sorted(made.types.items()))
         print(
-            f"the rows of {made.unfit} tensors are no multiple of 256 (or 32) columns, and have "
-            f"the next wider type, as llama.cpp gives them: {types}"
+            f"the rows of {counted(made.unfit, 'tensor')} are no multiple of 256 (or 32) columns, "
+            f"and have the next wider type, as llama.cpp gives them: {types}"
         )

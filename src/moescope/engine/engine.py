@@ -168,7 +168,10 @@ class Engine:
             if not 0 <= token_id < vocab_size:
                 raise UserError(
                     f"the prompt holds token {token_id} but the model knows only {vocab_size}; "
-                    "give the tokenizer that belongs to the model"
+                    "give the tokenizer that belongs to the model",
+                    "unknown_token",
+                    id=token_id,
+                    n=vocab_size,
                 )
         if len(ids) > limit:
             raise UserError(
@@ -206,7 +209,10 @@ class Engine:
             if len(ids) > readable:
                 raise UserError(
                     f"the prompt has {len(ids)} tokens but there is memory for {readable}; "
-                    "shorten it"
+                    "shorten it",
+                    "memory_full",
+                    n=len(ids),
+                    max=readable,
                 )
         end_ids = {*params.stop_token_ids, *(() if params.ignore_eos else self.end_ids)}
         room = min(params.max_tokens, readable + 1 - len(ids))

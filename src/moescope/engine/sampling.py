@@ -1,5 +1,6 @@
 """From next-token logits to a token: penalties, filters and the draw."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -16,6 +17,43 @@ LARGEST = 1e30
 """Of a penalised logit either way: over the lowest temperature it is still a float32."""
 COLDEST = 1e-5
 """Below this temperature logits over it would be beyond what a float32 tells apart."""
+
+
+@dataclass(frozen=True)
+class Range:
+    """Finite numbers from `least` to `most`, `least` itself left out where it is `open`."""
+
+    least: float
+    most: float = math.inf
+    open: bool = False
+
+    def __contains__(self, value: float) -> bool:
+        return (self.least < value if self.open else self.least <= value) and (
+            value <= self.most and value != math.inf
+        )
+
+    def __str__(self) -> str:
+        if self.most == math.inf:
+            return f"above {self.least:g}" if self.open else f"{self.least:g} or more"
+        if self.open:
+            return f"above {self.least:g} and at most {self.most:g}"
+        return f"from {self.least:g} to {self.most:g}"
+
+
+RANGES: dict[str, Range] = {
+    "max_tokens": Range(0),
+    "temperature": Range(0),
+    "top_k": Range(1),
+    "top_p": Range(0, 1, open=True),
+    "min_p": Range(0, 1),
+    "repetition_penalty": Range(0, open=True),
+    "frequency_penalty": Range(-2, 2),
+    "presence_penalty": Range(-2, 2),
+    "min_tokens": Range(0),
+    "top_logprobs": Range(0, MOST_TOP_LOGPROBS),
+    "prompt_logprobs": Range(0, MOST_TOP_LOGPROBS),
+}
+"""What fields of `SamplingParams` may be, where they are not None."""
 
 
 @dataclass(frozen=True)
@@ -91,24 +129,12 @@ class SamplingParams:
         """
         if isinstance(self.stop, str):
             object.__setattr__(self, "stop", (self.stop,))
-        known_of_prompt = self.prompt_logprobs or 0
-        checks = {
-            "max_tokens": (self.max_tokens >= 0, "0 or more"),
-            "temperature": (0 <= self.temperature < float("inf"), "0 or more"),
-            "top_k": (self.top_k is None or self.top_k >= 1, "1 or more"),
-            "top_p": (self.top_p is None or 0 < self.top_p <= 1, "above 0 and at most 1"),
-            "min_p": (self.min_p is None or 0 <= self.min_p <= 1, "from 0 to 1"),
-            "repetition_penalty": (0 < self.repetition_penalty < float("inf"), "above 0"),
-            "frequency_penalty": (-2 <= self.frequency_penalty <= 2, "from -2 to 2"),
-            "presence_penalty": (-2 <= self.presence_penalty <= 2, "from -2 to 2"),
-            "stop": ("" not in self.stop, "texts that are not empty"),
-            "min_tokens": (self.min_tokens >= 0, "0 or more"),
-            "top_logprobs": (0 <= self.top_logprobs <= MOST_TOP_LOGPROBS, "from 0 to 20"),
-            "prompt_logprobs": (0 <= known_of_prompt <= MOST_TOP_LOGPROBS, "from 0 to 20"),
-        }
-        for name, (fine, allowed) in checks.items():
-            if not fine:
-                raise UserError(f"{name} is {getattr(self, name)!r}; it must be {allowed}")
+        for name, allowed in RANGES.items():
+            value: float | None = getattr(self, name)
+            if value is not None and value not in allowed:
+                raise UserError(f"{name} is {value!r}; it must be {allowed}")
+        if "" in self.stop:
+            raise UserError(f"stop is {self.stop!r}; it must be texts that are not empty")
         if self.temperature < COLDEST:
             object.__setattr__(self, "temperature", 0.0)
 

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from moescope.config import ModelConfig
-from moescope.errors import UserError
+from moescope.errors import UserError, counted
 from moescope.families import FAMILIES, open_config
 from moescope.families.family import ExpertTensors, Tensors
 from moescope.files import atomic_path, write_text
@@ -535,7 +535,8 @@ class _WeightFiles:
         )
         if surprising:
             raise UserError(
-                f"{self._folder} holds {len(surprising)} tensors that a {config.model_type} model "
+                f"{self._folder} holds {counted(len(surprising), 'tensor')} that a "
+                f"{config.model_type} model "
                 f"of this config.json does not have, such as {surprising[0]}; check that config "
                 "and weights belong together"
             )

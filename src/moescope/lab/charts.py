@@ -157,7 +157,8 @@ def intervals(
         axis.set_xlabel(label, fontsize=8)
         axis.grid(axis="x", color="#dddddd", linewidth=0.6)
         axis.set_axisbelow(True)
-        if all(interval.low >= 0 for measured in drawn.values() for interval in measured):
+        shown = [interval for measured in drawn.values() for interval in measured]
+        if min((i.low if zero else i.value for i in shown), default=-1.0) >= 0:
             axis.set_xlim(left=max(0.0, axis.get_xlim()[0]))  # room that means nothing
         if zero:
             axis.axvline(0, color="black", linewidth=0.8)

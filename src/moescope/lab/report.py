@@ -171,10 +171,10 @@ def _section(path: Path, found: Finding, words: Words) -> Section:
 
 def _seen(held_out: dict[str, bool], domains: Sequence[str], words: Words) -> str:
     """Whether the models were trained on what they read, as far as it is known."""
-    unknown = [domain for domain in domains if not held_out.get(domain)]
+    unknown = [words.name(domain) for domain in domains if not held_out.get(domain)]
     if not unknown:
         return words.held_out
-    return words.maybe_seen.format(domains=", ".join(unknown))
+    return words.maybe_seen.format(domains=words.comma.join(unknown))
 
 
 def _commands(*made_by: str) -> list[str]:
@@ -274,7 +274,7 @@ def _specialization(file: str, found: Specialization, words: Words) -> Section:
         commands=_commands(found.command),
         figures={
             words.load: charts.expert_maps(
-                even, found.domains, found.layers, words.relative_load, words
+                even, list(map(words.name, found.domains)), found.layers, words.relative_load, words
             ),
             f"{words.information}; {words.token_share}": charts.layer_bars(
                 [information, token], found.layers, words
@@ -295,7 +295,7 @@ def _devoted(found: Specialization, load: Floats, words: Words) -> Table:
             typical = "  ".join(_spelled(token.text) for token in found.typical[position][expert])
             layer = words.layer.format(layer=found.layers[position] + 1)
             share = f"{devotion[domain, position, expert]:.0%}"
-            rows.append([name, f"{layer}, {words.expert} {expert}", share, typical])
+            rows.append([words.name(name), f"{layer}, {words.expert} {expert}", share, typical])
     return Table(words.devoted, [words.domain, words.expert, words.share, words.typical], rows)
 
 
@@ -324,7 +324,7 @@ def _ablation(file: str, found: Ablation, words: Words) -> Section:
             layer = words.layer.format(layer=found.layers[position] + 1)
             rows.append(
                 [
-                    name,
+                    words.name(name),
                     f"{layer}, {words.expert} {expert}",
                     f"{cost[at]:+.4f}",
                     f"{low[at]:+.4f} … {high[at]:+.4f}",
@@ -338,7 +338,7 @@ def _ablation(file: str, found: Ablation, words: Words) -> Section:
         commands=_commands(found.command),
         figures={
             words.cost: charts.expert_maps(
-                cost, found.domains, found.layers, words.cost_axis, words
+                cost, list(map(words.name, found.domains)), found.layers, words.cost_axis, words
             )
         },
         tables=[
@@ -370,11 +370,11 @@ def _cause(files: str, found: Specialization, ablation: Ablation, words: Words) 
     for domain, name in enumerate(found.domains):
         load = [share for position in positions for share in found.load[domain][position]]
         cost = [nats for by_expert in ablation.cost[domain] for nats in by_expert]
-        points[name] = load, cost
-        correlations.append(f"{name} {stats.spearmanr(load, cost)[0]:.2f}")
+        points[words.name(name)] = load, cost
+        correlations.append(f"{words.name(name)} {stats.spearmanr(load, cost)[0]:.2f}")
     return Section(
         title=words.cause,
-        paragraphs=[words.cause_text.format(list=", ".join(correlations))],
+        paragraphs=[words.cause_text.format(list=words.comma.join(correlations))],
         file=files,
         version=found.version,
         commands=_commands(found.command, ablation.command),
@@ -388,6 +388,7 @@ def _cause(files: str, found: Specialization, ablation: Ablation, words: Words) 
 def _comparison(file: str, found: Comparison, words: Words) -> Section:
     names = [result.name for result in found.results]
     domains = list(found.documents)
+    shown = list(map(words.name, domains))
     text = words.comparison_text.format(
         documents=sum(found.documents.values()),
         text_bytes=sum(found.text_bytes.values()),
@@ -444,15 +445,15 @@ def _comparison(file: str, found: Comparison, words: Words) -> Section:
         if other.over_seeds is not None
     ]
     return Section(
-        title=words.comparison.format(models=", ".join(names)),
+        title=words.comparison.format(models=words.comma.join(names)),
         paragraphs=[text, _seen(found.held_out, domains, words), *over_seeds],
         file=file,
         version=found.version,
         commands=_commands(found.command),
         figures={
-            words.quality: charts.intervals({words.quality_axis: quality}, domains, zero=False),
+            words.quality: charts.intervals({words.quality_axis: quality}, shown, zero=False),
             words.difference.format(first=names[0]): charts.intervals(
-                {words.difference_axis: difference}, domains, zero=True
+                {words.difference_axis: difference}, shown, zero=True
             ),
             words.speed: charts.intervals(speed, names, zero=True),
         },
@@ -468,7 +469,7 @@ def _milliseconds(spread: Spread) -> Interval:
 
 
 def _study(file: str, found: Study, words: Words) -> Section:
-    cases = [summary.case for summary in found.summaries]
+    cases = [words.name(summary.case) for summary in found.summaries]
     measures = words.study_measures
     text = words.study_text.format(
         cases=len(cases), seeds=found.summaries[0].seeds, tokens=found.rows[0].tokens
@@ -477,7 +478,7 @@ def _study(file: str, found: Study, words: Words) -> Section:
     drawn = ("max_violation", "mutual_information", "tokens_per_second")
     rows = [
         [
-            summary.case,
+            words.name(summary.case),
             *(
                 f"{plain(summary.measures[m].value, 4)} ± {plain(_half(summary.measures[m]), 2)}"
                 for m in measures
@@ -485,9 +486,13 @@ def _study(file: str, found: Study, words: Words) -> Section:
         ]
         for summary in found.summaries
     ]
-    notes = [f"{summary.case}: {summary.note}." for summary in found.summaries if summary.note]
+    notes = [
+        words.note.format(case=words.name(summary.case), note=words.name(summary.note))
+        for summary in found.summaries
+        if summary.note
+    ]
     return Section(
-        title=words.study.format(name=found.study),
+        title=words.study.format(name=words.name(found.study)),
         paragraphs=[text, *notes],
         file=file,
         version=found.rows[0].version,

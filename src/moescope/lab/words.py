@@ -1,5 +1,6 @@
 """Everything that a report says, in English and in Chinese."""
 
+import re
 from dataclasses import dataclass
 from typing import Literal
 
@@ -70,6 +71,7 @@ class Words:
     study_text: str
     study_measures: dict[str, str]
     against: str
+    note: str
     # what a model asks of a machine
     plan: str
     plan_text: str
@@ -86,6 +88,15 @@ class Words:
     writing: str
     intensity: str
     flop_rate: str
+    comma: str
+    own: dict[str, str]
+    """Moescope's own domains, studies, cases and notes; others keep the names they were given."""
+
+    def name(self, given: str) -> str:
+        """What something is called that a file names; numbers in it stay."""
+        numbers = re.findall(r"\d+(?:\.\d+)?", given)
+        form = re.sub(r"\d+(?:\.\d+)?", "{}", given)
+        return self.own[form].format(*numbers) if form in self.own else given
 
 
 WORDS: dict[Language, Words] = {
@@ -177,6 +188,7 @@ WORDS: dict[Language, Words] = {
             "tokens_per_second": "tokens per second",
         },
         against="held-out loss minus that of {first}",
+        note="{case}: {note}.",
         plan="What it asks of a machine: {name}",
         plan_text="{total} parameters, {active} of them at work on a token ({share:.1%}). The "
         "cache holds {cache} a token; plain attention with the same heads would hold {plain}, "
@@ -221,6 +233,8 @@ WORDS: dict[Language, Words] = {
         writing="writing, token by token",
         intensity="operations for each byte that is read",
         flop_rate="GFLOP/s",
+        comma=", ",
+        own={},
     ),
     "zh": Words(
         title="专家们在做什么",
@@ -307,6 +321,7 @@ WORDS: dict[Language, Words] = {
             "tokens_per_second": "词元/秒",
         },
         against="保留文本损失减去 {first} 的损失",
+        note="{case}：{note}。",
         plan="对机器的要求：{name}",
         plan_text="共 {total} 参数，每个词元用到 {active}（{share:.1%}）。"
         "每个词元的缓存为 {cache}；同样的头若用普通注意力需要 {plain}，是其 {times:.1f} 倍。",
@@ -349,5 +364,37 @@ WORDS: dict[Language, Words] = {
         writing="逐词元生成",
         intensity="每读一字节的运算次数",
         flop_rate="GFLOP/s",
+        comma="、",
+        own={
+            "arithmetic": "算术",
+            "code": "代码",
+            "poetry": "诗词",
+            "prose": "散文小说",
+            "translation": "翻译",
+            "routers": "路由方式",
+            "granularity": "专家的粗细",
+            "shared": "共享专家",
+            "balance": "负载均衡",
+            "sigmoid, bias": "sigmoid，偏置",
+            "softmax, auxiliary loss": "softmax，辅助损失",
+            "softmax in groups": "softmax，分组",
+            "expert choice": "专家选词元",
+            "hash of the token": "词元哈希",
+            "random map": "随机映射",
+            "nothing": "无",
+            "bias": "偏置",
+            "bias and sequence loss": "偏置加序列损失",
+            "auxiliary loss {}": "辅助损失 {}",
+            "{} of {}": "选 {}，共 {}",
+            "{} shared, {} of {}": "共享 {}，选 {}，共 {}",
+            "experts per token are learned": "每词元的专家数由学习得来",
+            "an expert's choice depends on later tokens, so its loss is not that of generation": (
+                "专家的选择取决于后面的词元，所以这里的损失不等于生成时的损失"
+            ),
+            "trained with choices that see later tokens, judged with thresholds that do not": (
+                "训练时的选择看得到后面的词元，评测时按阈值选，看不到"
+            ),
+            "control: nothing is learned": "对照：路由器什么也不学",
+        },
     ),
 }

@@ -177,16 +177,27 @@ def _check(steering: Steering, config: ModelConfig, gates: dict[int, Router]) ->
         )
     experts, top_k = config.required("n_routed_experts"), steering.num_experts_per_tok
     if top_k is not None and not 1 <= top_k <= experts:
-        raise UserError(f"num_experts_per_tok is {top_k}; the model has 1 to {experts}")
+        raise UserError(
+            f"num_experts_per_tok is {top_k}; the model has 1 to {experts}",
+            "experts_asked",
+            n=top_k,
+            max=experts,
+        )
     for layer, expert in {*steering.bias, *steering.disabled, *steering.forced}:
         if layer not in gates:
             raise UserError(
                 f"expert {layer}:{expert} is in no layer with routed experts; those layers are "
-                f"{', '.join(map(str, gates))}"
+                f"{', '.join(map(str, gates))}",
+                "dense_layer",
+                layer=layer,
             )
         if not 0 <= expert < experts:
             raise UserError(
-                f"there is no expert {expert} in layer {layer}; its experts are 0 to {experts - 1}"
+                f"there is no expert {expert} in layer {layer}; its experts are 0 to {experts - 1}",
+                "no_expert",
+                layer=layer,
+                expert=expert,
+                last=experts - 1,
             )
     for layer in gates:
         if len({e for e in steering.disabled if e[0] == layer}) == experts:

@@ -288,12 +288,20 @@ class Reading:
         self._check(index, layer_idx)
         moe = moe_layers(self.model).get(layer_idx)
         if moe is None:
-            raise UserError(f"layer {layer_idx} is dense; it has no routed experts")
-        experts = moe.experts
-        if not 0 <= expert < experts.gate_up_proj.shape[0]:
             raise UserError(
-                f"there is no expert {expert}; layer {layer_idx} has experts 0 to "
-                f"{experts.gate_up_proj.shape[0] - 1}"
+                f"layer {layer_idx} is dense; it has no routed experts",
+                "dense_layer",
+                layer=layer_idx,
+            )
+        experts = moe.experts
+        last = experts.gate_up_proj.shape[0] - 1
+        if not 0 <= expert <= last:
+            raise UserError(
+                f"there is no expert {expert}; layer {layer_idx} has experts 0 to {last}",
+                "no_expert",
+                layer=layer_idx,
+                expert=expert,
+                last=last,
             )
         if isinstance(experts, NativeExperts):
             raise UserError(

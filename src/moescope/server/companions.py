@@ -2,15 +2,18 @@
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Literal, get_args
 
 from moescope.config import ModelConfig
 from moescope.errors import UserError
 from moescope.families import open_config
 from moescope.text.tokenizer import Tokenizer
 
-Role = Literal["dense", "unbalanced"]
-ROLES: tuple[Role, ...] = ("dense", "unbalanced")
+Role = Literal["dense", "large", "unbalanced"]
+"""`dense`, a twin without routed experts; `large`, one of as many parameters as the mixture has in
+all; `unbalanced`, a copy of the same shape that was trained without balancing.
+"""
+ROLES: tuple[Role, ...] = get_args(Role)
 
 
 @dataclass(frozen=True)
@@ -20,8 +23,7 @@ class Companion:
     Attributes:
         name: of its folder.
         folder: where it lies.
-        role: `dense`, a twin without routed experts; `unbalanced`, a copy of the same shape that
-            was trained without balancing, which only its folder's name can tell.
+        role: what it is to the other.
         problem: why it cannot be opened, in a sentence; None where nothing speaks against it.
     """
 
@@ -34,8 +36,8 @@ class Companion:
 def find_companions(folder: Path, config: ModelConfig, tokenizer: Tokenizer) -> list[Companion]:
     """Return the first companion of each role beside a model, by name.
 
-    A folder of another vocabulary or shape is none. One that is named `NAME-dense` or
-    `NAME-unbalanced` but cannot be read is one with a problem.
+    A folder of another vocabulary or shape is none. One that is named `NAME-` and a role but cannot
+    be read is one with a problem. What is no `dense` twin only its folder's name can tell.
 
     Args:
         folder: the model's own.
@@ -63,7 +65,7 @@ def _companion(
     if its_tokenizer.hash != tokenizer.hash or config.n_routed_experts is None:
         return None
     if its_config.n_routed_experts is None:
-        return Companion(path.name, path, "dense")
+        return Companion(path.name, path, "large" if named == "large" else "dense")
     if named == "unbalanced" and _routed_shape(its_config) == _routed_shape(config):
         return Companion(path.name, path, named)
     return None

@@ -7,7 +7,6 @@ from moescope.engine import thinking
 from moescope.lab.beside import ParameterCount
 from moescope.model.costs import count_parameters, kept_numbers, plain_numbers
 from moescope.server import schema
-from moescope.server.companions import Companion
 from moescope.text.tokenizer import Tokenizer
 
 
@@ -36,11 +35,6 @@ def reference_info(config: ModelConfig) -> schema.ReferenceInfo:
         context=config.max_position_embeddings,
         cache=cache_info(config),
     )
-
-
-def companion_info(companion: Companion) -> schema.CompanionInfo:
-    """A model that can be shown beside another."""
-    return schema.CompanionInfo(name=companion.name, role=companion.role, problem=companion.problem)
 
 
 def parameter_count(config: ModelConfig) -> ParameterCount:

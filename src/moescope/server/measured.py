@@ -1,5 +1,6 @@
 """What was measured of a model before: files that lie beside its weights."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 from moescope.errors import UserError
@@ -38,6 +39,24 @@ def history_kept(folder: Path | None) -> History | None:
     if file is None:
         return None
     return History.from_file(file) if file.name == HISTORY_FILE else history_of(file.parent)
+
+
+def held_out_losses(folders: Sequence[Path | None]) -> dict[str, list[float]]:
+    """Nats a token of each domain's held-out text at the end of each one's training.
+
+    Empty where a history was not kept, or the trainings had other domains.
+    """
+    found: list[dict[str, float]] = []
+    for folder in folders:
+        try:
+            history = history_kept(folder)
+        except UserError:
+            history = None
+        rows = [] if history is None else [row for row in history.rows if row.held_out]
+        found.append(rows[-1].held_out if rows else {})
+    if any(losses.keys() != found[0].keys() for losses in found):
+        return {}
+    return {domain: [losses[domain] for losses in found] for domain in found[0]}
 
 
 def training_steps(folder: Path | None) -> int | None:

@@ -18,7 +18,8 @@ from moescope.scope.cards import Card
 from moescope.scope.detail import ExpertDetail
 from moescope.scope.history import TrainingRow
 from moescope.scope.specialization import TypicalToken
-from moescope.scope.steps import TokenStep
+from moescope.scope.steps import End, TokenStep
+from moescope.server.companions import Role
 
 Language = Literal["zh", "en"]
 LANGUAGES: tuple[Language, ...] = ("zh", "en")
@@ -152,16 +153,10 @@ class Example(Message):
 
 
 class CompanionInfo(Message):
-    """A model that can be shown beside the page's own.
-
-    Attributes:
-        role: `dense`, a twin without routed experts; `unbalanced`, a copy trained without
-            balancing.
-        problem: why it cannot be opened, in a sentence; None where nothing speaks against it.
-    """
+    """A model that can be shown beside the page's own: a `Companion`, but where it lies."""
 
     name: str
-    role: Literal["dense", "unbalanced"]
+    role: Role
     problem: str | None
 
 
@@ -234,18 +229,10 @@ class TokenEvent(Message):
 
 
 class EndEvent(Message):
-    """The text has ended.
-
-    Attributes:
-        finish_reason: "stop" at an end token, "length" at `max_tokens` or the context's end.
-        seconds: of making the new tokens.
-    """
+    """The text has ended."""
 
     type: Literal["end"] = "end"
-    finish_reason: Literal["stop", "length"]
-    prompt_tokens: int
-    new_tokens: int
-    seconds: float
+    end: End
 
 
 class ErrorEvent(Message):
@@ -390,9 +377,15 @@ class DenseRequest(Message):
 
 
 class DenseAnswer(Message):
-    """The mixture first, then its twin."""
+    """The mixture first, then its dense twin, then a large one where there is one.
+
+    Attributes:
+        held_out: nats a token of each domain's held-out text when the training of each of them
+            ended, in the same order; empty where one's history was not kept.
+    """
 
     contestants: list[Contestant]
+    held_out: dict[str, list[float]]
 
 
 # --- POST /api/unbalanced: a copy trained without balancing beside it -----------------------------

@@ -24,7 +24,6 @@ from moescope.server import schema
 from moescope.server.companions import Companion, Role, find_companions
 from moescope.server.described import (
     cache_info,
-    companion_info,
     layer_info,
     parameter_count,
     reference_info,
@@ -32,6 +31,7 @@ from moescope.server.described import (
 )
 from moescope.server.examples import examples, hero_text, question_form
 from moescope.server.measured import (
+    held_out_losses,
     history_file,
     history_kept,
     specialization_of,
@@ -155,7 +155,7 @@ class Studio:
             parameters=parameter_count(config),
             cache=cache_info(config),
             reference=reference_info(catalog()[REFERENCE].config),
-            companions=[companion_info(c) for c in self.companions],
+            companions=[schema.CompanionInfo.model_validate(c) for c in self.companions],
             has_training=self._has_training,
             watching=self.watching is not None,
             traffic=self.traffic is not None,
@@ -231,12 +231,7 @@ class Studio:
         try:
             for step in stream(engine, ids, params, request.known, self.parts):
                 if isinstance(step, End):
-                    yield schema.EndEvent(
-                        finish_reason=step.finish_reason,
-                        prompt_tokens=step.prompt_tokens,
-                        new_tokens=step.new_tokens,
-                        seconds=step.seconds,
-                    )
+                    yield schema.EndEvent(end=step)
                 else:
                     yield schema.TokenEvent(step=step)
         finally:
@@ -266,14 +261,18 @@ class Studio:
         return schema.ExpertAnswer(work=work, typical=typical, domains=domains)
 
     def dense(self, request: schema.DenseRequest) -> schema.DenseAnswer:
-        """The same ids to this model and to its dense twin.
+        """The same ids to this model and to its dense twins.
 
         Raises:
             UserError: there is no such twin, or as for `generate`.
         """
-        twin = self._open(self._companion("dense", "dense twin"))
-        engines = {model.name: model.engine for model in (self.model, twin)}
-        return schema.DenseAnswer(contestants=beside(engines, self._ids(request)))
+        twins = [self._companion("dense", "dense twin")]
+        twins += [c for c in self.companions if c.role == "large" and c.problem is None]
+        engines = {m.name: m.engine for m in (self.model, *map(self._open, twins))}
+        return schema.DenseAnswer(
+            contestants=beside(engines, self._ids(request)),
+            held_out=held_out_losses([self.folder, *(twin.folder for twin in twins)]),
+        )
 
     def unbalanced(self, request: schema.UnbalancedRequest) -> schema.UnbalancedAnswer:
         """How the copy that was trained without balancing spreads a text over its experts.

@@ -1,6 +1,6 @@
 /** The server's answers, typed. Every failure becomes an `ApiError` with one sentence. */
 import { EventSourceParserStream } from 'eventsource-parser/stream';
-import { t, type Key, type Language } from './i18n.svelte';
+import { nth, t, type Key, type Language } from './i18n.svelte';
 import errors from '../messages/en/errors';
 import type {
   AnswerRequest,
@@ -126,11 +126,34 @@ export function isAbort(error: unknown): boolean {
 }
 
 async function get<T>(path: string, signal?: AbortSignal): Promise<T> {
-  return answerOf<T>(await send(path, signal));
+  return counted(async () => answerOf<T>(await send(path, signal)));
 }
 
 async function post<T>(path: string, body: object, signal?: AbortSignal): Promise<T> {
-  return answerOf<T>(await send(path, signal, body));
+  return counted(async () => answerOf<T>(await send(path, signal, body)));
+}
+
+/** Questions that have no answer yet; streams are none. */
+let asked = 0;
+
+async function counted<T>(question: () => Promise<T>): Promise<T> {
+  asked += 1;
+  try {
+    return await question();
+  } finally {
+    asked -= 1;
+  }
+}
+
+/** Milliseconds in which what an answer brought asks no more, and those that answers may take. */
+const SILENCE = 250;
+const PATIENCE = 10_000;
+
+/** Resolves when all that was asked is answered. */
+export async function answered(): Promise<void> {
+  const end = Date.now() + PATIENCE;
+  for (let quiet = 0; quiet < SILENCE && Date.now() < end; quiet = asked === 0 ? quiet + 50 : 0)
+    await new Promise((resolve) => setTimeout(resolve, 50));
 }
 
 async function send(path: string, signal?: AbortSignal, body?: object): Promise<Response> {
@@ -171,7 +194,9 @@ async function answerOf<T>(response: Response): Promise<T> {
 
 /** What the server refused, in the reader's language where the page knows the sentence. */
 export function told({ message, code, values }: ErrorEvent): string {
-  return code in errors ? t(`errors.${code}` as Key, values) : t('common.told', { message });
+  if (!(code in errors)) return t('common.told', { message });
+  const { layer } = values;
+  return t(`errors.${code}` as Key, typeof layer === 'number' ? { ...values, layer: nth(layer) } : values);
 }
 
 const isMistake = (answer: unknown): answer is ErrorEvent =>

@@ -13,18 +13,22 @@ const catalogues: Record<Language, Catalogue> = { en, zh };
 
 export const i18n = $state({ language: servedLanguage() });
 
-/** The message of a key, with `{name}` filled in; numbers are written as the language does. */
+/**
+ * The message of a key, with `{name}` filled in; numbers are written as the language does.
+ * `{name?one:many}` is the first word for 1 and else the second.
+ */
 export function t(key: Key, values: Values = {}): string {
   const [section, name] = key.split('.') as [keyof Catalogue, never];
   const message: string = catalogues[i18n.language][section][name];
-  const said = message.replace(/\{(\w+)\}/g, (_, field: string) => {
+  const said = message.replace(/\{(\w+)(?:\?([^:}]*):([^}]*))?\}/g, (_, field: string, one?: string, many?: string) => {
     const value = values[field];
+    if (one !== undefined) return value === 1 ? one : many!;
     return typeof value === 'number' ? formatNumber(value) : String(value);
   });
   return said.replace(/([万亿]) (?=\p{Script=Han})/gu, '$1'); // 3000万个, not 3000万 个
 }
 
-/** A layer as people count, from 1; addresses and requests count from 0, as the model's files do. */
+/** A layer or a head as people count, from 1; addresses and requests count from 0, as the model's files do. */
 export const nth = (layer: number): number => layer + 1;
 
 /** Sentences one after the other; Chinese has no space between them. */

@@ -1,6 +1,6 @@
 /** A continuation, shown token by token: the model is faster than the eye. */
 import { ApiError, generate, told } from './api';
-import type { EndEvent, GenerateRequest, TokenStep } from './types';
+import type { End, GenerateRequest, TokenStep } from './types';
 
 /** Milliseconds between two tokens. */
 const PACE = { prompt: 25, made: 110 };
@@ -10,7 +10,7 @@ interface Listener {
   listening: () => boolean;
   /** `inPrompt` tells whether the reader gave the token, as far as this request knows. */
   onToken: (step: TokenStep, inPrompt: boolean) => void;
-  onEnd: (event: EndEvent) => void;
+  onEnd: (end: End) => void;
 }
 
 /** Stream a continuation and show it; resolves when all is shown. */
@@ -32,7 +32,7 @@ export async function playBack(
     request,
     (event) => {
       if (event.type === 'error') failure = new ApiError(told(event));
-      else if (event.type === 'end') enqueue(0, () => onEnd(event));
+      else if (event.type === 'end') enqueue(0, () => onEnd(event.end));
       else {
         const inPrompt = fresh && event.step.in_prompt;
         enqueue(inPrompt ? PACE.prompt : PACE.made, () => onToken(event.step, inPrompt));

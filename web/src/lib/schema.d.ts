@@ -812,12 +812,7 @@ export interface components {
         };
         /**
          * CompanionInfo
-         * @description A model that can be shown beside the page's own.
-         *
-         *     Attributes:
-         *         role: `dense`, a twin without routed experts; `unbalanced`, a copy trained without
-         *             balancing.
-         *         problem: why it cannot be opened, in a sentence; None where nothing speaks against it.
+         * @description A model that can be shown beside the page's own: a `Companion`, but where it lies.
          */
         CompanionInfo: {
             /** Name */
@@ -826,7 +821,7 @@ export interface components {
              * Role
              * @enum {string}
              */
-            role: "dense" | "unbalanced";
+            role: "dense" | "large" | "unbalanced";
             /** Problem */
             problem: string | null;
         };
@@ -899,11 +894,19 @@ export interface components {
         };
         /**
          * DenseAnswer
-         * @description The mixture first, then its twin.
+         * @description The mixture first, then its dense twin, then a large one where there is one.
+         *
+         *     Attributes:
+         *         held_out: nats a token of each domain's held-out text when the training of each of them
+         *             ended, in the same order; empty where one's history was not kept.
          */
         DenseAnswer: {
             /** Contestants */
             contestants: components["schemas"]["Contestant"][];
+            /** Held Out */
+            held_out: {
+                [key: string]: number[];
+            };
         };
         /**
          * DenseRequest
@@ -922,20 +925,15 @@ export interface components {
             ids: number[] | null;
         };
         /**
-         * EndEvent
-         * @description The text has ended.
+         * End
+         * @description How a text ended.
          *
          *     Attributes:
          *         finish_reason: "stop" at an end token, "length" at `max_tokens` or the context's end.
-         *         seconds: of making the new tokens.
+         *         prompt_tokens, new_tokens: how many there are.
+         *         seconds: that reading and making the new tokens took, without describing them.
          */
-        EndEvent: {
-            /**
-             * Type
-             * @default end
-             * @constant
-             */
-            type: "end";
+        End: {
             /**
              * Finish Reason
              * @enum {string}
@@ -947,6 +945,19 @@ export interface components {
             new_tokens: number;
             /** Seconds */
             seconds: number;
+        };
+        /**
+         * EndEvent
+         * @description The text has ended.
+         */
+        EndEvent: {
+            /**
+             * Type
+             * @default end
+             * @constant
+             */
+            type: "end";
+            end: components["schemas"]["End"];
         };
         /**
          * ErrorEvent

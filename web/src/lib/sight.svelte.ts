@@ -24,12 +24,23 @@ export function watchSight(element: Element, tell: (inSight: boolean) => void): 
 /** Tells whether the station is in sight, so that what costs much is asked for only then. */
 export const useSight = () => getContext<() => boolean>(SIGHT);
 
-/** Tells whether the station has been in sight, so that what stays is asked for once. */
+/** Milliseconds without a playing text after which what was never in sight is asked for, too. */
+const AT_REST = 4000;
+
+/**
+ * Tells whether the station has been in sight, so that what stays is asked for once.
+ *
+ * A reader who has all of the page at rest before them may print it.
+ */
 export function useSeen(): () => boolean {
+  const app = useApp();
   const inSight = useSight();
   let seen = $state(false);
   $effect(() => {
     if (inSight()) seen = true;
+    if (seen || app.status === 'playing') return;
+    const timer = setTimeout(() => (seen = true), AT_REST);
+    return () => clearTimeout(timer);
   });
   return () => seen;
 }

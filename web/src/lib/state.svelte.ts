@@ -1,7 +1,7 @@
 /** The page's one state: what was typed, what the model answered, and what the reader chose. */
 import { untrack } from 'svelte';
 import { keepAddress, takeOver } from './address.svelte';
-import { ApiError, getModel, getStart, isAbort, knock, serverGone, trace } from './api';
+import { answered, ApiError, getModel, getStart, isAbort, knock, serverGone, trace } from './api';
 import { setApp } from './context';
 import { Details } from './details.svelte';
 import { i18n, t, type Language } from './i18n.svelte';
@@ -12,7 +12,7 @@ import { Specialists } from './specialists.svelte';
 import { isSteered, NO_STEERING, toggled } from './steering';
 import type {
   CompanionInfo,
-  EndEvent,
+  End,
   GenerateRequest,
   ModelInfo,
   SamplingRequest,
@@ -46,7 +46,6 @@ export class AppState {
   promptTokens: number = $state(0);
   status: Status = $state('idle');
   error: string | null = $state(null);
-  endEvent: EndEvent | null = $state.raw(null);
 
   selected: number = $state(0);
   layer: number = $state(0);
@@ -64,6 +63,9 @@ export class AppState {
   folded: string[] = $state.raw([]);
   /** What single stations are set to; it stands in the address, too. */
   local: Local = $state.raw({});
+
+  /** Whether all stations count as in sight, because the whole page is wanted. */
+  whole: boolean = $state(false);
 
   /** Whether the server wants a key that the page does not have. */
   locked: boolean = $state(false);
@@ -87,7 +89,7 @@ export class AppState {
   /** The selected token. */
   current: TokenStep | null = $derived(this.steps[this.selected] ?? null);
   /** The model's name without the folders that lead to it. */
-  modelName: string = $derived(this.model?.name.split(/[\\/]/).at(-1) ?? '');
+  modelName: string = $derived(this.model?.name.split(/[\\/]/).at(-1)?.replace(/\.gguf$/i, '') ?? '');
   moeLayers: number[] = $derived(
     (this.model?.layers ?? []).flatMap((layer, index) => (layer.kind === 'moe' ? [index] : [])),
   );
@@ -202,7 +204,6 @@ export class AppState {
     this.pause();
     if (this.steps.length <= this.promptTokens) return;
     this.steps = this.steps.slice(0, -1);
-    this.endEvent = null;
     this.status = 'paused';
     this.select(this.steps.length - 1);
   }
@@ -324,7 +325,6 @@ export class AppState {
     this.shownPrompt = prompt;
     this.promptTokens = promptTokens;
     this.steps = steps.map((step) => ({ ...step, in_prompt: step.index < this.promptTokens }));
-    this.endEvent = null;
     this.status = 'paused';
   }
 
@@ -336,8 +336,7 @@ export class AppState {
       const run = this.#newRun();
       this.#traced = this.steering;
       this.status = 'playing';
-      this.endEvent = null;
-      this.select(this.steps.length - 1);
+        this.select(this.steps.length - 1);
       const { prompt, sampling, steering } = this;
       const text = fresh
         ? { prompt: prompt.toWellFormed() }
@@ -350,7 +349,7 @@ export class AppState {
             if (step.index === 0) this.#clear(prompt);
             this.#append({ ...step, in_prompt: inPrompt });
           },
-          onEnd: (event) => this.#end(event),
+          onEnd: (end) => this.#end(end),
         },
         run.signal,
       );
@@ -372,12 +371,11 @@ export class AppState {
     if (following) this.select(this.steps.length - 1);
   }
 
-  #end(event: EndEvent): void {
-    this.endEvent = event;
+  #end({ finish_reason }: End): void {
     // After the end token nothing is left to explain: the reader looks at the last word.
-    const atEnd = event.finish_reason === 'stop' && this.selected === this.steps.length - 1;
+    const atEnd = finish_reason === 'stop' && this.selected === this.steps.length - 1;
     if (atEnd && this.steps.at(-1)?.special) this.select(this.steps.length - 2);
-    this.status = event.finish_reason === 'stop' ? 'ended' : 'paused';
+    this.status = finish_reason === 'stop' ? 'ended' : 'paused';
     this.#run = null;
   }
 
@@ -426,6 +424,17 @@ export class AppState {
       this.error = this.locked ? null : error.message;
       this.status = this.locked ? 'idle' : 'error';
       this.#run = null;
+    }
+  }
+
+  /** Have all stations ask for what they ask for in sight, and do something when it is there. */
+  async withAll(task: () => void): Promise<void> {
+    this.whole = true;
+    try {
+      await answered();
+      task();
+    } finally {
+      this.whole = false;
     }
   }
 

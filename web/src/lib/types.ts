@@ -17,6 +17,7 @@ export type TokenStep = Schemas['TokenStep'];
 export type GenerateRequest = Schemas['GenerateRequest'];
 export type TokenEvent = Schemas['TokenEvent'];
 export type EndEvent = Schemas['EndEvent'];
+export type End = Schemas['End'];
 export type ErrorEvent = Schemas['ErrorEvent'];
 export type GenerateEvent = TokenEvent | EndEvent | ErrorEvent;
 export type TextRequest = Schemas['TextRequest'];

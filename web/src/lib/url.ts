@@ -1,5 +1,6 @@
 /** The state in the address: short names, left out where nothing was changed. */
 import type { Language } from './i18n.svelte';
+import declared from './declared.json';
 import { MAX_TOKENS, MOST_TOKENS } from './limits';
 import { MAX_NOISE, NO_STEERING, RULES } from './steering';
 import type { ExpertBias, ExpertId, SamplingRequest, SteeringRequest } from './types';
@@ -49,6 +50,18 @@ const SAMPLING = {
   presence_penalty: 'presence',
   seed: 'seed',
 } as const;
+/** What they may be, as the server declares it; a seed may be any whole number from 0 on. */
+const RANGES: Record<keyof SamplingRequest, Range> = {
+  ...declared.sampling,
+  seed: { least: 0, most: null, open: false, whole: true },
+};
+interface Range {
+  least: number;
+  most: number | null;
+  /** Whether the least number itself is left out. */
+  open: boolean;
+  whole: boolean;
+}
 /** Stands for a rule that the model has and the reader switched off. */
 const OFF = 'off';
 
@@ -98,13 +111,15 @@ export function readUrl(search: string): UrlState {
     return value !== null && Number.isInteger(value) ? value : null;
   };
   const list = (name: string) => (query.get(name) ?? '').split(',').filter(Boolean);
-  /** Fields that are said, with those that are said to be off. */
-  const sampling = (fields: { [Field in keyof SamplingRequest]: number | null }) =>
-    Object.fromEntries(
-      Object.entries(fields).filter(
-        ([name, value]) => value !== null || query.get(SAMPLING[name as keyof typeof SAMPLING]) === OFF,
-      ),
-    ) as Partial<SamplingRequest>;
+  /** A field of sampling; null where it is off, undefined where nothing that makes sense is said. */
+  const sampled = (field: keyof SamplingRequest): number | null | undefined => {
+    const name = SAMPLING[field];
+    if (query.get(name) === OFF) return null;
+    const { least, most, open, whole } = RANGES[field];
+    const value = (whole ? integer : number)(name, least, most ?? undefined);
+    return value === null || (open && value === least) ? undefined : value;
+  };
+  const fields = Object.keys(SAMPLING) as (keyof SamplingRequest)[];
   const language = query.get('lang');
   const ids = (query.get('ids') ?? '').split('.').filter(Boolean).map(Number);
   return {
@@ -130,16 +145,9 @@ export function readUrl(search: string): UrlState {
       disabled: list('off').flatMap(parseExpert),
       forced: list('force').flatMap(parseExpert),
     },
-    sampling: sampling({
-      temperature: number('temperature', 0, 100),
-      top_k: integer('top-k', 1),
-      top_p: number('top-p', 1e-9, 1),
-      min_p: number('min-p', 0, 1),
-      repetition_penalty: number('repetition', 1e-9, 100),
-      frequency_penalty: number('frequency', -2, 2),
-      presence_penalty: number('presence', -2, 2),
-      seed: integer('seed'),
-    }),
+    sampling: Object.fromEntries(
+      fields.map((field) => [field, sampled(field)]).filter(([, value]) => value !== undefined),
+    ) as Partial<SamplingRequest>,
   };
 }
 

@@ -16,7 +16,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from moescope.errors import UserError
+from moescope.errors import UserError, counted
 from moescope.formats.gguf.container import GgufFile, damaged
 from moescope.formats.gguf.generation import generation_defaults
 from moescope.formats.gguf.metadata import IN_LAYER, Fields, architecture_of, model_config
@@ -249,7 +249,7 @@ class GgufModel:
         )
         if surprising:
             raise UserError(
-                f"{self._path} holds {len(surprising)} tensors that moescope's "
+                f"{self._path} holds {counted(len(surprising), 'tensor')} that moescope's "
                 f"{self.config.model_type} has no place for, such as {surprising[0]}"
             )
 

@@ -1,7 +1,7 @@
 export default {
   title: 'What does it look back at?',
   sentence: 'Before it meets the experts, the token gathers what it needs from the tokens before it.',
-  heads: 'Whose view',
+  heads: 'Attention head',
   mean: 'all heads, averaged',
   head: 'head {n}',
   count: '{n} heads',

@@ -2,7 +2,7 @@ export default {
   title: 'Is the work shared fairly?',
   sentence: 'Every expert should be busy, and each with its own kind of text.',
   text: 'Which text',
-  own: 'Your text ({n} tokens)',
+  own: 'Your text ({n} {n?token:tokens})',
   besideCopy: 'Beside it: a copy trained without balancing',
   besideWithoutBias: 'Beside it: this model without its balancing bias',
   balanced: 'This model: trained with balancing',
@@ -28,5 +28,6 @@ export default {
   broken: 'The copy trained without balancing cannot be opened: {problem}',
   explain:
     'MaxVio is by how much the busiest expert of a layer exceeds an even share: 0 is even, 1 is twice as much. In training, an expert with too much work has its bias lowered a little after every step, and one with too little has it raised. The bias moves the choice, not the weights, so no second loss disturbs what is learned. A short text never fills all experts; the kinds of text are measured on much more.',
-  information: 'Bits that an expert tells about the kind of text, by layer:',
+  information: 'Bits that an expert tells about the kind of text:',
+  ofLayer: 'layer {layer} {bits}',
 };

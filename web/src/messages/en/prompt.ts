@@ -1,6 +1,6 @@
 export default {
-  title: 'Watch a mixture of experts think',
-  sentence: 'Write something and press play. The model goes on, and every picture shows what it computes, now.',
+  title: 'Try it yourself',
+  sentence: 'Write something and press play. The model goes on, and every picture below shows what it is computing.',
   label: 'Your text',
   length: 'Tokens to write',
   examples: 'Examples',

@@ -8,6 +8,6 @@ export default {
   gpu: 'One H100',
   node: 'Eight H200',
   denseTwin: 'A dense model as large as {name}',
-  note: 'A bound from memory bandwidth alone (makers’ figures), where all weights fit; 671 billion need 671 GB, so R1 fits on the last machine only, or in a server with much memory. Many texts at once share what is read, so a service makes far more tokens in all. On processors, libraries such as oneDNN and kernels like moescope’s own bring the arithmetic up to that bound.',
+  note: 'A bound from memory bandwidth alone (makers’ figures). In brackets: the weights do not fit there; R1’s need 671 GB. Many texts at once share what is read, so a service makes far more tokens in all. On processors, libraries such as oneDNN and kernels like moescope’s own bring the arithmetic up to that bound.',
   offered: 'DeepSeek-R1 is open and offered by many as a service, NVIDIA NIM, Fireworks and Cerebras among them: slower or faster, dearer or cheaper, by the machines they have. “moescope plan” computes this for your machine.',
 };

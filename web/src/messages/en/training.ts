@@ -9,7 +9,7 @@ export default {
   drift: 'An expert of layer {layer} spends {share} of its work on its favourite kind of text ({even} would be no favourite).',
   columns: 'Experts as columns of the kinds of text they work on',
   column: 'One column is one expert, coloured by the text it works on:',
-  experts: '{n} experts',
+  experts: '{n} {n?expert:experts}',
   chart: 'Loss and balance over the steps of the training',
   loss: 'Loss, nats a token (grey: training, coloured: unseen)',
   balance: 'Imbalance of work (blue: mean, grey: each layer)',

@@ -17,6 +17,11 @@ const zh: typeof en = {
   picture_too_long: '这段文字有 {n} 个词元，最多 {max} 个能画成图。',
   page_busy: '正在为其他访客生成文字，请稍后再试。',
   no_experts: '这个模型没有路由专家，所以没有路由器可改。',
+  memory_full: '这段文字有 {n} 个词元，内存只放得下 {max} 个。请缩短一些。',
+  unknown_token: '这个链接里有编号 {id} 的词元，而模型只认得 {n} 个；链接是用别的模型做的。',
+  experts_asked: '要求每个词元请 {n} 位专家，而这里只能请 1 到 {max} 位。',
+  dense_layer: '第 {layer} 层没有路由专家。',
+  no_expert: '第 {layer} 层没有专家 {expert}，编号是 0 到 {last}。',
   all_disabled: '第 {layer} 层的 {n} 位专家全关掉了，至少要留一位。',
   off_and_forced: '第 {layer} 层专家 {expert} 既被关掉又被强制启用，只能选一样。',
 };

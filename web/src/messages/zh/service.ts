@@ -10,7 +10,7 @@ const zh: typeof en = {
   gpu: '一块 H100',
   node: '八块 H200',
   denseTwin: '与 {name} 同样大的稠密模型',
-  note: '只按内存带宽（厂商数据）估的上限，前提是装得下：6710 亿个参数要 671 GB，R1 只有最后一种机器或大内存服务器放得下。许多段文字一起算，读一遍大家用，所以线上服务的总速度高得多。在处理器上，oneDNN 这类库和 moescope 自己的内核负责让计算跟上这个上限。',
+  note: '只按内存带宽（厂商数据）估的上限。括号里的是装不下的：R1 的参数要占 671 GB。许多段文字一起算，读一遍大家用，所以线上服务的总速度高得多。在处理器上，oneDNN 这类库和 moescope 自己的内核负责让计算跟上这个上限。',
   offered: 'DeepSeek-R1 是开放的，许多平台拿它提供服务，如 NVIDIA NIM、Fireworks、Cerebras；快慢贵贱，看各家的机器。“moescope plan”可以按你的机器来算。',
 };
 export default zh;
