@@ -231,7 +231,7 @@ def test_a_tensor_of_another_shape_is_named_with_both_shapes(folder: Path) -> No
 
 def test_a_tensor_that_no_part_of_the_network_takes_is_named(folder: Path) -> None:
     rewrite(folder, lambda tensors: tensors.update({"model.layers.1.extra": torch.ones(2)}))
-    refused(folder, "holds 1 tensors that a deepseek_v3 model .* such as model.layers.1.extra")
+    refused(folder, "holds 1 tensor that a deepseek_v3 model .* such as model.layers.1.extra")
 
 
 def test_a_missing_shard_is_named(network: CausalLM, tmp_path: Path) -> None:
