@@ -1,6 +1,6 @@
-"""How often is a letter in a word? The level is half the word's length, rounded down: 1 to 5.
+"""How often is a letter in a word? The level is half the word's length, rounded down: 1 to 4.
 
-Words of 8 letters and more are longer than any in the text.
+Words of 7 letters and more are longer than any in the text.
 """
 
 import random
@@ -8,7 +8,7 @@ import random
 from moescope.training.rl.tasks import Problem, graded
 
 LETTERS = "aeinrst"
-SHORTEST, LONGEST = 2, 11
+SHORTEST, LONGEST = 2, 9
 
 
 def word_of(rng: random.Random, length: int) -> tuple[str, str]:

@@ -26,7 +26,7 @@ from moescope.training.rl.tasks import Problem, Tasks
 HERE = Path(__file__).parent
 PROBLEMS, SAMPLES, MOST_VOTES = 16, 16, 32
 """Problems of each level, answers to each, and votes that are counted at most."""
-MAX_TOKENS = 64
+MAX_TOKENS = 48
 AT_ONCE = 256
 SEED = "measured"
 

@@ -1,10 +1,10 @@
-"""Sums of two numbers of 1 to 5 digits; those of 5 digits are longer than any in the text."""
+"""Sums of two numbers of 1 to 4 digits; those of 4 digits are longer than any in the text."""
 
 import random
 
 from moescope.training.rl.tasks import Problem, graded
 
-MOST_DIGITS = 5
+MOST_DIGITS = 4
 
 
 def sample(rng: random.Random) -> Problem:

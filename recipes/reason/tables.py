@@ -12,7 +12,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from scipy.stats import t as student
+from moescope.scope.resampling import t_interval
 
 STAGES = {
     "base": "pretrained",
@@ -63,11 +63,10 @@ def mean_of(row: Row, name: str) -> float:
 
 def interval(values: Sequence[float]) -> dict[str, float]:
     """Return the mean, and how far the interval reaches on either side of it."""
-    mean, count = statistics.fmean(values), len(values)
-    if count < 2:
-        return {"mean": mean, "half": math.nan, "seeds": count}
-    error = statistics.stdev(values) / math.sqrt(count)
-    return {"mean": mean, "half": float(student.ppf(0.975, count - 1)) * error, "seeds": count}
+    if len(values) < 2:
+        return {"mean": values[0], "half": math.nan, "seeds": 1}
+    told = t_interval(values)
+    return {"mean": told.value, "half": told.high - told.value, "seeds": len(values)}
 
 
 def summarised(rows: Sequence[Row]) -> dict[str, dict[str, float]]:

@@ -1,7 +1,7 @@
 """Write the text of the small models: `python recipes/reason/text.py --out data/reason`.
 
-`text/` is for pretraining: sums of 1 to 4 digits and letters in words of 2 to 7, each answered in
-one of several ways (`chains.py`), most of them at once or not well. `cold/` is for a cold start:
+`text/` is for pretraining: sums of 1 to 3 digits and letters in words of 2 to 6, each answered in
+one of several ways (`chains.py`), half of them at once or not well. `cold/` is for a cold start:
 a few hundred chats with the best way alone.
 """
 
@@ -14,10 +14,10 @@ from pathlib import Path
 import chains
 import letters
 
-DOCUMENTS = {"train": 60_000, "held_out": 1_000}
+DOCUMENTS = {"train": 80_000, "held_out": 1_000}
 """Of each task."""
 COLD = {"train": 150, "held_out": 50}
-MOST_DIGITS, LONGEST_WORD = 4, 7
+MOST_DIGITS, LONGEST_WORD = 3, 6
 Maker = Callable[[random.Random, bool], tuple[str, str]]
 
 

@@ -17,6 +17,8 @@ from moescope.engine.sampling import SamplingParams
 from moescope.model.costs import count_parameters
 from moescope.scope.detail import Reading
 from moescope.scope.history import History
+from moescope.scope.reasoning import FILE as REASONING
+from moescope.scope.reasoning import ReasoningHistory
 from moescope.scope.steps import read
 from moescope.server.examples import question_form
 
@@ -227,6 +229,38 @@ def check_training(page, engine: Model, _: str) -> None:
     assert sizes == [n for n in favourite if n]
 
 
+def check_reasoning(page, engine: Model, _: str) -> None:
+    history = ReasoningHistory.from_file(REASONING)
+    section = station(page, "reasoning")
+    section.get_by_test_id("reasoning-path").wait_for()
+    for stage in history.stages:
+        for box in section.get_by_test_id(f"reasoning-stage-{stage.name}").all():
+            low, high = (stage.one.mean + side * (stage.one.half or 0) for side in (-1, 1))
+            range_ = {percent(max(0, low)), percent(min(1, high))} if stage.one.half else set()
+            shown = numbers(box) - {"16"}
+            assert shown == {percent(stage.one.mean), percent(stage.any.mean), *range_}
+    for run in history.runs:
+        section.get_by_test_id(f"reasoning-run-{run.name}").click()
+        for place in (0, len(run.snapshots) - 1):
+            set_slider(page, "reasoning-step", place)
+            snapshot = run.snapshots[place]
+            right = sum(answer.reward >= 1 for answer in snapshot.answers)
+            told = numbers(section.get_by_test_id("reasoning-told"))
+            assert told == {str(snapshot.step), str(right), str(len(history.questions))}
+            marks = section.get_by_test_id("reasoning-question").all_text_contents()
+            assert marks.count("✓") == right and len(marks) == len(history.questions)
+        question = section.get_by_test_id("reasoning-question").nth(5)
+        question.click()
+        asked = [q.text for q in history.questions].index(question.get_attribute("title"))
+        items = section.get_by_test_id("reasoning-answers").locator("> li").all()
+        for item, snapshot in zip(items, run.snapshots, strict=True):
+            answer = snapshot.answers[asked]
+            said = re.sub(r"</?think>", " ", answer.text).split()
+            assert re.sub(r"[·→✓✗]", " ", item.locator(".text").inner_text()).split() == said
+            assert ("✓" in item.inner_text()) == (answer.reward >= 1)
+            assert str(answer.tokens) in item.inner_text()
+
+
 CHECKS: dict[str, Callable[[Any, Model, str], None]] = {
     "language": check_language,
     "steps": check_steps,
@@ -236,6 +270,7 @@ CHECKS: dict[str, Callable[[Any, Model, str], None]] = {
     "service": check_service,
     "thinking": check_thinking,
     "training": check_training,
+    "reasoning": check_reasoning,
 }
 
 
@@ -308,6 +343,10 @@ def fewer_experts(told: dict[str, Any]) -> None:
             del layer["topk_ids"][:1], layer["topk_weights"][:1]
 
 
+def other_answers(told: dict[str, Any]) -> None:
+    told["runs"][0]["snapshots"][0]["answers"].reverse()
+
+
 WRONG = {
     "language": spoil_start(lambda model: model["layers"].append(model["layers"][-1])),
     "steps": spoil_start(one_more("hidden_size")),
@@ -316,6 +355,7 @@ WRONG = {
     "context": spoil_start(one_more("kept", "cache")),
     "service": spoil_start(one_more("active", "parameters")),
     "thinking": spoil_stream(another_expert),
+    "reasoning": spoil("reasoning", other_answers),
     "training": spoil("training", lambda told: [one_more("loss")(r) for r in told["rows"]]),
 }
 

@@ -17,6 +17,8 @@ from moescope.api import Model, sampling_params
 from moescope.checkpoint import save_weights
 from moescope.model.costs import count_parameters
 from moescope.scope.detail import Reading
+from moescope.scope.reasoning import FILE as REASONING
+from moescope.scope.reasoning import ReasoningHistory
 from moescope.scope.steps import read
 from moescope.server import schema
 from moescope.server.app import create_app
@@ -224,6 +226,13 @@ def test_the_training_is_told_from_its_own_files(client: TestClient) -> None:
     (snapshot,) = answer["snapshots"]
     assert snapshot["step"] == 2
     assert snapshot["load"] == [[[0.25, 0.75], [0.5, 0.5]], [[1.0, 0.0], [0.0, 1.0]]]
+
+
+def test_reinforcement_is_told_whatever_model_is_shown(client: TestClient) -> None:
+    answer = client.get("/api/reasoning").json()
+    kept = ReasoningHistory.from_file(REASONING)
+    assert len(answer["questions"]) == 40
+    assert ReasoningHistory.from_json(json.dumps(answer)) == kept
 
 
 def test_a_bare_model_says_what_is_missing(model: Model) -> None:

@@ -124,6 +124,7 @@ def page_routes(studio: Studio, compute: Compute) -> list[Route]:
         "/api/dense": studio.dense,
         "/api/unbalanced": studio.unbalanced,
         "/api/training": studio.training,
+        "/api/reasoning": studio.reasoning,
         "/api/answer": studio.answer,
     }
     follows: dict[str, Callable[[], AsyncIterator[Message | None]]] = {

@@ -8,6 +8,7 @@ from pydantic.json_schema import JsonSchemaMode
 
 from moescope.scope.detail import TokenDetail
 from moescope.scope.history import History
+from moescope.scope.reasoning import ReasoningHistory
 from moescope.server import schema
 from moescope.server.schema import Message
 
@@ -80,6 +81,12 @@ ENDPOINTS = (
         schema.UnbalancedRequest,
     ),
     Endpoint("/api/training", "The history of the training", (History,)),
+    Endpoint(
+        "/api/reasoning",
+        "How a small mixture learned to reason",
+        (ReasoningHistory,),
+        aside=True,
+    ),
     Endpoint(
         "/api/training/live",
         "Follow a training that runs now",

@@ -18,6 +18,8 @@ from moescope.scope.cards import cards_of
 from moescope.scope.detail import Reading, TokenDetail
 from moescope.scope.history import History, history_of
 from moescope.scope.parts import WHOLE, Parts
+from moescope.scope.reasoning import FILE as REASONING
+from moescope.scope.reasoning import ReasoningHistory
 from moescope.scope.specialization import Specialization, TypicalToken
 from moescope.scope.steps import End, stream
 from moescope.server import schema
@@ -330,6 +332,10 @@ class Studio:
                 f"the history of the training of {self.model.name} was not kept", "no_history"
             )
         return found
+
+    def reasoning(self) -> ReasoningHistory:
+        """How the small mixture of `recipes/reason` learned to reason, whatever model is shown."""
+        return ReasoningHistory.from_file(REASONING)
 
     def _companion(self, role: Role, noun: str) -> Companion:
         for companion in self.companions:

@@ -13,6 +13,7 @@ import type {
   GenerateEvent,
   GenerateRequest,
   ModelInfo,
+  ReasoningHistory,
   StartAnswer,
   TextRequest,
   TokenDetail,
@@ -74,6 +75,8 @@ export const getModel = (signal?: AbortSignal) => get<ModelInfo>('api/model', si
 export const getStart = (language: Language) => get<StartAnswer>(`api/start/${language}`);
 
 export const getTraining = (signal?: AbortSignal) => get<TrainingAnswer>('api/training', signal);
+
+export const getReasoning = (signal?: AbortSignal) => get<ReasoningHistory>('api/reasoning', signal);
 
 export const trace = (request: Partial<TextRequest>, signal?: AbortSignal) =>
   post<TraceAnswer>('api/trace', request, signal);

@@ -572,6 +572,51 @@ export interface paths {
         patch?: never;
         trace?: never;
     };
+    "/api/reasoning": {
+        parameters: {
+            query?: never;
+            header?: never;
+            path?: never;
+            cookie?: never;
+        };
+        /** How a small mixture learned to reason */
+        get: {
+            parameters: {
+                query?: never;
+                header?: never;
+                path?: never;
+                cookie?: never;
+            };
+            requestBody?: never;
+            responses: {
+                /** @description The answer */
+                200: {
+                    headers: {
+                        [name: string]: unknown;
+                    };
+                    content: {
+                        "application/json": components["schemas"]["ReasoningHistory"];
+                    };
+                };
+                /** @description What the reader can mend, in one sentence; status 200 where the request says `Prefer: status=200` */
+                "4XX": {
+                    headers: {
+                        [name: string]: unknown;
+                    };
+                    content: {
+                        "application/json": components["schemas"]["ErrorEvent"];
+                    };
+                };
+            };
+        };
+        put?: never;
+        post?: never;
+        delete?: never;
+        options?: never;
+        head?: never;
+        patch?: never;
+        trace?: never;
+    };
     "/api/training/live": {
         parameters: {
             query?: never;
@@ -991,6 +1036,20 @@ export interface components {
             };
         };
         /**
+         * Estimate
+         * @description A mean over seeds.
+         *
+         *     Attributes:
+         *         mean: of all seeds.
+         *         half: how far its 95 % interval reaches on either side; None of a single seed.
+         */
+        Estimate: {
+            /** Mean */
+            mean: number;
+            /** Half */
+            half: number | null;
+        };
+        /**
          * Example
          * @description A text to begin with; `label` is what of it a reader wants to see.
          */
@@ -1354,6 +1413,162 @@ export interface components {
             text: string;
             /** Bytes */
             bytes: number[];
+        };
+        /**
+         * ReasoningAnswer
+         * @description The likeliest answer to a question at some step.
+         *
+         *     Attributes:
+         *         text: with its thought, between `<think>` and `</think>`.
+         *         reward: 1 is right.
+         *         tokens: that it took.
+         *         experts: `[layer position][expert]`: how often its tokens, those of the question too, went
+         *             to each expert.
+         */
+        ReasoningAnswer: {
+            /** Text */
+            text: string;
+            /** Reward */
+            reward: number;
+            /** Tokens */
+            tokens: number;
+            /** Experts */
+            experts: number[][];
+        };
+        /**
+         * ReasoningHistory
+         * @description All of it.
+         *
+         *     Attributes:
+         *         parameters: of the mixture.
+         *         active: of them at work on each token.
+         *         layers: indices of its mixture-of-experts layers.
+         *         questions: forty.
+         *         runs: that can be replayed.
+         *         stages: of the path, in its order.
+         */
+        ReasoningHistory: {
+            /** Parameters */
+            parameters: number;
+            /** Active */
+            active: number;
+            /** Layers */
+            layers: number[];
+            /** Questions */
+            questions: components["schemas"]["ReasoningQuestion"][];
+            /** Runs */
+            runs: components["schemas"]["ReasoningRun"][];
+            /** Stages */
+            stages: components["schemas"]["ReasoningStage"][];
+        };
+        /**
+         * ReasoningQuestion
+         * @description A problem that is put again and again, and never learned from.
+         *
+         *     Attributes:
+         *         task: that it belongs to: `sums` or `letters`.
+         *         level: how hard it is: digits of a sum, or half a word's letters.
+         *         text: as it is put.
+         */
+        ReasoningQuestion: {
+            /** Task */
+            task: string;
+            /** Level */
+            level: number;
+            /** Text */
+            text: string;
+        };
+        /**
+         * ReasoningRun
+         * @description One reinforcement.
+         *
+         *     Attributes:
+         *         name: `zero` (from the pretrained model) or `cold` (after a cold start).
+         *         seed: of its problems and draws.
+         *         steps: ascending.
+         *         snapshots: ascending.
+         */
+        ReasoningRun: {
+            /** Name */
+            name: string;
+            /** Seed */
+            seed: number;
+            /** Steps */
+            steps: components["schemas"]["ReasoningStep"][];
+            /** Snapshots */
+            snapshots: components["schemas"]["ReasoningSnapshot"][];
+        };
+        /**
+         * ReasoningSnapshot
+         * @description The answers to all questions before the step after `step`.
+         *
+         *     Attributes:
+         *         step: 0 is the model that reinforcement starts from.
+         *         accuracy: share of right answers to all held-out problems, of which the questions are some.
+         *         answers: in the questions' order.
+         */
+        ReasoningSnapshot: {
+            /** Step */
+            step: number;
+            /** Accuracy */
+            accuracy: number;
+            /** Answers */
+            answers: components["schemas"]["ReasoningAnswer"][];
+        };
+        /**
+         * ReasoningStage
+         * @description A model on the path, measured at temperature 1.
+         *
+         *     Attributes:
+         *         name: `base`, `zero`, `cold`, `cold-rl`, `dense`, `dense-rl` or `distilled`.
+         *         seeds: so many were trained.
+         *         one: how often one answer is right (pass@1).
+         *         any: how often one of sixteen is (pass@16).
+         *         tokens: of an answer.
+         *         voted: how often answers at once are right by vote, as many as take an answer's tokens.
+         */
+        ReasoningStage: {
+            /** Name */
+            name: string;
+            /** Seeds */
+            seeds: number;
+            one: components["schemas"]["Estimate"];
+            any: components["schemas"]["Estimate"];
+            tokens: components["schemas"]["Estimate"];
+            voted: components["schemas"]["Estimate"];
+        };
+        /**
+         * ReasoningStep
+         * @description What a step of reinforcement showed.
+         *
+         *     Attributes:
+         *         step: from 1.
+         *         reward: mean over the step's answers.
+         *         right: share of right answers.
+         *         tokens: of an answer, mean.
+         *         entropy: nats a token, of the answers that were learned from; None where none taught.
+         *         differing: share of the choices of experts that the trainer would make otherwise than the
+         *             sampler.
+         *         apart: mean difference of an answer token's probability between sampler and trainer.
+         *         violation: the busiest expert's surplus over an even share, in the worst layer.
+         */
+        ReasoningStep: {
+            /** Step */
+            step: number;
+            /** Reward */
+            reward: number;
+            /** Right */
+            right: number;
+            /** Tokens */
+            tokens: number;
+            /** Entropy */
+            entropy: number | null;
+            /** Differing */
+            differing: number | null;
+            /** Apart */
+            apart: number | null;
+            /** Violation */
+            violation: number | null;
         };
         /**
          * ReferenceInfo
