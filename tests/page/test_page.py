@@ -199,6 +199,28 @@ def test_a_picture_is_saved_whole(open_page, language: str, tmp_path) -> None:
         assert part in thought
 
 
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_the_page_is_saved_with_what_was_never_in_sight(
+    open_page, browser, language: str, tmp_path
+) -> None:
+    page = open_page(f"lang={language}")
+    with page.expect_download() as download:
+        page.get_by_test_id("save-page").click()
+    file = tmp_path / "page.html"
+    download.value.save_as(file)
+    saved = browser.new_page()
+    saved.goto(file.as_uri())
+    for part in ("drift", "balance-copy", "cut-reference", "relu-relu"):
+        assert saved.get_by_test_id(part).is_visible(), part
+    assert saved.locator("script").count() == 0
+    saved.close()
+
+
+def test_what_a_print_needs_comes_while_the_page_is_at_rest(open_page) -> None:
+    page = open_page("lang=en")
+    page.get_by_test_id("drift").wait_for()  # far below, and nobody scrolled there
+
+
 def test_the_pages_numbers_are_the_engines(open_page, engine: Model) -> None:
     page = open_page("lang=en")
     write(page, TEXT["zh"])

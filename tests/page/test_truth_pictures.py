@@ -318,3 +318,63 @@ def test_every_number_is_the_engines(open_page, engine: Model, language: str) ->
     known = Known(page, engine, language)
     for check in CHECKS.values():
         check(page, known)
+
+
+# --- and each check can fail ---------------------------------------------------------------------
+
+
+def spoiled(change: Callable[[Any], None]) -> Callable[[Any], None]:
+    def answer(route) -> None:
+        told = route.fetch().json()
+        change(told)
+        route.fulfill(json=told)
+
+    return answer
+
+
+def of_detail(change: Callable[[dict[str, Any]], None]) -> dict[str, Callable[[Any], None]]:
+    return {"**/api/token": spoiled(change)}
+
+
+def of_start(change: Callable[[dict[str, Any]], None]) -> dict[str, Callable[[Any], None]]:
+    return {"**/api/start/en": spoiled(change)}
+
+
+def scaled(*path: str | int) -> Callable[[Any], None]:
+    """Make a number of an answer another one."""
+
+    def change(told: Any) -> None:
+        for step in path[:-1]:
+            told = told[step]
+        told[path[-1]] = told[path[-1]] * 1.3 + 1
+
+    return change
+
+
+WRONG = {
+    "prompt": of_start(scaled("model", "reference", "active")),
+    "flow": of_detail(scaled("attention", "mean", 0)),
+    "tokens": of_detail(scaled("neighbours", 0, "similarity")),
+    "attention": of_start(scaled("model", "cache", "kept")),
+    "router": of_detail(
+        lambda told: scaled("router", "scores", told["router"]["topk_ids"][0])(told)
+    ),
+    "experts": of_detail(scaled("router", "topk_weights", 0)),
+    "merge": of_detail(scaled("merge", "residual_norm_after")),
+    "next": of_detail(scaled("candidates", 0, "probability")),
+    "balance": of_start(scaled("specialization", "load", 0, 0, 0)),
+    "dense": {"**/api/dense": spoiled(scaled("held_out", "prose", 1))},
+    "summary": of_start(scaled("model", "parameters", "total")),
+}
+
+
+@pytest.mark.parametrize("name", CHECKS)
+def test_a_wrong_number_is_noticed(open_page, engine: Model, name: str) -> None:
+    page = open_page("lang=en&max=2", routes=WRONG[name])
+    page.get_by_test_id("prompt").fill("The moon")
+    page.get_by_test_id("reset").click()
+    settle(page)
+    page.evaluate("document.querySelectorAll('details').forEach((more) => (more.open = true))")
+    known = Known(page, engine, "en")
+    with pytest.raises(AssertionError):
+        CHECKS[name](page, known)
