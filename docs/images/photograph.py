@@ -50,6 +50,7 @@ def main() -> None:
                     save(page.screenshot(), HERE / f"{language}.first.{name}.png")
                     page.close()
                 page = browser.new_page(viewport={"width": 1120, "height": 1600})
+                page.set_default_timeout(120_000)
                 page.goto(f"http://127.0.0.1:{port}/?lang={language}")
                 explore(page, text)
                 for station in STATIONS:

@@ -134,8 +134,8 @@ def test_layers_count_as_people_do_and_chips_say_which(open_page, engine: Model)
 
 
 NAMES = set(
-    "moescope tiny English DeepSeek DeepSeek-R1 DeepSeek-V3 H100 H200 LLM DeepSeekMoE Dai "
-    "Transformer inference reasoning softmax "
+    "moescope tiny English DeepSeek DeepSeek-R1 DeepSeek-V3 R1 H100 H200 LLM DeepSeekMoE "
+    "Dai Transformer inference reasoning softmax "
     "sigmoid ReLU ReMoE top-k top-p min-p gate up down silu MaxVio FLOPs GRPO oneDNN NVIDIA NIM "
     "Fireworks Cerebras plan Python SVG PNG GB MB KB ms think write carry".lower().split()
 )
