@@ -49,7 +49,7 @@ def main() -> None:
                     page.wait_for_timeout(2500)
                     save(page.screenshot(), HERE / f"{language}.first.{name}.png")
                     page.close()
-                page = browser.new_page(viewport={"width": 1120, "height": 1600})
+                page = browser.new_page(viewport={"width": 1120, "height": 2000})
                 page.set_default_timeout(120_000)
                 page.goto(f"http://127.0.0.1:{port}/?lang={language}")
                 explore(page, text)
