@@ -1,5 +1,5 @@
 #!/bin/sh
-# The whole path, three seeds: `sh recipes/reason/path.sh runs/reason`. An hour of one core.
+# The whole path, three seeds: `sh recipes/reason/path.sh runs/reason`.
 # What is there already is left alone, so that an interrupted path goes on where it was.
 set -e
 out=${1:-runs/reason}
