@@ -216,9 +216,9 @@ def test_reward_rises_on_an_easy_task(
     rewards = [row["reward"] for row in logged]
     assert sum(rewards[-3:]) / 3 > sum(rewards[:3]) / 3 * 1.5
     first = logged[0]
-    assert first["differing_share"] < 0.2
     # Of int8 weights and a bf16 cache; with two epochs of the first move of the weights, too.
-    assert 0 < first["largest_probability_difference"] < 0.3 or switches["sampler"] == "live"
+    assert first["differing_share"] < 0.3
+    assert 0 < first["largest_probability_difference"] < 0.2 or switches["sampler"] == "live"
     assert (out / "answers.jsonl").exists()
 
 
