@@ -142,6 +142,7 @@ NAMES = set(
 """What has no other name in Chinese; `write` and `carry` are explained where they stand."""
 SAID = """(main) => {
   const of_text = '[data-testid=token], [data-testid=candidate], [data-testid=expert-name], .chip,'
+    + '[data-testid=reasoning-question],'
     + '.text, .example, .typical, textarea, ol[aria-label] li, .live, [lang]:not(html), .number';
   const words = [];
   const walker = document.createTreeWalker(main, NodeFilter.SHOW_TEXT);
