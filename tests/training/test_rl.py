@@ -13,6 +13,7 @@ from moescope.checkpoint import load_model
 from moescope.cli import main as cli
 from moescope.families import read_config
 from moescope.model.decoder import CausalLM, initialise
+from moescope.model.routing import ROUTERS
 from moescope.model.steering import moe_layers
 from moescope.text.tokenizer import Tokenizer
 from moescope.training.rl.objective import divergence, group_advantages, policy_loss
@@ -170,7 +171,19 @@ def test_without_replay_choices_differ_and_with_it_they_do_not(
     assert all(gate.weight.grad is not None and gate.weight.grad.any() for gate in gates.values())
 
 
-def test_replay_of_the_own_choices_changes_nothing(model: CausalLM, talker: Tokenizer) -> None:  # noqa: F811
+@pytest.mark.parametrize("normed", [False, True])
+@pytest.mark.parametrize("rule", [*ROUTERS, "softmax_after_topk"])
+def test_replay_of_the_own_choices_changes_nothing(
+    rule: str,
+    normed: bool,
+    model: CausalLM,
+    talker: Tokenizer,  # noqa: F811
+) -> None:
+    fields: dict[str, object] = {"topk_method": rule, "n_group": 2, "topk_group": 1}
+    if rule == "softmax_after_topk":
+        fields = {"topk_method": "greedy", "scoring_func": "softmax", rule: True}
+    model = CausalLM(model.config.model_copy(update=fields | {"norm_topk_prob": normed})).eval()
+    initialise(model, 3)
     (answer,) = draw_answers(model, talker, [[0, 7, 8]], [1], max_tokens=12)
     ids = torch.tensor([[*answer.prompt, *answer.ids]])[:, :-1]
     plain = model(ids)

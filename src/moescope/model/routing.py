@@ -73,7 +73,8 @@ class Router(nn.Module):
         self.top_k = config.required("num_experts_per_tok")
         self.scoring_func = config.scoring_func
         self.softmax_after_topk = config.softmax_after_topk
-        self.norm_topk_prob = config.norm_topk_prob
+        # A softmax over the chosen is the softmax over all, normalised.
+        self.norm_topk_prob = config.norm_topk_prob or config.softmax_after_topk
         self.routed_scaling_factor = config.routed_scaling_factor
         self.weight = nn.Parameter(torch.empty(self.n_routed_experts, config.hidden_size))
         self.bias: nn.Parameter | None = None
@@ -107,8 +108,8 @@ class Router(nn.Module):
         raise NotImplementedError
 
     def weigh(self, scores: Tensor, topk_ids: Tensor) -> Tensor:
-        """Weights of the chosen experts: their scores, normalised if asked, then scaled."""
-        topk_weights = scores.gather(1, topk_ids)
+        """Weights of chosen experts, `UNUSED` none: scores, normalised if asked, then scaled."""
+        topk_weights = scores.gather(1, topk_ids.clamp(min=0)).masked_fill(topk_ids == UNUSED, 0.0)
         if self.norm_topk_prob:
             topk_weights = topk_weights / (topk_weights.sum(dim=-1, keepdim=True) + 1e-20)
         return topk_weights * self.routed_scaling_factor
@@ -187,6 +188,10 @@ class ReLU(Router):
     near `num_experts_per_tok` on average by `balancing.AdaptiveL1`.
     """
 
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__(config)
+        self.norm_topk_prob = False
+
     def score(self, router_logits: Tensor) -> Tensor:
         return router_logits.relu()
 
@@ -234,6 +239,7 @@ class ExpertChoice(CompetingRouter):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__(config)
+        self.norm_topk_prob = False
         threshold = torch.zeros(self.n_routed_experts, dtype=torch.float32)
         self.register_buffer("score_threshold", threshold)
 
@@ -312,8 +318,11 @@ class Hash(Router):
         self, scores: Tensor, router_logits: Tensor, input_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
         topk_ids = self.table[input_ids]
-        topk_weights = torch.full_like(topk_ids, 1 / self.top_k, dtype=torch.float32)
-        return topk_ids, topk_weights * self.routed_scaling_factor
+        return topk_ids, self.weigh(scores, topk_ids)
+
+    def weigh(self, scores: Tensor, topk_ids: Tensor) -> Tensor:
+        """The same for each of the chosen experts."""
+        return super().weigh(torch.full_like(scores, 1 / self.top_k), topk_ids)
 
 
 class TokenTable(Router):

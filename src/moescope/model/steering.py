@@ -11,7 +11,6 @@ from dataclasses import dataclass, field
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from moescope.config import ModelConfig
@@ -263,14 +262,8 @@ class SteeredRouter(Router):
         most = int((preference > -torch.inf).sum(dim=-1).max().clamp(min=1))
         slots = min(most, max(self._slots(most), int(self.forced.sum())))
         best = preference.topk(slots, dim=-1)
-        unused = best.values == -torch.inf  # (tokens, slots)
-        if isinstance(self.rule, Hash):
-            scores = torch.ones_like(scores)
-        padded = F.pad(scores, (0, 1))  # an unused slot weighs as much as the last column: nothing
-        topk_weights = self.rule.weigh(
-            padded, best.indices.masked_fill(unused, self.n_routed_experts)
-        )
-        return best.indices.masked_fill(unused, UNUSED), topk_weights
+        topk_ids = best.indices.masked_fill(best.values == -torch.inf, UNUSED)
+        return topk_ids, self.rule.weigh(scores, topk_ids)
 
     def _slots(self, most: int) -> int:
         """Experts that a token visits at most, if `most` are left to choose from."""
@@ -331,10 +324,8 @@ def _make_rule(config: ModelConfig, top_k: int, swapped: Rule | None) -> Router:
     fields: dict[str, Any] = {"topk_method": config.topk_method, "num_experts_per_tok": top_k}
     fields |= RULES[swapped] if swapped else {}
     method = fields["topk_method"]
-    if method in ("relu", "expert_choice", "hash"):
-        fields["norm_topk_prob"] = method == "hash"
-    if method == "hash":
-        fields["num_experts_per_tok"] = config.n_routed_experts  # its table then ranks them all
+    if method == "hash":  # its table then ranks them all
+        fields |= {"num_experts_per_tok": config.n_routed_experts, "norm_topk_prob": True}
     if method in ("group_limited_greedy", "noaux_tc"):
         group = config.required("n_routed_experts") // config.required("n_group")
         fields["topk_group"] = max(config.required("topk_group"), -(-top_k // group))

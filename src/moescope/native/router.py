@@ -54,7 +54,7 @@ def native_router(gate: Router) -> "cpu.Router | None":
         kept_groups=rule.topk_group if grouped else 1,
         best_of_group=2 if isinstance(rule, NoAuxTopK) else 1,
         scoring="relu" if relu else rule.scoring_func,
-        normalise=rule.norm_topk_prob and not relu,
+        normalise=rule.norm_topk_prob,
         factor=rule.routed_scaling_factor,
         disabled=disabled,
         forced=forced,

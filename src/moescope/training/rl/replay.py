@@ -38,9 +38,7 @@ class ReplayRouter(Router):
     def choose(
         self, scores: Tensor, router_logits: Tensor, input_ids: Tensor
     ) -> tuple[Tensor, Tensor]:
-        unused = self._chosen == UNUSED
-        weights = self._rule.weigh(scores, self._chosen.clamp(min=0))
-        return self._chosen, weights.masked_fill(unused, 0.0)
+        return self._chosen, self._rule.weigh(scores, self._chosen)
 
 
 @contextmanager
