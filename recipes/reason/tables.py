@@ -143,11 +143,13 @@ def told_of_steps(runs: Path, stage: str) -> dict[str, dict[str, float]]:
             told[name] = mean(name, rows)
         largest = [row["largest_probability_difference"] for row in rows if "entropy" in row]
         told["largest_probability_difference"] = max(largest, default=math.nan)
-        violations = [max(row["max_violation"].values()) for row in rows if row["max_violation"]]
+        violations = [
+            max(row["max_violation"].values()) for row in rows if row.get("max_violation")
+        ]
         if violations:
             told["max_violation, first"] = statistics.fmean(violations[:LAST])
             told["max_violation, last"] = statistics.fmean(violations[-LAST:])
-        own.append(told)
+        own.append({name: value for name, value in told.items() if not math.isnan(value)})
     return {name: interval([told[name] for told in own]) for name in own[0]} if own else {}
 
 
