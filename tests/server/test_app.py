@@ -135,7 +135,8 @@ def test_unknown_paths_and_methods_are_sentences(client: TestClient) -> None:
 @pytest.mark.parametrize("text", ["😀" * 15, "\u0000\u200d\ufe0f", "<script>", "e\u0301\u202e"])
 def test_odd_text_is_read_like_any_other(client: TestClient, text: str) -> None:
     *tokens, end = events_of(client.post("/api/generate", json={"prompt": text}).text)
-    spelled = bytes(b for event in tokens[1 : end["end"]["prompt_tokens"]] for b in event["step"]["bytes"])
+    read = tokens[1 : end["end"]["prompt_tokens"]]
+    spelled = bytes(b for event in read for b in event["step"]["bytes"])
     assert spelled.decode() == text
 
 
