@@ -182,7 +182,7 @@ def test_the_mixture_equals_the_reference(
     assert output.shape == exact.shape and not output.isnan().any()
     assert bool(((output - exact).abs() <= 1.01 * room + 1e-4 * exact.abs().max() + 1e-6).all())
     if exact.unique().numel() > 64:  # errors have either sign: many together stay far below that
-        assert float((output - exact).norm()) <= 0.5 * float(room.norm()) + 1e-5
+        assert float((output - exact).norm()) <= 0.6 * float(room.norm()) + 1e-5
 
     visited = len(set(topk_ids.flatten().tolist()) - {UNUSED})
     expected = visited * sum(weights.matrix_bytes for weights in packed)

@@ -138,9 +138,9 @@ def family(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     return make
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(scope="module")
 def browser():
-    """Debian's Chromium, driven by playwright."""
+    """Debian's Chromium, driven by playwright; no other module may find its event loop running."""
     chromium = shutil.which("chromium") or shutil.which("chromium-browser")
     if chromium is None:
         pytest.fail("the page is tested in Chromium, which is missing: apt install chromium")

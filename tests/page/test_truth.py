@@ -134,7 +134,7 @@ def test_layers_count_as_people_do_and_chips_say_which(open_page, engine: Model)
 
 
 NAMES = set(
-    "moescope tiny English DeepSeek DeepSeek-R1 DeepSeek-V3 R1 H100 H200 LLM DeepSeekMoE "
+    "moescope tiny English DeepSeek DeepSeek-R1 DeepSeek-V3 R1 R1-Zero H100 H200 LLM DeepSeekMoE "
     "Dai Transformer inference reasoning softmax "
     "sigmoid ReLU ReMoE top-k top-p min-p gate up down silu MaxVio FLOPs GRPO oneDNN NVIDIA NIM "
     "Fireworks Cerebras plan Python SVG PNG GB MB KB ms think write carry".lower().split()
@@ -142,7 +142,7 @@ NAMES = set(
 """What has no other name in Chinese; `write` and `carry` are explained where they stand."""
 SAID = """(main) => {
   const of_text = '[data-testid=token], [data-testid=candidate], [data-testid=expert-name], .chip,'
-    + '[data-testid=reasoning-question],'
+    + '[data-testid=reasoning-question], [data-testid=reasoning-asked],'
     + '.text, .example, .typical, textarea, ol[aria-label] li, .live, [lang]:not(html), .number';
   const words = [];
   const walker = document.createTreeWalker(main, NodeFilter.SHOW_TEXT);
