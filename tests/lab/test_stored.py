@@ -5,15 +5,16 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
-from gguf import GGUFReader
+from gguf import GGMLQuantizationType, GGUFReader
 from gguf_models import V2, V3, network, write
 
+from moescope.catalog import BOX
 from moescope.checkpoint import save_weights
 from moescope.errors import UserError
 from moescope.formats.headers import FIRST_BYTES
-from moescope.lab.plan import plan
-from moescope.lab.stored import part_of
-from moescope.model.costs import count_parameters
+from moescope.lab.plan import _cache, plan
+from moescope.lab.stored import Stored, part_of
+from moescope.model.costs import count_parameters, held_numbers
 
 PARTS = ("embedding", "attention", "dense_mlp", "routed_experts", "shared_experts", "lm_head")
 
@@ -35,6 +36,21 @@ def test_every_part_weighs_what_the_network_counts(fields: dict, tmp_path: Path)
         assert planned.stored is not None and list(planned.stored.kinds) == ["F32"]
         active = 4 * counted["active_without_embedding"]
         assert planned.stored.active_bytes == pytest.approx(active, rel=1e-3)
+
+
+@pytest.mark.parametrize("kind", [*GGMLQuantizationType.__members__, "I8", "U8", "F8_E4M3"])
+def test_a_plan_knows_the_cache_beside_every_type(kind: str) -> None:
+    """Float32 where kernels round nothing, else bf16; what they lack is rounded to eight bits."""
+    config = network(V3).config
+    found = _cache(config, Stored(1, 1, {kind: 1}, {"attention": {kind: 1}}))
+    size = 4 if kind in ("F32", "F16", "BF16", "F8_E4M3") else 2
+    assert found.engine_bytes_per_token["stored"] == size * held_numbers(config)
+
+
+def test_a_folder_in_int8_is_planned() -> None:
+    made = plan(BOX / "tiny")
+    assert made.stored is not None and "I8" in made.stored.kinds
+    assert made.cache.engine_bytes_per_token["stored"] == 2 * held_numbers(made.config)
 
 
 def test_types_weigh_what_ggufs_reader_says(tmp_path: Path) -> None:

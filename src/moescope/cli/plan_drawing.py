@@ -181,7 +181,7 @@ def _work(plan: Plan) -> Table:
     rows = {
         "cache": f"{of_bytes(cache.bytes_per_token)} a token, "
         f"{of_bytes(cache.bytes_at_max_context)} for all {cache.max_context:,}; plain attention: "
-        f"{of_bytes(cache.plain_bytes_per_token)} a token; moescope "
+        f"{of_bytes(cache.plain_bytes_per_token)} a token; beside int8 or int4 weights moescope "
         f"keeps {of_bytes(cache.engine_bytes_per_token['int8'])} a token",
         "reading": f"{of_flops(work.reading_flops)} a token of a prompt of {work.context:,}, "
         f"attention {of_flops(work.reading_attention_flops)}",

@@ -5,6 +5,7 @@ Nothing is measured either, unless the speed is asked for.
 
 import dataclasses
 import difflib
+from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
@@ -52,11 +53,11 @@ class Bytes:
     int4: int
 
     @classmethod
-    def of(cls, parameters: int, cached: "dict[str, int] | None" = None) -> "Bytes":
-        """Return the bytes of so many weights, and those of the cache by format beside them."""
+    def of(cls, parameters: int, cached: Mapping[str, int]) -> "Bytes":
+        """Return the bytes of so many weights, and of the cache beside each format of them."""
         return cls(
             **{
-                name: int(parameters * bits / 8) + (cached or {}).get(name, 0)
+                name: int(parameters * bits / 8) + cached.get(name, 0)
                 for name, bits in BITS_PER_WEIGHT.items()
             }
         )
@@ -204,7 +205,7 @@ def plan(name_or_path: str | Path, *, speed: bool = False, prompt: int = PROMPT)
     source, config, headers = _find(str(name_or_path))
     parameters = count_parameters(config)
     stored = None if headers is None else Stored.of(headers)
-    weights = Bytes.of(parameters.total)
+    weights = Bytes.of(parameters.total, {})
     cache = _cache(config, stored)
     work = _work(config, parameters, cache)
     held = dataclasses.asdict(weights)
@@ -279,9 +280,10 @@ def _cache(config: ModelConfig, stored: Stored | None) -> Cache:
     bytes_of_number = PUBLISHED_CACHE_BYTES * config.num_hidden_layers
     bytes_per_token = cached_numbers(config) * PUBLISHED_CACHE_BYTES
     held = held_numbers(config)
-    kinds = list((stored.parts.get("attention") if stored else None) or {"int8": 0})
+    # Of the matrices that make keys; a type that the kernels lack is rounded to eight bits.
+    kind = next(iter(stored.parts.get("attention", {}) if stored else {}), "")
     engine = {name: number_bytes(config, name) for name in BITS_PER_WEIGHT}
-    engine[STORED] = cache_bytes(config, BLOCK_FORMATS.get(kinds[0], kinds[0]))
+    engine[STORED] = cache_bytes(config, BLOCK_FORMATS.get(kind, "int8"))
     return Cache(
         bytes_per_token=bytes_per_token,
         engine_bytes_per_token={name: held * size for name, size in engine.items()},

@@ -140,12 +140,12 @@ def predict(config: ModelConfig, prompt: int = PROMPT) -> Prediction:
     )
 
 
-@torch.inference_mode()
 def number_bytes(config: ModelConfig, weight_format: str) -> int:
     """Return the bytes of a number in the cache: `bf16` is PyTorch's, others are packed."""
     return PYTORCH_CACHE_BYTES if weight_format == "bf16" else cache_bytes(config, weight_format)
 
 
+@torch.inference_mode()
 def predict_format(
     config: ModelConfig, weight_format: str, prompt: int, bandwidth: float, peak: float
 ) -> Speed:
