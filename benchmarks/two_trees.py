@@ -26,11 +26,11 @@ BOOTSTRAPS = 2000
 class Tree:
     """The process of one working tree, with an engine that is ready."""
 
-    def __init__(self, root: Path, shape: str, engine: str) -> None:
+    def __init__(self, root: Path, shape: str, engine: str, context: int) -> None:
         self.root = root
         places = os.pathsep.join(str(root / part) for part in ("src", "benchmarks"))
         self.process = subprocess.Popen(
-            [sys.executable, "-P", __file__, "--work", shape, engine],
+            [sys.executable, "-P", __file__, "--work", shape, engine, str(context)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -57,7 +57,7 @@ class Tree:
         return json.loads(line)
 
 
-def work(shape: str, engine: str) -> None:
+def work(shape: str, engine: str, context: str) -> None:
     """Make an engine of the tree that is on the path, then take turns as they are asked for."""
     import torch
     from cpu_inference import SHAPES
@@ -71,18 +71,20 @@ def work(shape: str, engine: str) -> None:
         read_config = ModelConfig.from_dict
     config = read_config(SHAPES[shape])
     runner = Moescope.native(config, engine)
-    prompts = torch.randint(config.vocab_size, (8, 128), generator=torch.Generator().manual_seed(0))
+    chance = torch.Generator().manual_seed(0)
+    prompts = torch.randint(config.vocab_size, (8, int(context)), generator=chance)
+    read = max(512, int(context))
     steps = 32 if shape == "S" else 8
     rows = {"decode": 1, "batch_decode": 8}
     with torch.inference_mode():
-        runner.read(prompts)
+        runner.read(prompts[:, :128])
         print(0, flush=True)
         for line in sys.stdin:
             measure = line.strip()
             if measure == "prefill":
                 start = time.perf_counter()
-                runner.read(prompts[:4].reshape(1, -1))
-                tokens = 512
+                runner.read(prompts.reshape(1, -1)[:, :read])
+                tokens = read
             else:
                 runner.read(prompts[: rows[measure]])
                 runner.step()
@@ -119,11 +121,12 @@ def main() -> None:
     parser.add_argument("--shape", choices=("S", "L"), default="S")
     parser.add_argument("--engines", default="int8,int4")
     parser.add_argument("--turns", type=int, default=60)
+    parser.add_argument("--context", type=int, default=128, help="tokens before what is written")
     parser.add_argument("--measures", default=",".join(MEASURES))
     arguments = parser.parse_args()
     for engine in arguments.engines.split(","):
         roots = (arguments.before.resolve(), arguments.after.resolve())
-        trees = [Tree(root, arguments.shape, engine) for root in roots]
+        trees = [Tree(root, arguments.shape, engine, arguments.context) for root in roots]
         for measure in arguments.measures.split(","):
             found = compare(trees, measure, arguments.turns)
             print(

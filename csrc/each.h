@@ -26,5 +26,11 @@ MOESCOPE_INLINE inline void each(Body body) {
   each_from<0, N>(body);
 }
 
+// body(n) with a constant, for an `n` that is one of `Known`.
+template <int... Known, typename Body>
+MOESCOPE_INLINE inline void with_constant(int n, Body body) {
+  (void)((n == Known && (body(Index<Known>{}), true)) || ...);
+}
+
 }  // namespace
 }  // namespace moescope

@@ -1,4 +1,6 @@
 // AVX-512 with VNNI: one `vpdpbusd` multiplies 4 columns of 16 outputs.
+#include "kernels_avx512.h"
+
 #include <immintrin.h>
 #include <math.h>
 #include <string.h>
@@ -433,24 +435,6 @@ void axpy(float a, const float* x, float* y, int64_t n) {
   }
 }
 
-// Lane i holds the sum of all lanes of v[i].
-inline __m512 sums_of(const __m512 (&v)[16]) {
-  __m512 pairs[8], fours[4];
-  each<8>([&](auto i) MOESCOPE_INLINE {
-    pairs[i] = _mm512_add_ps(_mm512_unpacklo_ps(v[2 * i], v[2 * i + 1]),
-                             _mm512_unpackhi_ps(v[2 * i], v[2 * i + 1]));
-  });
-  each<4>([&](auto i) MOESCOPE_INLINE {
-    const __m512d low = _mm512_castps_pd(pairs[2 * i]), high = _mm512_castps_pd(pairs[2 * i + 1]);
-    fours[i] = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(low, high)),
-                             _mm512_castpd_ps(_mm512_unpackhi_pd(low, high)));
-  });
-  const auto join = [](__m512 a, __m512 b) MOESCOPE_INLINE {
-    return _mm512_add_ps(_mm512_shuffle_f32x4(a, b, 0x88), _mm512_shuffle_f32x4(a, b, 0xdd));
-  };
-  return join(join(fours[0], fours[1]), join(fours[2], fours[3]));
-}
-
 MOESCOPE_INLINE inline __m512 numbers(__mmask16 mask, const float* x) {
   return _mm512_maskz_loadu_ps(mask, x);
 }
@@ -493,15 +477,9 @@ void dots_fetching(const T* x, int64_t stride, int64_t count, const T* q, int64_
 template <typename T>
 void dots(const T* x, int64_t stride, int64_t count, const T* q, int64_t q_stride, int64_t width,
           const T* ahead, int fetched, float* out, int64_t out_stride) {
-  const auto in = [&](auto rows) {
+  with_constant<0, 1, 2, 4>(fetched, [&](auto rows) {
     dots_fetching<rows>(x, stride, count, q, q_stride, width, ahead, out, out_stride);
-  };
-  switch (fetched) {
-    case 0: return in(Index<0>{});
-    case 1: return in(Index<1>{});
-    case 2: return in(Index<2>{});
-    default: return in(Index<4>{});
-  }
+  });
 }
 
 void dot_rows(const float* x, int64_t count, const float* q, int64_t width, float* out) {
