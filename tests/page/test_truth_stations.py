@@ -19,7 +19,8 @@ from moescope.scope.detail import Reading
 from moescope.scope.history import History
 from moescope.scope.reasoning import FILE as REASONING
 from moescope.scope.reasoning import ReasoningHistory
-from moescope.scope.steps import read
+from moescope.scope.specialization import Specialization
+from moescope.scope.steps import Candidate, read
 from moescope.server.examples import question_form
 
 pytestmark = [pytest.mark.slow, pytest.mark.page]
@@ -28,7 +29,10 @@ RATES = (68, 460, 3350, 8 * 4800)
 """Gigabytes a second of the machines that the station on services names."""
 HOLDS = (32, 768, 80, 8 * 141)
 """Gigabytes of their memory."""
+DEVOTED = 2
+"""Even shares of an expert's work that a kind of text has if the page calls it devoted to it."""
 SUM = "23+45"
+POEM = "床前明月光，"
 
 
 def reference() -> ModelConfig:
@@ -45,6 +49,11 @@ def station(page, name: str):
 def selected(page) -> int:
     chips = page.get_by_test_id("token").all()
     return next(i for i, c in enumerate(chips) if c.get_attribute("aria-selected") == "true")
+
+
+def prompt_ids(page) -> list[int]:
+    chips = page.locator("[data-testid=token]:not(.made)").all()
+    return [int(chip.get_attribute("data-token-id")) for chip in chips]
 
 
 def layer_of(page) -> int:
@@ -261,6 +270,106 @@ def check_reasoning(page, engine: Model, _: str) -> None:
             assert str(answer.tokens) in item.inner_text()
 
 
+def check_whatif(page, engine: Model, language: str) -> None:
+    section = station(page, "whatif")
+    found = Specialization.from_file(BOX / "tiny" / "specialization.json")
+    for domain in found.domains:
+        button = section.get_by_test_id(f"off-{domain}")
+        own = len(devoted(found, domain))
+        assert numbers(button) == {str(own)} if own else button.count() == 0
+    assert numbers(section.locator(".devoted")) == {
+        percent(DEVOTED / len(found.domains)),
+        str(len(found.domains)),
+    }
+    section.get_by_test_id("off-arithmetic").click()
+    section.locator("[data-testid=proof][aria-busy=false][data-after]").wait_for(timeout=120_000)
+    off = devoted(found, "arithmetic")
+    assert numbers(page.get_by_test_id("whatif-note")) == {str(len(off))}
+    models = [engine, engine.steer(disabled=off)]
+    check_proof(section, models)
+    section.get_by_test_id("write-both").click()
+    section.get_by_test_id("whatif-verdict").wait_for(timeout=120_000)
+    settle(page)
+    check_continued(section, models, prompt_ids(page))
+    section.get_by_test_id("off-arithmetic").click()  # other stations show the model as it is
+    settle(page)
+
+
+def devoted(found: Specialization, domain: str) -> list[tuple[int, int]]:
+    """The experts that work on one domain most, and by more than the share that the page names."""
+    at, experts = found.domains.index(domain), []
+    for place, layer in enumerate(found.layers):
+        for expert, mine in enumerate(found.load[at][place]):
+            work = [load[place][expert] for load in found.load]
+            if mine == max(work) and len(work) * mine > DEVOTED * sum(work):
+                experts.append((layer, expert))
+    return experts
+
+
+def check_proof(section, models: list[Model]) -> None:
+    """Six sums and a poem, as each model continues them."""
+    proof = section.get_by_test_id("proof")
+    sums, poems = (proof.locator(".row").nth(place).locator("> :not(.soft)") for place in (1, 2))
+    form = question_form(models[0].tokenizer)
+    assert form is not None
+    for side, model in enumerate(models):
+        shown = sums.nth(side).locator("li").all_inner_texts()
+        right = 0
+        for text in shown:
+            asked, told = text.split(" = ")
+            said = written(model, form.replace("{question}", f"{asked}=?"), 72)
+            answer = re.findall(r"-?\d+", said)[-1]
+            assert told.split()[0] == answer, text
+            assert ("✓" in told) == (int(answer) == eval(asked)), text
+            right += int(answer) == eval(asked)
+        verdict = numbers(sums.nth(side).locator("strong"))
+        assert len(shown) == 6 and verdict == {str(right), "6"}
+        assert poems.nth(side).inner_text().split() == (POEM + written(model, POEM, 28)).split()
+
+
+def written(model: Model, prompt: str, max_tokens: int) -> str:
+    """What a model writes, without its thought."""
+    made = [token.id for token in model.stream(prompt, max_tokens=max_tokens)]
+    end = model.tokenizer.token_id("</think>")
+    said = made[made.index(end) + 1 :] if end in made else made
+    return model.tokenizer.decode([i for i in said if i not in model.tokenizer.special_ids])
+
+
+def check_continued(section, models: list[Model], prompt: list[int]) -> None:
+    """The same beginning continued by both, and their guesses where they part."""
+    texts = [
+        [*prompt, *(token.id for token in model.stream(prompt, max_tokens=24))] for model in models
+    ]
+    for side, ids in zip(("before", "after"), texts, strict=True):
+        tokens = section.get_by_test_id(f"whatif-{side}").locator("[data-token-id]").all()
+        shown = [int(token.get_attribute("data-token-id")) for token in tokens]
+        assert shown == ids[max(0, len(prompt) - 10) :]
+    pairs = enumerate(zip(*texts, strict=False))
+    parting = next((i for i, (one, other) in pairs if one != other), min(map(len, texts)))
+    differ = texts[0] != texts[1]
+    verdict = numbers(section.get_by_test_id("whatif-verdict"))
+    assert verdict == ({str(parting - len(prompt) + 1)} if differ else set())
+    place = (parting if differ else len(prompt)) - 1
+    guesses = [
+        read(model.engine, ids)[place].candidates for model, ids in zip(models, texts, strict=True)
+    ]
+    rows = section.get_by_test_id("changed").all()
+    listed = {int(row.get_attribute("data-token-id")) for row in rows}
+    assert {side[0].id for side in guesses} <= listed
+    for row in rows:
+        token = int(row.get_attribute("data-token-id"))
+        told = " → ".join(guess_of(token, side) for side in guesses)
+        assert row.locator(".number").text_content().strip() == told
+
+
+def guess_of(token: int, candidates: list[Candidate]) -> str:
+    """A token's probability; where it is not among the likeliest, that it is below theirs."""
+    mine = [c.probability for c in candidates if c.id == token]
+    shown, below = (mine[0], False) if mine else (candidates[-1].probability, True)
+    least = shown < 1e-4
+    return "< " * below + "< " * least + percent(max(shown, 1e-4))
+
+
 CHECKS: dict[str, Callable[[Any, Model, str], None]] = {
     "language": check_language,
     "steps": check_steps,
@@ -271,6 +380,7 @@ CHECKS: dict[str, Callable[[Any, Model, str], None]] = {
     "thinking": check_thinking,
     "training": check_training,
     "reasoning": check_reasoning,
+    "whatif": check_whatif,
 }
 
 
@@ -323,8 +433,8 @@ def spoil_stream(change: Callable[[dict[str, Any]], None]) -> dict[str, Callable
     return {"**/api/generate": answer}
 
 
-def one_more(name: str, *path: str) -> Callable[[dict[str, Any]], None]:
-    def change(told: dict[str, Any]) -> None:
+def one_more(name: str, *path: str | int) -> Callable[[dict[str, Any]], None]:
+    def change(told: Any) -> None:
         for step in path:
             told = told[step]
         told[name] *= 1.2 if isinstance(told[name], float) else 2
@@ -347,25 +457,39 @@ def other_answers(told: dict[str, Any]) -> None:
     told["runs"][0]["snapshots"][0]["answers"].reverse()
 
 
-WRONG = {
-    "language": spoil_start(lambda model: model["layers"].append(model["layers"][-1])),
-    "steps": spoil_start(one_more("hidden_size")),
-    "relu": spoil("trace", fewer_experts),
-    "fine": spoil_start(one_more("num_experts_per_tok")),
-    "context": spoil_start(one_more("kept", "cache")),
-    "service": spoil_start(one_more("active", "parameters")),
-    "thinking": spoil_stream(another_expert),
-    "reasoning": spoil("reasoning", other_answers),
-    "training": spoil("training", lambda told: [one_more("loss")(r) for r in told["rows"]]),
-}
+def other_digits(step: dict[str, Any]) -> None:
+    if not step["in_prompt"]:
+        step["text"] = step["text"].translate(str.maketrans("0123456789", "1234567890"))
 
 
-@pytest.mark.parametrize("name", CHECKS)
-def test_a_wrong_number_is_noticed(open_page, engine: Model, name: str) -> None:
-    page = open_page("lang=en&max=2", routes=WRONG[name])
+WRONG = [
+    ("language", spoil_start(lambda model: model["layers"].append(model["layers"][-1])), ""),
+    ("steps", spoil_start(one_more("hidden_size")), ""),
+    ("relu", spoil("trace", fewer_experts), ""),
+    ("fine", spoil_start(one_more("num_experts_per_tok")), ""),
+    ("context", spoil_start(one_more("kept", "cache")), ""),
+    ("service", spoil_start(one_more("active", "parameters")), ""),
+    ("thinking", spoil_stream(another_expert), ""),
+    ("reasoning", spoil("reasoning", other_answers), ""),
+    ("training", spoil("training", lambda told: [one_more("loss")(r) for r in told["rows"]]), ""),
+    ("whatif", spoil_stream(other_digits), r"\d\+\d+ = \d+ "),
+    ("whatif", spoil_stream(one_more("probability", "candidates", 0)), "% → "),
+]
+"""A check, an answer with a wrong number, and what the check that notices says."""
+
+
+@pytest.mark.parametrize(("name", "routes", "told"), WRONG)
+def test_a_wrong_number_is_noticed(
+    open_page, engine: Model, name: str, routes: dict[str, Callable[[Any], None]], told: str
+) -> None:
+    page = open_page("lang=en&max=2", routes=routes)
     page.get_by_test_id("prompt").fill("The moon")
     page.get_by_test_id("reset").click()
     settle(page)
     page.evaluate("document.querySelectorAll('details').forEach((more) => (more.open = true))")
-    with pytest.raises(AssertionError):
+    with pytest.raises(AssertionError, match=told):
         CHECKS[name](page, engine, "en")
+
+
+def test_every_check_has_a_wrong_number() -> None:
+    assert {name for name, *_ in WRONG} == CHECKS.keys()

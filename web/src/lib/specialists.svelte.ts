@@ -5,8 +5,8 @@ import { isSame } from './steering';
 import { shown } from './text';
 import type { Card, ExpertId, SpecializationAnswer } from './types';
 
-/** An expert whose work is of one kind of text by more than this share is devoted to it. */
-export const DEVOTED = 0.6;
+/** An expert is devoted to the kind of text that has most of its work, and more than so many even shares. */
+export const DEVOTED = 2;
 /** Typical tokens that stand for an expert without a name. */
 const TOKENS = 3;
 
@@ -39,14 +39,17 @@ export class Specialists {
     return this.name(layer, expert) ?? (spelled.length > 0 ? spelled.join(' ') : null);
   }
 
-  /** The experts that spend most of their work on one kind of text. */
+  /** The share of an expert's work that a kind of text has if the expert is devoted to it. */
+  devotion: number = $derived(DEVOTED / (this.measured?.domains.length ?? 1));
+
+  /** The experts that are devoted to a kind of text. */
   devotedTo(domain: string): ExpertId[] {
     if (!this.measured) return [];
     const { domains, layers, cards } = this.measured;
     const wanted = domains.indexOf(domain);
     return layers.flatMap((layer, at) =>
       cards[at].flatMap((card, expert) =>
-        card.domain === wanted && card.domain_share > DEVOTED ? [{ layer, expert }] : [],
+        card.domain === wanted && card.domain_share > this.devotion ? [{ layer, expert }] : [],
       ),
     );
   }

@@ -18,7 +18,7 @@ export default {
   no_experts: 'This model has no routed experts, so there is no router to change.',
   memory_full: 'This text has {n} tokens; there is memory for {max}. Please shorten it.',
   unknown_token: 'This link names token {id}, but the model knows only {n}; it was made with another model.',
-  experts_asked: '{n} {n?expert is:experts are} asked for each token, but there are 1 to {max}.',
+  experts_asked: '{n} {n?expert is:experts are} asked for each token, but it can be 1 to {max}.',
   dense_layer: 'Layer {layer} has no routed experts.',
   no_expert: 'There is no expert {expert} in layer {layer}; its experts are 0 to {last}.',
   all_disabled: 'All {n} experts of layer {layer} are switched off; leave one on.',

@@ -15,7 +15,7 @@ export default {
   after: 'Next token',
   afterNote: 'a probability each',
   inference: 'Inference is using the model: text in, text out, weights as they are. That is what this page does.',
-  training: 'Training comes before and costs far more: the weights are changed, step by step, until the guesses are good.',
-  sparse: 'Sparse activation: of all weights only those of the chosen experts are activated for a token. A dense model activates all.',
+  training: 'Training comes before, and costs far more than any one use: the weights are changed, step by step, until the guesses are good.',
+  sparse: 'Sparse activation: a token activates the chosen experts and no other ones; attention and shared experts always work. A dense model activates everything.',
   autoregressive: 'Autoregressive: every token that was made becomes part of the text from which the next one is guessed.',
 };

@@ -7,7 +7,7 @@ export default {
   see: 'see it',
   capacity: 'Capacity at low cost: {times} times as many weights as a token has to compute with.',
   flexible: 'Flexibility: experts take up different patterns of text, and more can be added without more work for each token.',
-  context: 'Sensitivity to context: the same word goes to other experts in another sentence, since the router sees the vector, not the word.',
+  context: 'Sensitivity to context: the same word may go to other experts in another sentence, since the router sees the vector, not the word.',
   cache: 'With latent attention (DeepSeek’s) long texts need less memory, too.',
   memory: 'Memory: all {total} weights must be held, though {share} work at a time.',
   routing: 'A router has to be designed and learned: a choice of {k} out of {n} is a jump, and gradients do not flow over it by themselves.',

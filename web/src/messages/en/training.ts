@@ -13,7 +13,7 @@ export default {
   chart: 'Loss and balance over the steps of the training',
   loss: 'Loss, nats a token (grey: training, coloured: unseen)',
   balance: 'Imbalance of work (blue: mean, grey: each layer)',
-  reading: 'Step {step} of {total}: loss {loss}; in the worst layer the busiest expert has {violation} shares too many.',
+  reading: 'Step {step} of {total}: loss {loss}; in the worst layer the busiest expert does {violation} even shares more than its own.',
   none: 'This model brings no history of its training.',
   waiting: 'Waiting for the first step of the training …',
   explain: 'Imbalance is how many even shares the busiest expert has beyond its own. The columns stand in the order that they have at the end, so that one sees them sort themselves out. Every kind of text counts alike, however much of it there is.',

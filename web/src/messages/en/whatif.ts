@@ -26,7 +26,7 @@ export default {
   noteOther: 'The router’s scores are changed.',
   offDomain: 'Switch off all experts devoted to',
   domain: '{domain} ({n})',
-  devoted: 'Devoted: more than {share} of an expert’s work is of this kind, every kind counting alike. One expert alone is hardly missed; the others take over.',
+  devoted: 'An expert is devoted to the kind of text that takes most of its work, if that is more than {share}: twice an even part, with {kinds} kinds counting alike. One expert alone is hardly missed; the others take over.',
   sums: '{n} sums',
   right: '{n} of {total} right',
   poem: 'a poem',

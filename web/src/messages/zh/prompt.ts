@@ -10,7 +10,7 @@ const zh: typeof en = {
   of: '{used} / {total}',
   ended: '模型认为已经写完。按“单步”还可以接着写。',
   domain_poetry: '诗词',
-  domain_prose: '散文',
+  domain_prose: '散文小说',
   domain_code: '代码',
   domain_translation: '翻译',
   domain_arithmetic: '算术',

@@ -28,7 +28,7 @@ const zh: typeof en = {
   noteOther: '路由器的得分改过。',
   offDomain: '把专管这类文字的专家全关掉：',
   domain: '{domain}（{n} 位）',
-  devoted: '专管：各类文字同等看待时，一位专家超过 {share} 的活属于这一类。只关一位几乎看不出差别，别的专家会顶上。',
+  devoted: '专管：一位专家的活以这一类最多，且超过 {share}，即 {kinds} 类文字平分时的两倍以上。只关一位几乎看不出差别，别的专家会顶上。',
   sums: '{n} 道算式',
   right: '{total} 道对 {n} 道',
   poem: '一首诗',
