@@ -176,6 +176,18 @@ def test_charts_and_data_lie_beside_the_page(page: Path, files: list[Path]) -> N
         assert (page.parent / "study-1.png").exists()
 
 
+def test_no_text_is_too_small_to_read(page: Path) -> None:
+    """A chart is never shown narrower than the page says; 16 pixels are a rem."""
+    html = page.read_text(encoding="utf-8")
+    least = 16 * float(re.findall(r"svg {[^}]*min-width: ([\d.]+)rem", html)[0])
+    charts = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    assert len(charts) == 10
+    for chart in charts:
+        width = float(re.findall(r'viewBox="0 0 ([\d.]+)', chart)[0])
+        sizes = [float(size) for size in re.findall(r"font(?:-size)?: (?:\w+ )*([\d.]+)px", chart)]
+        assert sizes and min(sizes) * least / width >= 9
+
+
 def test_axes_have_their_units(page: Path) -> None:
     text = page.read_text(encoding="utf-8")
     words = WORDS["zh" if 'lang="zh"' in text else "en"]

@@ -33,6 +33,8 @@ COLOURS = ("#000000", "#E69F00", "#0072B2", "#D55E00", "#009E73", "#CC79A7", "#5
 MARKERS = "osD^vPX"
 DASHES = ("-", "--", ":")
 WIDTH = 9.0  # inches
+SMALLEST = 7
+"""Points of the smallest text; the page shows no chart so narrow that it has under nine pixels."""
 MOST_NUMBERS = 72
 """Experts whose numbers fit under a map."""
 STYLE: dict[Any, Any] = {
@@ -97,9 +99,9 @@ def expert_maps(
         picture = axis.imshow(
             rows[:, order], aspect="auto", cmap=SCALE, vmin=least, vmax=most, interpolation="none"
         )
-        axis.set_yticks(range(len(domains)), domains, fontsize=7)
+        axis.set_yticks(range(len(domains)), domains, fontsize=SMALLEST)
         numbers = [str(expert) for expert in order] if len(order) <= MOST_NUMBERS else []
-        axis.set_xticks(range(len(numbers)), numbers, fontsize=6, rotation=90)
+        axis.set_xticks(range(len(numbers)), numbers, fontsize=SMALLEST, rotation=90)
         axis.set_title(words.layer.format(layer=layer + 1), fontsize=8, loc="left")
         axis.tick_params(length=0)
     axes[-1].set_xlabel(words.expert)
@@ -163,7 +165,7 @@ def intervals(
         if zero:
             axis.axvline(0, color="black", linewidth=0.8)
     if series > 1:
-        axes[0].legend(frameon=False, fontsize=7)
+        axes[0].legend(frameon=False, fontsize=SMALLEST)
     return made
 
 
@@ -181,8 +183,8 @@ def scatter(
         axis.axhline(0, color="black", linewidth=0.8)
         axis.set(xlim=(0, widest * 1.05), ylim=(lowest - room, highest + room))
         axis.set_title(name, fontsize=8)
-        axis.set_xlabel(across, fontsize=7)
-        axis.tick_params(labelsize=6, labelleft=not number)
+        axis.set_xlabel(across, fontsize=SMALLEST)
+        axis.tick_params(labelsize=SMALLEST, labelleft=not number)
     axes[0].set_ylabel(up)
     return made
 

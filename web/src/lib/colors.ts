@@ -2,23 +2,27 @@
  * Colours that mean something.
  *
  * An expert has one colour everywhere: sixteen hues, far apart from one id to the next, in four rings
- * of lightness, so that no two of 64 come close and each can be told apart without its hue.
+ * of lightness, so that no two of 64 are alike and each can be told apart without its hue. Those that
+ * stand side by side or one above the other, in rows of 8, 12, 16 or 32, are furthest apart.
  * Colour never stands alone: a number goes with it.
  */
 
 const HUES = 16;
 /** Steps from one id's hue to the next one's; prime to `HUES`. */
 const STRIDE = 7;
+/** Steps that a ring is turned against the one before. */
+const SHIFT = 4;
 /** Lightness of the rings; lighter or darker would not stand out against the page. */
 const RINGS = [0.52, 0.565, 0.61, 0.66];
 const CHROMA = 0.145;
 
 /** Colour of an expert as `#rrggbb`; 3 : 1 or better against the page, light or dark. */
 export function expertColor(id: number, n = 64): string {
-  const ring = Math.floor(id / HUES) % RINGS.length;
+  const round = Math.floor(id / HUES);
+  const ring = round % RINGS.length;
   // Every other ring lies between the hues of its neighbours; beyond 64 the rings come again.
   const turn = (ring % 2) / 2 + (n > 64 ? Math.floor(id / (HUES * RINGS.length)) / 8 : 0);
-  const hue = (360 / HUES) * (((id * STRIDE) % HUES) + turn) + 250;
+  const hue = (360 / HUES) * (((id * STRIDE + round * SHIFT) % HUES) + turn) + 250;
   return oklch(RINGS[ring], CHROMA, hue % 360);
 }
 
