@@ -19,6 +19,7 @@ from moescope.scope.detail import ExpertDetail
 from moescope.scope.history import TrainingRow
 from moescope.scope.specialization import TypicalToken
 from moescope.scope.steps import End, TokenStep
+from moescope.scope.twin_study import TwinStudy
 from moescope.server.companions import Role
 
 Language = Literal["zh", "en"]
@@ -382,10 +383,12 @@ class DenseAnswer(Message):
     Attributes:
         held_out: nats a token of each domain's held-out text when the training of each of them
             ended, in the same order; empty where one's history was not kept.
+        study: a small mixture beside dense twins of both sizes; None where none is in the box.
     """
 
     contestants: list[Contestant]
     held_out: dict[str, list[float]]
+    study: TwinStudy | None
 
 
 # --- POST /api/unbalanced: a copy trained without balancing beside it -----------------------------

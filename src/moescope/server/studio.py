@@ -22,6 +22,8 @@ from moescope.scope.reasoning import FILE as REASONING
 from moescope.scope.reasoning import ReasoningHistory
 from moescope.scope.specialization import Specialization, TypicalToken
 from moescope.scope.steps import End, stream
+from moescope.scope.twin_study import FILE as TWINS
+from moescope.scope.twin_study import TwinStudy
 from moescope.server import schema
 from moescope.server.companions import Companion, Role, find_companions
 from moescope.server.described import (
@@ -274,6 +276,7 @@ class Studio:
         return schema.DenseAnswer(
             contestants=beside(engines, self._ids(request)),
             held_out=held_out_losses([self.folder, *(twin.folder for twin in twins)]),
+            study=TwinStudy.from_file(TWINS) if TWINS.exists() else None,
         )
 
     def unbalanced(self, request: schema.UnbalancedRequest) -> schema.UnbalancedAnswer:

@@ -7,6 +7,9 @@ const KNOWN: Record<string, Key> = {
   code: 'experts.code',
   translation: 'experts.translation',
   arithmetic: 'experts.arithmetic',
+  definitions: 'experts.definitions',
+  documentation: 'experts.documentation',
+  models: 'experts.models',
 };
 
 /** Okabe and Ito's colours, which stay apart for the colour-blind. */

@@ -944,6 +944,7 @@ export interface components {
          *     Attributes:
          *         held_out: nats a token of each domain's held-out text when the training of each of them
          *             ended, in the same order; empty where one's history was not kept.
+         *         study: a small mixture beside dense twins of both sizes; None where none is in the box.
          */
         DenseAnswer: {
             /** Contestants */
@@ -952,6 +953,7 @@ export interface components {
             held_out: {
                 [key: string]: number[];
             };
+            study: components["schemas"]["TwinStudy"] | null;
         };
         /**
          * DenseRequest
@@ -1246,6 +1248,18 @@ export interface components {
             rows: components["schemas"]["TrainingRow"][];
             /** Snapshots */
             snapshots: components["schemas"]["ExpertsSnapshot"][];
+        };
+        /**
+         * Interval
+         * @description A number with its 95 % interval.
+         */
+        Interval: {
+            /** Value */
+            value: number;
+            /** Low */
+            low: number;
+            /** High */
+            high: number;
         };
         /**
          * LayerInfo
@@ -2047,6 +2061,48 @@ export interface components {
             load?: {
                 [key: string]: number[];
             };
+        };
+        /**
+         * TwinRun
+         * @description One training.
+         *
+         *     Attributes:
+         *         name: what it is to the others.
+         *         parameters: in all.
+         *         active: at work on a token.
+         *         tokens: read in training.
+         *         seconds: that this takes on a quiet machine.
+         *         held_out: nats a token of each domain's held-out text at its end.
+         *         lead: nats a token by which the mixture is ahead, the mean over all domains, with the
+         *             interval that the held-out text leaves; None for the mixture itself.
+         */
+        TwinRun: {
+            /**
+             * Name
+             * @enum {string}
+             */
+            name: "mixture" | "active" | "total" | "active-time" | "total-time";
+            /** Parameters */
+            parameters: number;
+            /** Active */
+            active: number;
+            /** Tokens */
+            tokens: number;
+            /** Seconds */
+            seconds: number;
+            /** Held Out */
+            held_out: {
+                [key: string]: number;
+            };
+            lead: components["schemas"]["Interval"] | null;
+        };
+        /**
+         * TwinStudy
+         * @description The runs in the order of `RUNS`; those at equal time may be missing together.
+         */
+        TwinStudy: {
+            /** Runs */
+            runs: components["schemas"]["TwinRun"][];
         };
         /**
          * TypicalToken

@@ -30,5 +30,18 @@ const zh: typeof en = {
   slower: '为什么这里混合专家反而慢？它要乘许多小矩阵，模型这么小，光是启动每次乘法就比算的时间还长。大模型的时间花在从内存读参数上，读得少就快。',
   heldOut: '大量没见过的各类文字：两者训练结束时的损失（越小越好）',
   noLarge: '这里还缺一个对照：总参数同样多（{total}）的稠密模型。它处理每个词元要算 {times} 倍，有了它才看得出混合专家用少得多的计算能追到多近。目前还没有训练出这样一个模型。',
+  denseModel: '稠密模型',
+  study: '混合专家比同样大小的稠密模型好吗？',
+  studyHow: '另做的一项实验：混合专家共{total}个参数，每个词元用到{active}个；稠密模型分别有{active}个和{large}个参数。都从零开始，按同样的顺序读同样的文字。比的是 {domains} 类没见过的文字上的损失，各类同等看待。',
+  equalTokens: '读得一样多：各 {tokens} 个词元',
+  equalTime: '训练得一样久：都是混合专家用的 {minutes} 分钟',
+  better: '{who}更好',
+  verdict: '{who}，{minutes} 分钟读了 {tokens} 个词元：损失 {dense}，混合专家 {mixture}。',
+  mixtureAhead: '混合专家好 {apart}。',
+  denseAhead: '稠密模型好 {apart}。',
+  undecided: '分不出高下：相差 {apart}，在测量误差之内。',
+  studySure: '点两旁的线表示差值的 95% 置信区间，只计入测试文字带来的误差；每个模型只训练了一次，换个随机起点结果会有出入。实验规模也小：大模型读的文字是这里的上百万倍。',
+  byDomain: '各类文字上的损失',
+  read: '{tokens} 个词元',
 };
 export default zh;
