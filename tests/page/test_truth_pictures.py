@@ -17,8 +17,11 @@ from moescope.lab.beside import beside
 from moescope.model.costs import count_parameters, kept_numbers, plain_numbers
 from moescope.scope.detail import Reading, TokenDetail
 from moescope.scope.history import History
+from moescope.scope.resampling import Interval
 from moescope.scope.specialization import Specialization
 from moescope.scope.steps import TokenStep, read
+from moescope.scope.twin_study import AT_EQUAL_TOKENS, RUNS, TwinRun, TwinStudy
+from moescope.scope.twin_study import FILE as TWINS
 from moescope.text.deepseek_vocabulary import deepseek_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.page]
@@ -280,9 +283,58 @@ def check_dense(page, known: Known) -> None:
         last = [row for row in rows if row.held_out][-1].held_out
         held_out |= {number(loss) for loss in last.values()}
     assert numbers(section.get_by_test_id("dense-held-out")) == held_out
+    if TWINS.exists():
+        expected |= study_numbers(page, TwinStudy.from_file(TWINS), known.language)
     told = numbers(section)
     assert told - set(NUMBER.findall(passage[1])) == expected | held_out
-    assert section.get_by_test_id("no-large").count() == 1
+    assert section.get_by_test_id("no-large").count() == (not TWINS.exists())
+
+
+def study_numbers(page, study: TwinStudy, language: str) -> set[str]:
+    """All numbers of a study's picture, each held to where it stands."""
+    picture = page.get_by_test_id("dense-study")
+    mixture, _, total = study.runs[:3]
+    expected = {count(n, language) for n in (mixture.parameters, mixture.active, total.parameters)}
+    expected |= {str(len(mixture.held_out)), "95%"}
+
+    def amount(run: TwinRun) -> set[str]:
+        minutes = number(run.seconds / 60, 1 if run.seconds < 600 else 0)
+        return {count(run.tokens, language), minutes}
+
+    def loss(run: TwinRun) -> str:
+        return number(sum(run.held_out.values()) / len(run.held_out), 3)
+
+    words = {
+        "en": ("The mixture is better", "The dense model is better", "Undecided"),
+        "zh": ("混合专家好", "稠密模型好", "分不出高下"),
+    }[language]
+    for run in study.runs[1:]:
+        lead = run.lead
+        assert lead is not None
+        verdict = picture.get_by_test_id(f"dense-verdict-{run.name}")
+        own = amount(run) | {loss(run), loss(mixture), number(abs(lead.value), 3)}
+        assert numbers(verdict) == own, run.name
+        said = words[0 if lead.low > 0 else 1 if lead.high < 0 else 2]
+        assert verdict.locator("strong").inner_text().startswith(said)
+        expected |= own
+        drawn = picture.get_by_test_id(f"dense-run-{run.name}")
+        assert float(drawn.get_attribute("data-lead")) == lead.value
+        zero = float(drawn.locator("xpath=..").locator(".zero").get_attribute("x1"))
+        line, dot = drawn.locator(".interval"), drawn.locator("circle")
+        ends = [float(line.get_attribute(end)) - zero for end in ("x1", "x2")]
+        middle = float(dot.get_attribute("cx")) - zero
+        scale = max(ends, key=abs) / max(lead.low, lead.high, key=abs)
+        assert [*ends, middle] == pytest.approx(
+            [scale * n for n in (lead.low, lead.high, lead.value)], abs=0.5
+        )
+    table = picture.locator("details")
+    cells = [number(run.held_out[d], 3) for d in mixture.held_out for run in study.runs]
+    assert [
+        NUMBER.findall(cell)[-1] for cell in table.locator("tbody td").all_inner_texts()
+    ] == cells
+    expected |= set(cells) | {told for run in study.runs for told in amount(run)}
+    assert numbers(picture) <= expected
+    return expected
 
 
 def check_summary(page, known: Known) -> None:
@@ -378,3 +430,37 @@ def test_a_wrong_number_is_noticed(open_page, engine: Model, name: str) -> None:
     known = Known(page, engine, "en")
     with pytest.raises(AssertionError):
         CHECKS[name](page, known)
+
+
+# --- a study of twins, made up -------------------------------------------------------------------
+
+
+def made_up() -> TwinStudy:
+    """One of each outcome: ahead, undecided, behind."""
+    domains = ("prose", "models")
+    leads = ((0.09, 0.02), (-0.005, 0.015), (-0.12, 0.03), (0.01, 0.004))
+    runs = [TwinRun("mixture", 30_000_000, 8_600_000, 3_276_800, 1710.0, {}, None)]
+    for name, (value, half) in zip(RUNS[1:], leads, strict=True):
+        parameters = 8_600_000 if name.startswith("active") else 30_100_000
+        tokens = 3_276_800 if name in AT_EQUAL_TOKENS else 6_123_000
+        lead = Interval(value, value - half, value + half)
+        runs.append(TwinRun(name, parameters, parameters, tokens, 543.0, {}, lead))
+    for at, run in enumerate(runs):
+        run.held_out.update({domain: 4.1 + at / 7 + i / 3 for i, domain in enumerate(domains)})
+    return TwinStudy(runs)
+
+
+@pytest.mark.parametrize("language", LANGUAGES)
+def test_a_studys_numbers_are_those_of_its_file(open_page, language: str) -> None:
+    study = made_up()
+    told = json.loads(study.to_json())
+    shown = spoiled(lambda answer: answer.update(study=told))
+    page = open_page(f"lang={language}&max=2", routes={"**/api/dense": shown})
+    page.get_by_test_id("dense-moe").click()
+    page.get_by_test_id("dense-study").wait_for(timeout=120_000)
+    page.locator("[data-testid=dense-study] details summary").click()
+    assert page.get_by_test_id("no-large").count() == 0
+    study_numbers(page, study, language)
+    study.runs[2].held_out["prose"] += 0.1
+    with pytest.raises(AssertionError, match="total"):
+        study_numbers(page, study, language)
