@@ -337,26 +337,41 @@ inline __m256 numbers(const Bf16* x) {
 inline float number(float x) { return x; }
 inline float number(Bf16 x) { return float_of_bf16(x.bits); }
 
+template <int R, typename T>
+MOESCOPE_INLINE inline void add_dots(const T* x, int64_t stride, const T* q, int64_t q_stride,
+                                     int64_t width, float* out, int64_t out_stride) {
+  __m256 sums[kHeads][R];
+  each<kHeads>([&](auto h) MOESCOPE_INLINE {
+    each<R>([&](auto r) MOESCOPE_INLINE { sums[h][r] = _mm256_setzero_ps(); });
+  });
+  int64_t k = 0;
+  for (; k + 8 <= width; k += 8) {
+    __m256 slots[R];
+    each<R>([&](auto r) MOESCOPE_INLINE { slots[r] = numbers(x + r * stride + k); });
+    each<kHeads>([&](auto h) MOESCOPE_INLINE {
+      const __m256 query = numbers(q + h * q_stride + k);
+      each<R>([&](auto r)
+                  MOESCOPE_INLINE { sums[h][r] = _mm256_fmadd_ps(slots[r], query, sums[h][r]); });
+    });
+  }
+  each<kHeads>([&](auto h) MOESCOPE_INLINE {
+    each<R>([&](auto r) MOESCOPE_INLINE {
+      float sum = sum_of(sums[h][r]);
+      for (int64_t rest = k; rest < width; ++rest)
+        sum += number(x[r * stride + rest]) * number(q[h * q_stride + rest]);
+      out[h * out_stride + r] += sum;
+    });
+  });
+}
+
+// Two slots at a time, so that a query's numbers are widened once for both.
 template <typename T>
 void dots(const T* x, int64_t stride, int64_t count, const T* q, int64_t q_stride, int64_t width,
           const T*, int, float* out, int64_t out_stride) {
-  for (int64_t i = 0; i < count; ++i) {
-    const T* from = x + i * stride;
-    __m256 sums[kHeads] = {_mm256_setzero_ps(), _mm256_setzero_ps(), _mm256_setzero_ps(),
-                           _mm256_setzero_ps()};
-    int64_t k = 0;
-    for (; k + 8 <= width; k += 8) {
-      const __m256 a = numbers(from + k);
-      for (int h = 0; h < kHeads; ++h)
-        sums[h] = _mm256_fmadd_ps(a, numbers(q + h * q_stride + k), sums[h]);
-    }
-    for (int h = 0; h < kHeads; ++h) {
-      float sum = sum_of(sums[h]);
-      for (int64_t rest = k; rest < width; ++rest)
-        sum += number(from[rest]) * number(q[h * q_stride + rest]);
-      out[h * out_stride + i] += sum;
-    }
-  }
+  int64_t i = 0;
+  for (; i + 2 <= count; i += 2)
+    add_dots<2>(x + i * stride, stride, q, q_stride, width, out + i, out_stride);
+  if (i < count) add_dots<1>(x + i * stride, stride, q, q_stride, width, out + i, out_stride);
 }
 
 void dot_rows(const float* x, int64_t count, const float* q, int64_t width, float* out) {
