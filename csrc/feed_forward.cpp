@@ -160,9 +160,9 @@ void FeedForward::forward_held(const float* x, int64_t tokens, const int64_t* to
   const auto visit_of = [&](int64_t task) -> size_t {
     return std::upper_bound(first_task.begin(), first_task.end(), task) - first_task.begin() - 1;
   };
-  // Threads take turns, more or less, so this one will go on as many tasks later as there are.
+  // A thread mostly goes on with the task behind.
   const auto next_after = [&](int64_t task) -> const uint8_t* {
-    task += threads();
+    ++task;
     if (task >= first_task.back()) return scratch.visits[0].experts->down->start(0, 0);
     const size_t v = visit_of(task);
     return scratch.visits[v].experts->gate->start(scratch.visits[v].matrix, task - first_task[v]);
@@ -204,7 +204,7 @@ void FeedForward::forward_held(const float* x, int64_t tokens, const int64_t* to
       const Visit& visit = scratch.visits[v];
       const bool is_shared = visit.experts == &shared_, is_last = v + 1 == scratch.visits.size();
       const Visit& next = scratch.visits[is_last ? 0 : v + 1];
-      const int64_t next_tile = std::min(is_last ? tile + threads() : tile, out_tiles - 1);
+      const int64_t next_tile = std::min(is_last ? tile + 1 : tile, out_tiles - 1);
       for (int64_t first = 0; first < visit.rows; first += kRowBlock) {
         const int count = static_cast<int>(std::min<int64_t>(kRowBlock, visit.rows - first));
         const int64_t base = visit.first_row + first;

@@ -4,6 +4,10 @@
 #include <cstdlib>
 #include <stdexcept>
 
+#ifdef MOESCOPE_X86
+#include <cpuid.h>
+#endif
+
 namespace moescope {
 namespace {
 
@@ -12,9 +16,15 @@ std::atomic<const Kernels*> current{nullptr};
 }  // namespace
 
 #ifdef MOESCOPE_X86
-const bool fetches_past_caches = __builtin_cpu_is("amd");
-
 namespace {
+
+constexpr unsigned kZen4 = 0x19;  // the family, of which Zen 3 has no AVX-512
+
+unsigned family() {
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  __get_cpuid(1, &a, &b, &c, &d);
+  return (a >> 8 & 0xf) + (a >> 20 & 0xff);
+}
 
 // AVX-512 with attention on bf16's own instruction.
 const Kernels& avx512bf16_kernels() {
@@ -28,6 +38,10 @@ const Kernels& avx512bf16_kernels() {
 }
 
 }  // namespace
+
+const ReadAhead read_ahead = !__builtin_cpu_is("amd") ? ReadAhead::into_second_level
+                             : family() == kZen4      ? ReadAhead::by_itself
+                                                      : ReadAhead::past_caches;
 #endif
 
 std::vector<const Kernels*> available_kernels() {

@@ -122,7 +122,9 @@ const AttentionLoops<T>& attention_loops(const Kernels& set) {
 
 extern const Kernels portable_kernels;
 #ifdef MOESCOPE_X86
-extern const bool fetches_past_caches;  // whether that costs this processor nothing
+// How a processor gets weights of which single tokens read each once, best.
+enum class ReadAhead { by_itself, into_second_level, past_caches };
+extern const ReadAhead read_ahead;
 extern const Kernels avx2_kernels, avxvnni_kernels, avx512_kernels;
 extern const AttentionLoops<Bf16> avx512bf16_loops;
 #endif

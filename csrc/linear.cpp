@@ -33,9 +33,9 @@ void multiply_all(const std::vector<Product>& products, const QuantizedRows& act
     const int64_t tiles = products[which].weights->tiles();
     return {&products[which], part / tiles, part % tiles, task % blocks * kRowBlock};
   };
-  // Threads take turns, more or less, so this one will go on as many tasks later as there are.
+  // A thread mostly goes on with the task behind.
   const auto next_after = [&](int64_t task) -> const uint8_t* {
-    task += threads();
+    ++task;
     if (task >= first_task.back()) return nullptr;
     const Place place = place_of(task);
     return place.product->weights->start(place.matrix, place.tile);

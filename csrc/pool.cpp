@@ -33,6 +33,32 @@ int usable_cores() {
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
+// Tasks of one thread that nobody has begun. It takes them from the front, so that what it reads lies
+// together; others, who have none left, take from the back.
+class alignas(64) Share {
+ public:
+  void set(int64_t first, int64_t end) { span_.store(pack(first, end), std::memory_order_relaxed); }
+
+  // The next task from the front or from the back; -1 if there is none.
+  int64_t take(bool front) {
+    uint64_t span = span_.load(std::memory_order_relaxed);
+    for (;;) {
+      const int64_t first = static_cast<int64_t>(span >> 32), end = span & 0xffffffffu;
+      if (first == end) return -1;
+      const uint64_t rest = front ? pack(first + 1, end) : pack(first, end - 1);
+      if (span_.compare_exchange_weak(span, rest, std::memory_order_relaxed))
+        return front ? first : end - 1;
+    }
+  }
+
+ private:
+  static uint64_t pack(int64_t first, int64_t end) {
+    return static_cast<uint64_t>(first) << 32 | static_cast<uint64_t>(end);
+  }
+
+  std::atomic<uint64_t> span_{0};
+};
+
 // A round of work is open while the lowest bit of `gate_` is set; the bits above count the threads
 // that joined it, and the upper half numbers the rounds. Whoever opened a round works until no task
 // is left, closes it, and waits only for those that joined: a thread that the system has put aside
@@ -49,7 +75,9 @@ class Pool {
       return;
     }
     task_ = &task;
-    count_ = count;
+    const int64_t parts = static_cast<int64_t>(shares_.size());
+    for (int64_t part = 0; part < parts; ++part)
+      shares_[part].set(count * part / parts, count * (part + 1) / parts);
     next_.store(0, std::memory_order_relaxed);
     left_.store(0, std::memory_order_relaxed);
     const uint64_t round = (gate_.load(std::memory_order_relaxed) >> 32) + 1;
@@ -80,6 +108,7 @@ class Pool {
 
   void start(int count) {
     stopping_.store(false);
+    shares_ = std::vector<Share>(count);
     for (int i = 1; i < count; ++i) workers_.emplace_back([this] { serve(); });
     size_.store(count, std::memory_order_relaxed);
   }
@@ -95,7 +124,11 @@ class Pool {
   }
 
   void work() {
-    for (int64_t i; (i = next_.fetch_add(1, std::memory_order_relaxed)) < count_;) (*task_)(i);
+    const size_t own = next_.fetch_add(1, std::memory_order_relaxed);
+    for (size_t i = 0; i < shares_.size(); ++i) {
+      Share& share = shares_[(own + i) % shares_.size()];
+      for (int64_t task; (task = share.take(i == 0)) >= 0;) (*task_)(task);
+    }
   }
 
   bool has_news(uint64_t seen) const {
@@ -133,15 +166,15 @@ class Pool {
   }
 
   std::vector<std::thread> workers_;
+  std::vector<Share> shares_;  // one a thread
   std::mutex turn_, sleep_;
   std::condition_variable wake_;
   std::atomic<uint64_t> gate_{0};
-  std::atomic<int64_t> next_{0};
+  std::atomic<size_t> next_{0};  // share, of which a thread that joins begins
   std::atomic<uint64_t> left_{0};
   std::atomic<int> sleepers_{0}, size_{1};
   std::atomic<bool> stopping_{false};
   const std::function<void(int64_t)>* task_ = nullptr;
-  int64_t count_ = 0;
 };
 
 // Never destroyed: at exit the threads may already be gone, and the system ends them anyway.
