@@ -1,8 +1,8 @@
 """Experts that stay on the disk: the same numbers as in memory, and never more than a limit."""
 
 import json
-import subprocess
 import re
+import subprocess
 import sys
 from pathlib import Path
 
