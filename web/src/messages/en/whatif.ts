@@ -15,7 +15,7 @@ export default {
   nothing: 'Nothing is changed yet, so both are the same. Switch an expert off above.',
   parts: 'They part at new token {n}.',
   same: 'The text stays the same; only the probabilities move.',
-  at: 'What came after “{text}”',
+  at: 'What may come after “{text}”',
   apart: 'After they part, the two read different texts; pick a token before that to compare.',
   note: 'What if:',
   noteDomain: '{n} {n?expert that works:experts that work} on {domain} {n?is:are} off.',

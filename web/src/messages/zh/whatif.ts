@@ -17,7 +17,7 @@ const zh: typeof en = {
   nothing: '还没有改动，所以两边一样。先在上面关掉一位专家。',
   parts: '写到第 {n} 个新词元时，两边分道扬镳。',
   same: '文字没变，只有概率动了。',
-  at: '“{text}”之后会是什么',
+  at: '“{text}”之后可能是什么',
   apart: '分开之后两边读的已不是同一段文字；请选分开之前的词元来比较。',
   note: '假如：',
   noteDomain: '{n} 位主要管{domain}的专家都关掉了。',
@@ -30,7 +30,7 @@ const zh: typeof en = {
   domain: '{domain}（{n} 位）',
   devoted: '专管：一位专家的活以这一类最多，且超过 {share}，即 {kinds} 类文字平分时的两倍以上。只关一位几乎看不出差别，别的专家会顶上。',
   sums: '{n} 道算式',
-  right: '{total} 道对 {n} 道',
+  right: '{total} 道中对了 {n} 道',
   poem: '一首诗',
 };
 export default zh;
