@@ -463,15 +463,15 @@ def other_digits(step: dict[str, Any]) -> None:
 
 
 WRONG = [
-    ("language", spoil_start(lambda model: model["layers"].append(model["layers"][-1])), ""),
-    ("steps", spoil_start(one_more("hidden_size")), ""),
-    ("relu", spoil("trace", fewer_experts), ""),
-    ("fine", spoil_start(one_more("num_experts_per_tok")), ""),
-    ("context", spoil_start(one_more("kept", "cache")), ""),
-    ("service", spoil_start(one_more("active", "parameters")), ""),
-    ("thinking", spoil_stream(another_expert), ""),
-    ("reasoning", spoil("reasoning", other_answers), ""),
-    ("training", spoil("training", lambda told: [one_more("loss")(r) for r in told["rows"]]), ""),
+    ("language", spoil_start(lambda model: model["layers"].append(model["layers"][-1])), None),
+    ("steps", spoil_start(one_more("hidden_size")), None),
+    ("relu", spoil("trace", fewer_experts), None),
+    ("fine", spoil_start(one_more("num_experts_per_tok")), None),
+    ("context", spoil_start(one_more("kept", "cache")), None),
+    ("service", spoil_start(one_more("active", "parameters")), None),
+    ("thinking", spoil_stream(another_expert), None),
+    ("reasoning", spoil("reasoning", other_answers), None),
+    ("training", spoil("training", lambda told: [one_more("loss")(r) for r in told["rows"]]), None),
     ("whatif", spoil_stream(other_digits), r"\d\+\d+ = \d+ "),
     ("whatif", spoil_stream(one_more("probability", "candidates", 0)), "% → "),
 ]
@@ -480,7 +480,7 @@ WRONG = [
 
 @pytest.mark.parametrize(("name", "routes", "told"), WRONG)
 def test_a_wrong_number_is_noticed(
-    open_page, engine: Model, name: str, routes: dict[str, Callable[[Any], None]], told: str
+    open_page, engine: Model, name: str, routes: dict[str, Callable[[Any], None]], told: str | None
 ) -> None:
     page = open_page("lang=en&max=2", routes=routes)
     page.get_by_test_id("prompt").fill("The moon")
