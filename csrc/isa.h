@@ -122,7 +122,7 @@ const AttentionLoops<T>& attention_loops(const Kernels& set) {
 
 extern const Kernels portable_kernels;
 #ifdef MOESCOPE_X86
-// How a processor gets weights of which single tokens read each once, best.
+// How a processor best gets ahead of what single tokens read, each weight once.
 enum class ReadAhead { by_itself, into_second_level, past_caches };
 extern const ReadAhead read_ahead;
 extern const Kernels avx2_kernels, avxvnni_kernels, avx512_kernels;

@@ -33,8 +33,8 @@ int usable_cores() {
   return std::max(1u, std::thread::hardware_concurrency());
 }
 
-// Tasks of one thread that nobody has begun. It takes them from the front, so that what it reads lies
-// together; others, who have none left, take from the back.
+// Tasks of one thread that nobody has begun; their numbers have 32 bits. It takes them from the front,
+// so that what it reads lies together; others, who have none left, take from the back.
 class alignas(64) Share {
  public:
   void set(int64_t first, int64_t end) { span_.store(pack(first, end), std::memory_order_relaxed); }

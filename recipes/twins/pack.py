@@ -20,7 +20,7 @@ from moescope.families import open_config
 from moescope.files import read_object
 from moescope.model.costs import count_parameters
 from moescope.scope.losses import document_losses
-from moescope.scope.resampling import Interval
+from moescope.scope.resampling import Interval, mean_of_groups
 from moescope.scope.saved import rounded
 from moescope.scope.twin_study import (
     AT_EQUAL_TOKENS,
@@ -40,8 +40,6 @@ SAME_TIME = 0.02
 """What trainings of equal time may differ by."""
 SAME_LOSS = 0.02
 """Nats by which a loss that is measured anew may differ from the training's own."""
-CERTAIN = 1.96
-"""Standard errors on either side of a 95 % interval."""
 
 
 def main() -> None:
@@ -143,15 +141,9 @@ def window_losses(run: Path, summary: dict[str, Any]) -> Losses:
 
 
 def lead(mixture: Losses, twin: Losses) -> Interval:
-    """Nats a token by which the mixture is ahead, all domains counting alike.
-
-    Both read the same windows, so the standard error is that of the paired differences.
-    """
-    apart = [twin[domain] - mixture[domain] for domain in mixture]
-    mean = statistics.fmean(float(each.mean()) for each in apart)
-    variance = sum(float(each.var(ddof=1)) / len(each) for each in apart) / len(apart) ** 2
-    half = CERTAIN * variance**0.5
-    return Interval(rounded(mean), rounded(mean - half), rounded(mean + half))
+    """Nats a token by which the mixture is ahead; domains count alike."""
+    found = mean_of_groups([twin[domain] - mixture[domain] for domain in mixture])
+    return Interval(rounded(found.value), rounded(found.low), rounded(found.high))
 
 
 if __name__ == "__main__":

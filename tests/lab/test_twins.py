@@ -1,9 +1,9 @@
 """Recipes that are trained to be compared: the twin's size, the same tokens, and going on."""
 
-import json
 from pathlib import Path
 
 import pytest
+from small_recipes import EXPERTS, MODEL, write_text
 
 from moescope.catalog import catalog
 from moescope.cli.main import run
@@ -15,26 +15,6 @@ from moescope.lab.twins import dense_twin, is_recipe, recipe, train_recipes
 from moescope.model.costs import count_parameters
 from moescope.training import trainer
 
-MODEL = """
-[model]
-model_type = "deepseek_v3"
-vocab_size = 300
-hidden_size = 16
-intermediate_size = 32
-num_hidden_layers = 2
-num_attention_heads = 2
-kv_lora_rank = 8
-qk_nope_head_dim = 4
-qk_rope_head_dim = 4
-v_head_dim = 8
-max_position_embeddings = 64
-"""
-MIXTURE = """
-moe_intermediate_size = 8
-n_routed_experts = 4
-num_experts_per_tok = 2
-first_k_dense_replace = 1
-"""
 REST = """
 [data]
 sequence_length = 16
@@ -48,20 +28,14 @@ tokens = 200
 
 @pytest.fixture
 def text(tmp_path: Path) -> Path:
-    for domain, line in (("poems", "第{}首：床前明月光，疑是地上霜。"), ("sums", "{} + 1 = ?")):
-        for part, numbers in (("train", range(40)), ("held_out", range(40, 60))):
-            folder = tmp_path / "text" / part / domain
-            folder.mkdir(parents=True)
-            rows = [json.dumps({"text": line.format(n)}) + "\n" for n in numbers]
-            (folder / "a.jsonl").write_text("".join(rows), encoding="utf-8")
-    return tmp_path / "text"
+    return write_text(tmp_path / "text", held_out=20)
 
 
 @pytest.fixture
 def recipes(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Two small recipes, trained in this very process."""
-    (tmp_path / "mixture.toml").write_text(MODEL + MIXTURE + REST)
-    (tmp_path / "plain.toml").write_text(MODEL + REST)
+    (tmp_path / "mixture.toml").write_text(MODEL.format(width=32) + EXPERTS + REST)
+    (tmp_path / "plain.toml").write_text(MODEL.format(width=32) + REST)
     monkeypatch.setattr(trainer, "measure_gemm_peak", lambda dtype: 1e9)
     monkeypatch.setattr(trainings.torch, "set_num_threads", lambda _: None)
 
@@ -132,7 +106,7 @@ def test_another_length_of_training_is_refused(
     with pytest.raises(UserError, match="another config"):
         train(3, recipes[:1])
     other = tmp_path / "longer.toml"
-    other.write_text((MODEL + REST).replace("batch_size = 4", "batch_size = 8"))
+    other.write_text((MODEL.format(width=32) + REST).replace("batch_size = 4", "batch_size = 8"))
     with pytest.raises(UserError, match="longer has batch_size 8, mixture has 4"):
         train(2, [recipes[0], str(other)])
     with pytest.raises(UserError, match="same name"):

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 import pytest
+from small_recipes import EXPERTS, MODEL, write_text
 
 from moescope.cli.main import run
 from moescope.errors import UserError
@@ -15,26 +16,6 @@ from moescope.scope.twin_study import RUNS, TwinStudy
 sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "twins"))
 import pack
 
-MODEL = """
-[model]
-model_type = "deepseek_v3"
-vocab_size = 300
-hidden_size = 16
-intermediate_size = {width}
-num_hidden_layers = 2
-num_attention_heads = 2
-kv_lora_rank = 8
-qk_nope_head_dim = 4
-qk_rope_head_dim = 4
-v_head_dim = 8
-max_position_embeddings = 64
-"""
-EXPERTS = """
-moe_intermediate_size = 8
-n_routed_experts = 4
-num_experts_per_tok = 2
-first_k_dense_replace = 1
-"""
 REST = """
 [data]
 sequence_length = 16
@@ -60,17 +41,12 @@ QUIET = {"mixture": 0.5, "active": 0.25, "total": 1.0}
 def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Five trainings, and the times of their steps on a quiet machine."""
     home = tmp_path_factory.mktemp("twins")
-    for domain, line in (("poems", "第{}首：床前明月光，疑是地上霜。"), ("sums", "{} + 1 = ?")):
-        for part, numbers in (("train", range(40)), ("held_out", range(40, 90))):
-            folder = home / "text" / part / domain
-            folder.mkdir(parents=True)
-            rows = [json.dumps({"text": line.format(n)}) + "\n" for n in numbers]
-            (folder / "a.jsonl").write_text("".join(rows), encoding="utf-8")
+    text = write_text(home / "text", held_out=50)
     runs = home / "runs"
     for name in RUNS:
         recipe = RECIPES[name.removesuffix("-time")] + REST.format(steps=STEPS[name])
         (home / f"{name}.toml").write_text(recipe)
-        where = ["--data", str(home / "text"), "--out", str(runs / name)]
+        where = ["--data", str(text), "--out", str(runs / name)]
         assert run(["train", str(home / f"{name}.toml"), *where]) == 0
     for name, seconds in QUIET.items():
         rows = [{"step": n, "seconds": 9.0 if n == 1 else seconds} for n in range(1, 5)]

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 from scipy import stats
 
-from moescope.scope.resampling import rate_interval, rate_intervals
+from moescope.scope.resampling import mean_of_groups, rate_interval, rate_intervals
 
 
 def test_it_agrees_with_scipys_bootstrap() -> None:
@@ -51,3 +51,15 @@ def test_certain_is_what_leaves_zero_out() -> None:
     assert rate_interval(same_sign, sizes).is_certain
     assert rate_interval(-same_sign, sizes).is_certain
     assert not rate_interval(same_sign - same_sign.mean(), sizes).is_certain
+
+
+def test_groups_count_alike_and_one_alone_is_scipys() -> None:
+    rng = np.random.default_rng(3)
+    one, other = rng.normal(0.2, 1, 25), rng.normal(0.4, 2, 400)
+    low, high = stats.norm.interval(0.95, loc=one.mean(), scale=stats.sem(one))
+    alone = mean_of_groups([one])
+    assert (alone.low, alone.high) == pytest.approx((low, high))
+    both = mean_of_groups([one, other])
+    assert both.value == pytest.approx((one.mean() + other.mean()) / 2)
+    error = (stats.sem(one) ** 2 + stats.sem(other) ** 2) ** 0.5 / 2
+    assert both.high - both.value == pytest.approx(1.959964 * error)

@@ -64,6 +64,18 @@ def rate_interval(amounts: Floats, sizes: npt.NDArray[np.int64]) -> Interval:
     return Interval(float(value), float(low), float(high))
 
 
+def mean_of_groups(groups: Sequence[Floats]) -> Interval:
+    """Return the mean over groups that count alike, each of two values or more.
+
+    The 95 % interval is the normal one for a stratified mean (Cochran 1977, section 5.6). Where
+    each value is a difference between two models on one text, the comparison is paired.
+    """
+    mean = statistics.fmean(float(group.mean()) for group in groups)
+    variances = [float(group.var(ddof=1)) / len(group) for group in groups]
+    half = statistics.NormalDist().inv_cdf((1 + CONFIDENCE) / 2) * sum(variances) ** 0.5
+    return Interval(mean, mean - half / len(groups), mean + half / len(groups))
+
+
 def t_interval(values: Sequence[float]) -> Interval:
     """Return the mean of two values or more, with its 95 % interval by Student's t."""
     from scipy import stats

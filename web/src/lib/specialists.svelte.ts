@@ -6,7 +6,7 @@ import { shown } from './text';
 import type { Card, ExpertId, SpecializationAnswer } from './types';
 
 /** An expert is devoted to the kind of text that has most of its work, and more than so many even shares. */
-export const DEVOTED = 2;
+const DEVOTED = 2;
 /** Typical tokens that stand for an expert without a name. */
 const TOKENS = 3;
 
