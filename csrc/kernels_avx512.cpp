@@ -5,6 +5,8 @@
 #include <math.h>
 #include <string.h>
 
+#include <type_traits>
+
 #include "each.h"
 #include "isa.h"
 #include "kernels_records.h"
@@ -14,6 +16,7 @@ namespace moescope {
 namespace {
 
 constexpr int kRows = 6;               // 6 x 4 sums, 4 weights and a broadcast fill the registers
+constexpr int kHeldRows = 3;           // rows for which they hold dots of integers and sums besides
 constexpr int64_t kColumnBlock = 256;  // columns of a tile that stay in the first-level cache
 constexpr int64_t kPrefetch = 4096;    // bytes ahead
 constexpr WeightFormat kInt8 = kWeightFormats[format_named("int8")];
@@ -140,39 +143,35 @@ MOESCOPE_INLINE inline void fetch(const uint8_t* ahead, int64_t offset, int64_t 
     if (index >= half) _mm_prefetch(ahead + offset + index * 64, _MM_HINT_T1);
 }
 
-// Fetches N lines of `count` from line `index` on; how is asked once for all of them.
-template <Fetch F, int N>
-MOESCOPE_INLINE inline void fetch_lines(const uint8_t* ahead, int64_t index, int64_t count) {
-  if constexpr (F == Fetch::all) {
-    prefetch<N>(ahead + index * 64);
-  } else {
-    each<N>([&](auto n) MOESCOPE_INLINE { fetch<F>(ahead, 0, index + n, count); });
-  }
-}
-
-// Sums of M rows x P panels: kept in registers for a single row, else in `out`, for want of them.
+// Sums of M rows x P panels: kept in registers where they suffice, else in `out`.
 template <int M, int P>
 struct Sums {
+  static constexpr bool kHeld = M <= kHeldRows;
   float* out;
-  __m512 single[P];
+  __m512 held[kHeld ? M : 1][P];
 
   MOESCOPE_INLINE explicit Sums(float* to) : out(to) {
-    if constexpr (M == 1)
-      each<P>([&](auto p) MOESCOPE_INLINE { single[p] = _mm512_loadu_ps(out + p * kPanel); });
+    if constexpr (kHeld)
+      each<M>([&](auto m) MOESCOPE_INLINE {
+        each<P>([&](auto p) MOESCOPE_INLINE { held[m][p] = _mm512_loadu_ps(at(m, p)); });
+      });
   }
   MOESCOPE_INLINE void add(int m, int p, __m512 scale, __m512i dots) {
     const __m512 numbers = _mm512_cvtepi32_ps(dots);
-    if constexpr (M == 1) {
-      single[p] = _mm512_fmadd_ps(scale, numbers, single[p]);
-    } else {
-      float* to = out + m * kTile + p * kPanel;
-      _mm512_storeu_ps(to, _mm512_fmadd_ps(scale, numbers, _mm512_loadu_ps(to)));
-    }
+    if constexpr (kHeld)
+      held[m][p] = _mm512_fmadd_ps(scale, numbers, held[m][p]);
+    else
+      _mm512_storeu_ps(at(m, p), _mm512_fmadd_ps(scale, numbers, _mm512_loadu_ps(at(m, p))));
   }
   MOESCOPE_INLINE void finish() {
-    if constexpr (M == 1)
-      each<P>([&](auto p) MOESCOPE_INLINE { _mm512_storeu_ps(out + p * kPanel, single[p]); });
+    if constexpr (kHeld)
+      each<M>([&](auto m) MOESCOPE_INLINE {
+        each<P>([&](auto p) MOESCOPE_INLINE { _mm512_storeu_ps(at(m, p), held[m][p]); });
+      });
   }
+
+ private:
+  MOESCOPE_INLINE float* at(int m, int p) const { return out + m * kTile + p * kPanel; }
 };
 
 // Adds M rows x P panels over the columns of groups [first, last) to `out`, fetching what stands
@@ -190,14 +189,15 @@ MOESCOPE_INLINE inline void add_int8(const Tile& tile, const Activations& a, con
     const uint8_t* ahead = F != Fetch::none ? ahead_of(tile, w, distance) : nullptr;
     const int8_t* x[M];
     each<M>([&](auto m) MOESCOPE_INLINE { x[m] = a.values + row[m] * a.columns + begin; });
-    for (int64_t k = 0; k < columns; k += 4, w += P * 64) {
-      __m512i panel[P];
-      each<P>([&](auto p) MOESCOPE_INLINE {
-        fetch<F>(ahead, k * (P * kPanel), p, P);
-        panel[p] = _mm512_loadu_si512(w + p * 64);
+    for (int64_t k = 0; k < columns; k += 16, w += 4 * P * 64)
+      each<4>([&](auto step) MOESCOPE_INLINE {
+        __m512i panel[P];
+        each<P>([&](auto p) MOESCOPE_INLINE {
+          fetch<F>(ahead, (k + step * 4) * (P * kPanel), p, P);
+          panel[p] = _mm512_loadu_si512(w + (step * P + p) * 64);
+        });
+        multiply_step(dots, panel, x, k + step * 4);
       });
-      multiply_step(dots, panel, x, k);
-    }
     each<M>([&](auto m) MOESCOPE_INLINE {
       const __m512 scale = _mm512_set1_ps(a.scales[row[m] * a.groups + g]);
       each<P>([&](auto p) MOESCOPE_INLINE { sums.add(m, p, scale, dots[m][p]); });
@@ -206,10 +206,14 @@ MOESCOPE_INLINE inline void add_int8(const Tile& tile, const Activations& a, con
   sums.finish();
 }
 
-template <Fetch F, int M, int P>
+template <int P>
+constexpr int64_t kInt4Bytes = P * kPanel * (kChunk / 2 + 2);  // of a chunk's columns
+
+// Adds M rows x P panels over all columns to `out`.
+template <int M, int P>
 MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, const int64_t* row,
-                                     int64_t first, int64_t last, int64_t distance, float* out) {
-  constexpr int64_t kChunkBytes = P * kPanel * (kChunk / 2 + 2);
+                                     int64_t groups, float* out) {
+  constexpr int64_t kChunkBytes = kInt4Bytes<P>;
   // High nibbles stay where they are and count sixteen times as much, in sums of their own, where
   // registers suffice for those.
   constexpr bool kApart = M == 1;
@@ -217,17 +221,17 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, con
   const int8_t* x[M];
   each<M>([&](auto m) MOESCOPE_INLINE { x[m] = a.values + row[m] * a.columns; });
   Sums<M, P> sums(out);
-  for (int64_t g = first; g < last; ++g) {
+  for (int64_t g = 0; g < groups; ++g) {
     const uint8_t* chunk = tile.weights + g * kChunkBytes;
-    const uint8_t* ahead = F != Fetch::none ? ahead_of(tile, chunk, distance) : nullptr;
-    fetch_lines<F, (kChunkBytes + 63) / 64 - P * 4>(ahead, P * 4, P * 4);
+    const uint8_t* ahead = ahead_of(tile, chunk, kPrefetch);
+    prefetch<(kChunkBytes + 63) / 64 - P * 4>(ahead + P * 256);
     __m512i dots[M][P], high_dots[M][P];
     each<M>([&](auto m) MOESCOPE_INLINE {
       each<P>([&](auto p)
                   MOESCOPE_INLINE { dots[m][p] = high_dots[m][p] = _mm512_setzero_si512(); });
     });
     for (int step = 0; step < 4; ++step) {
-      fetch_lines<F, P>(ahead, step * P, P * 4);
+      prefetch<P>(ahead + step * P * 64);
       const uint8_t* nibbles = chunk + step * P * 64;
       __m512i panel[P];
       each<P>([&](auto p) MOESCOPE_INLINE {
@@ -260,6 +264,77 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, con
           total = _mm512_add_epi32(taken, _mm512_mullo_epi32(scale, dots[m][p]));
         }
         sums.add(m, p, _mm512_set1_ps(a.scales[group]), total);
+      });
+    });
+  }
+  sums.finish();
+}
+
+// A block of int4 as rows multiply it after the first, which unpack it.
+template <int P>
+struct Unpacked {
+  static constexpr int kLower = 0x55555555;  // halves of 32 bits
+
+  alignas(64) uint8_t values[kColumnBlock * P * kPanel];  // [columns / 4][P][16 outputs][4 columns]
+  // [chunks][P][16 outputs] of a scale in the lower half, and of what its minimum leaves of it.
+  alignas(64) int32_t scales[kColumnBlock / kChunk * P * kPanel];
+};
+
+// Adds M rows x P panels over the groups of a block to `out`.
+//
+// Of q's dots with x, 8 sum(x) is taken at first: sum((q - 8) x) fits 16 bits, as does 8 sum(x), and
+// sum((scale q - 8 minimum) x) = scale sum((q - 8) x) + (scale - minimum) 8 sum(x) is one `vpmaddwd`.
+template <Fetch F, int M, int P>
+MOESCOPE_INLINE inline void add_block_of_int4(Unpacked<P>& unpacked, const Tile& tile,
+                                              const Activations& a, const int64_t* row,
+                                              int64_t first, int64_t last, int64_t distance,
+                                              float* out) {
+  static_assert(kInt4Minimum == 8 && kChunk == 32);
+  constexpr bool kUnpacks = F == Fetch::one_half;
+  constexpr int kLines = (kInt4Bytes<P> + 63) / 64;
+  const __m512i low = _mm512_set1_epi8(0x0f);
+  const int8_t* x[M];
+  each<M>([&](auto m) MOESCOPE_INLINE { x[m] = a.values + row[m] * a.columns; });
+  uint8_t* values = unpacked.values;
+  int32_t* scales = unpacked.scales;
+  Sums<M, P> sums(out);
+  for (int64_t g = first; g < last; ++g, values += kChunk * P * kPanel, scales += P * kPanel) {
+    const uint8_t* chunk = tile.weights + g * kInt4Bytes<P>;
+    if constexpr (F != Fetch::none) {
+      const uint8_t* ahead = ahead_of(tile, chunk, distance);
+      each<kLines>([&](auto line) MOESCOPE_INLINE { fetch<F>(ahead, 0, line, kLines); });
+    }
+    __m512i dots[M][P];
+    start<kInt4Minimum>(dots, a, row, g);
+    each<kChunk / 4>([&](auto step) MOESCOPE_INLINE {
+      __m512i panel[P];
+      each<P>([&](auto p) MOESCOPE_INLINE {
+        uint8_t* const held = values + (step * P + p) * 64;
+        if constexpr (kUnpacks) {
+          const __m512i both = _mm512_loadu_si512(chunk + (step % 4 * P + p) * 64);
+          panel[p] = _mm512_and_si512(step < 4 ? both : _mm512_srli_epi16(both, 4), low);
+          _mm512_store_si512(held, panel[p]);
+        } else {
+          panel[p] = _mm512_load_si512(held);
+        }
+      });
+      multiply_step(dots, panel, x, g * kChunk + step * 4);
+    });
+    if constexpr (kUnpacks)
+      each<P>([&](auto p) MOESCOPE_INLINE {
+        const uint8_t* from = chunk + P * 256 + p * kPanel;
+        const __m512i scale = bytes_at(from);
+        const __m512i left = _mm512_sub_epi32(scale, bytes_at(from + P * kPanel));
+        _mm512_store_si512(scales + p * kPanel, _mm512_mask_mov_epi16(_mm512_slli_epi32(left, 16),
+                                                                      Unpacked<P>::kLower, scale));
+      });
+    each<M>([&](auto m) MOESCOPE_INLINE {
+      const int64_t group = row[m] * a.groups + g;
+      const __m512 scale = _mm512_set1_ps(a.scales[group]);
+      const __m512i sum = _mm512_set1_epi32(start_of_dots(-(kInt4Minimum << 16), a.sums[group]));
+      each<P>([&](auto p) MOESCOPE_INLINE {
+        const __m512i both = _mm512_mask_mov_epi16(sum, Unpacked<P>::kLower, dots[m][p]);
+        sums.add(m, p, scale, _mm512_madd_epi16(both, _mm512_load_si512(scales + p * kPanel)));
       });
     });
   }
@@ -306,11 +381,22 @@ MOESCOPE_INLINE inline void add_bf16(const Tile& tile, const Activations& a, con
   });
 }
 
+struct InPlace {};
+
+// What a block's first rows leave to those behind them.
+template <int W, int P>
+using Left = std::conditional_t<kWeightFormats[W].bits == 4, Unpacked<P>, InPlace>;
+
+// Rows that pass over a block together, where others do too.
+template <int W>
+constexpr int kBlockRows = is_float(kWeightFormats[W]) ? kRows : kHeldRows;
+
 template <int W, Fetch F, int M, int P>
-__attribute__((noinline)) void add(const Tile& tile, const Activations& a, const int64_t* row,
-                                   int64_t first, int64_t last, int64_t distance, float* out) {
+__attribute__((noinline)) void add(Left<W, P>& left, const Tile& tile, const Activations& a,
+                                   const int64_t* row, int64_t first, int64_t last,
+                                   int64_t distance, float* out) {
   if constexpr (kWeightFormats[W].bits == 4)
-    add_int4<F, M, P>(tile, a, row, first, last, distance, out);
+    add_block_of_int4<F, M, P>(left, tile, a, row, first, last, distance, out);
   else if constexpr (kWeightFormats[W].bits == 8)
     add_int8<F, M, P>(tile, a, row, first, last, distance, out);
   else
@@ -318,45 +404,52 @@ __attribute__((noinline)) void add(const Tile& tile, const Activations& a, const
 }
 
 template <int W, Fetch F, int P>
-void add_rows(int count, const Tile& tile, const Activations& a, const int64_t* row, int64_t first,
-              int64_t last, int64_t distance, float* out) {
-  switch (count) {
-    case 1: return add<W, F, 1, P>(tile, a, row, first, last, distance, out);
-    case 2: return add<W, F, 2, P>(tile, a, row, first, last, distance, out);
-    case 3: return add<W, F, 3, P>(tile, a, row, first, last, distance, out);
-    case 4: return add<W, F, 4, P>(tile, a, row, first, last, distance, out);
-    case 5: return add<W, F, 5, P>(tile, a, row, first, last, distance, out);
-    default: return add<W, F, 6, P>(tile, a, row, first, last, distance, out);
-  }
+void add_rows(int count, Left<W, P>& left, const Tile& tile, const Activations& a,
+              const int64_t* row, int64_t first, int64_t last, int64_t distance, float* out) {
+  with_constant<1, 2, 3, 4, 5, 6>(count, [&](auto m) {
+    if constexpr (m <= kBlockRows<W>)
+      add<W, F, m, P>(left, tile, a, row, first, last, distance, out);
+  });
 }
 
-// Adds all rows over parts [first, last), groups or bf16's columns, of `part_bytes` each.
+// Adds M rows x P panels over all columns to `out`.
+template <int W, int M, int P>
+__attribute__((noinline)) void add_all(const Tile& tile, const Activations& a, const int64_t* row,
+                                       int64_t parts, float* out) {
+  if constexpr (kWeightFormats[W].bits == 4)
+    add_int4<M, P>(tile, a, row, parts, out);
+  else if constexpr (kWeightFormats[W].bits == 8)
+    add_int8<Fetch::all, M, P>(tile, a, row, 0, parts, kPrefetch, out);
+  else
+    add_bf16<Fetch::all, M, P>(tile, a, row, 0, parts, kPrefetch, out);
+}
+
+// Adds all rows over all parts, groups or bf16's columns, of which `block` at a time, of so many bytes
+// each, stay in the first-level cache.
 template <int W, int P>
 void multiply_parts(const Tile& tile, const Activations& a, const int32_t* rows, int count,
                     int64_t parts, int64_t block, int64_t part_bytes, float* out) {
   if (count == 0) return;
   memset(out, 0, count * kTile * sizeof(float));
+  int64_t row[kRowBlock];
+  for (int i = 0; i < count; ++i) row[i] = rows ? rows[i] : i;
   // Few rows pass once over all columns; many go block by block, so that each block of weights is
   // read from the first-level cache for all rows but the first. The first and the second pass over a
   // block each fetch half of the next one meanwhile.
-  const int turns = (count + kRows - 1) / kRows, most = (count + turns - 1) / turns;
-  const int64_t step = turns == 1 ? parts : block;
-  for (int64_t first = 0; first < parts; first += step) {
-    const int64_t last = first + step < parts ? first + step : parts;
+  if (count <= kRows)
+    return with_constant<1, 2, 3, 4, 5, 6>(
+        count, [&](auto m) { add_all<W, m, P>(tile, a, row, parts, out); });
+  const int turns = (count + kBlockRows<W> - 1) / kBlockRows<W>, most = (count + turns - 1) / turns;
+  Left<W, P> left;
+  const int64_t distance = block * part_bytes;
+  for (int64_t first = 0; first < parts; first += block) {
+    const int64_t last = first + block < parts ? first + block : parts;
     for (int turn = 0, start = 0; start < count; ++turn, start += most) {
-      const int m = count - start < most ? count - start : most;
-      int64_t row[kRows];
-      for (int i = 0; i < m; ++i) row[i] = rows ? rows[start + i] : start + i;
-      float* to = out + start * kTile;
-      const int64_t distance = block * part_bytes;
-      if (turns == 1)
-        add_rows<W, Fetch::all, P>(m, tile, a, row, first, last, kPrefetch, to);
-      else if (turn == 0)
-        add_rows<W, Fetch::one_half, P>(m, tile, a, row, first, last, distance, to);
-      else if (turn == 1)
-        add_rows<W, Fetch::other_half, P>(m, tile, a, row, first, last, distance, to);
-      else
-        add_rows<W, Fetch::none, P>(m, tile, a, row, first, last, distance, to);
+      const auto pass = turn == 0   ? add_rows<W, Fetch::one_half, P>
+                        : turn == 1 ? add_rows<W, Fetch::other_half, P>
+                                    : add_rows<W, Fetch::none, P>;
+      pass(count - start < most ? count - start : most, left, tile, a, row + start, first, last,
+           distance, out + start * kTile);
     }
   }
 }
