@@ -1,5 +1,5 @@
-// Products with weights that lie in records, on registers of 256 bits: for AVX2, AVX-VNNI and, there
-// being no registers of 512 bits for it yet, AVX-512. A format needs nothing here but its line in
+// Products with weights that lie in records, on registers of 256 bits: for AVX2, AVX-VNNI and, where few
+// rows or numbers in floating point are multiplied, AVX-512. A format needs nothing here but its line in
 // weight_format.h. Included by the files of those sets, whose compiler flags make the difference.
 #include <immintrin.h>
 #include <string.h>

@@ -179,6 +179,29 @@ def test_products_are_those_of_rounded_activations(
 
 
 @needs_extension
+@pytest.mark.parametrize("kind", [*KINDS, "int8", "int4", "bf16"])
+@examples(6)
+@given(rows=st.integers(2, 40), outputs=WIDTHS, width=WIDTHS, seed=SEEDS)
+def test_a_row_is_bit_by_bit_what_it_is_alone(
+    isa: str, kind: str, rows: int, outputs: int, width: int, seed: int
+) -> None:
+    if kind in BLOCK_FORMATS:
+        columns = block_columns(kind, width)
+        data = random_blocks(kind, outputs, columns, seed)
+        packed = cpu.pack_blocks(data, kind, (1, outputs, columns))
+    else:
+        columns = width
+        packed = cpu.pack(torch.randn(1, outputs, columns, generator=chance(seed)), kind)
+    x = torch.randn(rows, columns, generator=chance(seed + 1))
+    together = cpu.linear(packed, outputs, x)
+    alone = torch.cat([cpu.linear(packed, outputs, row[None]) for row in x])
+    if kind in FLOATS or kind == "bf16":  # sums of several registers are added in another order
+        close(together, alone, 1e-5)
+    else:
+        assert torch.equal(together, alone)
+
+
+@needs_extension
 @examples(25)
 @given(
     kinds=st.lists(st.sampled_from([*KINDS, "int8", "int4"]), min_size=6, max_size=6),
