@@ -49,20 +49,21 @@ MOESCOPE_INLINE inline __m256i dot_int8(__m256i sums, __m256i weights, __m256i x
 MOESCOPE_INLINE inline __m256i dot_int4(__m256i sums, __m256i weights, __m256i x) {
   return dot_int8(sums, weights, x);
 }
+MOESCOPE_INLINE inline __m256i whole_int4(__m256i sums) { return sums; }
 #else
 constexpr bool kInt8AsStored = false;
-inline __m256i add_pairs(__m256i sums, __m256i pairs) {
-  return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
 // `maddubs` saturates for bytes above 127, so magnitudes are multiplied with signs moved across.
 inline __m256i dot_int8(__m256i sums, __m256i weights, __m256i x) {
   const __m256i signed_weights = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
-  return add_pairs(sums, _mm256_maddubs_epi16(_mm256_abs_epi8(signed_weights),
-                                              _mm256_sign_epi8(x, signed_weights)));
+  const __m256i pairs =
+      _mm256_maddubs_epi16(_mm256_abs_epi8(signed_weights), _mm256_sign_epi8(x, signed_weights));
+  return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
+// The products of a chunk, 16 of 4 and 8 bits to a sum, fit 16 bits; `whole_int4` widens their sums.
 inline __m256i dot_int4(__m256i sums, __m256i weights, __m256i x) {
-  return add_pairs(sums, _mm256_maddubs_epi16(weights, x));
+  return _mm256_add_epi16(sums, _mm256_maddubs_epi16(weights, x));
 }
+inline __m256i whole_int4(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
 #endif
 
 void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, int8_t* values,
@@ -181,8 +182,9 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, int p, const Activations&
         const int64_t group = row[m] * a.groups + g;
         const float size = a.scales[group];
         const float sum = size * static_cast<float>(start_of_dots(kInt4Minimum, a.sums[group]));
-        sums[m][half] = _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_set1_ps(size)),
-                                        _mm256_cvtepi32_ps(dots[m][half]), sums[m][half]);
+        sums[m][half] =
+            _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_set1_ps(size)),
+                            _mm256_cvtepi32_ps(whole_int4(dots[m][half])), sums[m][half]);
         sums[m][half] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(sum), sums[m][half]);
       }
     }
