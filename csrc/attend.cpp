@@ -119,6 +119,25 @@ Panels<T>::Panels(int64_t all_heads, int64_t first, int64_t end, int64_t key_wid
 }
 
 template <typename T>
+void Panels<T>::put_key(int64_t head, int64_t slot, int64_t n, int64_t width, const T* from) const {
+  const int64_t together = n % kStep<T> == 0 ? width / kStep<T> * kStep<T> : 0;
+  T* to = &key(head, slot, n);
+  for (int64_t k = 0; k < together; k += kStep<T>) std::copy_n(from + k, kStep<T>, to + k * kPanel);
+  for (int64_t k = together; k < width; ++k) key(head, slot, n + k) = from[k];
+}
+
+template <typename T>
+void Panels<T>::put_value(int64_t head, int64_t slot, int64_t n, int64_t width,
+                          const T* from) const {
+  for (const int64_t end = n + width; n < end;) {
+    const int64_t run = std::min(kPanel - n % kPanel, end - n);
+    T* to = &value(head, slot, n);
+    for (int64_t i = 0; i < run; ++i) to[i * kStep<T>] = from[i];
+    n += run, from += run;
+  }
+}
+
+template <typename T>
 void Panels<T>::clear_edges(int64_t head) const {
   for (int64_t n = key_width; n < padded_key; ++n)
     for (int64_t slot = first; slot < end; ++slot) key(head, slot, n) = {};

@@ -110,6 +110,9 @@ struct Panels {
     return values[(head * padded_value + n / kPanel * kPanel) * padded_slots +
                   (at / kStep<T> * kPanel + n % kPanel) * kStep<T> + at % kStep<T>];
   }
+  // Put numbers [n, n + width) of a slot's key, or of its value.
+  void put_key(int64_t head, int64_t slot, int64_t n, int64_t width, const T* from) const;
+  void put_value(int64_t head, int64_t slot, int64_t n, int64_t width, const T* from) const;
   // Make a head's numbers zero that stand beside its keys and values and are multiplied with them.
   void clear_edges(int64_t head) const;
   // queries (seq, heads, key width), each of which sees slots up to its position; out (seq, heads,

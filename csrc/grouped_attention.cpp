@@ -167,8 +167,8 @@ void GroupedAttention::attend_prompt(const float* queries, int64_t seq, const in
       for (int64_t slot = panels.first; slot < slots; ++slot) {
         const T* key_from = keys.at<T>(row, slot) + (first_kv + head) * width;
         const T* value_from = values.at<T>(row, slot) + (first_kv + head) * width;
-        for (int64_t n = 0; n < width; ++n) panels.key(head, slot, n) = key_from[n];
-        for (int64_t n = 0; n < width; ++n) panels.value(head, slot, n) = value_from[n];
+        panels.put_key(head, slot, 0, width, key_from);
+        panels.put_value(head, slot, 0, width, value_from);
       }
       panels.clear_edges(head);
     });

@@ -151,16 +151,15 @@ void ExpandedAttention::attend(const float* queries, int64_t seq, const int64_t*
                          product);
         attention_loops<T>(kernels()).store(product, (last - first) * kTile, stored);
         const int64_t start = tile * kTile, end = std::min(start + kTile, expand->outputs());
-        for (int64_t n = start; n < std::min(end, nope); ++n)
-          for (int64_t slot = first; slot < last; ++slot)
-            panels.key(head, slot, n) = stored[(slot - first) * kTile + n - start];
-        for (int64_t slot = first; slot < last; ++slot)
-          for (int64_t n = std::max(start, nope); n < end; ++n)
-            panels.value(head, slot, n - nope) = stored[(slot - first) * kTile + n - start];
+        const int64_t keys = std::clamp<int64_t>(nope - start, 0, end - start);
+        for (int64_t slot = first; slot < last; ++slot) {
+          const T* from = stored + (slot - first) * kTile;
+          panels.put_key(head, slot, start, keys, from);
+          panels.put_value(head, slot, start + keys - nope, end - start - keys, from + keys);
+        }
       }
       for (int64_t slot = first; slot < last; ++slot)
-        for (int64_t r = 0; r < rope; ++r)
-          panels.key(head, slot, nope + r) = k_rope.at<T>(row, slot)[r];
+        panels.put_key(head, slot, nope, rope, k_rope.at<T>(row, slot));
       if (last == slots) panels.clear_edges(head);
     });
     panels.attend(queries, heads, heads, first_head, count, seq, positions, {scale}, out);
