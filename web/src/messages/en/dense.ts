@@ -38,7 +38,7 @@ export default {
   mixtureAhead: 'The mixture is better by {apart}.',
   denseAhead: 'The dense model is better by {apart}.',
   undecided: 'Undecided: {apart} is within what the unseen text leaves open.',
-  studySure: 'The line around each point is where the difference lies with 95 % certainty, as far as the unseen text goes; each was trained once, and another beginning could move it. A small study, too: large models read a million times as much.',
+  studySure: 'The line around each point is where the difference lies with 95 % certainty, as far as the unseen text goes; each was trained once, and another beginning could move it. A small study, too: large models read a million times as much. The dense model of {large} weights has read {each} tokens for each of them, far too little to show what it can learn.',
   byDomain: 'Loss by kind of text',
   read: '{tokens} tokens',
 };

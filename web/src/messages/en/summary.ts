@@ -24,7 +24,7 @@ export default {
   costMoe: 'arithmetic as for a model of a fraction of its size, memory for all of it',
   quality: 'Quality',
   qualityDense: 'bounded by what can be computed for each token',
-  qualityMoe: 'more knowledge for the same work: better than a dense model of the same work, mostly a little behind one of the same size',
+  qualityMoe: 'more knowledge for the same work: better than a dense model of the same work; when both have read much, mostly a little behind one of the same size',
   window: 'Context window',
   windowDense: 'bounded by attention and its cache',
   windowMoe: 'the same: experts change nothing here, the kind of attention does',
