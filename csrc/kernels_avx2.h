@@ -6,65 +6,18 @@
 
 #include "each.h"
 #include "isa.h"
+#include "kernels_avx2_tiles.h"
 #include "kernels_records.h"
 #include "records.h"
 
 namespace moescope {
 namespace {
 
-constexpr int kRows = 4;
-constexpr WeightFormat kInt8 = kWeightFormats[format_named("int8")];
-constexpr int64_t kColumnBlock = 256;  // columns of a tile that stay in the first-level cache
-
-inline __m256i load(const void* from) {
-  return _mm256_loadu_si256(static_cast<const __m256i*>(from));
-}
-
-inline __m256i broadcast(const int8_t* x) {
-  int32_t four;
-  memcpy(&four, x, sizeof four);
-  return _mm256_set1_epi32(four);
-}
-
-inline __m256 bytes_at(const uint8_t* from) {
-  const __m128i bytes = _mm_loadl_epi64(reinterpret_cast<const __m128i*>(from));
-  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes));
-}
-
 inline float sum_of(__m256 v) {
   const __m128 half = _mm_add_ps(_mm256_castps256_ps128(v), _mm256_extractf128_ps(v, 1));
   const __m128 pair = _mm_add_ps(half, _mm_movehl_ps(half, half));
   return _mm_cvtss_f32(_mm_add_ss(pair, _mm_shuffle_ps(pair, pair, 1)));
 }
-
-// The sums start so as to make up for the zero point where weights are taken as they are stored, and
-// at zero where it is taken off them first.
-#ifdef __AVXVNNI__
-constexpr bool kInt8AsStored = true;
-// As an intrinsic, GCC 12 copies every sum.
-MOESCOPE_INLINE inline __m256i dot_int8(__m256i sums, __m256i weights, __m256i x) {
-  asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(weights), "x"(x));
-  return sums;
-}
-MOESCOPE_INLINE inline __m256i dot_int4(__m256i sums, __m256i weights, __m256i x) {
-  return dot_int8(sums, weights, x);
-}
-MOESCOPE_INLINE inline __m256i whole_int4(__m256i sums) { return sums; }
-#else
-constexpr bool kInt8AsStored = false;
-// `maddubs` saturates for bytes above 127, so magnitudes are multiplied with signs moved across.
-inline __m256i dot_int8(__m256i sums, __m256i weights, __m256i x) {
-  const __m256i signed_weights = _mm256_xor_si256(weights, _mm256_set1_epi8(-128));
-  const __m256i pairs =
-      _mm256_maddubs_epi16(_mm256_abs_epi8(signed_weights), _mm256_sign_epi8(x, signed_weights));
-  return _mm256_add_epi32(sums, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
-}
-// The products of a chunk, 16 of 4 and 8 bits to a sum, fit 16 bits; `whole_int4` widens their sums.
-inline __m256i dot_int4(__m256i sums, __m256i weights, __m256i x) {
-  return _mm256_add_epi16(sums, _mm256_maddubs_epi16(weights, x));
-}
-inline __m256i whole_int4(__m256i sums) { return _mm256_madd_epi16(sums, _mm256_set1_epi16(1)); }
-#endif
 
 void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, int8_t* values,
               float* scales, int32_t* sums) {
@@ -98,181 +51,6 @@ void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, in
     }
     scales[g] = most / 127;
     sums[g] = static_cast<int32_t>(sum);
-  }
-}
-
-// Inlined by force: GCC takes a function that only fetches for one without effect.
-MOESCOPE_INLINE inline void prefetch(const void* from) {
-  _mm_prefetch(static_cast<const char*>(from), _MM_HINT_T1);
-}
-
-// Adds M rows of panel `p` over the columns of groups [first, last) to `out`, or sets it there.
-// Meanwhile fetches as many bytes that stand `ahead`, one line behind the other, as the processor's
-// own prefetcher wants it.
-template <bool Fetch, int M>
-MOESCOPE_INLINE inline void add_int8(const Tile& tile, int p, const Activations& a,
-                                     const int64_t* row, int64_t first, int64_t last,
-                                     const uint8_t* ahead, bool fresh, float* out) {
-  const int64_t step = tile.panels * 64;
-  const uint8_t* panel = tile.weights + p * 64;
-  __m256 sums[M][2];
-  for (int m = 0; m < M; ++m)
-    for (int p = 0; p < 2; ++p)
-      sums[m][p] = fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(out + m * kTile + p * 8);
-  for (int64_t g = first; g < last; ++g) {
-    __m256i dots[M][2];
-    for (int m = 0; m < M; ++m)
-      dots[m][0] = dots[m][1] = _mm256_set1_epi32(
-          kInt8AsStored ? start_of_dots(kInt8.zero, a.sums[row[m] * a.groups + g]) : 0);
-    const int64_t begin = g * a.group;
-    const int64_t end = begin + a.group < a.columns ? begin + a.group : a.columns;
-    const uint8_t* w = panel + begin / 4 * step;
-    for (int64_t k = begin; k < end; k += 4, w += step, ahead += 64) {
-      if (Fetch) prefetch(ahead);
-      const __m256i left = load(w), right = load(w + 32);
-      for (int m = 0; m < M; ++m) {
-        const __m256i x = broadcast(a.values + row[m] * a.columns + k);
-        dots[m][0] = dot_int8(dots[m][0], left, x);
-        dots[m][1] = dot_int8(dots[m][1], right, x);
-      }
-    }
-    for (int m = 0; m < M; ++m) {
-      const __m256 scale = _mm256_set1_ps(a.scales[row[m] * a.groups + g]);
-      for (int p = 0; p < 2; ++p)
-        sums[m][p] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dots[m][p]), sums[m][p]);
-    }
-  }
-  for (int m = 0; m < M; ++m)
-    for (int p = 0; p < 2; ++p) _mm256_storeu_ps(out + m * kTile + p * 8, sums[m][p]);
-}
-
-template <bool Fetch, int M>
-MOESCOPE_INLINE inline void add_int4(const Tile& tile, int p, const Activations& a,
-                                     const int64_t* row, int64_t first, int64_t last,
-                                     const uint8_t* ahead, bool fresh, float* out) {
-  const int64_t step = tile.panels * 64, chunk_bytes = tile.panels * 288;
-  const __m256i low = _mm256_set1_epi8(15);
-  __m256 sums[M][2];
-  for (int m = 0; m < M; ++m)
-    for (int p = 0; p < 2; ++p)
-      sums[m][p] = fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(out + m * kTile + p * 8);
-  for (int64_t g = first; g < last; ++g, ahead += 288) {
-    const uint8_t* chunk = tile.weights + g * chunk_bytes;
-    if (Fetch) prefetch(ahead + 256);
-    __m256i dots[M][2];
-    for (int m = 0; m < M; ++m) dots[m][0] = dots[m][1] = _mm256_setzero_si256();
-    for (int s = 0; s < 4; ++s) {
-      if (Fetch) prefetch(ahead + s * 64);
-      for (int half = 0; half < 2; ++half) {
-        const __m256i both = load(chunk + s * step + p * 64 + half * 32);
-        const __m256i first_half = _mm256_and_si256(both, low);
-        const __m256i second_half = _mm256_and_si256(_mm256_srli_epi16(both, 4), low);
-        for (int m = 0; m < M; ++m) {
-          const int8_t* values = a.values + row[m] * a.columns + g * kChunk + s * 4;
-          dots[m][half] = dot_int4(dots[m][half], first_half, broadcast(values));
-          dots[m][half] = dot_int4(dots[m][half], second_half, broadcast(values + 16));
-        }
-      }
-    }
-    const uint8_t* scales = chunk + 4 * step + p * kPanel;
-    for (int half = 0; half < 2; ++half) {
-      const __m256 scale = bytes_at(scales + half * 8);
-      const __m256 minimum = bytes_at(scales + tile.panels * kPanel + half * 8);
-      for (int m = 0; m < M; ++m) {
-        const int64_t group = row[m] * a.groups + g;
-        const float size = a.scales[group];
-        const float sum = size * static_cast<float>(start_of_dots(kInt4Minimum, a.sums[group]));
-        sums[m][half] =
-            _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_set1_ps(size)),
-                            _mm256_cvtepi32_ps(whole_int4(dots[m][half])), sums[m][half]);
-        sums[m][half] = _mm256_fmadd_ps(minimum, _mm256_set1_ps(sum), sums[m][half]);
-      }
-    }
-  }
-  for (int m = 0; m < M; ++m)
-    for (int p = 0; p < 2; ++p) _mm256_storeu_ps(out + m * kTile + p * 8, sums[m][p]);
-}
-
-template <bool Fetch, int M>
-MOESCOPE_INLINE inline void add_bf16(const Tile& tile, int p, const Activations& a,
-                                     const int64_t* row, int64_t first, int64_t last,
-                                     const uint8_t* ahead, bool fresh, float* out) {
-  const int64_t step = tile.panels * 64;
-  const uint8_t* panel = tile.weights + p * 64;
-  const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
-  __m256 sums[M][2];
-  const float* x[M];
-  each<M>([&](auto m) MOESCOPE_INLINE {
-    x[m] = a.numbers + row[m] * a.columns;
-    sums[m][0] = fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(out + m * kTile);
-    sums[m][1] = fresh ? _mm256_setzero_ps() : _mm256_loadu_ps(out + m * kTile + 8);
-  });
-  for (int64_t k = first; k < last; k += 2, ahead += 64) {
-    if (Fetch) prefetch(ahead);
-    const uint8_t* w = panel + k / 2 * step;
-    const __m256i left = load(w), right = load(w + 32);
-    const auto add = [&](int64_t column, __m256i low, __m256i high) MOESCOPE_INLINE {
-      each<M>([&](auto m) MOESCOPE_INLINE {
-        const __m256 factor = _mm256_broadcast_ss(x[m] + column);
-        sums[m][0] = _mm256_fmadd_ps(factor, _mm256_castsi256_ps(low), sums[m][0]);
-        sums[m][1] = _mm256_fmadd_ps(factor, _mm256_castsi256_ps(high), sums[m][1]);
-      });
-    };
-    add(k, _mm256_slli_epi32(left, 16), _mm256_slli_epi32(right, 16));
-    add(k + 1, _mm256_and_si256(left, upper), _mm256_and_si256(right, upper));
-  }
-  each<M>([&](auto m) MOESCOPE_INLINE {
-    _mm256_storeu_ps(out + m * kTile, sums[m][0]);
-    _mm256_storeu_ps(out + m * kTile + 8, sums[m][1]);
-  });
-}
-
-template <int F, bool Fetch, int M>
-void add(const Tile& tile, const Activations& a, const int64_t* row, int64_t first, int64_t last,
-         const uint8_t* ahead, int64_t ahead_bytes, float* out) {
-  for (int p = 0; p < tile.panels; ++p, ahead += ahead_bytes, out += kPanel) {
-    if constexpr (kWeightFormats[F].bits == 4)
-      add_int4<Fetch, M>(tile, p, a, row, first, last, ahead, first == 0, out);
-    else if constexpr (kWeightFormats[F].bits == 8)
-      add_int8<Fetch, M>(tile, p, a, row, first, last, ahead, first == 0, out);
-    else
-      add_bf16<Fetch, M>(tile, p, a, row, first, last, ahead, first == 0, out);
-  }
-}
-
-template <int F, bool Fetch>
-void add_rows(int count, const Tile& tile, const Activations& a, const int64_t* row, int64_t first,
-              int64_t last, const uint8_t* ahead, int64_t ahead_bytes, float* out) {
-  switch (count) {
-    case 1: return add<F, Fetch, 1>(tile, a, row, first, last, ahead, ahead_bytes, out);
-    case 2: return add<F, Fetch, 2>(tile, a, row, first, last, ahead, ahead_bytes, out);
-    case 3: return add<F, Fetch, 3>(tile, a, row, first, last, ahead, ahead_bytes, out);
-    default: return add<F, Fetch, 4>(tile, a, row, first, last, ahead, ahead_bytes, out);
-  }
-}
-
-// Goes block by block, so that each block of weights is read from the first-level cache by all
-// panels and rows but the first rows, which fetch the next block meanwhile. Parts are groups, or
-// bf16's columns.
-template <int F>
-void multiply_parts(const Tile& tile, const Activations& a, const int32_t* rows, int count,
-                    int64_t parts, int64_t columns, float* out) {
-  const int64_t step = kColumnBlock / columns;
-  const int64_t part_bytes = panel_bytes(kWeightFormats[F], columns);
-  for (int64_t first = 0; first < parts; first += step) {
-    const int64_t last = first + step < parts ? first + step : parts;
-    const uint8_t* ahead = tile.weights + (first + step) * part_bytes * tile.panels;
-    if (ahead >= tile.end) ahead = tile.next;
-    for (int start = 0; start < count; start += kRows) {
-      const int m = count - start < kRows ? count - start : kRows;
-      int64_t row[kRows];
-      for (int i = 0; i < m; ++i) row[i] = rows ? rows[start + i] : start + i;
-      float* to = out + start * kTile;
-      if (start == 0)
-        add_rows<F, true>(m, tile, a, row, first, last, ahead, step * part_bytes, to);
-      else
-        add_rows<F, false>(m, tile, a, row, first, last, ahead, 0, to);
-    }
   }
 }
 

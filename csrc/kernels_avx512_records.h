@@ -31,18 +31,14 @@ struct Spread {
     for (int p = 0; p < P; ++p, record += bytes) {
       if constexpr (kIsSpread) records::spread<F>(record, columns, spread + p * stride);
       each<2>([&](auto half) MOESCOPE_INLINE {
-        __m256 super{}, super_minimum{};
-        const uint8_t* supers = record + super_at(f, columns) + half * 16;
-        if constexpr (has_super_scale(f)) super = f16_at(supers);
-        if constexpr (has_super_scale(f) && f.minimum)
-          super_minimum = _mm256_sub_ps(_mm256_setzero_ps(), f16_at(supers + 2 * kPanel));
+        const Supers supers = supers_of<F>(record, columns, half);
         for (int64_t g = 0; g < columns / f.group; ++g) {
           const int64_t index = g * kPanel + half * 8;
           _mm256_store_ps(scales[g][p] + half * 8,
-                          scales_at<F>(record + value_bytes(f, columns), index, super));
+                          scales_at<F>(record + value_bytes(f, columns), index, supers.scale));
           if constexpr (f.minimum)
             _mm256_store_ps(minimums[g][p] + half * 8,
-                            scales_at<F>(record + minimums_at(f, columns), index, super_minimum));
+                            scales_at<F>(record + minimums_at(f, columns), index, supers.minimum));
         }
       });
     }

@@ -16,7 +16,9 @@ constexpr int kRows = 6;               // 6 x 4 sums, 4 weights and a broadcast 
 constexpr int kHeldRows = 3;           // rows for which they hold dots of integers and sums besides
 constexpr int64_t kColumnBlock = 256;  // columns of a tile that stay in the first-level cache
 constexpr int64_t kPrefetch = 4096;    // bytes ahead
+constexpr int kLowerHalves = 0x55555555;  // 16 bits of each 32
 constexpr WeightFormat kInt8 = kWeightFormats[format_named("int8")];
+constexpr WeightFormat kInt4 = kWeightFormats[format_named("int4")];
 
 inline __m512i broadcast(const int8_t* x) {
   int32_t four;
@@ -75,9 +77,9 @@ MOESCOPE_INLINE inline void multiply_step(__m512i (&dots)[M][P], const __m512i (
 // What is fetched of the weights ahead, while those before them are multiplied.
 enum class Fetch {
   none,
-  all,       // for rows that pass over the weights once
-  one_half,  // for rows that pass over a block of them again and again, the first two times
-  other_half,
+  all,         // for rows that pass over the weights once
+  one_half,    // for rows that pass over a block of them again and again, the first time
+  other_half,  // and the second
 };
 
 // Where the bytes stand that are read `distance` after `weights`.
@@ -178,13 +180,12 @@ MOESCOPE_INLINE inline void add_int8(const Tile& tile, const Activations& a, con
 }
 
 template <int P>
-constexpr int64_t kInt4Bytes = P * kPanel * (kChunk / 2 + 2);  // of a chunk's columns
+constexpr int64_t kInt4Bytes = P * panel_bytes(kInt4, kChunk);
 
 // Adds M rows x P panels over all columns to `out`.
 template <int M, int P>
 MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, const int64_t* row,
                                      int64_t groups, float* out) {
-  constexpr int64_t kChunkBytes = kInt4Bytes<P>;
   // High nibbles stay where they are and count sixteen times as much, in sums of their own, where
   // registers suffice for those.
   constexpr bool kApart = M == 1;
@@ -193,9 +194,9 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, con
   each<M>([&](auto m) MOESCOPE_INLINE { x[m] = a.values + row[m] * a.columns; });
   Sums<M, P> sums(out);
   for (int64_t g = 0; g < groups; ++g) {
-    const uint8_t* chunk = tile.weights + g * kChunkBytes;
+    const uint8_t* chunk = tile.weights + g * kInt4Bytes<P>;
     const uint8_t* ahead = ahead_of(tile, chunk, kPrefetch);
-    prefetch<(kChunkBytes + 63) / 64 - P * 4>(ahead + P * 256);
+    prefetch<(kInt4Bytes<P> + 63) / 64 - P * 4>(ahead + P * 256);
     __m512i dots[M][P], high_dots[M][P];
     each<M>([&](auto m) MOESCOPE_INLINE {
       each<P>([&](auto p)
@@ -228,8 +229,8 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, con
         __m512i total;
         if constexpr (kApart) {
           // 16 products of 4 and 8 bits fit 16 bits.
-          const __m512i both =
-              _mm512_mask_mov_epi16(_mm512_slli_epi32(high_dots[m][p], 12), 0x55555555, dots[m][p]);
+          const __m512i both = _mm512_mask_mov_epi16(_mm512_slli_epi32(high_dots[m][p], 12),
+                                                     kLowerHalves, dots[m][p]);
           total = _mm512_dpwssd_epi32(taken, both, scale);
         } else {
           total = _mm512_add_epi32(taken, _mm512_mullo_epi32(scale, dots[m][p]));
@@ -244,8 +245,6 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, con
 // A block of int4 as rows multiply it after the first, which unpack it.
 template <int P>
 struct Unpacked {
-  static constexpr int kLower = 0x55555555;  // halves of 32 bits
-
   alignas(64) uint8_t values[kColumnBlock * P * kPanel];  // [columns / 4][P][16 outputs][4 columns]
   // [chunks][P][16 outputs] of a scale in the lower half, and of what its minimum leaves of it.
   alignas(64) int32_t scales[kColumnBlock / kChunk * P * kPanel];
@@ -296,15 +295,15 @@ MOESCOPE_INLINE inline void add_block_of_int4(Unpacked<P>& unpacked, const Tile&
         const uint8_t* from = chunk + P * 256 + p * kPanel;
         const __m512i scale = bytes_at(from);
         const __m512i left = _mm512_sub_epi32(scale, bytes_at(from + P * kPanel));
-        _mm512_store_si512(scales + p * kPanel, _mm512_mask_mov_epi16(_mm512_slli_epi32(left, 16),
-                                                                      Unpacked<P>::kLower, scale));
+        _mm512_store_si512(scales + p * kPanel,
+                           _mm512_mask_mov_epi16(_mm512_slli_epi32(left, 16), kLowerHalves, scale));
       });
     each<M>([&](auto m) MOESCOPE_INLINE {
       const int64_t group = row[m] * a.groups + g;
       const __m512 scale = _mm512_set1_ps(a.scales[group]);
       const __m512i sum = _mm512_set1_epi32(start_of_dots(-(kInt4Minimum << 16), a.sums[group]));
       each<P>([&](auto p) MOESCOPE_INLINE {
-        const __m512i both = _mm512_mask_mov_epi16(sum, Unpacked<P>::kLower, dots[m][p]);
+        const __m512i both = _mm512_mask_mov_epi16(sum, kLowerHalves, dots[m][p]);
         sums.add(m, p, scale, _mm512_madd_epi16(both, _mm512_load_si512(scales + p * kPanel)));
       });
     });

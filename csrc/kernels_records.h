@@ -145,6 +145,24 @@ MOESCOPE_INLINE inline __m256 scales_at(const uint8_t* from, int64_t index, __m2
   }
 }
 
+// What all of a record's scales, and its minimums, are multiplied with, for half of its outputs.
+struct Supers {
+  __m256 scale{}, minimum{};
+};
+
+template <int F>
+MOESCOPE_INLINE inline Supers supers_of(const uint8_t* record, int64_t columns, int half) {
+  static constexpr WeightFormat f = kWeightFormats[F];
+  Supers supers;
+  if constexpr (has_super_scale(f)) {
+    const uint8_t* from = record + super_at(f, columns) + half * 16;
+    supers.scale = f16_at(from);
+    if constexpr (f.minimum)
+      supers.minimum = _mm256_sub_ps(_mm256_setzero_ps(), f16_at(from + 2 * kPanel));
+  }
+  return supers;
+}
+
 // What a call of the loops below multiplies, and where its sums are added.
 struct Part {
   const uint8_t* record;
@@ -163,16 +181,11 @@ MOESCOPE_INLINE inline void add_integers(const Part& at, const Activations& a) {
   const uint8_t* values = Plain ? at.plain : at.record;
   const uint8_t* scales = at.record + value_bytes(f, at.columns);
   const uint8_t* minimums = at.record + minimums_at(f, at.columns);
-  const uint8_t* supers = at.record + super_at(f, at.columns);
   const int64_t first_group = at.first_column / f.group;
   for (int half = 0; half < 2; ++half) {
-    __m256 sums[M], super{}, super_minimum{};
+    __m256 sums[M];
     each<M>([&](auto m) MOESCOPE_INLINE { sums[m] = _mm256_loadu_ps(at.out[m] + half * 8); });
-    if constexpr (has_super_scale(f)) {
-      super = f16_at(supers + half * 16);
-      if constexpr (f.minimum)
-        super_minimum = _mm256_sub_ps(_mm256_setzero_ps(), f16_at(supers + 2 * kPanel + half * 16));
-    }
+    const Supers supers = supers_of<F>(at.record, at.columns, half);
     for (int64_t chunk = 0; chunk < at.columns / kChunk; ++chunk) {
       if (at.ahead != nullptr && half == 0)
         for (int64_t line = 0; line < chunk_bytes(f) + 64; line += 64)
@@ -186,10 +199,10 @@ MOESCOPE_INLINE inline void add_integers(const Part& at, const Activations& a) {
         });
         __m256i total[M];
         dot_group<F, Plain, M, part*(f.group / 4)>(values + chunk * kChunkSize, half, x, total);
-        const __m256 scale = scales_at<F>(scales, g * kPanel + half * 8, super);
+        const __m256 scale = scales_at<F>(scales, g * kPanel + half * 8, supers.scale);
         __m256 minimum{};
         if constexpr (f.minimum)
-          minimum = scales_at<F>(minimums, g * kPanel + half * 8, super_minimum);
+          minimum = scales_at<F>(minimums, g * kPanel + half * 8, supers.minimum);
         each<M>([&](auto m) MOESCOPE_INLINE {
           const int64_t group = at.row[m] * a.groups + first_group + g;
           if constexpr (f.zero != 0 && !kSigned<F>)
