@@ -3,9 +3,9 @@
     python benchmarks/products.py --formats int8,int4,Q4_K,Q8_0 --rows 1,8,48,512
     MOESCOPE_ISA=avx2 python benchmarks/products.py
 
-Billions of operations a second (a multiplication and an addition are two), medians over all
-matrices of a turn; together they are larger than the caches. Blocks of GGUF's types hold random
-bytes, which are multiplied as fast as any.
+Billions of operations a second (a multiplication and an addition are two), the median of several
+walks over matrices that together are larger than most caches. Blocks of GGUF's types hold random
+bytes.
 """
 
 import argparse
