@@ -7,9 +7,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from moescope.catalog import catalog
 from moescope.engine.blocks import Blocks
 from moescope.engine.sampling import Choice, SamplingParams
-from moescope.engine.scheduler import TURN, Chunk, Scheduler
+from moescope.engine.scheduler import CHUNK, TURN, Chunk, Scheduler, chunk_beside
 from moescope.engine.sequence import Sequence
 
 
@@ -62,6 +63,27 @@ def test_a_prompt_is_read_in_chunks_beside_what_runs() -> None:
         counts.append([(chunk.sequence, chunk.count, chunk.is_single) for chunk in chunks])
         advance(scheduler, chunks)
     assert counts == [[(short, 1, True), (long, count, False)] for count in (10, 10, 10, 5)]
+
+
+def test_a_chunk_is_smaller_beside_texts_that_are_continued() -> None:
+    scheduler = Scheduler(Blocks(4), chunk=10, chunk_beside=4)
+    first, second = text([1] * 25, room=50), text([2] * 9, room=50)
+    scheduler.add(first)
+    scheduler.add(second)
+    counts: list[list[tuple[Sequence, int]]] = []
+    for _ in range(6):
+        chunks = scheduler.schedule()
+        counts.append([(chunk.sequence, chunk.count) for chunk in chunks])
+        advance(scheduler, chunks)
+    beside = [[(second, 1), (first, count)] for count in (4, 4, 4, 2)]
+    assert counts == [[(first, 10)], [(second, 9), (first, 1)], *beside]
+
+
+def test_experts_get_rows_enough_beside_others() -> None:
+    shapes = {name: entry.config for name, entry in catalog().items()}
+    assert chunk_beside(shapes["deepseek-v2-lite"]) == 12 * 64 // 6
+    assert chunk_beside(shapes["deepseek-v3"]) == 12 * 256 // 8
+    assert chunk_beside(shapes["tiny-dense"]) == CHUNK
 
 
 def test_a_cancelled_text_is_read_no_further_and_its_blocks_come_back() -> None:

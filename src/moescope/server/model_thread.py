@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from moescope.engine.engine import Engine
 from moescope.engine.sampling import SamplingParams
-from moescope.engine.scheduler import Busy, Scheduler, work
+from moescope.engine.scheduler import Busy, Scheduler, chunk_beside, work
 from moescope.engine.sequence import Sequence, Token
 from moescope.errors import UserError
 
@@ -64,7 +64,11 @@ class ModelThread:
         self.engine = engine
         engine.limit_cache(cache_bytes)
         self._block_bytes = cache_bytes // (engine.blocks.limit or 1)
-        self._scheduler = Scheduler(engine.blocks, max_running=max_running)
+        self._scheduler = Scheduler(
+            engine.blocks,
+            max_running=max_running,
+            chunk_beside=chunk_beside(engine.model.config),
+        )
         self._max_waiting = max_waiting
         self._arrived: list[tuple[Sequence, _Receiver]] = []
         self._receivers: dict[Sequence, _Receiver] = {}  # the thread's own
