@@ -1,68 +1,79 @@
-"""Put a finished training into the package: `python recipes/tiny/pack.py MOE_OUT CORPUS`.
+"""Put a finished training into the box: `python recipes/tiny/pack.py RUN CORPUS`.
 
-Stores the weights as int8 with one scale a row, with their tokenizer and which experts serve which
-domain of the held-out text, and prints what rounding the weights costs in held-out loss.
+Stores the weights as int8 with one scale a row, with their tokenizer, their training's history, and
+what `measure.py` finds. A model that learned to answer after it was trained on text brings the
+folder of that training too (`--pretrained`): its history is kept, and the next sitting reads on
+from there.
 """
 
 import argparse
 import shutil
+import sys
 from pathlib import Path
 
 import torch
+from measure import measure
 
 from moescope.catalog import BOX
 from moescope.checkpoint import load_model, save_weights
+from moescope.errors import UserError
+from moescope.files import read_object
 from moescope.scope.history import FILE as HISTORY
-from moescope.scope.history import history_of
-from moescope.scope.specialization import specialize
-from moescope.scope.texts import labelled_text
+from moescope.scope.history import History, history_of
 from moescope.text.split import TrainedText
 from moescope.text.tokenizer import Tokenizer
-from moescope.training.config import TrainConfig
-from moescope.training.data import build_shards
-from moescope.training.evaluation import evaluate
 from moescope.training.start import READING
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
-    parser.add_argument("moe_out", type=Path)
+    parser.add_argument("run", type=Path)
     parser.add_argument("corpus", type=Path)
+    parser.add_argument(
+        "--pretrained", type=Path, help="the training on text, where RUN is another"
+    )
     parser.add_argument("--box", type=Path, default=BOX / "tiny")
     arguments = parser.parse_args()
-
-    config = TrainConfig.from_file(Path(__file__).with_name("moe.toml"), {})
-    tokenizer = Tokenizer.load(arguments.moe_out)
-    index = build_shards(arguments.corpus, arguments.moe_out / "shards", tokenizer, held_out=True)
-    whole = load_model(arguments.moe_out, dtype=torch.float32)
-    save_weights(whole, arguments.box, dtype=torch.int8)
-    tokenizer.save(arguments.box)
-    reading = arguments.moe_out / READING
-    if reading.is_file():  # the next sitting starts from what is packed
-        shutil.copy(reading, arguments.box / READING)
-    remembered = TrainedText.load(arguments.moe_out)
-    if remembered is not None:
-        remembered.save(arguments.box)
-    packed = load_model(arguments.box, dtype=torch.float32)
-    before, after = (
-        evaluate(
-            model,
-            index,
-            batch_size=config.training.rows_at_a_time,
-            sequence_length=config.data.sequence_length,
-            max_tokens=config.evaluation.tokens,
-        )
-        for model in (whole, packed)
-    )
-    for domain, loss in before.loss.items():
-        print(f"{domain:12} {loss:.4f} -> {after.loss[domain]:.4f} nats a token")
-    if packed.config.n_routed_experts is not None:
-        text = labelled_text(arguments.corpus, trained=[remembered])
-        found = specialize(arguments.box.name, packed, tokenizer, text.documents)
-        found.save(arguments.box / "specialization.json")
-    history_of(arguments.moe_out).save(arguments.box / HISTORY)
+    try:
+        pack(arguments.run, arguments.pretrained or arguments.run, arguments.box)
+        measure(arguments.box, arguments.corpus)
+    except UserError as error:
+        sys.exit(str(error))
     size = sum(file.stat().st_size for file in arguments.box.iterdir())
     print(f"{size / 1e6:.1f} MB in {arguments.box}")
+
+
+def pack(run: Path, pretrained: Path, box: Path) -> None:
+    """Store the model in `run`, which the training `pretrained` read the text with.
+
+    Raises:
+        UserError: a training is not there or not whole, or this one is packed already.
+    """
+    history = joined_history(pretrained, box)
+    model = load_model(run, dtype=torch.float32)
+    save_weights(model, box, dtype=torch.int8)
+    Tokenizer.load(run).save(box)
+    history.save(box / HISTORY)
+    shutil.copy(pretrained / READING, box / READING)
+    remembered = TrainedText.load(pretrained)
+    if remembered is not None:
+        remembered.save(box)
+
+
+def joined_history(pretrained: Path, box: Path) -> History:
+    """Return the history of a training, after that of the model in `box` that it went on from.
+
+    Raises:
+        UserError: there is no training, or it is in the box already.
+    """
+    history = history_of(pretrained)
+    goes_on = read_object(pretrained / "training.json")["config"]["start"]["model"] is not None
+    if not goes_on or not (box / HISTORY).is_file():
+        return history
+    read = (pretrained / READING).read_bytes()
+    if (box / READING).is_file() and (box / READING).read_bytes() == read:
+        raise UserError(f"{pretrained} is packed in {box} already; take that back, then repeat it")
+    return history.after(History.from_file(box / HISTORY))
 
 
 if __name__ == "__main__":

@@ -277,10 +277,17 @@ def check_dense(page, known: Known) -> None:
         expected |= {known.count(total), known.count(active), percent(active / total)}
         expected.add(known.count(one.flops_per_token))
     held_out: set[str] = set()
+    steps: set[str] = set()
     for name in ("tiny", "tiny-dense"):
         rows = History.from_file(BOX / name / "training_history.json").rows
         last = [row for row in rows if row.held_out][-1].held_out
         held_out |= {number(loss) for loss in last.values()}
+        steps.add(number(rows[-1].step))
+    note = section.get_by_test_id("dense-steps")
+    assert note.count() == (len(steps) > 1)
+    if len(steps) > 1:
+        assert numbers(note) == steps
+        expected |= steps
     assert numbers(section.get_by_test_id("dense-held-out")) == held_out
     if TWINS.exists():
         expected |= study_numbers(page, TwinStudy.from_file(TWINS), known.language)

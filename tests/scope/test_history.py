@@ -7,7 +7,14 @@ from typing import Any
 import pytest
 
 from moescope.errors import UserError
-from moescope.scope.history import MOST_ROWS, Follower, History, history_of
+from moescope.scope.history import (
+    MOST_ROWS,
+    ExpertsSnapshot,
+    Follower,
+    History,
+    TrainingRow,
+    history_of,
+)
 
 
 def line(step: int, **more: Any) -> str:
@@ -77,3 +84,36 @@ def test_a_follower_sees_whole_lines_once_and_starts_again_after_a_resumption(
     resumed.write_text(line(1))
     resumed.replace(file)  # as the trainer does
     assert [row.step for row in follower.new_rows()] == [1]
+
+
+def training(steps: int, domains: list[str]) -> History:
+    rows = [TrainingRow(step, 1 / step, {}, {"1": 0.5}) for step in range(1, steps + 1)]
+    rows[-1] = TrainingRow(steps, 1 / steps, dict.fromkeys(domains, 2.0), {"1": 0.5})
+    load = [[[0.25 + at, 0.75 - at]] for at in range(len(domains))]
+    return History(steps, domains, rows, [ExpertsSnapshot(steps, load)])
+
+
+def test_a_training_that_went_on_is_one_history() -> None:
+    first, second = training(7, ["code", "verse"]), training(5, ["code", "maps", "prose"])
+    whole = second.after(first)
+    assert (whole.steps, whole.domains) == (12, ["code", "maps", "prose", "verse"])
+    assert [row.step for row in whole.rows] == list(range(1, 13))
+    assert [row.loss for row in whole.rows[7:]] == [row.loss for row in second.rows]
+    assert [set(row.held_out) for row in whole.rows if row.held_out] == [
+        {"code", "verse"},
+        {"code", "maps", "prose"},
+    ]
+    nobody = [[0.0, 0.0]]
+    code, verse = first.snapshots[0].load
+    assert whole.snapshots == [
+        ExpertsSnapshot(7, [code, nobody, nobody, verse]),
+        ExpertsSnapshot(12, [*second.snapshots[0].load, nobody]),
+    ]
+
+
+def test_long_histories_stay_thin_when_they_are_joined() -> None:
+    steps = 2 * MOST_ROWS
+    whole = training(steps, ["a"]).after(training(steps, ["a"]))
+    assert len(whole.rows) <= MOST_ROWS + 3
+    assert (whole.rows[0].step, whole.rows[-1].step) == (1, 2 * steps)
+    assert [row.step for row in whole.rows if row.held_out] == [steps, 2 * steps]

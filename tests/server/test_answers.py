@@ -182,11 +182,12 @@ def test_a_dense_model_of_the_whole_size_reads_it_too(
         *("small", "small-dense", "small-large")
     ]
     assert answer.held_out == {}  # nothing was kept of the third's training
+    own = answer.steps[0]
+    assert own is not None and answer.steps == [own, 5, None]
     write_run(shelf / "small-large", steps=2)
-    assert studio.dense(schema.DenseRequest(prompt=TEXT)).held_out == {
-        "poetry": [1.0, 0.5, 1.0],
-        "prose": [0.5, 0.25, 0.5],
-    }
+    answer = studio.dense(schema.DenseRequest(prompt=TEXT))
+    assert answer.held_out == {"poetry": [1.0, 0.5, 1.0], "prose": [0.5, 0.25, 0.5]}
+    assert answer.steps == [own, 5, 2]
 
 
 def test_the_copy_trained_without_balancing_reads_the_same_text(

@@ -2,7 +2,7 @@
 
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -49,11 +49,18 @@ class ExpertsSnapshot:
 
     Attributes:
         step: from 1.
-        load: `[domain][layer position][expert]`: share of the domain's routed slots.
+        load: `[domain][layer position][expert]`: share of the domain's routed slots; zeros where
+            the training did not read the domain yet.
     """
 
     step: int
     load: list[list[list[float]]]
+
+    def of(self, own: Sequence[str], domains: Sequence[str]) -> "ExpertsSnapshot":
+        """Return the same for `domains`; nobody served those that are not among its `own`."""
+        nobody = [[0.0] * len(layer) for layer in self.load[0]]
+        known = dict(zip(own, self.load, strict=True))
+        return replace(self, load=[known.get(domain, nobody) for domain in domains])
 
 
 @dataclass(frozen=True)
@@ -73,6 +80,25 @@ class History(Saved):
     domains: list[str]
     rows: list[TrainingRow]
     snapshots: list[ExpertsSnapshot]
+
+    def after(self, earlier: "History") -> "History":
+        """Return one history of `earlier` and of this training, which began with its weights.
+
+        Steps count on. Of a domain that only one of the two read, the other's experts served none.
+        """
+        before = earlier.rows[-1].step
+        domains = [*self.domains, *(d for d in earlier.domains if d not in self.domains)]
+        rows = [replace(row, step=before + row.step) for row in self.rows]
+        moved = [replace(one, step=before + one.step) for one in self.snapshots]
+        return History(
+            steps=before + self.steps,
+            domains=domains,
+            rows=_thinned([*earlier.rows, *rows]),
+            snapshots=[
+                *(one.of(earlier.domains, domains) for one in earlier.snapshots),
+                *(one.of(self.domains, domains) for one in moved),
+            ],
+        )
 
 
 def history_of(run: Path) -> History:

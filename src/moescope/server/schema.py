@@ -383,11 +383,13 @@ class DenseAnswer(Message):
     Attributes:
         held_out: nats a token of each domain's held-out text when the training of each of them
             ended, in the same order; empty where one's history was not kept.
+        steps: of the training of each of them; None where its history was not kept.
         study: a small mixture beside dense twins of both sizes; None where none is in the box.
     """
 
     contestants: list[Contestant]
     held_out: dict[str, list[float]]
+    steps: list[int | None]
     study: TwinStudy | None
 
 

@@ -273,9 +273,11 @@ class Studio:
         twins = [self._companion("dense", "dense twin")]
         twins += [c for c in self.companions if c.role == "large" and c.problem is None]
         engines = {m.name: m.engine for m in (self.model, *map(self._open, twins))}
+        folders = [self.folder, *(twin.folder for twin in twins)]
         return schema.DenseAnswer(
             contestants=beside(engines, self._ids(request)),
-            held_out=held_out_losses([self.folder, *(twin.folder for twin in twins)]),
+            held_out=held_out_losses(folders),
+            steps=[training_steps(folder) for folder in folders],
             study=TwinStudy.from_file(TWINS) if TWINS.exists() else None,
         )
 

@@ -12,8 +12,8 @@ const KNOWN: Record<string, Key> = {
   models: 'experts.models',
 };
 
-/** Okabe and Ito's colours, which stay apart for the colour-blind. */
-const COLORS = ['#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00', '#8a8d94'];
+/** Okabe and Ito's colours, which stay apart for the colour-blind, then a grey and a brown. */
+const COLORS = ['#0072b2', '#e69f00', '#009e73', '#cc79a7', '#56b4e9', '#d55e00', '#8a8d94', '#8c5a2b'];
 
 /** Another model's domains keep their own names. */
 export const domainName = (domain: string) => (domain in KNOWN ? t(KNOWN[domain]) : domain);

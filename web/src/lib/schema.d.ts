@@ -944,6 +944,7 @@ export interface components {
          *     Attributes:
          *         held_out: nats a token of each domain's held-out text when the training of each of them
          *             ended, in the same order; empty where one's history was not kept.
+         *         steps: of the training of each of them; None where its history was not kept.
          *         study: a small mixture beside dense twins of both sizes; None where none is in the box.
          */
         DenseAnswer: {
@@ -953,6 +954,8 @@ export interface components {
             held_out: {
                 [key: string]: number[];
             };
+            /** Steps */
+            steps: (number | null)[];
             study: components["schemas"]["TwinStudy"] | null;
         };
         /**
@@ -1166,7 +1169,8 @@ export interface components {
          *
          *     Attributes:
          *         step: from 1.
-         *         load: `[domain][layer position][expert]`: share of the domain's routed slots.
+         *         load: `[domain][layer position][expert]`: share of the domain's routed slots; zeros where
+         *             the training did not read the domain yet.
          */
         ExpertsSnapshot: {
             /** Step */

@@ -1,0 +1,67 @@
+"""The model in the box: packed from real trainings, sitting after sitting."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from small_recipes import EXPERTS, MODEL, write_text
+
+from moescope.checkpoint import load_model
+from moescope.cli.main import run
+from moescope.scope.history import History
+from moescope.scope.specialization import Specialization
+
+PACK = Path(__file__).parents[2] / "recipes" / "tiny" / "pack.py"
+RECIPE = """
+[data]
+sequence_length = 16
+[training]
+steps = 3
+batch_size = 4
+[evaluation]
+tokens = 400
+[checkpoints]
+every = 0
+"""
+
+
+def packed(*arguments: Path | str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, PACK, *arguments]
+    return subprocess.run(command, capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("corpus"), held_out=50)
+
+
+def test_a_second_sitting_goes_on_from_the_first(corpus: Path, tmp_path: Path) -> None:
+    recipe, box = tmp_path / "moe.toml", tmp_path / "box"
+    box.mkdir()
+    recipe.write_text(MODEL.format(width=32) + EXPERTS + RECIPE)
+    train = ["train", str(recipe), "--data", str(corpus)]
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert run([*train, "--out", str(first)]) == 0
+    done = packed(first, corpus, "--box", box)
+    assert done.returncode == 0, done.stderr
+    summary = json.loads((first / "training.json").read_text())
+    history = History.from_file(box / "training_history.json")
+    assert history.steps == 3
+    # Other windows than the training's own, and rounded weights.
+    assert history.rows[-1].held_out == pytest.approx(summary["held_out_loss"], rel=0.02)
+    assert Specialization.from_file(box / "specialization.json").domains == ["poems", "sums"]
+    assert load_model(box).config.n_routed_experts == 4
+
+    assert run([*train, "--out", str(second), "--start-from", str(box)]) == 0
+    done = packed(second, corpus, "--box", box)
+    assert done.returncode == 0, done.stderr
+    history = History.from_file(box / "training_history.json")
+    assert [row.step for row in history.rows] == [1, 2, 3, 4, 5, 6]
+    reading = json.loads((box / "reading.json").read_text())
+    assert reading["tokens"] == 6 * 4 * 16
+
+    again = packed(second, corpus, "--box", box)
+    assert again.returncode == 1 and "already" in again.stderr and "Traceback" not in again.stderr
+    assert History.from_file(box / "training_history.json") == history
