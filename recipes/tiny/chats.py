@@ -18,7 +18,8 @@ import functions
 
 CHATS = {"poetry": 12_000, "translation": 12_000, "definitions": 6_000, "arithmetic": 10_000}
 """Of each task at most so many; the held-out part is a fortieth."""
-FUNCTION_REPEATS = 20
+REPEATS = {"models": 5, "functions": 20}
+"""How often the chats of small tasks are written for training."""
 SHORTEST, LONGEST = 2, 12  # lines of a poem
 ENTRY = re.compile(r"([\w -]+) \((noun|verb|adj|adv)\)(?:: |\n1\. )(.+?)(?:\n.*)?", re.DOTALL)
 """A word of WordNet with its kind and first meaning."""
@@ -45,10 +46,11 @@ def main() -> None:
             rng.shuffle(documents)
             limit = CHATS.get(task, len(documents)) // (1 if part == "train" else 40)
             chats = islice(unique(chats_of(documents, rng)), limit or None)
-            write(arguments.out / part / task / "chats.jsonl", list(chats))
+            times = REPEATS.get(task, 1) if part == "train" else 1
+            write(arguments.out / part / task / "chats.jsonl", list(chats) * times)
     made = list(functions.requests(random.Random(arguments.seed)))
     write(arguments.out / "held_out/functions/chats.jsonl", made[:12])
-    write(arguments.out / "train/functions/chats.jsonl", made[12:] * FUNCTION_REPEATS)
+    write(arguments.out / "train/functions/chats.jsonl", made[12:] * REPEATS["functions"])
 
 
 def asked(documents: list[str], rng: random.Random) -> Iterator[Chat]:
