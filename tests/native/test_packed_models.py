@@ -102,7 +102,7 @@ def difference(ours: Tensor, expected: Tensor) -> float:
 
 
 def without_extension(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_native", None)
+    monkeypatch.setattr(cpu.extension, "native", None)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

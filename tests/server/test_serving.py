@@ -108,7 +108,7 @@ def test_open_says_in_a_sentence_that_there_is_no_model(
 
 
 def test_serve_needs_no_extension(model: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(cpu, "_native", None)
+    monkeypatch.setattr(cpu.extension, "native", None)
     made: list[ModelThread] = []
     monkeypatch.setattr(serving, "create_api", lambda _model, of, **_: made.append(of))
     monkeypatch.setattr(serving, "_run", lambda _app, listener, **_: listener.close())

@@ -1,0 +1,119 @@
+"""All layers in one call."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor
+
+from moescope.kernels.cpu import extension
+from moescope.kernels.cpu.routing import Chosen, RowRouters
+from moescope.kernels.cpu.tensors import shared
+
+if TYPE_CHECKING:
+    from moescope.kernels._native import (
+        Attention,
+        CacheSlots,
+        Decoder,
+        FeedForward,
+        FeedForwardBlock,
+        Router,
+        Weights,
+    )
+
+
+def feed_forward_block(
+    norm: tuple[Tensor, float],
+    rule: Router | None,
+    layer: FeedForward,
+    residual_multiplier: float = 1.0,
+) -> FeedForwardBlock:
+    """Join a norm, a router (None for a dense layer) and experts: half a layer of `decoder`."""
+    weight = shared(norm[0].detach())
+    return extension.native.feed_forward_block(weight, norm[1], rule, layer, residual_multiplier)
+
+
+def decoder(
+    embedding: Weights,
+    attention: list[Attention],
+    feed_forward: list[FeedForwardBlock],
+    rotation: tuple[Tensor, float],
+    embedding_multiplier: float = 1.0,
+) -> Decoder:
+    """Join an embedding and all layers into one call for `run_decoder`.
+
+    Args:
+        embedding: `(vocab, hidden)`, packed.
+        attention: of each layer.
+        feed_forward: of each layer.
+        rotation: frequencies `(rotated width / 2,)` of rotary positions, and the factor of
+            cosine and sine.
+        embedding_multiplier: of what the embedding hands on.
+    """
+    frequencies, factor = rotation
+    return extension.native.decoder(
+        embedding,
+        attention,
+        feed_forward,
+        shared(frequencies.float().contiguous()),
+        factor,
+        embedding_multiplier,
+    )
+
+
+def cache_slots(slots: list[tuple[Tensor, Tensor]]) -> CacheSlots:
+    """Make the cache of all layers ready for `run_decoder`, whose calls write to the same tensors.
+
+    Args:
+        slots: for each layer keys and values, `(blocks, slots, ...)`, all bf16 or all float32; for
+            latent attention the latents and the rotated keys.
+    """
+    return extension.native.CacheSlots(
+        [shared(keys.flatten(2)) for keys, _ in slots],
+        [shared(values.flatten(2)) for _, values in slots],
+    )
+
+
+def run_decoder(
+    layers: Decoder,
+    input_ids: Tensor,
+    hidden: int,
+    positions: Tensor,
+    starts: Tensor,
+    singles: int,
+    table: Tensor,
+    slots: CacheSlots,
+    others: RowRouters | None = None,
+    chosen: Chosen | None = None,
+) -> Tensor:
+    """Embed the tokens of several rows and run all layers: `(tokens, hidden)` float32.
+
+    Args:
+        layers: made by `decoder`.
+        input_ids: `(tokens,)` int64, below the rows of the embedding, one row after the other.
+        hidden: width of the embedding.
+        positions: `(tokens,)` int64, each in one of its row's blocks.
+        starts: `(rows + 1,)` int64, where the rows begin among the tokens, and the end.
+        singles: how many rows, the first ones, have one token that is read as generated ones are.
+        table: `(rows, width)` int64, the blocks in which a row's slots lie, in order.
+        slots: to which the new tokens' keys and values are written.
+        others: routers of rows that have others than the network; no other row's numbers change.
+        chosen: made by `choices`, gets what is chosen.
+    """
+    out = torch.empty(*input_ids.shape, hidden)
+    layers(
+        shared(input_ids.contiguous()),
+        shared(positions.contiguous()),
+        shared(starts),
+        singles,
+        shared(table.contiguous()),
+        slots,
+        [] if others is None else others.sets,
+        [] if others is None else others.set_of_row,
+        None if chosen is None else shared(chosen.ids),
+        None if chosen is None else shared(chosen.weights),
+        None if chosen is None else shared(chosen.scores),
+        shared(out),
+    )
+    return out

@@ -1,0 +1,28 @@
+"""What is asked of logits."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor
+
+from moescope.kernels.cpu import extension
+from moescope.kernels.cpu.tensors import as_rows, shared
+
+
+def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
+    """The `count` greatest of each row of `(rows, vocab)`, in order, of equal ones the first.
+
+    Returns their ids, int64, and their logits, both `(rows, count)`.
+    """
+    rows = as_rows(logits)
+    ids, values = torch.empty(len(rows), count, dtype=torch.int64), torch.empty(len(rows), count)
+    extension.native.likeliest(shared(rows), shared(ids), shared(values))
+    return ids, values
+
+
+def log_sums(logits: Tensor, scale: float = 1.0) -> Tensor:
+    """`log(sum(exp(scale * logits)))` of each row of `(rows, vocab)`: `(rows,)`."""
+    rows = as_rows(logits)
+    out = torch.empty(len(rows))
+    extension.native.log_sums(shared(rows), scale, shared(out))
+    return out
