@@ -23,6 +23,8 @@ QUESTIONS = (
     _plain("translation", "en", "Translate into English: 月光"),
     _plain("arithmetic", "en", "17+25=?"),
     _plain("arithmetic", "zh", "12+7等于多少？"),
+    _plain("models", "zh", "什么是混合专家模型？"),
+    _plain("models", "en", "What is a mixture of experts?"),
 )
 """Asked in the model's own chat form, where it has one."""
 QUESTION = "{question}"

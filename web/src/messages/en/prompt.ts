@@ -12,4 +12,5 @@ export default {
   domain_code: 'Code',
   domain_translation: 'Translation',
   domain_arithmetic: 'Arithmetic',
+  domain_models: 'About models',
 };

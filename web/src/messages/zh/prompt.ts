@@ -14,5 +14,6 @@ const zh: typeof en = {
   domain_code: '代码',
   domain_translation: '翻译',
   domain_arithmetic: '算术',
+  domain_models: '关于模型',
 };
 export default zh;
