@@ -114,7 +114,7 @@ def test_the_colder_the_likelier_is_the_likeliest(exponent: float, seed: int) ->
     if params.temperature and (best[0] - best[1]) / params.temperature < 40:
         return
     assert choose(logits, params, 0.999) == logits.argmax()
-    shortlist = Shortlist.of(logits[None], [params.temperature])
+    shortlist = Shortlist.of(logits[None], [params])
     assert shortlist.choose(0, params, 0.999) in (logits.argmax(), None)  # None: ask `choose`
 
 
@@ -126,9 +126,11 @@ def test_the_colder_the_likelier_is_the_likeliest(exponent: float, seed: int) ->
     top_k=st.sampled_from([None, 1, 5, 64, 65, 200]),
     top_p=st.sampled_from([None, 0.3, 0.9, 1.0]),
     min_p=st.sampled_from([None, 0.0, 0.05]),
+    longest=st.sampled_from([SHORTLIST, 2 * SHORTLIST]),
 )
 def test_a_shortlist_chooses_as_all_logits_do(
     vocab: int,
+    longest: int,
     seed: int,
     drawn: float,
     temperature: float,
@@ -138,11 +140,12 @@ def test_a_shortlist_chooses_as_all_logits_do(
 ) -> None:
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     logits = drawn_logits(vocab, seed)
-    shortlist = Shortlist.of(torch.stack([logits - 1, logits]), [0.0, temperature])
+    rows = torch.stack([logits - 1, logits])
+    shortlist = Shortlist.of(rows, [SamplingParams(), params], longest)
     found = shortlist.choose(1, params, drawn)
     expected = choose(logits, params, drawn)
     if found is None:
-        assert vocab > SHORTLIST, "all tokens are on the shortlist"
+        assert vocab > longest, "all tokens are on the shortlist"
     elif found != expected:  # what was drawn lies at the border of both, but for rounding
         distribution_of = distribution(logits, params).double()
         ordered, ids = distribution_of.sort(descending=True, stable=True)
@@ -161,7 +164,7 @@ def test_a_shortlist_is_enough_for_the_usual_settings() -> None:
         SamplingParams(temperature=0.7, top_p=0.9),
         SamplingParams(temperature=1.0, top_k=40, min_p=0.05),
     ):
-        shortlist = Shortlist.of(logits[None], [params.temperature])
+        shortlist = Shortlist.of(logits[None], [params])
         assert shortlist.choose(0, params, 0.5) is not None
 
 
@@ -219,5 +222,5 @@ def test_extreme_values_leave_a_token_to_pick(
     scores = penalised(logits, list(range(0, 90, 7)), 4, params)
     assert scores.isfinite().all()
     assert 0 <= choose(scores, params, drawn) < 90
-    chosen = Shortlist.of(scores[None], [params.temperature]).choose(0, params, drawn)
+    chosen = Shortlist.of(scores[None], [params]).choose(0, params, drawn)
     assert chosen is None or 0 <= chosen < 90

@@ -1,5 +1,6 @@
 """Text in, text out: encode -> schedule -> run -> pick, and repeat."""
 
+import math
 from collections import deque
 from collections.abc import Hashable, Iterator
 from collections.abc import Sequence as Series
@@ -15,6 +16,7 @@ from moescope.engine.not_finite import not_finite
 from moescope.engine.prompt_logprobs import all_finite
 from moescope.engine.runner import Runner, block_tokens, bytes_per_block
 from moescope.engine.sampling import (
+    LONGER,
     Choice,
     SamplingParams,
     Shortlist,
@@ -266,11 +268,10 @@ class Engine:
         """
         if not texts:
             return []
-        shortlist = Shortlist.of(logits, [text.params.temperature for text in texts])
-        finite = shortlist.log_sums.isfinite().tolist()
+        shortlist = Shortlist.of(logits, [text.params for text in texts])
         choices: list[Choice | Exception | None] = []
         for at, text in enumerate(texts):
-            if not finite[at]:
+            if not math.isfinite(shortlist.log_sums[at]):
                 choices.append(None)
                 continue
             try:
@@ -286,8 +287,11 @@ class Engine:
         scores = self._scores(row, text)  # (vocab,)
         place, likeliest = at, shortlist
         if scores is not row:
-            place, likeliest = 0, Shortlist.of(scores[None], [params.temperature])
+            place, likeliest = 0, Shortlist.of(scores[None], [params])
         token_id = likeliest.choose(place, params, drawn)
+        if token_id is None:
+            longer = Shortlist.of(scores[None], [params], LONGER)
+            token_id = longer.choose(0, params, drawn)
         if token_id is None:
             token_id = choose(scores.cpu(), params, drawn)
         if text.state is not None:

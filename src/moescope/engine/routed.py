@@ -1,9 +1,11 @@
 """Which experts served which tokens: what a pass chose, dealt out to the texts that were in it."""
 
 from collections.abc import Sequence
+from threading import Lock
 
 import torch
 import torch.nn.functional as F
+from torch import Tensor
 
 from moescope.engine.scheduler import Chunk
 from moescope.engine.sequence import RoutedTokens
@@ -41,8 +43,12 @@ class RoutingRecorder(Recorder):
         )
 
 
+COUNTED_AT_ONCE = 256
+"""Tokens whose choices are kept before they are counted: a count takes as long as some kernels."""
+
+
 class ExpertLoad:
-    """Counts how many tokens each expert of each layer has been given.
+    """Counts how many tokens each expert of each layer has been given; any thread may ask.
 
     Args:
         layers: that have routers, by index.
@@ -50,20 +56,42 @@ class ExpertLoad:
 
     Attributes:
         layers: as given.
-        tokens: `(layers, experts)` int64.
     """
 
     def __init__(self, layers: Sequence[int], experts: int) -> None:
         self.layers = tuple(layers)
-        self.tokens = torch.zeros(len(self.layers), experts, dtype=torch.int64)
+        self._tokens = torch.zeros(len(self.layers), experts, dtype=torch.int64)
+        self._uncounted: list[Tensor] = []  # (layers, tokens, slots) each
+        self._waiting = 0
+        self._lock = Lock()
+
+    @property
+    def tokens(self) -> Tensor:
+        """Counts, `(layers, experts)` int64."""
+        with self._lock:
+            self._count_all()
+            return self._tokens.clone()
 
     def add(self, chosen: Chosen) -> None:
         """Count what a pass chose."""
-        layers, experts = self.tokens.shape
+        with self._lock:
+            self._uncounted.append(chosen.ids)
+            self._waiting += chosen.ids.shape[1]
+            if self._waiting >= COUNTED_AT_ONCE:
+                self._count_all()
+
+    def _count_all(self) -> None:
+        for ids in self._uncounted:
+            self._count(ids)
+        self._uncounted.clear()
+        self._waiting = 0
+
+    def _count(self, ids: Tensor) -> None:
+        layers, experts = self._tokens.shape
         bins = 1 + experts  # the first for slots without an expert
         first = torch.arange(layers)[:, None] * bins + 1
-        counts = (chosen.ids.flatten(1) + first).flatten().bincount(minlength=layers * bins)
-        self.tokens += counts.view(layers, bins)[:, 1:]
+        counts = (ids.flatten(1) + first).flatten().bincount(minlength=layers * bins)
+        self._tokens += counts.view(layers, bins)[:, 1:]
 
 
 def deal_out(chosen: Chosen, chunks: Sequence[Chunk], layers: tuple[int, ...]) -> None:

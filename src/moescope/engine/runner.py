@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from itertools import accumulate
 
 import torch
 from torch import Tensor
@@ -59,13 +60,15 @@ class Runner:
         else:
             self.prepare(clean=True)
             states = self._by_length(chunks, recorder)
-        for chunk in chunks:
+        ends = [*accumulate(chunk.count for chunk in chunks)]
+        for chunk, end in zip(chunks, ends, strict=True):
             if chunk.sequence.prompt_logprobs is not None:
-                score_prompt(chunk.sequence, chunk.start, states[chunk], self._logits)
-        last = [states[chunk][-1] for chunk in chunks if chunk.is_last]
+                own = states[end - chunk.count : end]
+                score_prompt(chunk.sequence, chunk.start, own, self._logits)
+        last = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last]
         if not last:
             return torch.empty(0, self.model.config.vocab_size)
-        return self._logits(torch.stack(last))
+        return self._logits(states if len(last) == len(states) else states[last])
 
     def prepare(self, *, clean: bool) -> None:
         """See that all blocks are there and begin as they should.
@@ -81,15 +84,15 @@ class Runner:
     def _logits(self, states: Tensor) -> Tensor:
         return self.model.logits(self.model.model.norm(states))
 
-    def _together(self, decoder: NativeDecoder, chunks: Sequence[Chunk]) -> dict[Chunk, Tensor]:
-        """The hidden states `(tokens, hidden)` of each chunk, in one pass over the weights."""
-        counts = [chunk.count for chunk in chunks]
+    def _together(self, decoder: NativeDecoder, chunks: Sequence[Chunk]) -> Tensor:
+        """The hidden states `(tokens, hidden)` of all chunks, in one pass over the weights."""
+        starts = [*accumulate((chunk.count for chunk in chunks), initial=0)]
         others = _row_routers(chunks)
-        chosen = decoder.choices(sum(counts), others)
+        chosen = decoder.choices(starts[-1], others)
         states = decoder.run_rows(
             torch.tensor([token_id for chunk in chunks for token_id in chunk.ids]),
             torch.tensor([at for c in chunks for at in range(c.start, c.start + c.count)]),
-            torch.tensor([0, *counts]).cumsum(0),
+            torch.tensor(starts),
             sum(chunk.is_single for chunk in chunks),
             self.pool.rows([chunk.sequence.blocks for chunk in chunks], _length(chunks)),
             _length(chunks),
@@ -97,9 +100,9 @@ class Runner:
             chosen,
         )
         self._note(chosen, chunks)
-        return dict(zip(chunks, states.split(counts), strict=True))
+        return states
 
-    def _by_length(self, chunks: Sequence[Chunk], recorder: Recorder | None) -> dict[Chunk, Tensor]:
+    def _by_length(self, chunks: Sequence[Chunk], recorder: Recorder | None) -> Tensor:
         """The same, in one pass for all chunks of the same number of tokens and steering."""
         states: dict[Chunk, Tensor] = {}
         own = RoutingRecorder()
@@ -116,7 +119,7 @@ class Runner:
             states.update(zip(batch, hidden_states, strict=True))
             if (chosen := own.chosen()) is not None:
                 self._note(chosen, batch)
-        return states
+        return torch.cat([states[chunk] for chunk in chunks])
 
     def _note(self, chosen: Chosen, chunks: Sequence[Chunk]) -> None:
         if self.load.layers:

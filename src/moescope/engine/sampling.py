@@ -251,8 +251,9 @@ def _place(probabilities: Tensor, drawn: float) -> int:
     return min(place, len(cumulated) - 1)
 
 
-SHORTLIST = 64
-"""Likeliest tokens among which a choice is nearly always found."""
+SHORTLIST, LONGER = 64, 4096
+"""Likeliest tokens among which a choice is nearly always found where a model is sure of itself, and
+where it is not: to put a whole vocabulary in order takes longer than a small network."""
 
 
 @dataclass(frozen=True)
@@ -262,27 +263,33 @@ class Shortlist:
     Attributes:
         ids: `(rows, count)` int64.
         logits: `(rows, count)` float32, those of `ids`.
-        log_sums: `(rows,)`, logarithm of the sum of all tokens' exponentials.
+        log_sums: logarithm of the sum of all tokens' exponentials, of each row.
         tempered: likewise, of the logits over each row's temperature.
         vocab: tokens that there are.
     """
 
     ids: Tensor
     logits: Tensor
-    log_sums: Tensor
-    tempered: Tensor
+    log_sums: list[float]
+    tempered: list[float]
     vocab: int
 
     @classmethod
-    def of(cls, logits: Tensor, temperatures: Sequence[float]) -> "Shortlist":
-        """Take the shortlist of `(rows, vocab)` logits, each row of its own temperature."""
-        count = min(SHORTLIST, logits.shape[-1])
+    def of(
+        cls, logits: Tensor, params: Sequence[SamplingParams], longest: int = SHORTLIST
+    ) -> "Shortlist":
+        """Take the shortlist of `(rows, vocab)` logits, as long as one of the rows may want it."""
+        greedy = not any(one.temperature or one.top_logprobs for one in params)
+        count = 1 if greedy else min(longest, logits.shape[-1])
         ids, values = likeliest(logits, count)
-        sums = log_sums(logits)
-        tempered = sums.clone()
-        for temperature in {*temperatures} - {0.0, 1.0}:
-            rows = [row for row, other in enumerate(temperatures) if other == temperature]
-            tempered[rows] = log_sums(logits[rows], 1 / temperature)
+        sums = log_sums(logits).tolist()
+        tempered = [*sums]
+        for temperature in {one.temperature for one in params} - {0.0, 1.0}:
+            rows = [row for row, one in enumerate(params) if one.temperature == temperature]
+            for row, value in zip(
+                rows, log_sums(logits[rows], 1 / temperature).tolist(), strict=True
+            ):
+                tempered[row] = value
         return cls(ids, values, sums, tempered, logits.shape[-1])
 
     def choose(self, row: int, params: SamplingParams, drawn: float) -> int | None:
@@ -290,7 +297,7 @@ class Shortlist:
         if params.temperature == 0:
             return int(self.ids[row, 0])
         scaled = self.logits[row].double() / params.temperature
-        log_sum = float(self.tempered[row])
+        log_sum = self.tempered[row]
         whole = len(scaled) == self.vocab  # whether no token beyond these can be chosen
         if params.top_k is not None:
             if not whole and params.top_k > len(scaled):
@@ -317,10 +324,12 @@ class Shortlist:
 
     def logprob(self, row: int, logit: float) -> float:
         """Logarithm of the probability of a token of this logit, at temperature one."""
-        return logit - float(self.log_sums[row])
+        return logit - self.log_sums[row]
 
     def top_logprobs(self, row: int, count: int) -> tuple[tuple[int, float], ...]:
         """Ids and logprobs of a row's likeliest tokens, at temperature one."""
+        if not count:
+            return ()
         ids, logits = self.ids[row, :count].tolist(), self.logits[row, :count].tolist()
         return tuple(
             (token_id, self.logprob(row, logit))
@@ -330,7 +339,7 @@ class Shortlist:
 
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Ids and logits, `(rows, count)` each, of the `count` highest of `(rows, vocab)`, in order."""
-    if _native(logits):
+    if _native(logits) and count <= SHORTLIST:
         return cpu.likeliest(logits, count)
     values, ids = logits.topk(count)
     return ids.cpu(), values.cpu()
