@@ -251,9 +251,10 @@ def _place(probabilities: Tensor, drawn: float) -> int:
     return min(place, len(cumulated) - 1)
 
 
-SHORTLIST, LONGER = 64, 4096
-"""Likeliest tokens among which a choice is nearly always found where a model is sure of itself, and
-where it is not: to put a whole vocabulary in order takes longer than a small network."""
+SHORTLIST = 64
+"""Likeliest tokens among which a choice is nearly always found, where a model is sure of itself."""
+LONGER = (1024, 8192)
+"""And where it is not: to put a whole vocabulary in order takes longer than a small network."""
 
 
 @dataclass(frozen=True)
