@@ -1,12 +1,10 @@
-"""Draw what the two trainings did: `python recipes/tiny/draw.py MOE_OUT DENSE_OUT`.
+"""Draw what the trainings in the box did: `python recipes/tiny/draw.py`.
 
-Writes beside this file: `loss.svg` (training and held-out loss of the model and its dense twin),
-`balance.svg` (the routers' measures over the training), `domains.svg` (which experts each domain
-uses, layer by layer), and `results.json` with the numbers behind them.
+Reads the histories that lie beside `tiny` and its dense twin, and writes beside this file:
+`loss.svg` (training and held-out loss over the tokens that were read), `balance.svg` (how uneven
+the routers' work was) and `domains.svg` (which experts each domain uses at the end, layer by layer).
 """
 
-import json
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -14,108 +12,82 @@ import matplotlib as mpl
 import matplotlib.pyplot as plt
 import numpy as np
 
+from moescope.catalog import BOX
+from moescope.scope.history import FILE, History
+
 HERE = Path(__file__).parent
-DOMAIN_COLOURS = dict(
-    zip(
-        ("arithmetic", "code", "poetry", "prose", "translation"),
-        ("#0072B2", "#E69F00", "#D55E00", "#009E73", "#CC79A7"),  # Okabe & Ito 2008
-        strict=True,
-    )
-)
+STEP_TOKENS = 16_384
+"""Of both editions alike."""
+SITTINGS = (1000,)
+"""Steps after which a training went on with a new optimizer, on more text."""
+COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A8D94", "#8C5A2B")
+"""Okabe & Ito 2008, then a grey and a brown."""
 
 
 def main() -> None:
-    moe_out, dense_out = map(Path, sys.argv[1:3])
     mpl.rcParams.update({"svg.hashsalt": "moescope", "font.size": 9, "axes.spines.top": False})
-    moe, dense = rows(moe_out), rows(dense_out)
-    load = json.loads((moe_out / "expert_load.json").read_text(encoding="utf-8"))["load"]
-    draw_loss(moe, dense)
-    draw_balance(moe)
-    draw_domains(load)
-    summaries = {
-        name: json.loads((out / "training.json").read_text(encoding="utf-8"))
-        for name, out in (("moe", moe_out), ("dense", dense_out))
-    }
-    keys = ("step", "tokens", "seconds", "held_out_loss", "bits_per_byte", "router")
-    results = {
-        name: {key: summary[key] for key in keys if summary.get(key)}
-        for name, summary in summaries.items()
-    }
-    (HERE / "results.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
-    print(table(results))
+    tiny = History.from_file(BOX / "tiny" / FILE)
+    draw_loss(tiny, History.from_file(BOX / "tiny-dense" / FILE))
+    draw_balance(tiny)
+    draw_domains(tiny)
 
 
-def rows(out: Path) -> list[dict[str, Any]]:
-    lines = (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
-    return [json.loads(line) for line in lines]
-
-
-def draw_loss(moe: list[dict[str, Any]], dense: list[dict[str, Any]]) -> None:
+def draw_loss(tiny: History, dense: History) -> None:
     figure, (training, held_out) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
-    for name, run, style in (("MoE", moe, "-"), ("dense twin", dense, "--")):
-        tokens = np.array([row["tokens"] for row in run]) / 1e6
-        loss = np.array([row["loss"] for row in run])
+    for name, history, style in (("MoE", tiny, "-"), ("dense twin", dense, "--")):
+        tokens = np.array([row.step for row in history.rows]) * STEP_TOKENS / 1e6
+        loss = np.array([row.loss for row in history.rows])
         window = min(20, len(loss))
         smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
         training.plot(tokens[window - 1 :], smooth, style, color="black", label=name)
-        measured = [row for row in run if "held_out_loss" in row]
-        for domain, colour in DOMAIN_COLOURS.items():
+        for domain, colour in zip(tiny.domains, COLOURS, strict=False):
+            measured = [row for row in history.rows if domain in row.held_out]
             held_out.plot(
-                [row["tokens"] / 1e6 for row in measured],
-                [row["held_out_loss"][domain] for row in measured],
+                [row.step * STEP_TOKENS / 1e6 for row in measured],
+                [row.held_out[domain] for row in measured],
                 style,
                 color=colour,
-                marker="." if style == "-" else None,
+                marker=".",
                 label=domain if style == "-" else None,
             )
-    training.set(xlabel="million tokens", ylabel="nats per token", title="training loss")
-    training.set_ylim(top=8)
+    for axis, title in ((training, "training loss"), (held_out, "held-out loss (dashed: twin)")):
+        for step in SITTINGS:
+            axis.axvline(step * STEP_TOKENS / 1e6, color="0.8", zorder=0)
+        axis.set(xlabel="million tokens", ylabel="nats per token", title=title)
+        axis.set_ylim(top=8)
     training.legend(frameon=False)
-    held_out.set(
-        xlabel="million tokens",
-        ylabel="nats per token",
-        title="held-out loss (solid: MoE, dashed: dense twin)",
-    )
-    held_out.legend(frameon=False, loc=(0.42, 0.1))
+    held_out.legend(frameon=False, fontsize=7, loc="upper left", bbox_to_anchor=(1, 1))
     save(figure, "loss.svg")
 
 
-def draw_balance(moe: list[dict[str, Any]]) -> None:
-    measured = [row for row in moe if row.get("router")]
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3), layout="constrained")
-    titles = {
-        "max_violation": "MaxVio (0 is even)",
-        "entropy": "entropy of the load (1 is even)",
-        "dead_share": "share of dead experts",
-    }
-    for axis, (measure, title) in zip(axes, titles.items(), strict=True):
-        for shade, layer in enumerate(measured[0]["router"]):
-            axis.plot(
-                [row["tokens"] / 1e6 for row in measured],
-                [row["router"][layer][measure] for row in measured],
-                color=str(0.1 + 0.14 * shade),
-                marker=".",
-                label=f"layer {layer}",
-            )
-        axis.set(xlabel="million tokens", title=title)
-    axes[0].legend(frameon=False)
+def draw_balance(tiny: History) -> None:
+    figure, axis = plt.subplots(figsize=(6, 3), layout="constrained")
+    for shade, layer in enumerate(tiny.rows[-1].max_violation):
+        axis.plot(
+            [row.step * STEP_TOKENS / 1e6 for row in tiny.rows],
+            [row.max_violation[layer] for row in tiny.rows],
+            color=str(0.1 + 0.14 * shade),
+            linewidth=0.8,
+            label=f"layer {layer}",
+        )
+    axis.set(xlabel="million tokens", title="MaxVio (0 is even)")
+    axis.legend(frameon=False)
     save(figure, "balance.svg")
 
 
-def draw_domains(load: dict[str, dict[str, list[int]]]) -> None:
+def draw_domains(tiny: History) -> None:
     """Share of each expert's tokens that came from each domain, all domains weighing the same."""
-    domains, layers = list(load), list(next(iter(load.values())))
+    load = np.array(tiny.snapshots[-1].load)  # (domains, layers, experts)
+    layers = [*tiny.rows[-1].max_violation]
     figure, axes = plt.subplots(
-        len(layers), 1, figsize=(10, 1.1 * len(layers) + 0.6), layout="constrained", sharex=True
+        len(layers), 1, figsize=(10, 1.4 * len(layers) + 0.6), layout="constrained", sharex=True
     )
-    picture = None
-    for axis, layer in zip(axes, layers, strict=True):
-        counts = np.array([load[domain][layer] for domain in domains], dtype=float)
-        shares = counts / counts.sum(axis=1, keepdims=True)
-        shares /= shares.sum(axis=0, keepdims=True).clip(min=1e-12)
+    picture: Any = None
+    for at, (axis, layer) in enumerate(zip(axes, layers, strict=True)):
+        shares = load[:, at] / load[:, at].sum(axis=0, keepdims=True).clip(min=1e-12)
         order = np.lexsort((-shares.max(axis=0), shares.argmax(axis=0)))
         picture = axis.imshow(shares[:, order], aspect="auto", cmap="Greys", vmin=0, vmax=1)
-        axis.set_yticks(range(len(domains)), domains, fontsize=7)
+        axis.set_yticks(range(len(tiny.domains)), tiny.domains, fontsize=6)
         axis.set_ylabel(f"layer {layer}", fontsize=8)
         axis.tick_params(length=0)
     axes[-1].set_xlabel("experts, sorted by the domain they serve most")
@@ -127,15 +99,6 @@ def draw_domains(load: dict[str, dict[str, list[int]]]) -> None:
 def save(figure: Any, name: str) -> None:
     figure.savefig(HERE / name, metadata={"Date": None})
     plt.close(figure)
-
-
-def table(results: dict[str, Any]) -> str:
-    """The held-out losses as Markdown."""
-    lines = ["| domain | MoE | dense twin | difference |", "|---|---|---|---|"]
-    for domain, loss in results["moe"]["held_out_loss"].items():
-        other = results["dense"]["held_out_loss"][domain]
-        lines.append(f"| {domain} | {loss:.3f} | {other:.3f} | {loss - other:+.3f} |")
-    return "\n".join(lines)
 
 
 if __name__ == "__main__":
