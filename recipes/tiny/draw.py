@@ -2,7 +2,7 @@
 
 Reads the histories that lie beside `tiny` and its dense twin, and writes beside this file:
 `loss.svg` (training and held-out loss over the tokens that were read), `balance.svg` (how uneven
-the routers' work was) and `domains.svg` (which experts each domain uses at the end, layer by layer).
+the routers' work was) and `domains.svg` (which experts each domain uses at the end, by layer).
 """
 
 from pathlib import Path
