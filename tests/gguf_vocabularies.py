@@ -7,8 +7,7 @@ from typing import Any
 
 import gguf
 from hypothesis import strategies as st
-from tokenizers import Tokenizer as BackendTokenizer
-from tokenizers import models, pre_tokenizers, trainers
+from tokenizers import Tokenizer as BackendTokenizer, models, pre_tokenizers, trainers
 
 SPECIAL = ["<unk>", "<s>", "</s>", "<|user|>"]
 TYPES = [gguf.TokenType.UNKNOWN] + [gguf.TokenType.CONTROL] * 3

@@ -13,8 +13,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken
-from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import AddedToken, Tokenizer as BackendTokenizer
 
 from moescope.api import Model
 from moescope.families import config_fields, read_config

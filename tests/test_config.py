@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import torch
 import transformers
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from pydantic import ValidationError
 from transformers import AutoConfig, AutoModelForCausalLM, DeepseekV2Config
 

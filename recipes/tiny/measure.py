@@ -13,8 +13,7 @@ from pathlib import Path
 import torch
 
 from moescope.checkpoint import load_model
-from moescope.scope.history import FILE as HISTORY
-from moescope.scope.history import History
+from moescope.scope.history import FILE as HISTORY, History
 from moescope.scope.saved import rounded
 from moescope.scope.specialization import specialize
 from moescope.scope.texts import labelled_text

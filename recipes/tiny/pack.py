@@ -18,8 +18,7 @@ from moescope.catalog import BOX
 from moescope.checkpoint import load_model, save_weights
 from moescope.errors import UserError
 from moescope.files import read_object
-from moescope.scope.history import FILE as HISTORY
-from moescope.scope.history import History, history_of
+from moescope.scope.history import FILE as HISTORY, History, history_of
 from moescope.text.split import TrainedText
 from moescope.text.tokenizer import Tokenizer
 from moescope.training.start import READING

@@ -11,8 +11,7 @@ from typing import Any
 import pytest
 import torch
 from gguf_models import V3, YARN, network, write
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from safetensors.torch import load_file, save_file
 
 import moescope

@@ -22,10 +22,8 @@ from gguf_models import (
     network,
     write,
 )
-from hypothesis import given, settings
-from hypothesis import strategies as st
-from tokenizers import Tokenizer as BackendTokenizer
-from tokenizers import models, pre_tokenizers, trainers
+from hypothesis import given, settings, strategies as st
+from tokenizers import Tokenizer as BackendTokenizer, models, pre_tokenizers, trainers
 from torch import Tensor
 
 import moescope

@@ -11,8 +11,7 @@ import torch
 from scipy import stats
 
 from moescope.errors import UserError
-from moescope.lab import study as module
-from moescope.lab import trainings
+from moescope.lab import study as module, trainings
 from moescope.lab.routers import BASE, STUDIES, Case, base_config
 from moescope.lab.study import Row, Study, run_study, summarise
 from moescope.model.costs import count_parameters

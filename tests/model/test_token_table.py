@@ -1,8 +1,7 @@
 """Routers whose experts a table gives, unsteered and steered (unsteered also in `test_parity`)."""
 
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moescope.config import ModelConfig
 from moescope.model.routing import UNUSED, TokenTable

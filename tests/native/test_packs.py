@@ -14,8 +14,7 @@ import pytest
 import torch
 from filelock import FileLock
 from gguf_models import VARIANTS, network, write
-from hypothesis import HealthCheck, given, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, given, settings, strategies as st
 from torch import Tensor
 
 from moescope.api import Model, load

@@ -5,8 +5,7 @@ from typing import Any
 import pytest
 import torch
 from family_models import VARIANTS
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 from native_kernels import chance, examples, needs_extension
 from packing import packed_copy
 from torch import Tensor

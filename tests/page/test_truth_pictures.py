@@ -20,8 +20,7 @@ from moescope.scope.history import History
 from moescope.scope.resampling import Interval
 from moescope.scope.specialization import Specialization
 from moescope.scope.steps import TokenStep, read
-from moescope.scope.twin_study import AT_EQUAL_TOKENS, RUNS, TwinRun, TwinStudy
-from moescope.scope.twin_study import FILE as TWINS
+from moescope.scope.twin_study import AT_EQUAL_TOKENS, FILE as TWINS, RUNS, TwinRun, TwinStudy
 from moescope.text.deepseek_vocabulary import deepseek_tokenizer
 
 pytestmark = [pytest.mark.slow, pytest.mark.page]

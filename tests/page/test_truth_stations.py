@@ -17,8 +17,7 @@ from moescope.engine.sampling import SamplingParams
 from moescope.model.costs import count_parameters
 from moescope.scope.detail import Reading
 from moescope.scope.history import History
-from moescope.scope.reasoning import FILE as REASONING
-from moescope.scope.reasoning import ReasoningHistory
+from moescope.scope.reasoning import FILE as REASONING, ReasoningHistory
 from moescope.scope.specialization import Specialization
 from moescope.scope.steps import Candidate, read
 from moescope.server.examples import question_form

@@ -5,8 +5,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
+from hypothesis import given, strategies as st
 
 from moescope.errors import UserError
 from moescope.scope.texts import BYTES_PER_PASSAGE, batches, labelled_text, passages, windows

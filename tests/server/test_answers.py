@@ -17,8 +17,7 @@ from moescope.api import Model, sampling_params
 from moescope.checkpoint import save_weights
 from moescope.model.costs import count_parameters
 from moescope.scope.detail import Reading
-from moescope.scope.reasoning import FILE as REASONING
-from moescope.scope.reasoning import ReasoningHistory
+from moescope.scope.reasoning import FILE as REASONING, ReasoningHistory
 from moescope.scope.steps import read
 from moescope.server import schema
 from moescope.server.app import create_app

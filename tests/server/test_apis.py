@@ -9,8 +9,7 @@ from typing import Any
 import pytest
 import torch
 from starlette.testclient import TestClient
-from tokenizers import AddedToken
-from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import AddedToken, Tokenizer as BackendTokenizer
 
 from moescope.api import Model
 from moescope.engine.sampling import Choice

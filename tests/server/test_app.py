@@ -14,8 +14,7 @@ from starlette.testclient import TestClient
 from tokenizers import Tokenizer
 
 from moescope.api import Model
-from moescope.server import app as app_module
-from moescope.server import page, schema
+from moescope.server import app as app_module, page, schema
 from moescope.server.app import create_app
 from moescope.server.studio import Studio
 

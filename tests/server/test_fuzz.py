@@ -18,8 +18,7 @@ from typing import Any
 
 import pytest
 from bodies import damaged, encoded, of
-from hypothesis import HealthCheck, Phase, given, seed, settings
-from hypothesis import strategies as st
+from hypothesis import HealthCheck, Phase, given, seed, settings, strategies as st
 from served import ask, kilobytes, nothing_runs, process, said, save_tool_caller
 
 from moescope.api import Model

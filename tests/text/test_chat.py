@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tokenizers import Tokenizer as BackendTokenizer
-from tokenizers import models
+from tokenizers import Tokenizer as BackendTokenizer, models
 from transformers import PreTrainedTokenizerFast
 
 from moescope.errors import UserError

@@ -4,10 +4,15 @@ import json
 from pathlib import Path
 
 import pytest
-from hypothesis import given
-from hypothesis import strategies as st
-from tokenizers import Regex, decoders, models, pre_tokenizers, trainers
-from tokenizers import Tokenizer as BackendTokenizer
+from hypothesis import given, strategies as st
+from tokenizers import (
+    Regex,
+    Tokenizer as BackendTokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    trainers,
+)
 from transformers import AutoTokenizer
 
 from moescope.errors import UserError

@@ -5,10 +5,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from hypothesis import given, settings
-from hypothesis import strategies as st
+from hypothesis import given, settings, strategies as st
 from tokenizers import (
     AddedToken,
+    Tokenizer as BackendTokenizer,
     decoders,
     models,
     normalizers,
@@ -16,7 +16,6 @@ from tokenizers import (
     processors,
     trainers,
 )
-from tokenizers import Tokenizer as BackendTokenizer
 from transformers import AutoTokenizer
 
 import moescope

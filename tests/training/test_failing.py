@@ -15,8 +15,7 @@ from small import rows, run
 
 from moescope.checkpoint import load_model
 from moescope.errors import UserError
-from moescope.training import objective, pretraining, rescue, state
-from moescope.training import trainer as trainer_module
+from moescope.training import objective, pretraining, rescue, state, trainer as trainer_module
 from moescope.training.config import TrainConfig
 from moescope.training.metrics import MetricsLog
 from moescope.training.state import saved_steps

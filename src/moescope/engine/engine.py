@@ -2,8 +2,7 @@
 
 import math
 from collections import deque
-from collections.abc import Hashable, Iterator
-from collections.abc import Sequence as Series
+from collections.abc import Hashable, Iterator, Sequence as Series
 from dataclasses import dataclass
 from threading import RLock
 from typing import Any

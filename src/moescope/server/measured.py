@@ -4,8 +4,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from moescope.errors import UserError
-from moescope.scope.history import FILE as HISTORY_FILE
-from moescope.scope.history import METRICS, History, history_of
+from moescope.scope.history import FILE as HISTORY_FILE, METRICS, History, history_of
 from moescope.scope.specialization import Specialization
 
 SPECIALIZATION = "specialization.json"

@@ -9,8 +9,7 @@ import logging
 import time
 from asyncio import AbstractEventLoop
 from collections import defaultdict, deque
-from collections.abc import Callable, Hashable, Iterable
-from collections.abc import Sequence as Series
+from collections.abc import Callable, Hashable, Iterable, Sequence as Series
 from concurrent.futures import Future
 from contextlib import suppress
 from threading import Condition, Thread

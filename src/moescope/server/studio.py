@@ -18,12 +18,10 @@ from moescope.scope.cards import cards_of
 from moescope.scope.detail import Reading, TokenDetail
 from moescope.scope.history import History, history_of
 from moescope.scope.parts import WHOLE, Parts
-from moescope.scope.reasoning import FILE as REASONING
-from moescope.scope.reasoning import ReasoningHistory
+from moescope.scope.reasoning import FILE as REASONING, ReasoningHistory
 from moescope.scope.specialization import Specialization, TypicalToken
 from moescope.scope.steps import End, stream
-from moescope.scope.twin_study import FILE as TWINS
-from moescope.scope.twin_study import TwinStudy
+from moescope.scope.twin_study import FILE as TWINS, TwinStudy
 from moescope.server import schema
 from moescope.server.companions import Companion, Role, find_companions
 from moescope.server.described import (

@@ -13,8 +13,16 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, pre_tokenizers, processors, trainers
-from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer as BackendTokenizer,
+    decoders,
+    models,
+    pre_tokenizers,
+    processors,
+    trainers,
+)
 
 from moescope.errors import UserError
 from moescope.files import write_text

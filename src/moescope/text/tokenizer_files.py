@@ -9,8 +9,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, decoders, pre_tokenizers
-from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import AddedToken, Tokenizer as BackendTokenizer, decoders, pre_tokenizers
 from tokenizers.models import BPE
 
 from moescope.errors import UserError

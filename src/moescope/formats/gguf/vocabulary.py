@@ -9,8 +9,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from tokenizers import AddedToken, Regex, decoders, models, normalizers, pre_tokenizers
-from tokenizers import Tokenizer as BackendTokenizer
+from tokenizers import (
+    AddedToken,
+    Regex,
+    Tokenizer as BackendTokenizer,
+    decoders,
+    models,
+    normalizers,
+    pre_tokenizers,
+)
 
 from moescope.errors import UserError
 from moescope.formats.gguf.container import damaged

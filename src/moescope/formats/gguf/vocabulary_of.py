@@ -8,8 +8,7 @@ import json
 from collections.abc import Mapping, Sequence
 
 from gguf import TokenType
-from tokenizers import Tokenizer as BackendTokenizer
-from tokenizers import decoders, models
+from tokenizers import Tokenizer as BackendTokenizer, decoders, models
 
 from moescope.config import ModelConfig
 from moescope.errors import UserError

@@ -9,7 +9,6 @@ Where the extension was not built, `available()` says so and nothing else here m
 
 from __future__ import annotations
 
-import contextlib
 from typing import TYPE_CHECKING
 
 from moescope.kernels.cpu.attention import (
@@ -72,48 +71,24 @@ from moescope.kernels.cpu.weights import (
     unsettled,
 )
 
-if TYPE_CHECKING:
+if TYPE_CHECKING:  # the extension's own types, for annotations
     from moescope.kernels._native import (
-        AbsorbedAttention,
-        Attention,
-        CacheSlots,
-        Decoder,
-        FeedForward,
-        FeedForwardBlock,
-        GroupedAttention,
-        LatentAttention,
-        Router,
-        Weights,
+        AbsorbedAttention as AbsorbedAttention,
+        Attention as Attention,
+        CacheSlots as CacheSlots,
+        Decoder as Decoder,
+        FeedForward as FeedForward,
+        FeedForwardBlock as FeedForwardBlock,
+        GroupedAttention as GroupedAttention,
+        LatentAttention as LatentAttention,
+        Router as Router,
+        Weights as Weights,
     )
-else:
-    with contextlib.suppress(ImportError):
-        from moescope.kernels._native import (
-            AbsorbedAttention,
-            Attention,
-            CacheSlots,
-            Decoder,
-            FeedForward,
-            FeedForwardBlock,
-            GroupedAttention,
-            LatentAttention,
-            Router,
-            Weights,
-        )
 
 __all__ = [
-    "AbsorbedAttention",
-    "Attention",
-    "CacheSlots",
     "Chosen",
-    "Decoder",
     "ExpertCounts",
-    "FeedForward",
-    "FeedForwardBlock",
-    "GroupedAttention",
-    "LatentAttention",
-    "Router",
     "RowRouters",
-    "Weights",
     "absorbed_attention",
     "attend_absorbed",
     "available",

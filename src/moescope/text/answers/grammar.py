@@ -8,8 +8,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from moescope.errors import UserError
-from moescope.text.answers import deepseek_v3, glm, harmony, hermes, mistral, qwen_coder
-from moescope.text.answers import deepseek_v32 as dsml
+from moescope.text.answers import (
+    deepseek_v3,
+    deepseek_v32 as dsml,
+    glm,
+    harmony,
+    hermes,
+    mistral,
+    qwen_coder,
+)
 from moescope.text.answers.members import Tools, is_text
 from moescope.text.answers.reader import (
     DEEPSEEK_V3,
