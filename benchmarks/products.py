@@ -25,7 +25,7 @@ OPERATIONS = 4e9
 """What a measurement does at least."""
 
 
-def weights(kind: str) -> cpu.Weights:
+def weights(kind: str) -> "cpu.Weights":
     """A square matrix in a format of ours or of GGUF's."""
     if kind not in BLOCK_FORMATS:
         return cpu.pack(torch.randn(1, SIZE, SIZE), kind)
@@ -34,7 +34,7 @@ def weights(kind: str) -> cpu.Weights:
     return cpu.pack_blocks(data, kind, (1, SIZE, SIZE))
 
 
-def speed(matrices: list[cpu.Weights], rows: int) -> float:
+def speed(matrices: "list[cpu.Weights]", rows: int) -> float:
     """Billions of operations a second with so many rows of activations."""
     x = torch.randn(rows, SIZE)
     work = 2 * rows * SIZE * SIZE * len(matrices)

@@ -25,6 +25,7 @@ SOURCES = [
     *("attend", "latent_attention", "grouped_attention"),
     *("linear", "feed_forward", "layer", "sampling", "quantize"),
 ]
+BINDINGS = ("module", "bind_weights", "bind_attention", "bind_layers")
 X86_KERNELS = {
     "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "kernels_avxvnni": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
@@ -96,7 +97,8 @@ def _compile(compiler: list[str], csrc: Path, build: Path, target: Path) -> None
         "-fno-strict-aliasing",
         *(["-DPy_LIMITED_API=0x030C0000"] if STABLE_ABI else []),
     ]
-    units[csrc / "module.cpp"] = flags + binding
+    for name in BINDINGS:
+        units[csrc / f"{name}.cpp"] = flags + binding
     units[nanobind_dir / "src" / "nb_combined.cpp"] = flags + binding + ["-w"]
     objects = compile_units(compiler, units, build)
     partial = target.with_name(f".{target.name}.partial")

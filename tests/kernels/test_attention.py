@@ -78,11 +78,11 @@ class Part:
             self.weights["sinks"] = 3 * draw(self.heads)
         self.frequencies = 100.0 ** -(torch.arange(0, self.rope, 2) / self.rope)
 
-    def native(self, embedding: Tensor) -> cpu.Decoder:
+    def native(self, embedding: Tensor) -> "cpu.Decoder":
         """A layer whose feed-forward part adds nothing, over rows `(tokens, hidden)`."""
         floats = {name: weight.float() for name, weight in self.weights.items()}
 
-        def linear(name: str) -> tuple[cpu.Weights, Tensor | None]:
+        def linear(name: str) -> "tuple[cpu.Weights, Tensor | None]":
             return pack(floats[name]), floats.get(f"{name}_bias")
 
         attention = cpu.grouped_attention(

@@ -146,7 +146,7 @@ def test_the_mixture_equals_the_reference(
         down = torch.randn(count, hidden, width, generator=generator) / width**0.5
         return [*up, down]
 
-    def held(packed: tuple[cpu.Weights, ...], like: list[Tensor]) -> list[Tensor]:
+    def held(packed: "tuple[cpu.Weights, ...]", like: list[Tensor]) -> list[Tensor]:
         return [
             cpu.unpacked(weights, tuple(matrix.shape)).double()
             for weights, matrix in zip(packed, like, strict=True)

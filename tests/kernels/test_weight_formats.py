@@ -215,7 +215,7 @@ def test_experts_mix_formats(
     generator = chance(seed)
     hidden, intermediate = 256, 256 * blocks
 
-    def matrix(kind: str, count: int, outputs: int, columns: int) -> tuple[cpu.Weights, Tensor]:
+    def matrix(kind: str, count: int, outputs: int, columns: int) -> "tuple[cpu.Weights, Tensor]":
         shape = count, outputs, columns
         if kind in BLOCK_FORMATS:
             packed = cpu.pack_blocks(
