@@ -1,22 +1,26 @@
 """Which experts served which tokens, and texts whose routers decide otherwise beside others."""
 
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
 from typing import Any
 
 import pytest
 import torch
 from packing import packed_copy
+from torch import Tensor
 
 from moescope.api import Model
 from moescope.engine import runner
 from moescope.engine.engine import Engine
-from moescope.engine.routed import RoutingRecorder
+from moescope.engine.routed import ExpertLoad, RoutingRecorder
 from moescope.engine.sampling import SamplingParams
 from moescope.engine.scheduler import Scheduler
 from moescope.engine.sequence import RoutedTokens, Sequence, Token
 from moescope.errors import UserError
 from moescope.families import config_fields, read_config
 from moescope.kernels import cpu
+from moescope.kernels.cpu import Chosen
 from moescope.model.decoder import CausalLM, initialise
 from moescope.model.steering import Steering, steered
 from moescope.native.decoder import NativeDecoder
@@ -230,3 +234,28 @@ def test_what_the_model_cannot_do_is_a_sentence(
 ) -> None:
     with pytest.raises(UserError, match=sentence):
         model.engine.sequence([5], params(steering))
+
+
+def test_the_load_counts_passes_of_any_size_from_any_thread() -> None:
+    generator = torch.Generator().manual_seed(0)
+    load, expected = ExpertLoad((1, 3), experts=6), torch.zeros(2, 6, dtype=torch.int64)
+    passes: list[Tensor] = []
+    for number in range(400):
+        shape = (2, 1 + number % 5, 2 + number % 3)
+        passes.append(torch.randint(-1, 6, shape, generator=generator))
+        for layer in range(2):
+            chosen = passes[-1][layer].flatten()
+            expected[layer] += chosen[chosen >= 0].bincount(minlength=6)
+    done = Event()
+
+    def look() -> None:
+        while not done.is_set():
+            assert (load.tokens <= expected).all()
+
+    with ThreadPoolExecutor() as pool:
+        looking = pool.submit(look)
+        for ids in passes:
+            load.add(Chosen(ids, ids.float(), ids.float()))
+        done.set()
+        looking.result()
+    assert torch.equal(load.tokens, expected)

@@ -11,8 +11,10 @@ from transformers import (
     TopPLogitsWarper,
 )
 
+import moescope
 from moescope.engine.sampling import (
     SHORTLIST,
+    Choice,
     SamplingParams,
     Shortlist,
     choose,
@@ -21,9 +23,11 @@ from moescope.engine.sampling import (
     keep_min_p,
     keep_top_k,
     keep_top_p,
+    likeliest,
     penalised,
 )
 from moescope.errors import UserError
+from moescope.kernels import cpu
 
 
 def drawn_logits(vocab: int, seed: int) -> Tensor:
@@ -140,8 +144,11 @@ def test_a_shortlist_chooses_as_all_logits_do(
     params = SamplingParams(temperature=temperature, top_k=top_k, top_p=top_p, min_p=min_p)
     logits = drawn_logits(vocab, seed)
     rows = torch.stack([logits - 1, logits])
-    shortlist = Shortlist.of(rows, [SamplingParams(), params], longest)
-    found = shortlist.choose(1, params, drawn)
+    shortlist = Shortlist.of(rows, [SamplingParams(), params])
+    row = 1
+    if longest > SHORTLIST:
+        row, shortlist = 0, shortlist.of_row(1, logits, longest)
+    found = shortlist.choose(row, params, drawn)
     expected = choose(logits, params, drawn)
     if found is None:
         assert vocab > longest, "all tokens are on the shortlist"
@@ -151,9 +158,45 @@ def test_a_shortlist_chooses_as_all_logits_do(
         borders = {int(i): float(c) for i, c in zip(ids, ordered.cumsum(0), strict=True)}
         likelier = found if borders[found] < borders[expected] else expected
         assert abs(borders[likelier] - drawn) < 1e-5
-    assert shortlist.logprob(1, float(logits[expected])) == pytest.approx(
+    assert shortlist.logprob(row, float(logits[expected])) == pytest.approx(
         float(logits.log_softmax(-1)[expected]), abs=1e-5
     )
+
+
+@given(
+    vocab=st.integers(1, 1500),
+    distinct=st.sampled_from([1, 2, 40, 10_000]),
+    share=st.floats(0, 1),
+    seed=st.integers(0, 999),
+)
+def test_of_equal_logits_the_first_are_likeliest(
+    vocab: int, distinct: int, share: float, seed: int
+) -> None:
+    generator = torch.Generator().manual_seed(seed)
+    logits = torch.randint(distinct, (2, vocab), generator=generator).float()
+    count = max(1, int(share * vocab))
+    ids, values = likeliest(logits, count)
+    ordered, expected = logits.sort(descending=True, stable=True)
+    assert torch.equal(values, ordered[:, :count])
+    if cpu.available():  # PyTorch's own leaves it open
+        assert torch.equal(ids, expected[:, :count])
+
+
+@pytest.mark.parametrize("spread", [0.01, 1.0, 3.0])
+def test_an_engine_that_is_sure_of_nothing_draws_from_all_that_may_come(spread: float) -> None:
+    engine = moescope.load("tiny").engine
+    vocab = engine.model.config.vocab_size
+    logits = torch.randn(vocab, generator=torch.Generator().manual_seed(1)) * spread
+    for seed in range(12):
+        params = SamplingParams(temperature=1.0, top_p=0.97, seed=seed)
+        text = engine.sequence([5, 6], params)
+        (choice,) = engine.pick(logits[None], [text])
+        assert isinstance(choice, Choice)
+        drawn = draw(torch.Generator().manual_seed(seed))
+        expected = choose(logits, params, drawn)
+        order = logits.sort(descending=True, stable=True).indices.tolist()
+        # Where sums end between two tokens is a matter of rounding.
+        assert abs(order.index(choice.id) - order.index(expected)) <= 1
 
 
 def test_a_shortlist_is_enough_for_the_usual_settings() -> None:

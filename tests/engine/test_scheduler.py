@@ -6,10 +6,9 @@ from collections.abc import Callable
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from moescope.catalog import catalog
 from moescope.engine.blocks import Blocks
 from moescope.engine.sampling import Choice, SamplingParams
-from moescope.engine.scheduler import CHUNK, TURN, Chunk, Scheduler, chunk_beside
+from moescope.engine.scheduler import TURN, Chunk, Scheduler
 from moescope.engine.sequence import Sequence
 
 
@@ -76,13 +75,6 @@ def test_a_chunk_is_smaller_beside_texts_that_are_continued() -> None:
         advance(scheduler, chunks)
     beside = [[(second, 1), (first, count)] for count in (4, 4, 4, 2)]
     assert counts == [[(first, 10)], [(second, 9), (first, 1)], *beside]
-
-
-def test_experts_get_rows_enough_beside_others() -> None:
-    shapes = {name: entry.config for name, entry in catalog().items()}
-    assert chunk_beside(shapes["deepseek-v2-lite"]) == 12 * 64 // 6
-    assert chunk_beside(shapes["deepseek-v3"]) == 12 * 256 // 8
-    assert chunk_beside(shapes["tiny-dense"]) == CHUNK
 
 
 def test_a_cancelled_text_is_read_no_further_and_its_blocks_come_back() -> None:

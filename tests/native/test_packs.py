@@ -3,6 +3,7 @@
 import json
 import logging
 import os
+import shutil
 import subprocess
 import sys
 import time
@@ -114,14 +115,19 @@ def test_a_touched_source_is_packed_anew(folder: Path, touch: Callable[[Path], N
     assert [bool(opened.pack) for opened in again] == [False, True]
 
 
-@pytest.mark.parametrize("attribute", ["layout", "__version__", "float32"])
+@pytest.mark.parametrize("attribute", ["layout", "code", "__version__", "float32"])
 def test_other_code_does_not_read_it(
-    folder: Path, attribute: str, monkeypatch: pytest.MonkeyPatch
+    folder: Path, attribute: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     assert open_twice(folder)[1].pack is not None
     options = {}
     if attribute == "layout":
         monkeypatch.setattr(cpu, "layout", lambda: "another")
+    elif attribute == "code":
+        changed = shutil.copytree(cpu.__path__[0], tmp_path / "cpu")
+        with (changed / "weights.py").open("a") as file:
+            file.write("# changed\n")
+        monkeypatch.setattr(cpu, "__path__", [str(changed)])
     elif attribute == "__version__":
         monkeypatch.setattr("moescope.__version__", "99")
     else:

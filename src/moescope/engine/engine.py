@@ -288,10 +288,10 @@ class Engine:
         if scores is not row:
             place, likeliest = 0, Shortlist.of(scores[None], [params])
         token_id = likeliest.choose(place, params, drawn)
-        for longest in LONGER:
+        for count in LONGER:
             if token_id is None:
-                longer = Shortlist.of(scores[None], [params], longest)
-                token_id = longer.choose(0, params, drawn)
+                likeliest = likeliest.of_row(place, scores, count)
+                place, token_id = 0, likeliest.choose(0, params, drawn)
         if token_id is None:
             token_id = choose(scores.cpu(), params, drawn)
         if text.state is not None:

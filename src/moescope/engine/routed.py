@@ -81,16 +81,15 @@ class ExpertLoad:
                 self._count_all()
 
     def _count_all(self) -> None:
-        for ids in self._uncounted:
-            self._count(ids)
+        if not self._uncounted:
+            return
+        ids = torch.cat([one.flatten(1) for one in self._uncounted], dim=1)  # (layers, any slots)
         self._uncounted.clear()
         self._waiting = 0
-
-    def _count(self, ids: Tensor) -> None:
         layers, experts = self._tokens.shape
         bins = 1 + experts  # the first for slots without an expert
         first = torch.arange(layers)[:, None] * bins + 1
-        counts = (ids.flatten(1) + first).flatten().bincount(minlength=layers * bins)
+        counts = (ids + first).flatten().bincount(minlength=layers * bins)
         self._tokens += counts.view(layers, bins)[:, 1:]
 
 

@@ -19,6 +19,8 @@ from moescope.model.recorder import Recorder
 from moescope.model.steering import moe_layers
 from moescope.native.decoder import NativeDecoder
 
+ROWS_OF_AN_EXPERT = 12
+"""Tokens with which an expert's product takes about as long as reading its weights."""
 BLOCK_TOKENS = 64
 """Tokens of a block; as many as the native attention visits at a time."""
 
@@ -28,6 +30,19 @@ def block_tokens(config: ModelConfig) -> int:
     rates = {config.compress_rate_of(layer_idx) for layer_idx in range(config.num_hidden_layers)}
     multiple = math.lcm(*(rate for rate in rates if rate))
     return -(-BLOCK_TOKENS // multiple) * multiple
+
+
+def tokens_beside(model: CausalLM) -> int | None:
+    """Return how many tokens of prompts to read beside texts that are continued; None for any.
+
+    So many that experts are not read in vain, and no more, for the others wait meanwhile. Where
+    prompts have a pass of their own anyway, nothing is said.
+    """
+    config, decoder = model.config, model.model
+    joined = isinstance(decoder, NativeDecoder) and decoder.is_joined
+    if not joined or config.n_routed_experts is None:
+        return None
+    return ROWS_OF_AN_EXPERT * config.n_routed_experts // config.required("num_experts_per_tok")
 
 
 class Runner:

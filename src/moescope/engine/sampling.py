@@ -276,12 +276,10 @@ class Shortlist:
     vocab: int
 
     @classmethod
-    def of(
-        cls, logits: Tensor, params: Sequence[SamplingParams], longest: int = SHORTLIST
-    ) -> "Shortlist":
-        """Take the shortlist of `(rows, vocab)` logits, as long as one of the rows may want it."""
+    def of(cls, logits: Tensor, params: Sequence[SamplingParams]) -> "Shortlist":
+        """Take the shortlist of `(rows, vocab)` logits; if no row wants more, of one token."""
         greedy = not any(one.temperature or one.top_logprobs for one in params)
-        count = 1 if greedy else min(longest, logits.shape[-1])
+        count = 1 if greedy else min(SHORTLIST, logits.shape[-1])
         ids, values = likeliest(logits, count)
         sums = log_sums(logits).tolist()
         tempered = [*sums]
@@ -292,6 +290,11 @@ class Shortlist:
             ):
                 tempered[row] = value
         return cls(ids, values, sums, tempered, logits.shape[-1])
+
+    def of_row(self, row: int, logits: Tensor, count: int) -> "Shortlist":
+        """Take one of `count` tokens for a row alone, of logits `(vocab,)`."""
+        ids, values = likeliest(logits[None], min(count, self.vocab))
+        return Shortlist(ids, values, [self.log_sums[row]], [self.tempered[row]], self.vocab)
 
     def choose(self, row: int, params: SamplingParams, drawn: float) -> int | None:
         """Choose as `choose` does, or return None where it takes all logits."""
@@ -340,7 +343,7 @@ class Shortlist:
 
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:
     """Ids and logits, `(rows, count)` each, of the `count` highest of `(rows, vocab)`, in order."""
-    if _native(logits) and count <= SHORTLIST:
+    if _native(logits):
         return cpu.likeliest(logits, count)
     values, ids = logits.topk(count)
     return ids.cpu(), values.cpu()

@@ -11,15 +11,12 @@ from collections import deque
 from collections.abc import Hashable
 from dataclasses import dataclass, field
 
-from moescope.config import ModelConfig
 from moescope.engine.blocks import Blocks
 from moescope.engine.sequence import Sequence
 from moescope.errors import UserError
 
 CHUNK = 512
 """Tokens of prompts that are read in one step: enough for experts to get matrices, not vectors."""
-ROWS_OF_AN_EXPERT = 12
-"""Tokens with which an expert's product takes about as long as reading its weights."""
 EXPECTED_TOKENS = 512
 """Tokens of an answer that are counted at most, before it is known how long it becomes."""
 TURN = 32
@@ -79,7 +76,7 @@ class Scheduler:
         blocks: of the cache.
         max_running: texts that run at a time; None for all.
         chunk: tokens of prompts that are read in one step; None for all.
-        chunk_beside: the same in a step that continues texts; None for as many.
+        chunk_beside: the same in a step that continues texts, if it is less; None for as many.
         reuse: whether a text takes what is known of its beginning, unless it is to be read whole.
     """
 
@@ -95,7 +92,7 @@ class Scheduler:
         self.blocks = blocks
         self.running: list[Sequence] = []  # in the order in which they joined
         self._max_running = max_running
-        self._chunk, self._chunk_beside = chunk, chunk_beside or chunk
+        self._chunk, self._chunk_beside = chunk, chunk_beside
         self._reuse = reuse
         self._requests: dict[Hashable, _Request] = {}
         self._clock = 0  # what the request that has been served least has been served
@@ -127,7 +124,9 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.decodes and self._find_room(sequence):
                 chunks.append(Chunk(sequence, sequence.read, 1))
-        budget = self._chunk_beside if chunks else self._chunk
+        budget = self._chunk
+        if chunks and self._chunk_beside is not None:
+            budget = self._chunk_beside if budget is None else min(budget, self._chunk_beside)
         for sequence in self._prompts():
             unread = sequence.unread_prompt or sequence.unread
             count = unread if budget is None else min(budget, unread)
@@ -261,17 +260,6 @@ class Scheduler:
         if sequence in self.running:
             self._step_back(sequence)
         self.blocks.release(sequence)
-
-
-def chunk_beside(config: ModelConfig) -> int:
-    """Return the tokens of prompts to read beside texts that are continued.
-
-    So many that experts are not read in vain, and no more, for the others wait meanwhile.
-    """
-    if config.n_routed_experts is None:
-        return CHUNK
-    tokens = ROWS_OF_AN_EXPERT * config.n_routed_experts // config.required("num_experts_per_tok")
-    return min(CHUNK, tokens)
 
 
 def _chunks(sequence: Sequence, count: int) -> list[Chunk]:

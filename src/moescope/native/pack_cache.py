@@ -225,10 +225,10 @@ def _fingerprint(file: Path) -> list[str | int]:
 def _code() -> str:
     """Hash the source of all that stands between a checkpoint and its packed weights."""
     digest = hashlib.sha256()
-    for module in (checkpoint, safetensors, container, model, quantize, cpu):
+    for module in (checkpoint, safetensors, container, model, quantize):
         assert module.__file__ is not None
         digest.update(Path(module.__file__).read_bytes())
-    for folder in (Path(families.__path__[0]), Path(__file__).parent):
+    for folder in (Path(families.__path__[0]), Path(cpu.__path__[0]), Path(__file__).parent):
         for file in sorted(folder.glob("*.py")):
             digest.update(file.read_bytes())
     return digest.hexdigest()

@@ -16,8 +16,9 @@ from threading import Condition, Thread
 from typing import Any, TypeVar
 
 from moescope.engine.engine import Engine
+from moescope.engine.runner import tokens_beside
 from moescope.engine.sampling import SamplingParams
-from moescope.engine.scheduler import Busy, Scheduler, chunk_beside, work
+from moescope.engine.scheduler import Busy, Scheduler, work
 from moescope.engine.sequence import Sequence, Token
 from moescope.errors import UserError
 
@@ -66,7 +67,7 @@ class ModelThread:
         self._scheduler = Scheduler(
             engine.blocks,
             max_running=max_running,
-            chunk_beside=chunk_beside(engine.model.config),
+            chunk_beside=tokens_beside(engine.model),
         )
         self._max_waiting = max_waiting
         self._arrived: list[tuple[Sequence, _Receiver]] = []

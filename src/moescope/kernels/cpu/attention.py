@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moescope.kernels.cpu import extension
-from moescope.kernels.cpu.tensors import optional, shared
+from moescope.kernels.cpu.tensors import memory_of, memory_or_none
 
 if TYPE_CHECKING:
     from moescope.kernels._native import (
@@ -55,12 +55,12 @@ def attend_absorbed(
     """
     out = torch.empty(*q_nope.shape[:2], v_head_dim)
     attention(
-        shared(q_nope.contiguous()),
-        shared(q_rope.contiguous()),
-        shared(latents),
-        shared(k_rope),
-        shared(lengths),
-        shared(out),
+        memory_of(q_nope.contiguous()),
+        memory_of(q_rope.contiguous()),
+        memory_of(latents),
+        memory_of(k_rope),
+        memory_of(lengths),
+        memory_of(out),
     )
     return out
 
@@ -93,20 +93,20 @@ def latent_attention(
     """
     down, down_bias, down_norm = query_down or (None, None, None)
     return extension.native.latent_attention(
-        shared(input_norm[0].detach()),
+        memory_of(input_norm[0].detach()),
         input_norm[1],
         down,
-        optional(down_bias),
-        optional(down_norm),
+        memory_or_none(down_bias),
+        memory_or_none(down_norm),
         query,
         latent[0],
-        optional(latent[1]),
-        shared(latent_norm[0].detach()),
+        memory_or_none(latent[1]),
+        memory_of(latent_norm[0].detach()),
         latent_norm[1],
         absorbed,
         expand,
         output[0],
-        optional(output[1]),
+        memory_or_none(output[1]),
         interleave,
         residual_multiplier,
     )
@@ -153,25 +153,25 @@ def grouped_attention(
         residual_multiplier: of what is added to the residual stream.
     """
     return extension.native.grouped_attention(
-        shared(input_norm[0].detach()),
+        memory_of(input_norm[0].detach()),
         input_norm[1],
         query[0],
-        optional(query[1]),
+        memory_or_none(query[1]),
         key[0],
-        optional(key[1]),
+        memory_or_none(key[1]),
         value[0],
-        optional(value[1]),
+        memory_or_none(value[1]),
         output[0],
-        optional(output[1]),
+        memory_or_none(output[1]),
         heads,
         kv_heads,
         scale,
-        optional(query_norm),
-        optional(key_norm),
+        memory_or_none(query_norm),
+        memory_or_none(key_norm),
         rope,
         interleave,
         clip,
         window,
-        optional(sinks),
+        memory_or_none(sinks),
         residual_multiplier,
     )

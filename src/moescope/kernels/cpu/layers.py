@@ -9,7 +9,7 @@ from torch import Tensor
 
 from moescope.kernels.cpu import extension
 from moescope.kernels.cpu.routing import Chosen, RowRouters
-from moescope.kernels.cpu.tensors import shared
+from moescope.kernels.cpu.tensors import memory_of
 
 if TYPE_CHECKING:
     from moescope.kernels._native import (
@@ -30,7 +30,7 @@ def feed_forward_block(
     residual_multiplier: float = 1.0,
 ) -> FeedForwardBlock:
     """Join a norm, a router (None for a dense layer) and experts: half a layer of `decoder`."""
-    weight = shared(norm[0].detach())
+    weight = memory_of(norm[0].detach())
     return extension.native.feed_forward_block(weight, norm[1], rule, layer, residual_multiplier)
 
 
@@ -56,7 +56,7 @@ def decoder(
         embedding,
         attention,
         feed_forward,
-        shared(frequencies.float().contiguous()),
+        memory_of(frequencies.float().contiguous()),
         factor,
         embedding_multiplier,
     )
@@ -70,8 +70,8 @@ def cache_slots(slots: list[tuple[Tensor, Tensor]]) -> CacheSlots:
             latent attention the latents and the rotated keys.
     """
     return extension.native.CacheSlots(
-        [shared(keys.flatten(2)) for keys, _ in slots],
-        [shared(values.flatten(2)) for _, values in slots],
+        [memory_of(keys.flatten(2)) for keys, _ in slots],
+        [memory_of(values.flatten(2)) for _, values in slots],
     )
 
 
@@ -103,17 +103,17 @@ def run_decoder(
     """
     out = torch.empty(*input_ids.shape, hidden)
     layers(
-        shared(input_ids.contiguous()),
-        shared(positions.contiguous()),
-        shared(starts),
+        memory_of(input_ids.contiguous()),
+        memory_of(positions.contiguous()),
+        memory_of(starts),
         singles,
-        shared(table.contiguous()),
+        memory_of(table.contiguous()),
         slots,
         [] if others is None else others.sets,
         [] if others is None else others.set_of_row,
-        None if chosen is None else shared(chosen.ids),
-        None if chosen is None else shared(chosen.weights),
-        None if chosen is None else shared(chosen.scores),
-        shared(out),
+        None if chosen is None else memory_of(chosen.ids),
+        None if chosen is None else memory_of(chosen.weights),
+        None if chosen is None else memory_of(chosen.scores),
+        memory_of(out),
     )
     return out

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from moescope.kernels.cpu import extension
-from moescope.kernels.cpu.tensors import as_rows, optional, shared
+from moescope.kernels.cpu.tensors import as_rows, memory_of, memory_or_none
 
 if TYPE_CHECKING:
     from moescope.kernels._native import FeedForward, Weights
@@ -22,7 +22,7 @@ def rows(weights: Weights, ids: Tensor, width: int) -> Tensor:
     """
     flat = ids.flatten().contiguous()
     out = torch.empty(len(flat), width)
-    weights.rows(shared(flat), shared(out))
+    weights.rows(memory_of(flat), memory_of(out))
     return out.view(*ids.shape, width)
 
 
@@ -30,7 +30,7 @@ def linear(weights: Weights, outputs: int, x: Tensor, bias: Tensor | None = None
     """Map `(..., columns)` to `(..., outputs)` float32; several matrices' outputs lie in a row."""
     x = x.float().contiguous()
     out = torch.empty(*x.shape[:-1], outputs)
-    weights.linear(shared(x), None if bias is None else shared(bias), shared(out))
+    weights.linear(memory_of(x), None if bias is None else memory_of(bias), memory_of(out))
     return out
 
 
@@ -60,9 +60,9 @@ def feed_forward_layer(
     return extension.native.FeedForward(
         *(routed or nothing),
         *(shared or nothing),
-        optional(gate_bias),
-        optional(up_bias),
-        optional(down_bias),
+        memory_or_none(gate_bias),
+        memory_or_none(up_bias),
+        memory_or_none(down_bias),
         act == "swigluoai",
         limit,
         shared_limit,
@@ -86,10 +86,10 @@ def feed_forward(
     rows = as_rows(hidden_states)  # (tokens, hidden)
     out = torch.empty_like(rows)
     if topk_ids is None or topk_weights is None:
-        layer(shared(rows), None, None, shared(out))
+        layer(memory_of(rows), None, None, memory_of(out))
     else:
         ids, weights = topk_ids.contiguous(), topk_weights.float().contiguous()
-        layer(shared(rows), shared(ids), shared(weights), shared(out))
+        layer(memory_of(rows), memory_of(ids), memory_of(weights), memory_of(out))
     return out.view(hidden_states.shape)
 
 
@@ -97,5 +97,5 @@ def rms_norm(hidden_states: Tensor, weight: Tensor, eps: float) -> Tensor:
     """As `kernels.rms_norm`, in float32 for `(..., width)`."""
     x = hidden_states.float().contiguous()
     out = torch.empty_like(x)
-    extension.native.rms_norm(shared(x), shared(weight), eps, shared(out))
+    extension.native.rms_norm(memory_of(x), memory_of(weight), eps, memory_of(out))
     return out

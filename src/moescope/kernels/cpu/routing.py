@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from moescope.kernels.cpu import extension
-from moescope.kernels.cpu.tensors import as_rows, optional, shared
+from moescope.kernels.cpu.tensors import as_rows, memory_of, memory_or_none
 
 if TYPE_CHECKING:
     from moescope.kernels._native import Decoder, Router
@@ -51,9 +51,9 @@ def router(
         table: `(vocab, top_k)` int64, the experts of each token id, in place of the best.
     """
     return extension.native.router(
-        shared(weight.detach()),
-        optional(logit_bias),
-        optional(bias),
+        memory_of(weight.detach()),
+        memory_or_none(logit_bias),
+        memory_or_none(bias),
         top_k,
         groups,
         kept_groups,
@@ -63,7 +63,7 @@ def router(
         factor,
         list(disabled),
         list(forced),
-        optional(table),
+        memory_or_none(table),
     )
 
 
@@ -77,8 +77,8 @@ def route(
     """
     topk_ids = torch.empty(len(hidden_states), top_k, dtype=torch.int64)
     topk_weights = torch.empty(len(hidden_states), top_k)
-    ids = optional(input_ids)
-    rule(shared(as_rows(hidden_states)), ids, shared(topk_ids), shared(topk_weights))
+    ids = memory_or_none(input_ids)
+    rule(memory_of(as_rows(hidden_states)), ids, memory_of(topk_ids), memory_of(topk_weights))
     return topk_ids, topk_weights
 
 

@@ -4,14 +4,14 @@ from torch import Tensor
 from torch.utils.dlpack import to_dlpack  # pyright: ignore[reportPrivateImportUsage]
 
 
-def shared(tensor: Tensor) -> object:
+def memory_of(tensor: Tensor) -> object:
     """Return a tensor's memory, which stays where it is."""
     return to_dlpack(tensor)
 
 
-def optional(tensor: Tensor | None) -> object:
+def memory_or_none(tensor: Tensor | None) -> object:
     """Return the memory of a tensor that may be missing, without gradient and without gaps."""
-    return None if tensor is None else shared(tensor.detach().contiguous())
+    return None if tensor is None else memory_of(tensor.detach().contiguous())
 
 
 def as_rows(x: Tensor) -> Tensor:

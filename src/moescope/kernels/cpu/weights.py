@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from moescope.kernels.cpu import extension
-from moescope.kernels.cpu.tensors import optional, shared
+from moescope.kernels.cpu.tensors import memory_of, memory_or_none
 
 if TYPE_CHECKING:
     from moescope.kernels._native import Weights
@@ -29,8 +29,8 @@ def pack(matrices: Tensor, weight_format: str, importance: Tensor | None = None)
         matrices = matrices[None]
     if matrices.dtype not in (torch.float32, torch.bfloat16):
         matrices = matrices.float()
-    counts = None if importance is None else importance.float()
-    return extension.native.pack(shared(matrices.detach()), weight_format, optional(counts))
+    counts = memory_or_none(None if importance is None else importance.float())
+    return extension.native.pack(memory_of(matrices.detach()), weight_format, counts)
 
 
 def quantize_blocks(rows: Tensor, block_type: str) -> NDArray[np.uint8]:
@@ -45,7 +45,7 @@ def quantize_blocks(rows: Tensor, block_type: str) -> NDArray[np.uint8]:
     """
     numbers, size = GGML_QUANT_SIZES[GGMLQuantizationType[block_type]]
     out = np.empty((len(rows), rows.shape[1] // numbers * size), np.uint8)
-    extension.native.quantize_blocks(shared(rows.detach().contiguous()), block_type, out)
+    extension.native.quantize_blocks(memory_of(rows.detach().contiguous()), block_type, out)
     return out
 
 
@@ -77,7 +77,7 @@ def empty_weights(weight_format: str, shape: tuple[int, int, int]) -> Weights:
 def unpacked(weights: Weights, shape: tuple[int, int, int]) -> Tensor:
     """The weights as the kernels see them: `shape` is `(matrices, outputs, columns)`."""
     out = torch.empty(shape)
-    weights.unpack(shared(out))
+    weights.unpack(memory_of(out))
     return out
 
 
