@@ -1,8 +1,8 @@
 """The card of an edition: `python recipes/tiny/card.py FIRST SECOND CORPUS CHATS > CARD.md`.
 
-FIRST and SECOND are models, CORPUS and CHATS what the second was trained on. On held-out text: what
-a byte costs, sums, and the beginnings of the first ten documents of each domain and of the first
-ten chats of each task, continued greedily by both. Nothing is picked.
+FIRST and SECOND are models, CORPUS and CHATS what the second was trained on. On what was held out
+of it: what a byte costs, sums, and the beginnings of the first ten documents of each domain and of
+the first ten chats of each task, continued greedily by both. Nothing is picked.
 """
 
 import argparse
@@ -14,12 +14,12 @@ from quiz import right_sums
 
 import moescope
 from moescope.api import Model
+from moescope.server.examples import as_typed
 
 SAMPLES = 10
 BEGINNING, CONTINUATION = 24, 40
 """Tokens of a sample that are given, and that are made."""
 ANSWER = 120
-ASSISTANT = "<｜Assistant｜>"
 EDITIONS = ("first", "second")
 
 
@@ -32,8 +32,8 @@ def main() -> None:
     arguments = parser.parse_args()
     folders = (arguments.first, arguments.second)
     models = tuple(moescope.load(folder, dtype="float32") for folder in folders)
-    print("# Both editions of `tiny`, on text that neither was trained on\n")
-    print("Made by `recipes/tiny/card.py`.\n")
+    print("# Both editions of `tiny`, on text that was held out of the second's\n")
+    print("Made by `recipes/tiny/card.py`. The first edition may have read some of it.\n")
     print_losses(folders, arguments.corpus)
     print_sums(models, arguments.corpus)
     print("## The beginnings of ten documents a domain, continued greedily\n")
@@ -45,7 +45,7 @@ def main() -> None:
     for task in sorted(path.name for path in (arguments.chats / "held_out").iterdir()):
         file = arguments.chats / "held_out" / task / "chats.jsonl"
         chats = [json.loads(line)["messages"] for line in head(file)]
-        prompts = [f"<｜User｜>{chat[0]['content']}{ASSISTANT}" for chat in chats]
+        prompts = [as_typed(models[0].tokenizer, form(models[0], chat)) for chat in chats]
         print_samples(task, prompts, models, ANSWER)
 
 
@@ -55,7 +55,11 @@ def head(file: Path) -> list[str]:
 
 def beginning(model: Model, text: str) -> str:
     ids = model.tokenizer.encode(text)[:BEGINNING]
-    return model.tokenizer.decode(ids, skip_special_tokens=False)
+    return model.tokenizer.decode(ids, skip_special_tokens=False).rstrip("\ufffd")
+
+
+def form(model: Model, chat: list[dict[str, str]]) -> str:
+    return model.tokenizer.apply_chat_template(chat[:-1])
 
 
 def print_losses(folders: tuple[Path, Path], corpus: Path) -> None:

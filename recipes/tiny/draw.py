@@ -18,8 +18,8 @@ from moescope.scope.history import FILE, History
 HERE = Path(__file__).parent
 STEP_TOKENS = 16_384
 """Of both editions alike."""
-SITTINGS = (1000,)
-"""Steps after which a training went on with a new optimizer, on more text."""
+SMOOTHED = 20
+"""Steps whose losses make one point."""
 COLOURS = ("#0072B2", "#E69F00", "#009E73", "#CC79A7", "#56B4E9", "#D55E00", "#8A8D94", "#8C5A2B")
 """Okabe & Ito 2008, then a grey and a brown."""
 
@@ -35,12 +35,11 @@ def main() -> None:
 def draw_loss(tiny: History, dense: History) -> None:
     figure, (training, held_out) = plt.subplots(1, 2, figsize=(10, 3.8), layout="constrained")
     for name, history, style in (("MoE", tiny, "-"), ("dense twin", dense, "--")):
-        tokens = np.array([row.step for row in history.rows]) * STEP_TOKENS / 1e6
+        steps = np.array([row.step for row in history.rows])
         loss = np.array([row.loss for row in history.rows])
-        window = min(20, len(loss))
-        smooth = np.convolve(loss, np.ones(window) / window, mode="valid")
-        training.plot(tokens[window - 1 :], smooth, style, color="black", label=name)
-        for domain, colour in zip(tiny.domains, COLOURS, strict=False):
+        smooth = [loss[(steps > at - SMOOTHED) & (steps <= at)].mean() for at in steps]
+        training.plot(steps * STEP_TOKENS / 1e6, smooth, style, color="black", label=name)
+        for domain, colour in zip(tiny.domains, COLOURS[: len(tiny.domains)], strict=True):
             measured = [row for row in history.rows if domain in row.held_out]
             held_out.plot(
                 [row.step * STEP_TOKENS / 1e6 for row in measured],
@@ -51,7 +50,7 @@ def draw_loss(tiny: History, dense: History) -> None:
                 label=domain if style == "-" else None,
             )
     for axis, title in ((training, "training loss"), (held_out, "held-out loss (dashed: twin)")):
-        for step in SITTINGS:
+        for step in tiny.sittings:
             axis.axvline(step * STEP_TOKENS / 1e6, color="0.8", zorder=0)
         axis.set(xlabel="million tokens", ylabel="nats per token", title=title)
         axis.set_ylim(top=8)

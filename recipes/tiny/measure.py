@@ -1,11 +1,12 @@
 """What a packed model does with the held-out text: `python recipes/tiny/measure.py BOX CORPUS`.
 
-Writes the loss of each domain at the end of its training's history, and, of a mixture, which
-experts serve which domain. Models that stand beside each other in the box are measured on the same
-text, also where they were trained when there was less of it.
+Writes each domain's loss into its training's history, and, of a mixture, which experts serve which
+domain. Models that stand beside each other in the box are measured on the same text, also where
+they were trained when there was less of it.
 """
 
 import argparse
+import sys
 import tempfile
 from dataclasses import replace
 from pathlib import Path
@@ -13,6 +14,7 @@ from pathlib import Path
 import torch
 
 from moescope.checkpoint import load_model
+from moescope.errors import UserError
 from moescope.scope.history import FILE as HISTORY, History
 from moescope.scope.saved import rounded
 from moescope.scope.specialization import specialize
@@ -32,7 +34,10 @@ def main() -> None:
     parser.add_argument("box", type=Path)
     parser.add_argument("corpus", type=Path)
     arguments = parser.parse_args()
-    measure(arguments.box, arguments.corpus)
+    try:
+        measure(arguments.box, arguments.corpus)
+    except UserError as error:
+        sys.exit(str(error))
 
 
 def measure(box: Path, corpus: Path) -> None:
@@ -40,8 +45,7 @@ def measure(box: Path, corpus: Path) -> None:
     found = held_out(box, corpus)
     history = History.from_file(box / HISTORY)
     loss = {domain: rounded(value) for domain, value in found.loss.items()}
-    last = replace(history.rows[-1], held_out=loss)
-    replace(history, rows=[*history.rows[:-1], last]).save(box / HISTORY)
+    replace(history, held_out=loss).save(box / HISTORY)
     for domain, value in found.loss.items():
         print(
             f"{domain:14} {value:.4f} nats a token, {found.bits_per_byte[domain]:.4f} bits a byte"

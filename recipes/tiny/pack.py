@@ -9,6 +9,7 @@ from there.
 import argparse
 import shutil
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -46,33 +47,42 @@ def pack(run: Path, pretrained: Path, box: Path) -> None:
     """Store the model in `run`, which the training `pretrained` read the text with.
 
     Raises:
-        UserError: a training is not there or not whole, or this one is packed already.
+        UserError: a training is not there or not whole, or did not go on from what is in `box`.
     """
     history = joined_history(pretrained, box)
     model = load_model(run, dtype=torch.float32)
     save_weights(model, box, dtype=torch.int8)
     Tokenizer.load(run).save(box)
-    history.save(box / HISTORY)
-    shutil.copy(pretrained / READING, box / READING)
     remembered = TrainedText.load(pretrained)
     if remembered is not None:
         remembered.save(box)
+    shutil.copy(pretrained / READING, box / READING)
+    history.save(box / HISTORY)
 
 
 def joined_history(pretrained: Path, box: Path) -> History:
     """Return the history of a training, after that of the model in `box` that it went on from.
 
     Raises:
-        UserError: there is no training, or it is in the box already.
+        UserError: there is no training, or it went on from another one.
     """
     history = history_of(pretrained)
-    goes_on = read_object(pretrained / "training.json")["config"]["start"]["model"] is not None
-    if not goes_on or not (box / HISTORY).is_file():
+    summary = read_object(pretrained / "training.json")
+    if summary.get("config", {}).get("start", {}).get("model") is None:
         return history
-    read = (pretrained / READING).read_bytes()
-    if (box / READING).is_file() and (box / READING).read_bytes() == read:
-        raise UserError(f"{pretrained} is packed in {box} already; take that back, then repeat it")
-    return history.after(History.from_file(box / HISTORY))
+    packed = History.from_file(box / HISTORY)
+    tokens = read_object(pretrained / READING)["tokens"]
+    known = read_object(box / READING)["tokens"] if (box / READING).is_file() else 0
+    last = history.rows[-1]
+    if known == tokens and replace(packed.rows[-1], step=last.step) == last:
+        return packed  # as it was before it learned to answer
+    before = tokens - summary["tokens"]
+    if known != before:
+        raise UserError(
+            f"{pretrained} went on after {before:,} tokens, and the model in {box} has read "
+            f"{known:,}; pack each sitting, in order"
+        )
+    return history.after(packed)
 
 
 if __name__ == "__main__":

@@ -278,10 +278,9 @@ def check_dense(page, known: Known) -> None:
     held_out: set[str] = set()
     steps: set[str] = set()
     for name in ("tiny", "tiny-dense"):
-        rows = History.from_file(BOX / name / "training_history.json").rows
-        last = [row for row in rows if row.held_out][-1].held_out
-        held_out |= {number(loss) for loss in last.values()}
-        steps.add(number(rows[-1].step))
+        history = History.from_file(BOX / name / "training_history.json")
+        held_out |= {number(loss) for loss in history.last_held_out.values()}
+        steps.add(number(history.rows[-1].step))
     note = section.get_by_test_id("dense-steps")
     assert note.count() == (len(steps) > 1)
     if len(steps) > 1:

@@ -21,6 +21,7 @@ sequence_length = 16
 steps = 3
 batch_size = 4
 [evaluation]
+every = 3
 tokens = 400
 [checkpoints]
 every = 0
@@ -49,8 +50,9 @@ def test_a_second_sitting_goes_on_from_the_first(corpus: Path, tmp_path: Path) -
     summary = json.loads((first / "training.json").read_text())
     history = History.from_file(box / "training_history.json")
     assert history.steps == 3
+    assert history.rows[-1].held_out == pytest.approx(summary["held_out_loss"], rel=1e-3)
     # Other windows than the training's own, and rounded weights.
-    assert history.rows[-1].held_out == pytest.approx(summary["held_out_loss"], rel=0.02)
+    assert history.held_out == pytest.approx(summary["held_out_loss"], rel=0.02)
     assert Specialization.from_file(box / "specialization.json").domains == ["poems", "sums"]
     assert load_model(box).config.n_routed_experts == 4
 
@@ -59,9 +61,29 @@ def test_a_second_sitting_goes_on_from_the_first(corpus: Path, tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     history = History.from_file(box / "training_history.json")
     assert [row.step for row in history.rows] == [1, 2, 3, 4, 5, 6]
+    assert (history.steps, history.sittings) == (6, [3])
     reading = json.loads((box / "reading.json").read_text())
     assert reading["tokens"] == 6 * 4 * 16
 
-    again = packed(second, corpus, "--box", box)
-    assert again.returncode == 1 and "already" in again.stderr and "Traceback" not in again.stderr
-    assert History.from_file(box / "training_history.json") == history
+    # What learned to answer afterwards is packed in its place, with the same history.
+    chats, tuned = tmp_path / "chats.jsonl", tmp_path / "tuned"
+    messages = [{"role": "user", "content": "1 + 1"}, {"role": "assistant", "content": "2"}]
+    chats.write_text(f"{json.dumps({'messages': messages})}\n" * 8)
+    sft = tmp_path / "sft.toml"
+    sft.write_text('kind = "sft"\n' + RECIPE)
+    went_on = ["--start-from", str(second), "--out", str(tuned)]
+    assert run(["train", str(sft), "--data", str(chats), *went_on]) == 0
+    done = packed(tuned, corpus, "--pretrained", second, "--box", box)
+    assert done.returncode == 0, done.stderr
+    assert History.from_file(box / "training_history.json").rows == history.rows
+    assert json.loads((box / "reading.json").read_text()) == reading
+
+    wrong = packed(first, corpus, "--pretrained", second, "--box", tmp_path / "nowhere")
+    assert wrong.returncode == 1 and "Traceback" not in wrong.stderr
+    third = tmp_path / "third"
+    recipe.write_text(
+        recipe.read_text().replace("steps = 3", "steps = 3\nmuon_learning_rate = 0.05")
+    )
+    assert run([*train, "--out", str(third), "--start-from", str(first)]) == 0
+    apart = packed(third, corpus, "--box", box)
+    assert apart.returncode == 1 and "pack each sitting, in order" in apart.stderr

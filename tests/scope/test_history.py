@@ -1,6 +1,8 @@
 """A training's history from what the trainer writes, whole and in pieces."""
 
+import itertools
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -111,9 +113,21 @@ def test_a_training_that_went_on_is_one_history() -> None:
     ]
 
 
-def test_long_histories_stay_thin_when_they_are_joined() -> None:
+def test_long_histories_stay_evenly_thin_however_often_they_are_joined() -> None:
     steps = 2 * MOST_ROWS
-    whole = training(steps, ["a"]).after(training(steps, ["a"]))
-    assert len(whole.rows) <= MOST_ROWS + 3
-    assert (whole.rows[0].step, whole.rows[-1].step) == (1, 2 * steps)
-    assert [row.step for row in whole.rows if row.held_out] == [steps, 2 * steps]
+    whole = training(steps, ["a"])
+    for _ in range(3):
+        whole = training(steps, ["a"]).after(whole)
+    assert len(whole.rows) <= MOST_ROWS + 4
+    at = [row.step for row in whole.rows]
+    assert (at[0], at[-1]) == (1, 4 * steps)
+    assert max(b - a for a, b in itertools.pairwise(at)) <= 2 * (4 * steps // MOST_ROWS)
+    assert [row.step for row in whole.rows if row.held_out] == [n * steps for n in (1, 2, 3, 4)]
+    assert whole.sittings == [n * steps for n in (1, 2, 3)]
+
+
+def test_what_was_measured_of_the_kept_weights_counts_last() -> None:
+    history = training(5, ["a"])
+    assert history.last_held_out == {"a": 2.0}
+    assert replace(history, held_out={"b": 1.0}).last_held_out == {"b": 1.0}
+    assert History(1, [], [TrainingRow(1, 1.0, {}, {})], []).last_held_out == {}

@@ -50,13 +50,13 @@ class ExpertsSnapshot:
     Attributes:
         step: from 1.
         load: `[domain][layer position][expert]`: share of the domain's routed slots; zeros where
-            the training did not read the domain yet.
+            the training did not read the domain at that time.
     """
 
     step: int
     load: list[list[list[float]]]
 
-    def of(self, own: Sequence[str], domains: Sequence[str]) -> "ExpertsSnapshot":
+    def over(self, own: Sequence[str], domains: Sequence[str]) -> "ExpertsSnapshot":
         """Return the same for `domains`; nobody served those that are not among its `own`."""
         nobody = [[0.0] * len(layer) for layer in self.load[0]]
         known = dict(zip(own, self.load, strict=True))
@@ -72,6 +72,9 @@ class History(Saved):
         domains: of the snapshots.
         rows: ascending; at most some hundreds.
         snapshots: ascending; none in a dense model.
+        sittings: steps after which it went on with a new optimizer, ascending.
+        held_out: nats a token of each domain's held-out text, with the weights that are kept, where
+            those were measured by themselves.
     """
 
     noun: ClassVar[str] = "a training's history"
@@ -80,6 +83,14 @@ class History(Saved):
     domains: list[str]
     rows: list[TrainingRow]
     snapshots: list[ExpertsSnapshot]
+    sittings: list[int] = field(default_factory=list[int])
+    held_out: dict[str, float] = field(default_factory=dict[str, float])
+
+    @property
+    def last_held_out(self) -> dict[str, float]:
+        """What was measured last of each domain's held-out text; empty if nothing was."""
+        measured = [row.held_out for row in self.rows if row.held_out]
+        return self.held_out or (measured[-1] if measured else {})
 
     def after(self, earlier: "History") -> "History":
         """Return one history of `earlier` and of this training, which began with its weights.
@@ -95,9 +106,10 @@ class History(Saved):
             domains=domains,
             rows=_thinned([*earlier.rows, *rows]),
             snapshots=[
-                *(one.of(earlier.domains, domains) for one in earlier.snapshots),
-                *(one.of(self.domains, domains) for one in moved),
+                *(one.over(earlier.domains, domains) for one in earlier.snapshots),
+                *(one.over(self.domains, domains) for one in moved),
             ],
+            sittings=[*earlier.sittings, before, *(before + step for step in self.sittings)],
         )
 
 
@@ -198,12 +210,18 @@ def _snapshot(fields: Mapping[str, Any], domains: list[str]) -> ExpertsSnapshot:
 
 
 def _thinned(rows: list[TrainingRow]) -> list[TrainingRow]:
-    every = -(-len(rows) // MOST_ROWS)
-    last = len(rows) - 1
+    """Leave out rows that stand close to others, evenly over the steps."""
+    apart = rows[-1].step / MOST_ROWS
     loaded = [row.step for row in rows if row.load]
-    kept = set(loaded[:: -(-len(loaded) // MAX_LOADS) or 1])
+    loaded = _spread(loaded, rows[-1].step / MAX_LOADS)
+    steps = _spread([row.step for row in rows], apart) | loaded | {rows[-1].step}
     return [
-        row if row.step in kept else replace(row, load={})
-        for i, row in enumerate(rows)
-        if i % every == 0 or i == last or row.held_out or row.step in kept
+        row if row.step in loaded else replace(row, load={})
+        for row in rows
+        if row.step in steps or row.held_out
     ]
+
+
+def _spread(steps: list[int], apart: float) -> set[int]:
+    """Of ascending steps the first in each stretch of so many."""
+    return {*{int((step - 1) // apart): step for step in reversed(steps)}.values()}

@@ -51,8 +51,7 @@ def held_out_losses(folders: Sequence[Path | None]) -> dict[str, list[float]]:
             history = history_kept(folder)
         except UserError:
             history = None
-        rows = [] if history is None else [row for row in history.rows if row.held_out]
-        found.append(rows[-1].held_out if rows else {})
+        found.append({} if history is None else history.last_held_out)
     if any(losses.keys() != found[0].keys() for losses in found):
         return {}
     return {domain: [losses[domain] for losses in found] for domain in found[0]}

@@ -1170,7 +1170,7 @@ export interface components {
          *     Attributes:
          *         step: from 1.
          *         load: `[domain][layer position][expert]`: share of the domain's routed slots; zeros where
-         *             the training did not read the domain yet.
+         *             the training did not read the domain at that time.
          */
         ExpertsSnapshot: {
             /** Step */
@@ -1242,6 +1242,9 @@ export interface components {
          *         domains: of the snapshots.
          *         rows: ascending; at most some hundreds.
          *         snapshots: ascending; none in a dense model.
+         *         sittings: steps after which it went on with a new optimizer, ascending.
+         *         held_out: nats a token of each domain's held-out text, with the weights that are kept, where
+         *             those were measured by themselves.
          */
         History: {
             /** Steps */
@@ -1252,6 +1255,12 @@ export interface components {
             rows: components["schemas"]["TrainingRow"][];
             /** Snapshots */
             snapshots: components["schemas"]["ExpertsSnapshot"][];
+            /** Sittings */
+            sittings?: number[];
+            /** Held Out */
+            held_out?: {
+                [key: string]: number;
+            };
         };
         /**
          * Interval

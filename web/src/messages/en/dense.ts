@@ -22,9 +22,9 @@ export default {
   leads: 'A bar upwards: the mixture gave this token more probability; downwards: the twin did. Longer is clearer.',
   next: 'What each would write next',
   explain:
-    'The twin has as many weights as the mixture puts to work on one token, and learned from the same texts. Same arithmetic per token; the mixture has more to know things with, and needs the memory to keep it.',
+    'The twin has as many weights as the mixture puts to work on one token. Same arithmetic per token; the mixture has more to know things with, and needs the memory to keep it.',
   ownText: 'Compared on the {n} tokens that you wrote; what a model wrote itself is not counted.',
-  otherSteps: 'The mixture was trained for {own} steps, its twin for {steps}, so not every difference comes from the experts.',
+  otherSteps: 'The mixture was trained for {own} steps, its twin for {steps}, and what one has read more the other may not know: so not every difference comes from the experts.',
   passage: 'Compared on {n} tokens of a passage that was written for this page and that neither has seen. With {least} tokens of your own, those are taken.',
   slower: 'Why is the mixture slower here? It multiplies many small matrices, and at this size starting each costs more than doing it. In large models reading weights from memory takes the time, and there fewer weights read means faster.',
   heldOut: 'Much unseen text of every kind: loss when the trainings of both ended (less is better)',
