@@ -1,4 +1,7 @@
-"""What the extension offers (csrc/module.cpp, csrc/bind_*.cpp). Arrays are float32 or int64 on the CPU, contiguous."""
+"""What the extension offers (csrc/module.cpp, csrc/bind_*.cpp).
+
+Arrays are float32 or int64 on the CPU, contiguous.
+"""
 
 from typing import Any
 
