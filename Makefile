@@ -13,6 +13,8 @@ WHEEL_PYTHONS ?= python3.11 python3.12
 .PHONY: run test test-all fuzz load lint sanitize docs wheel try-wheel
 
 run: .venv/.installed
+	$(BIN)/moescope generate "<｜User｜>你是谁？<｜Assistant｜>" --max-tokens 100
+	$(BIN)/moescope generate "<｜User｜>Hello, who are you?<｜Assistant｜>" --max-tokens 100
 	$(BIN)/moescope explain "床前明月光，疑是地上"
 	$(BIN)/moescope explain "It is a truth universally acknowledged, that a single man"
 	$(BIN)/moescope open

@@ -31,7 +31,7 @@ def main() -> None:
     parser.add_argument("chats", type=Path)
     arguments = parser.parse_args()
     folders = (arguments.first, arguments.second)
-    models = tuple(moescope.load(folder, dtype="float32") for folder in folders)
+    models = tuple(moescope.load(each, backend="cpu", quantize="int8") for each in folders)
     print("# Both editions of `tiny`, on text that was held out of the second's\n")
     print("Made by `recipes/tiny/card.py`. The first edition may have read some of it.\n")
     print_losses(folders, arguments.corpus)

@@ -3,7 +3,8 @@
 Stores the weights as int8 with one scale a row, with their tokenizer, their training's history, and
 what `measure.py` finds. A model that learned to answer after it was trained on text brings the
 folder of that training too (`--pretrained`): its history is kept, and the next sitting reads on
-from there.
+from there. `--way 0.5` stores the weights half way between the two, which keep most of both
+(Wortsman et al. 2022, "Robust fine-tuning of zero-shot models").
 """
 
 import argparse
@@ -32,10 +33,11 @@ def main() -> None:
     parser.add_argument(
         "--pretrained", type=Path, help="the training on text, where RUN is another"
     )
+    parser.add_argument("--way", type=float, default=1.0, help="from the training on text to RUN")
     parser.add_argument("--box", type=Path, default=BOX / "tiny")
     arguments = parser.parse_args()
     try:
-        pack(arguments.run, arguments.pretrained or arguments.run, arguments.box)
+        pack(arguments.run, arguments.pretrained or arguments.run, arguments.way, arguments.box)
         measure(arguments.box, arguments.corpus)
     except UserError as error:
         sys.exit(str(error))
@@ -43,14 +45,22 @@ def main() -> None:
     print(f"{size / 1e6:.1f} MB in {arguments.box}")
 
 
-def pack(run: Path, pretrained: Path, box: Path) -> None:
+def pack(run: Path, pretrained: Path, way: float, box: Path) -> None:
     """Store the model in `run`, which the training `pretrained` read the text with.
+
+    Args:
+        run: a training.
+        pretrained: the one that it started from, or itself.
+        way: how far to go from the weights of `pretrained` to those of `run`.
+        box: where to.
 
     Raises:
         UserError: a training is not there or not whole, or did not go on from what is in `box`.
     """
     history = joined_history(pretrained, box)
-    model = load_model(run, dtype=torch.float32)
+    model = load_model(pretrained, dtype=torch.float32)
+    end = load_model(run, dtype=torch.float32).state_dict()
+    model.load_state_dict({n: torch.lerp(w, end[n], way) for n, w in model.state_dict().items()})
     save_weights(model, box, dtype=torch.int8)
     Tokenizer.load(run).save(box)
     remembered = TrainedText.load(pretrained)
