@@ -21,7 +21,7 @@ def test_a_text_too_long_is_answered_with_a_sentence(open_page) -> None:
 
 
 @pytest.mark.parametrize(
-    ("language", "words"), [("zh", "模型的上下文最多 1,024 个"), ("en", "context holds 1,024")]
+    ("language", "words"), [("zh", "模型的上下文最多 2,048 个"), ("en", "context holds 2,048")]
 )
 def test_more_than_the_context_is_answered_with_a_sentence(
     open_page, language: str, words: str
