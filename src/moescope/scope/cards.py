@@ -22,6 +22,9 @@ PRONOUNS = "I he she they we you it them me him her who one us his their"
 SEASONS = set("山水云月风花雨雪春秋天日江柳香烟树红飞青黄龙草木星河松竹梅柏霜露夜晓")
 FUNCTION = set("不无有自为如之已在中处来去欲莫此却应未尽更相难多谁")
 NUMERALS = set("一二三四五六七八九十百千万")
+MENUS = set("件选择格式用单个「」页表列框钮档文字数录指")
+HELPERS = "is are be was were been am will would have has had can may do does did not"
+SOFTWARE = "file files data text document dialog value number system table current select use"
 
 
 @dataclass(frozen=True)
@@ -78,18 +81,22 @@ KINDS = (
             "Python class `` ` # _ __ ._ True False args"
         ),
     ),
+    Kind("软件词汇", "software words", _words(SOFTWARE)),
     Kind("圣经腔", "Bible voice", _words(BIBLE)),
     Kind("诗题《》", "poem titles", _pattern(r"[《》]\n?|宋|唐|·|其[一二三四]|诗|题|李")),
     Kind("诗句停顿", "ends of verses", _pattern(r"[，。、？；]\n?")),
     Kind("风花雪月", "nature words", _all_of(SEASONS)),
     Kind("诗中虚词", "verse particles", _all_of(FUNCTION)),
     Kind("中文数词", "Chinese numerals", _all_of(NUMERALS)),
+    Kind("界面用字", "words of menus", _all_of(MENUS)),
     Kind(
         "翻译题头",
         "translation headings",
         _words("English Chinese Translate translation 翻译成中文 ： : into to"),
     ),
     Kind("介词连词", "small link words", _words(LINKS)),
+    Kind("助动词", "helping verbs", _words(HELPERS)),
+    Kind("大写字母", "capital letters", _pattern(r" ?[A-Z]")),
     Kind("人称代词", "pronouns", _words(PRONOUNS)),
     Kind(
         "英文词尾",
