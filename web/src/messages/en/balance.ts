@@ -19,7 +19,7 @@ export default {
   idleShort: 'idle',
   even: 'even share',
   read: 'Layer {layer}, expert {expert}: {share} of the work, {times} times an even share',
-  copyIs: 'Both read the same text. The copy has the same shape and learned from the same texts, but nothing kept its experts’ work even.',
+  copyIs: 'Both read the same text. The copy has the same shape, but nothing kept its experts’ work even while it was trained.',
   fewerSteps: 'It was trained for fewer steps, {steps} instead of {own}, so not every difference comes from balancing.',
   otherSteps: 'It was trained for {steps} steps, this model for {own}.',
   steered: 'Your changes to the router show in the first map only.',

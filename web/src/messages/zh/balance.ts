@@ -21,7 +21,7 @@ const zh: typeof en = {
   idleShort: '空闲',
   even: '平均一份',
   read: '第 {layer} 层专家 {expert}：承担 {share}，是平均的 {times} 倍',
-  copyIs: '两边读的是同一段文字。副本结构相同，学的也是同样的文本，只是训练时没有任何办法让专家的活儿分匀。',
+  copyIs: '两边读的是同一段文字。副本结构相同，只是训练时没有任何办法让专家的活儿分匀。',
   fewerSteps: '副本只训练了 {steps} 步，本模型是 {own} 步，所以差别并不全是均衡造成的。',
   otherSteps: '副本训练了 {steps} 步，本模型 {own} 步。',
   steered: '你对路由器的改动只体现在第一张图里。',
