@@ -62,15 +62,22 @@ uint64_t checksum_of(const Bytes& data) {
   return checksum(data.data(), data.size());
 }
 
+// Weights of a shape, for so many bytes of a file.
+SharedWeights unfilled(int kind, uint64_t bytes, int64_t matrices, int64_t outputs,
+                       int64_t columns) {
+  require(matrices > 0 && outputs > 0 && columns > 0, "there are no weights");
+  auto weights = std::make_shared<Weights>(kind, matrices, outputs, columns);
+  require(weights->stored().size() == bytes, "weights of this shape are not of this size");
+  return weights;
+}
+
 std::pair<SharedWeights, uint64_t> read_weights(int descriptor, uint64_t offset, uint64_t bytes,
                                                 const std::string& format, int64_t matrices,
                                                 int64_t outputs, int64_t columns) {
   const int kind = format_of(format);
-  require(matrices > 0 && outputs > 0 && columns > 0, "there are no weights");
   nb::gil_scoped_release unlocked;
-  const auto weights = std::make_shared<Weights>(kind, matrices, outputs, columns);
+  const SharedWeights weights = unfilled(kind, bytes, matrices, outputs, columns);
   Buffer& stored = weights->stored();
-  require(stored.size() == bytes, "weights of this shape are not of this size");
   stored.fill(descriptor, offset);
   settle_later(weights);
   return {weights, checksum(stored.data(), bytes)};
@@ -81,11 +88,9 @@ SharedWeights stream_weights(int descriptor, uint64_t offset, uint64_t bytes,
                              const std::string& format, int64_t matrices, int64_t outputs,
                              int64_t columns) {
   const int kind = format_of(format);
-  require(matrices > 0 && outputs > 0 && columns > 0, "there are no weights");
   nb::gil_scoped_release unlocked;
-  const auto weights = std::make_shared<Weights>(kind, matrices, outputs, columns);
+  const SharedWeights weights = unfilled(kind, bytes, matrices, outputs, columns);
   Buffer& stored = weights->stored();
-  require(stored.size() == bytes, "weights of this shape are not of this size");
   if (!stored.stream(descriptor, offset, matrices * weights->matrix_bytes()))
     stored.fill(descriptor, offset);
   return weights;

@@ -214,8 +214,9 @@ def test_more_than_there_is_room_for_is_read_again_later() -> None:
 def test_no_block_is_lost_or_lent_twice(data: st.DataObject) -> None:
     size, limit = data.draw(st.integers(1, 5)), data.draw(st.integers(3, 12))
     blocks = Blocks(size, limit, least_copied=data.draw(st.integers(1, 4)))
-    chunk = data.draw(st.none() | st.integers(1, 20))
-    scheduler = Scheduler(blocks, max_running=data.draw(st.integers(1, 5)), chunk=chunk)
+    chunk, beside = (data.draw(st.none() | st.integers(1, 20)) for _ in range(2))
+    running = data.draw(st.integers(1, 5))
+    scheduler = Scheduler(blocks, max_running=running, chunk=chunk, chunk_beside=beside)
     added: list[Sequence] = []
     for _ in range(data.draw(st.integers(1, 60))):
         if data.draw(st.booleans()):

@@ -41,9 +41,9 @@ def history_kept(folder: Path | None) -> History | None:
 
 
 def held_out_losses(folders: Sequence[Path | None]) -> dict[str, list[float]]:
-    """Nats a token of each domain's held-out text at the end of each one's training.
+    """Nats a token of each domain's held-out text, as they were last measured of each one.
 
-    Empty where a history was not kept, or the trainings had other domains.
+    Empty where a history was not kept, or other domains were measured.
     """
     found: list[dict[str, float]] = []
     for folder in folders:

@@ -942,8 +942,7 @@ export interface components {
          * @description The mixture first, then its dense twin, then a large one where there is one.
          *
          *     Attributes:
-         *         held_out: nats a token of each domain's held-out text when the training of each of them
-         *             ended, in the same order; empty where one's history was not kept.
+         *         held_out: nats a token of each domain's held-out text; empty where one's was not measured.
          *         steps: of the training of each of them; None where its history was not kept.
          *         study: a small mixture beside dense twins of both sizes; None where none is in the box.
          */

@@ -27,7 +27,7 @@ export default {
   otherSteps: 'The mixture was trained for {own} steps, its twin for {steps}, and what one has read more the other may not know: so not every difference comes from the experts.',
   passage: 'Compared on {n} tokens of a passage that was written for this page and that neither has seen. With {least} tokens of your own, those are taken.',
   slower: 'Why is the mixture slower here? It multiplies many small matrices, and at this size starting each costs more than doing it. In large models reading weights from memory takes the time, and there fewer weights read means faster.',
-  heldOut: 'Much unseen text of every kind: loss when the trainings of both ended (less is better)',
+  heldOut: 'Much unseen text of every kind: the loss of both (less is better)',
   noLarge: 'One is missing here: a dense model with as many weights in all, {total}. It would do {times} times the arithmetic for each token, and show how much of its quality the mixture reaches with less work. None has been trained beside this model yet.',
   denseModel: 'dense model',
   study: 'Is the mixture better than a dense model of the same size?',
