@@ -219,7 +219,7 @@ int64_t slots_of_decoder(const Decoder& decoder, const std::vector<Routers>& set
 void apply_decoder(const Decoder& decoder, const Ids<1>& ids, const Ids<1>& positions,
                    const Ids<1>& starts, int64_t singles, const Ids<2>& table,
                    const CacheSlots& cache, const std::vector<Routers>& sets,
-                   const std::vector<int64_t>& set_of_row,
+                   const std::vector<int64_t>& set_of_row, const std::vector<int64_t>& wanted,
                    const std::optional<MutableIds<3>>& topk_ids,
                    const std::optional<Output<3>>& topk_weights,
                    const std::optional<Output<3>>& topk_scores, const Output<2>& out) {
@@ -249,6 +249,9 @@ void apply_decoder(const Decoder& decoder, const Ids<1>& ids, const Ids<1>& posi
   for (int64_t token = 0; token < count; ++token)
     require(ids.data()[token] >= 0 && ids.data()[token] < decoder.embedding->outputs(),
             "an id is not in the vocabulary");
+  for (size_t i = 0; i < wanted.size(); ++i)
+    require(wanted[i] > (i ? wanted[i - 1] : -1) && wanted[i] < count,
+            "wanted tokens are not in order, or not there");
   const Steering steering = steering_of(decoder, sets, set_of_row, rows);
   const int64_t slots = decoder.most_slots(steering), sparse = decoder.sparse_layers();
   Chosen chosen{};
@@ -261,7 +264,7 @@ void apply_decoder(const Decoder& decoder, const Ids<1>& ids, const Ids<1>& posi
   }
   nb::gil_scoped_release unlocked;
   decoder.forward(ids.data(), positions.data(), rows, singles, starts.data(), table.data(), width,
-                  cache.keys, cache.values, steering, chosen, out.data());
+                  cache.keys, cache.values, wanted, steering, chosen, out.data());
 }
 
 }  // namespace
@@ -287,8 +290,8 @@ void bind_layers(nb::module_& m) {
   nb::class_<Decoder>(m, "Decoder")
       .def("__deepcopy__", &same)
       .def("__call__", &apply_decoder, "ids"_a, "positions"_a, "starts"_a, "singles"_a, "table"_a,
-           "cache"_a, "sets"_a, "set_of_row"_a, "topk_ids"_a.none(), "topk_weights"_a.none(),
-           "topk_scores"_a.none(), "out"_a)
+           "cache"_a, "sets"_a, "set_of_row"_a, "wanted"_a, "topk_ids"_a.none(),
+           "topk_weights"_a.none(), "topk_scores"_a.none(), "out"_a)
       .def("most_slots", &slots_of_decoder, "sets"_a);
   m.def("decoder", &make_decoder, "embedding"_a, "attention"_a, "feed_forward"_a, "frequencies"_a,
         "rotation_factor"_a, "embedding_multiplier"_a);

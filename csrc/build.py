@@ -23,7 +23,7 @@ COMMON = ["-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden", "-DNDEBUG", "-Wal
 SOURCES = [
     *("pool", "memory", "file", "isa", "weights", "gguf_blocks", "settling", "expert_memory"),
     *("attend", "latent_attention", "grouped_attention"),
-    *("linear", "feed_forward", "layer", "sampling", "quantize"),
+    *("linear", "feed_forward", "layer", "decoder", "sampling", "quantize"),
 ]
 BINDINGS = ("module", "bind_weights", "bind_attention", "bind_layers")
 X86_KERNELS = {

@@ -22,12 +22,13 @@ void clamp(float* x, int64_t n, float bound) {
 
 }  // namespace
 
-void GroupedAttention::forward(float* x, const Tokens& tokens, const Slots& keys,
+void GroupedAttention::forward(float* x, const Tokens& tokens, Half half, const Slots& keys,
                                const Slots& values) const {
   static thread_local QuantizedRows caller_rounded;
   static thread_local std::vector<float> caller_queries, caller_keys, caller_values, caller_mixed;
   QuantizedRows& rounded = caller_rounded;  // the caller's, seen by all threads
   const int64_t count = tokens.count(), kv_width = kv_heads * width;
+  const bool stores = half != Half::look, looks = half != Half::store;
   grow(caller_queries, count * heads * width);
   grow(caller_keys, count * kv_width);
   grow(caller_values, count * kv_width);
@@ -39,38 +40,35 @@ void GroupedAttention::forward(float* x, const Tokens& tokens, const Slots& keys
 
   round_normed(input_norm, {query.weights.get(), key.weights.get(), value.weights.get()}, x, count,
                rounded);
-  multiply_all({query.to(queries), key.to(new_keys), value.to(new_values)}, rounded, count);
+  std::vector<Product> products;
+  if (looks) products.push_back(query.to(queries));
+  if (stores) products.insert(products.end(), {key.to(new_keys), value.to(new_values)});
+  multiply_all(products, rounded, count);
   parallel_rows(count, [&](int64_t first, int64_t last) {
     static thread_local std::vector<float> unrotated;
     grow(unrotated, rope);
     for (int64_t token = first; token < last; ++token) {
-      const float* cosine = tokens.cosine + token * (rope / 2);
-      const float* sine = tokens.sine + token * (rope / 2);
-      float* token_queries = queries + token * heads * width;
-      float* token_keys = new_keys + token * kv_width;
-      float* token_values = new_values + token * kv_width;
-      normalise(query_norm, token_queries, heads * width);
-      normalise(key_norm, token_keys, kv_width);
-      if (std::isfinite(clip)) {
-        clamp(token_queries, heads * width, clip);
-        clamp(token_keys, kv_width, clip);
-        clamp(token_values, kv_width, clip);
-      }
-      for (int64_t head = 0; head < heads; ++head) {
-        float* rotated = token_queries + head * width;
-        std::copy_n(rotated, rope, unrotated.data());
-        rotate(unrotated.data(), cosine, sine, rope, interleave, rotated);
-      }
+      const auto prepare = [&](const Norm& norm, float* numbers, int64_t all) {
+        normalise(norm, numbers, all * width);
+        if (std::isfinite(clip)) clamp(numbers, all * width, clip);
+        for (float* rotated = numbers; rotated < numbers + all * width; rotated += width) {
+          std::copy_n(rotated, rope, unrotated.data());
+          rotate(unrotated.data(), tokens.cosine + token * (rope / 2),
+                 tokens.sine + token * (rope / 2), rope, interleave, rotated);
+        }
+      };
+      if (looks) prepare(query_norm, queries + token * heads * width, heads);
+      if (!stores) continue;
+      float *token_keys = new_keys + token * kv_width,
+            *token_values = new_values + token * kv_width;
+      prepare(key_norm, token_keys, kv_heads);
+      if (std::isfinite(clip)) clamp(token_values, kv_width, clip);
       const int64_t row = tokens.row_of[token], slot = tokens.positions[token];
-      for (int64_t head = 0; head < kv_heads; ++head) {
-        float* rotated = token_keys + head * width;
-        std::copy_n(rotated, rope, unrotated.data());
-        rotate(unrotated.data(), cosine, sine, rope, interleave, rotated);
-      }
       keys.put(row, slot, token_keys);
       values.put(row, slot, token_values);
     }
   });
+  if (!looks) return;
 
   if (keys.bf16)
     attend<Bf16>(queries, tokens, keys, values, mixed);

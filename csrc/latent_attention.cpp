@@ -166,7 +166,7 @@ void ExpandedAttention::attend(const float* queries, int64_t seq, const int64_t*
   }
 }
 
-void LatentAttention::forward(float* x, const Tokens& tokens, const Slots& latents,
+void LatentAttention::forward(float* x, const Tokens& tokens, Half half, const Slots& latents,
                               const Slots& k_rope) const {
   static thread_local QuantizedRows caller_rounded;
   static thread_local std::vector<float> caller_down, caller_queries, caller_compressed,
@@ -174,6 +174,7 @@ void LatentAttention::forward(float* x, const Tokens& tokens, const Slots& laten
   QuantizedRows& rounded = caller_rounded;  // the caller's, seen by all threads
   const int64_t heads = absorbed->up_key->matrices(), nope = absorbed->up_key->columns();
   const int64_t rank = latents.width, value = absorbed->up_value->outputs(), count = tokens.count();
+  const bool stores = half != Half::look, looks = half != Half::store;
   grow(caller_queries, count * heads * (nope + rope));
   grow(caller_compressed, count * (rank + rope));
   grow(caller_mixed, count * heads * value);
@@ -181,15 +182,16 @@ void LatentAttention::forward(float* x, const Tokens& tokens, const Slots& laten
   float* compressed = caller_compressed.data();  // (tokens, rank + rope)
   float* mixed = caller_mixed.data();            // (tokens, heads, v_head_dim)
 
-  const Weights& first = query_down.weights ? *query_down.weights : *query.weights;
-  round_normed(input_norm, {&first, latent.weights.get()}, x, count, rounded);
-  if (query_down.weights) {
-    grow(caller_down, count * query_down.weights->outputs());
-    multiply_all({query_down.to(caller_down.data()), latent.to(compressed)}, rounded, count);
+  const Projection& first = query_down.weights ? query_down : query;
+  if (query_down.weights) grow(caller_down, count * query_down.weights->outputs());
+  round_normed(input_norm, {first.weights.get(), latent.weights.get()}, x, count, rounded);
+  std::vector<Product> products;
+  if (looks) products.push_back(first.to(query_down.weights ? caller_down.data() : queries));
+  if (stores) products.push_back(latent.to(compressed));
+  multiply_all(products, rounded, count);
+  if (looks && query_down.weights) {
     round_normed(query_norm, {query.weights.get()}, caller_down.data(), count, rounded);
     multiply_all({query.to(queries)}, rounded, count);
-  } else {
-    multiply_all({query.to(queries), latent.to(compressed)}, rounded, count);
   }
 
   parallel_rows(count, [&](int64_t first, int64_t last) {
@@ -199,11 +201,12 @@ void LatentAttention::forward(float* x, const Tokens& tokens, const Slots& laten
     for (int64_t token = first; token < last; ++token) {
       const float* cosine = tokens.cosine + token * (rope / 2);
       const float* sine = tokens.sine + token * (rope / 2);
-      for (int64_t head = 0; head < heads; ++head) {
+      for (int64_t head = 0; looks && head < heads; ++head) {
         float* query_rope = queries + (token * heads + head) * (nope + rope) + nope;
         std::copy_n(query_rope, rope, unrotated.data());
         rotate(unrotated.data(), cosine, sine, rope, interleave, query_rope);
       }
+      if (!stores) continue;
       const int64_t row = tokens.row_of[token], slot = tokens.positions[token];
       const float* from = compressed + token * (rank + rope);
       latent_norm.forward(from, normed.data());
@@ -212,6 +215,7 @@ void LatentAttention::forward(float* x, const Tokens& tokens, const Slots& laten
       k_rope.put(row, slot, unrotated.data());
     }
   });
+  if (!looks) return;
 
   if (tokens.singles > 0) {
     std::vector<int64_t> lengths(tokens.singles);

@@ -95,6 +95,21 @@ void route(const Router* const* routers, const float* x, const int64_t* ids, int
   });
 }
 
+void Chosen::clear(int64_t tokens) const {
+  std::fill_n(ids, tokens * slots, -1);
+  std::fill_n(weights, tokens * slots, 0.0f);
+  if (scores) std::fill_n(scores, tokens * slots, 0.0f);
+}
+
+void Chosen::move(int64_t from, int64_t to) const {
+  if (from == to) return;
+  const Chosen source = this->from(from), target = this->from(to);
+  std::copy_n(source.ids, slots, target.ids);
+  std::copy_n(source.weights, slots, target.weights);
+  if (scores) std::copy_n(source.scores, slots, target.scores);
+  source.clear(1);
+}
+
 void Router::decide(float* logits, int64_t id, Chosen slots) const {
   score(logits);
   if (table.ids.empty())
@@ -174,78 +189,6 @@ void FeedForwardBlock::forward(float* x, const int64_t* ids, int64_t tokens,
   else
     route(routers, normed, ids, tokens, chosen);
   layer->forward(normed, tokens, chosen.ids, chosen.weights, chosen.slots, x, residual_multiplier);
-}
-
-void Rotation::at(int64_t position, float* cosine, float* sine) const {
-  for (size_t i = 0; i < frequencies.size(); ++i) {
-    const float angle = static_cast<float>(position) * frequencies[i];
-    cosine[i] = std::cos(angle) * factor;
-    sine[i] = std::sin(angle) * factor;
-  }
-}
-
-void Decoder::forward(const int64_t* ids, const int64_t* positions, int64_t rows, int64_t singles,
-                      const int64_t* starts, const int64_t* table, int64_t table_width,
-                      const std::vector<Slots>& keys, const std::vector<Slots>& values,
-                      const Steering& steering, Chosen chosen, float* out) const {
-  static thread_local std::vector<float> caller_cosine, caller_sine, caller_weights;
-  static thread_local std::vector<int64_t> caller_ids;
-  const int64_t count = starts[rows], half = static_cast<int64_t>(rotation.frequencies.size());
-  const int64_t width = embedding->columns();
-  grow(caller_cosine, count * half);
-  grow(caller_sine, count * half);
-  float *cosine = caller_cosine.data(), *sine = caller_sine.data();
-  std::vector<int64_t> row_of(count);
-  for (int64_t row = 0; row < rows; ++row)
-    std::fill(row_of.begin() + starts[row], row_of.begin() + starts[row + 1], row);
-  const Tokens tokens{rows, singles, starts, row_of.data(), positions, cosine, sine};
-  parallel_rows(count, [&](int64_t first, int64_t last) {
-    for (int64_t token = first; token < last; ++token) {
-      float* row = out + token * width;
-      embedding->take_row(ids[token], row);
-      if (embedding_multiplier != 1)
-        for (int64_t i = 0; i < width; ++i) row[i] *= embedding_multiplier;
-      rotation.at(positions[token], cosine + token * half, sine + token * half);
-    }
-  });
-  const bool watched = chosen.ids != nullptr;
-  if (!watched) {  // what one layer chose is forgotten in the next
-    chosen.slots = most_slots(steering);
-    caller_ids.resize(count * chosen.slots);
-    grow(caller_weights, count * chosen.slots);
-    chosen.ids = caller_ids.data();
-    chosen.weights = caller_weights.data();
-  }
-  std::vector<const Router*> routers(count);
-  for (size_t layer = 0; layer < attention.size(); ++layer) {
-    attention[layer]->forward(out, tokens, keys[layer].of_rows(table, table_width),
-                              values[layer].of_rows(table, table_width));
-    const FeedForwardBlock& block = *feed_forward[layer];
-    for (int64_t token = 0; block.router && token < count; ++token) {
-      const int64_t set = steering.set_of_row.empty() ? -1 : steering.set_of_row[row_of[token]];
-      routers[token] = set < 0 ? block.router.get() : steering.sets[set][layer].get();
-    }
-    block.forward(out, ids, count, routers.data(), chosen);
-    if (watched && block.router) {
-      const int64_t size = count * chosen.slots;
-      chosen = {chosen.slots, chosen.ids + size, chosen.weights + size, chosen.scores + size};
-    }
-  }
-}
-
-int64_t Decoder::sparse_layers() const {
-  return std::count_if(feed_forward.begin(), feed_forward.end(),
-                       [](const auto& block) { return block->router != nullptr; });
-}
-
-int64_t Decoder::most_slots(const Steering& steering) const {
-  int64_t most = 0;
-  for (size_t layer = 0; layer < feed_forward.size(); ++layer) {
-    if (!feed_forward[layer]->router) continue;
-    most = std::max(most, feed_forward[layer]->router->top_k);
-    for (const Routers& set : steering.sets) most = std::max(most, set[layer]->top_k);
-  }
-  return most;
 }
 
 }  // namespace moescope

@@ -176,8 +176,11 @@ void rotate(const float* x, const float* cosine, const float* sine, int64_t widt
 void round_normed(const Norm& norm, std::initializer_list<const Weights*> readers, const float* x,
                   int64_t rows, QuantizedRows& rounded);
 
+// What is done of attention: keys and values are stored, queries look at what is stored, or both.
+enum class Half { store, look, both };
+
 // x (tokens, hidden) += `residual_multiplier` times attention of norm(x), which stores keys and values
-// in the cache.
+// in the cache; where it only stores, x stays.
 struct Attention {
   Norm input_norm;
   Projection output;
@@ -187,7 +190,7 @@ struct Attention {
   virtual int64_t key_width() const = 0;    // of a slot, all heads together
   virtual int64_t value_width() const = 0;  // likewise
   virtual int64_t rotated_width() const = 0;
-  virtual void forward(float* x, const Tokens& tokens, const Slots& keys,
+  virtual void forward(float* x, const Tokens& tokens, Half half, const Slots& keys,
                        const Slots& values) const = 0;
 };
 
@@ -205,7 +208,7 @@ struct LatentAttention : Attention {
   int64_t key_width() const override { return absorbed->up_key->outputs(); }
   int64_t value_width() const override { return rope; }
   int64_t rotated_width() const override { return rope; }
-  void forward(float* x, const Tokens& tokens, const Slots& latents,
+  void forward(float* x, const Tokens& tokens, Half half, const Slots& latents,
                const Slots& k_rope) const override;
 };
 
@@ -227,7 +230,7 @@ struct GroupedAttention : Attention {
   int64_t key_width() const override { return kv_heads * width; }
   int64_t value_width() const override { return kv_heads * width; }
   int64_t rotated_width() const override { return rope; }
-  void forward(float* x, const Tokens& tokens, const Slots& keys,
+  void forward(float* x, const Tokens& tokens, Half half, const Slots& keys,
                const Slots& values) const override;
 
  private:
@@ -258,6 +261,16 @@ struct Chosen {
   int64_t* ids;
   float* weights;
   float* scores;  // before they become weights; null if nobody asks
+
+  // Those of the tokens from this one on.
+  Chosen from(int64_t token) const {
+    const int64_t at = token * slots;
+    return {slots, ids + at, weights + at, scores ? scores + at : nullptr};
+  }
+  // Nothing is chosen for the first `tokens`.
+  void clear(int64_t tokens) const;
+  // What was chosen for one token is another's, and nothing the one's, unless they are the same.
+  void move(int64_t from, int64_t to) const;
 };
 
 // The router's matrix and rule, in float32: scores, then the best experts of the best groups. Vectors
@@ -326,14 +339,17 @@ struct Decoder {
   Rotation rotation;
   std::vector<std::shared_ptr<const Attention>> attention;
   std::vector<std::shared_ptr<const FeedForwardBlock>> feed_forward;
-  // ids and positions (tokens,), ids below the embedding's outputs; out (tokens, hidden) is what the
-  // last layer hands on. `starts` and `singles` are as in `Tokens`, `table` (rows, table_width) as in
-  // `Slots`. `keys` and `values` have one entry a layer. `chosen`, (layers with routers, tokens, slots),
-  // gets what was chosen, unless its `ids` are null; its slots are no fewer than any router's top_k.
+  // ids and positions (tokens,), ids below the embedding's outputs. The first rows of out (tokens,
+  // hidden) become what the last layer hands on for the `wanted` tokens, in order; of the others it
+  // does no more than store keys and values. `starts` and `singles` are as in `Tokens`, `table` (rows,
+  // table_width) as in `Slots`. `keys` and `values` have one entry a layer. `chosen`, (layers with
+  // routers, tokens, slots), gets what was chosen, unless its `ids` are null; its slots are no fewer
+  // than any router's top_k, and empty where the last layer was not asked.
   void forward(const int64_t* ids, const int64_t* positions, int64_t rows, int64_t singles,
                const int64_t* starts, const int64_t* table, int64_t table_width,
                const std::vector<Slots>& keys, const std::vector<Slots>& values,
-               const Steering& steering, Chosen chosen, float* out) const;
+               const std::vector<int64_t>& wanted, const Steering& steering, Chosen chosen,
+               float* out) const;
   // Experts that any token visits at most in one layer, 0 without routers.
   int64_t most_slots(const Steering& steering) const;
   // Layers with routers.

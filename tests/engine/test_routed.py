@@ -210,6 +210,28 @@ def test_the_load_is_what_texts_were_told(build: Build) -> None:
     assert engine.runner.load.tokens.sum(-1).tolist() == [TOP_K * read_tokens] * 2
 
 
+def test_the_last_layer_serves_those_whose_next_token_is_wanted(build: Build) -> None:
+    engine = build()
+    decoder = engine.model.model
+    ids = engine.encode(PROMPTS[0])
+    read(engine, [(ids, params(routed_experts=False))])
+    all_read = len(ids) + 7
+    last = 8 if isinstance(decoder, NativeDecoder) else all_read
+    counts = engine.runner.load.tokens.sum(-1).tolist()
+    assert counts == [TOP_K * all_read, TOP_K * last]
+
+
+def test_what_is_asked_of_experts_changes_no_number_of_a_text(build: Build) -> None:
+    engine = build()
+    asked = [(engine.encode(prompt), params(routed_experts=False)) for prompt in PROMPTS]
+    unasked, _ = read(engine, asked)
+    told, _ = read(build(), [(ids, params()) for ids, _ in asked])
+    for ours, theirs in zip(unasked, told, strict=True):
+        assert [(token.id, token.logprob) for token in ours] == [
+            (token.id, token.logprob) for token in theirs
+        ]
+
+
 def test_a_dense_model_has_nothing_to_tell(model: Model) -> None:
     dense = CausalLM(read_config(config_fields(model.config) | {"n_routed_experts": None}))
     initialise(dense, seed=0)

@@ -61,6 +61,7 @@ def read(
         sum(count == 1 for count in counts),
         Cache(),
         max(counts),
+        None,
         others,
         chosen,
     )

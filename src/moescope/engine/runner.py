@@ -71,11 +71,13 @@ class Runner:
         decoder = self.model.model
         if isinstance(decoder, NativeDecoder) and recorder is None and decoder.is_joined:
             self.prepare(clean=False)  # the kernels read no slot beyond a text's last
+            kept = [chunk.wanted for chunk in chunks]
             states = self._together(decoder, chunks)
         else:
             self.prepare(clean=True)
+            kept = [chunk.count for chunk in chunks]
             states = self._by_length(chunks, recorder)
-        ends = [*accumulate(chunk.count for chunk in chunks)]
+        ends = [*accumulate(kept)]  # of the chunks among the states
         for chunk, end in zip(chunks, ends, strict=True):
             if chunk.sequence.prompt_logprobs is not None:
                 own = states[end - chunk.count : end]
@@ -100,8 +102,9 @@ class Runner:
         return self.model.logits(self.model.model.norm(states))
 
     def _together(self, decoder: NativeDecoder, chunks: Sequence[Chunk]) -> Tensor:
-        """The hidden states `(tokens, hidden)` of all chunks, in one pass over the weights."""
+        """The hidden states `(wanted, hidden)` of all chunks, in one pass over the weights."""
         starts = [*accumulate((chunk.count for chunk in chunks), initial=0)]
+        ends = zip(chunks, starts[1:], strict=True)
         others = _row_routers(chunks)
         chosen = decoder.choices(starts[-1], others)
         states = decoder.run_rows(
@@ -111,6 +114,7 @@ class Runner:
             sum(chunk.is_single for chunk in chunks),
             self.pool.rows([chunk.sequence.blocks for chunk in chunks], _length(chunks)),
             _length(chunks),
+            [token for chunk, end in ends for token in range(end - chunk.wanted, end)],
             others,
             chosen,
         )

@@ -56,6 +56,11 @@ class Chunk:
         """Whether what follows it is wanted."""
         return self.start + self.count == len(self.sequence.ids)
 
+    @property
+    def wanted(self) -> int:
+        """Of how many tokens, its last ones, more than keys and values is wanted."""
+        return self.count if self.sequence.is_read_whole else int(self.is_last)
+
 
 @dataclass
 class _Request:

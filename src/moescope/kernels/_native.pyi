@@ -3,6 +3,7 @@
 Arrays are float32 or int64 on the CPU, contiguous.
 """
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -82,6 +83,7 @@ class Decoder:
         cache: CacheSlots,
         sets: list[list[Router | None]],
         set_of_row: list[int],
+        wanted: Sequence[int],
         topk_ids: Array | None,
         topk_weights: Array | None,
         topk_scores: Array | None,

@@ -1,6 +1,6 @@
 """All layers in one call."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from typing import cast
 
@@ -89,6 +89,7 @@ class NativeDecoder(Decoder):
         singles: int,
         cache: Cache | BlockRows,
         length: int,
+        wanted: Sequence[int] | None = None,
         others: cpu.RowRouters | None = None,
         chosen: cpu.Chosen | None = None,
     ) -> Tensor:
@@ -101,11 +102,12 @@ class NativeDecoder(Decoder):
             singles: rows, the first ones, of one token that is read as generated ones are.
             cache: of the rows.
             length: of the longest text, with these tokens.
+            wanted: the tokens, in order, whose outputs are wanted; None for all.
             others: routers, of `joined_routers`, of rows that have others than this network.
             chosen: made by `choices`, gets what is chosen.
 
         Returns:
-            `(tokens, hidden)` before the norm.
+            `(wanted, hidden)` before the norm.
         """
         assert self.all_layers is not None
         held, table = cache.reserve(
@@ -120,6 +122,7 @@ class NativeDecoder(Decoder):
             singles,
             table,
             held,
+            wanted,
             others,
             chosen,
         )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -84,10 +85,11 @@ def run_decoder(
     singles: int,
     table: Tensor,
     slots: CacheSlots,
+    wanted: Sequence[int] | None = None,
     others: RowRouters | None = None,
     chosen: Chosen | None = None,
 ) -> Tensor:
-    """Embed the tokens of several rows and run all layers: `(tokens, hidden)` float32.
+    """Embed the tokens of several rows and run all layers: `(wanted, hidden)` float32.
 
     Args:
         layers: made by `decoder`.
@@ -98,9 +100,12 @@ def run_decoder(
         singles: how many rows, the first ones, have one token that is read as generated ones are.
         table: `(rows, width)` int64, the blocks in which a row's slots lie, in order.
         slots: to which the new tokens' keys and values are written.
+        wanted: the tokens, in order, whose outputs are wanted, None for all; of the others the last
+            layer does no more than store keys and values. The numbers of the wanted are the same.
         others: routers of rows that have others than the network; no other row's numbers change.
-        chosen: made by `choices`, gets what is chosen.
+        chosen: made by `choices`, gets what is chosen; nothing where the last layer was not asked.
     """
+    wanted = range(len(input_ids)) if wanted is None else wanted
     out = torch.empty(*input_ids.shape, hidden)
     layers(
         memory_of(input_ids.contiguous()),
@@ -111,9 +116,10 @@ def run_decoder(
         slots,
         [] if others is None else others.sets,
         [] if others is None else others.set_of_row,
+        wanted,
         None if chosen is None else memory_of(chosen.ids),
         None if chosen is None else memory_of(chosen.weights),
         None if chosen is None else memory_of(chosen.scores),
         memory_of(out),
     )
-    return out
+    return out[: len(wanted)]
