@@ -51,7 +51,7 @@ COMMON = {
     "n_shared_experts": 2,
     "num_experts_per_tok": 6,
     "first_k_dense_replace": 1,
-    "max_position_embeddings": 4096,
+    "max_position_embeddings": 16384,
 }
 LITE = COMMON | {
     "vocab_size": 102400,

@@ -15,14 +15,17 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor
 
+from moescope import load
 from moescope.config import ModelConfig
+from moescope.engine.engine import Engine
+from moescope.engine.sampling import SamplingParams
+from moescope.engine.scheduler import Scheduler
 from moescope.families import config_fields
-from moescope.kernels import cpu
-from moescope.model.cache import Cache
 from moescope.model.decoder import CausalLM
 from moescope.model.rope import RotaryEmbedding
 from moescope.native.network import Packer
 
+ENDLESS = SamplingParams(max_tokens=1 << 20, temperature=0, ignore_eos=True)
 IK_SETTINGS = "-rtr 1 -mla 3 -fmoe 1 -thp 1 -b 4096 -ub 2048"
 SEED_BLOCK = (1 << 22) + 3
 """Random numbers are drawn once for so many weights, then repeated; odd, so that rows differ."""
@@ -59,6 +62,8 @@ class Moescope:
 
     def __init__(self, model: CausalLM) -> None:
         self.model = model.eval()
+        self.tokenizer = load("tiny").tokenizer
+        self.tokens: list[int] = []  # the last one of each row
 
     @classmethod
     def native(cls, config: ModelConfig, weight_format: str) -> "Moescope":
@@ -96,22 +101,19 @@ class Moescope:
 
     def read(self, prompts: Tensor) -> None:
         """Take in `(batch, seq)` ids."""
-        self.cache = Cache()
-        self.length = prompts.shape[1]
-        positions = torch.arange(self.length).expand_as(prompts)
-        states = self.model(prompts, positions, self.cache)  # (batch, seq, hidden)
-        self.tokens = self._likeliest(states)
+        self.engine = Engine(self.model, self.tokenizer)
+        self.scheduler = Scheduler(self.engine.blocks, chunk=None, reuse=False)
+        for number, ids in enumerate(prompts.tolist()):
+            self.scheduler.add(self.engine.sequence(ids, ENDLESS, number))
+        self.step()
 
     def step(self) -> None:
         """Continue every row by one token."""
-        positions = torch.full((len(self.tokens), 1), self.length)
-        states = self.model(self.tokens[:, None], positions, self.cache)
-        self.tokens = self._likeliest(states)
-        self.length += 1
-
-    def _likeliest(self, states: Tensor) -> Tensor:
-        ids, _ = cpu.likeliest(self.model.logits(states[:, -1]), 1)
-        return ids[:, 0]
+        self.tokens.clear()
+        for _, event in self.engine.step(self.scheduler):
+            if isinstance(event, Exception):
+                raise event
+            self.tokens.append(event.id)
 
 
 class WithoutOneDNN(Moescope):

@@ -100,7 +100,7 @@ def run(engine: str, path: Path, prompt_tokens: int, new_tokens: int) -> dict[st
     text: list[int] = []
     for _ in range(new_tokens):
         if isinstance(runner, Moescope):
-            text.append(int(runner.tokens[0]))
+            text.append(runner.tokens[0])
         runner.step()
     seconds = time.perf_counter() - read
     after = cpu.expert_counts()
