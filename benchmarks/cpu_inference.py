@@ -4,6 +4,7 @@
     python benchmarks/cpu_inference.py --shape L --engines int8,llama-q8_0,transformers
     python benchmarks/cpu_inference.py --shape F --engines int4,llama-q4_0
     python benchmarks/cpu_inference.py --shape L --engines int8,ik-q8_0 --ik-bench PATH
+    python benchmarks/cpu_inference.py --shape Q --engines file-q4_k_m,llama-q4_k_m
 
 It wants `llama-cpp-python` (built on this machine, so that it uses its instructions), `gguf` and
 `transformers`; for ik_llama.cpp, a build's `llama-bench`. Engines take turns within each round, and
@@ -11,9 +12,12 @@ the read bandwidth is measured beside every one of them, because on a shared mac
 factor of two within minutes: only ratios inside a round mean anything, and their medians are what
 is reported.
 
+`int8` and `int4` are our own formats, `file-*` a GGUF file's, as they are.
+
 Shapes: S nearly fits into a last-level cache; L is DeepSeek-V2-Lite with 9 of its 27 layers; F has
-all 27, of which only 4 bit fit into 24 GB. At L and F, `transformers` lets all layers share one
-layer's weights to save memory, which can only help it.
+all 27, of which only 4 bit fit into 24 GB; Q is Qwen3-30B-A3B with 8 of its 48, G gpt-oss-20b with
+6 of its 24. Beyond S, `transformers` lets all layers share one layer's weights to save memory,
+which can only help it.
 """
 
 import argparse
@@ -80,11 +84,41 @@ SHAPES: dict[str, dict[str, Any]] = {
     },
     "L": LITE | {"num_hidden_layers": 9},
     "F": LITE | {"num_hidden_layers": 27},
+    "Q": {
+        "model_type": "qwen3_moe",
+        "vocab_size": 151936,
+        "hidden_size": 2048,
+        "intermediate_size": 6144,
+        "moe_intermediate_size": 768,
+        "num_hidden_layers": 8,
+        "num_attention_heads": 32,
+        "num_key_value_heads": 4,
+        "head_dim": 128,
+        "num_experts": 128,
+        "num_experts_per_tok": 8,
+        "max_position_embeddings": 16384,
+    },
+    "G": {
+        "model_type": "gpt_oss",
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "max_position_embeddings": 16384,
+    },
 }
 NATIVE = ("int8", "int4")
-LLAMA = {"llama-q8_0": "Q8_0", "llama-q4_0": "Q4_0", "llama-bf16": "BF16"}
-IK = {"ik-q8_0": "Q8_0", "ik-q4_0": "Q4_0"}
-ENGINES = (*NATIVE, *LLAMA, *IK, "transformers", "reference", "reference-without-onednn")
+FILE_TYPES = ("q8_0", "q4_0", "q4_k_m", "bf16")
+FILE, LLAMA, IK = (
+    {f"{who}-{kind}": kind for kind in FILE_TYPES} for who in ("file", "llama", "ik")
+)
+ENGINES = (*NATIVE, *FILE, *LLAMA, *IK, "transformers", "reference", "reference-without-onednn")
 RATIOS = [
     ("int8", "llama-q8_0", "llama_q8"),
     ("int8", "transformers", "transformers"),
@@ -94,6 +128,11 @@ RATIOS = [
     ("int4", "ik-q4_0", "ik_q4"),
     ("reference", "transformers", "transformers_reference"),
     ("reference", "reference-without-onednn", "without_onednn"),
+    *(
+        (f"file-{kind}", f"{who}-{kind}", f"{who}_{kind}")
+        for who in ("llama", "ik")
+        for kind in FILE_TYPES
+    ),
 ]
 """Which engine is divided by which, and the ratio's name."""
 
@@ -107,14 +146,15 @@ def build(
     """Make an engine ready to run."""
     if engine in NATIVE:
         return Moescope.native(config, engine)
-    if engine in LLAMA | IK:
-        kind = (LLAMA | IK)[engine]
-        path = folder / f"{shape}-{kind}.gguf"
+    if engine in FILE | LLAMA | IK:
+        kind = (FILE | LLAMA | IK)[engine]
+        path = folder / f"{shape}-{kind.upper()}.gguf"
         if not path.exists():
-            unfinished = path.with_suffix(".part")
             shapes = weight_shapes(config)
-            write_gguf(config, shapes, lambda n: random_weights(shapes[n]), unfinished, kind)
-            unfinished.rename(path)
+            mixed = kind.endswith("_m")
+            write_gguf(config, shapes, lambda n: random_weights(shapes[n]), path, kind, mixed=mixed)
+        if engine in FILE:
+            return Moescope.file(path)
         if engine in LLAMA:
             return LlamaCpp(path, cpu.threads(), BATCH, context)
         assert ik_bench is not None
@@ -285,7 +325,7 @@ def shares(measured: list[dict[str, dict[str, float]]], engines: list[str]) -> d
             ]
         )
         for engine in engines
-        if engine in NATIVE
+        if engine in NATIVE or engine in FILE
     }
 
 

@@ -9,6 +9,7 @@ import ctypes
 import json
 import math
 import subprocess
+import time
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -21,6 +22,7 @@ from moescope.engine.engine import Engine
 from moescope.engine.sampling import SamplingParams
 from moescope.engine.scheduler import Scheduler
 from moescope.families import config_fields
+from moescope.kernels import cpu
 from moescope.model.decoder import CausalLM
 from moescope.model.rope import RotaryEmbedding
 from moescope.native.network import Packer
@@ -84,6 +86,14 @@ class Moescope:
             lambda name: random_weights(shapes[name]),
             lambda name, expert, shape: random_weights(shape),
         )
+        return cls(model)
+
+    @classmethod
+    def file(cls, path: Path) -> "Moescope":
+        """Open a GGUF file, and wait until its weights lie as they stay."""
+        model = load(path, backend="cpu").network
+        while cpu.unsettled():
+            time.sleep(0.1)
         return cls(model)
 
     @classmethod
