@@ -20,7 +20,7 @@ from gguf import GGMLQuantizationType
 from moescope.kernels import cpu
 from moescope.native.weight_format import BLOCK_FORMATS
 
-SIZE, MATRICES = 2048, 16
+SIZE, MATRICES = 2048, 40
 OPERATIONS = 4e9
 """What a measurement does at least."""
 

@@ -45,9 +45,12 @@ void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, in
 template <int W>
 void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int count, float* out) {
   if constexpr (kWeightFormats[W].order == Order::record) {
-    if constexpr (!is_float(kWeightFormats[W]))
-      if (count >= records::kPlainFrom) return records::multiply_many<W>(tile, a, rows, count, out);
-    records::multiply<W>(tile, a, rows, count, out);
+    if constexpr (is_float(kWeightFormats[W]))
+      records::multiply<W>(tile, a, rows, count, out);
+    else if (count >= records::kPlainFrom)
+      records::multiply_many<W>(tile, a, rows, count, out);
+    else
+      records::multiply_few<W>(tile, a, rows, count, out);
   } else {
     switch (tile.panels) {
       case 1: return multiply_panels<W, 1>(tile, a, rows, count, out);

@@ -182,14 +182,15 @@ MOESCOPE_INLINE inline void add_integers(const Part& at, const Activations& a) {
   const uint8_t* scales = at.record + value_bytes(f, at.columns);
   const uint8_t* minimums = at.record + minimums_at(f, at.columns);
   const int64_t first_group = at.first_column / f.group;
+  const int64_t ahead_of_chunk = panel_bytes(f, at.columns) / (at.columns / kChunk);
   for (int half = 0; half < 2; ++half) {
     __m256 sums[M];
     each<M>([&](auto m) MOESCOPE_INLINE { sums[m] = _mm256_loadu_ps(at.out[m] + half * 8); });
     const Supers supers = supers_of<F>(at.record, at.columns, half);
     for (int64_t chunk = 0; chunk < at.columns / kChunk; ++chunk) {
       if (at.ahead != nullptr && half == 0)
-        for (int64_t line = 0; line < chunk_bytes(f) + 64; line += 64)
-          _mm_prefetch(reinterpret_cast<const char*>(at.ahead + chunk * chunk_bytes(f) + line),
+        for (int64_t line = 0; line < ahead_of_chunk; line += 64)
+          _mm_prefetch(reinterpret_cast<const char*>(at.ahead + chunk * ahead_of_chunk + line),
                        _MM_HINT_T1);
       each<kGroupsOfChunk>([&](auto part) MOESCOPE_INLINE {
         const int64_t g = chunk * kGroupsOfChunk + part;
@@ -308,6 +309,13 @@ void spread(const uint8_t* record, int64_t columns, uint8_t* plain) {
     });
 }
 
+// Whether the first of so many rows fetch what comes next. Zen 4 gets ahead by itself where they leave it
+// time; to unpack less than a byte leaves none.
+template <int F>
+MOESCOPE_INLINE inline bool fetches(int count) {
+  return read_ahead != ReadAhead::by_itself || kWeightFormats[F].bits < 8 || count > 2;
+}
+
 // Goes record by record, so that each is read from the first-level cache by all rows but the first,
 // which fetch what comes after it meanwhile.
 template <int F>
@@ -335,7 +343,7 @@ void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int c
           at.row[m] = rows ? rows[r] : r;
           at.out[m] = m < held ? out + r * kTile + p * kPanel : unused;
         }
-        at.ahead = start == 0 ? ahead + p * bytes : nullptr;
+        at.ahead = start == 0 && fetches<F>(count) ? ahead + p * bytes : nullptr;
         if (spreads)
           add<F, kMaySpread, kRows>(at, a);
         else if (held == 1)
