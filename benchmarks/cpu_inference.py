@@ -15,9 +15,8 @@ is reported.
 `int8` and `int4` are our own formats, `file-*` a GGUF file's, as they are.
 
 Shapes: S nearly fits into a last-level cache; L is DeepSeek-V2-Lite with 9 of its 27 layers; F has
-all 27, of which only 4 bit fit into 24 GB; Q is Qwen3-30B-A3B with 8 of its 48, G gpt-oss-20b with
-6 of its 24. Beyond S, `transformers` lets all layers share one layer's weights to save memory,
-which can only help it.
+all 27, of which only 4 bit fit into 24 GB; Q is Qwen3-30B-A3B with 8 of its 48. Beyond S,
+`transformers` lets all layers share one layer's weights to save memory, which can only help it.
 """
 
 import argparse
@@ -96,20 +95,6 @@ SHAPES: dict[str, dict[str, Any]] = {
         "head_dim": 128,
         "num_experts": 128,
         "num_experts_per_tok": 8,
-        "max_position_embeddings": 16384,
-    },
-    "G": {
-        "model_type": "gpt_oss",
-        "vocab_size": 201088,
-        "hidden_size": 2880,
-        "intermediate_size": 2880,
-        "num_hidden_layers": 6,
-        "num_attention_heads": 64,
-        "num_key_value_heads": 8,
-        "head_dim": 64,
-        "num_local_experts": 32,
-        "num_experts_per_tok": 4,
-        "sliding_window": 128,
         "max_position_embeddings": 16384,
     },
 }

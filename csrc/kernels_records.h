@@ -1,5 +1,5 @@
-// Products with weights that lie in records, on registers of 256 bits: for AVX2, AVX-VNNI and, where few
-// rows or numbers in floating point are multiplied, AVX-512. A format needs nothing here but its line in
+// Products with weights that lie in records, on registers of 256 bits: for AVX2, AVX-VNNI and, where
+// numbers in floating point are multiplied, AVX-512. A format needs nothing here but its line in
 // weight_format.h. Included by the files of those sets, whose compiler flags make the difference.
 #include <immintrin.h>
 #include <string.h>
@@ -34,11 +34,7 @@ MOESCOPE_INLINE inline __m256i broadcast(const int8_t* x) {
 constexpr bool kVnni = true;
 // As an intrinsic, GCC 12 copies every sum.
 MOESCOPE_INLINE inline __m256i dot(__m256i sums, __m256i weights, __m256i x) {
-#if defined(__AVX512VNNI__)
-  asm("vpdpbusd %2, %1, %0" : "+v"(sums) : "v"(weights), "v"(x));
-#else
   asm("%{vex%} vpdpbusd %2, %1, %0" : "+x"(sums) : "x"(weights), "x"(x));
-#endif
   return sums;
 }
 #else
