@@ -1,6 +1,7 @@
 """Batches against the documents they came from, and against themselves after a resume."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -106,6 +107,39 @@ def test_a_position_of_other_data_is_refused(index: ShardIndex, shared_index: Sh
             PackedBatches(other_index, batch_size=1, sequence_length=8, seed=seed).load_state_dict(
                 state
             )
+
+
+@pytest.mark.parametrize(
+    ("changed", "read_on"),
+    [
+        ({}, {"poetry", "prose"}),
+        ({"poetry": POEMS[1:]}, {"prose"}),
+        ({"sums": PROSE[3:6]}, {"poetry", "prose"}),
+        ({"code": PROSE[3:6]}, set()),  # the first domain now: each later one has another order
+    ],
+)
+def test_another_training_reads_on_where_the_text_is_the_same(
+    tokenizer: Tokenizer, tmp_path: Path, changed: dict[str, list[str]], read_on: set[str]
+) -> None:
+    def batches(name: str, texts: dict[str, list[str]], seed: int = 0) -> PackedBatches:
+        for domain, documents in texts.items():
+            write_jsonl(tmp_path / name / "train" / domain / "a.jsonl", documents)
+        (tmp_path / name / "held_out").mkdir(exist_ok=True)
+        index = build_shards(tmp_path / name, tmp_path / f"{name}-shards", tokenizer)
+        return PackedBatches(index, batch_size=2, sequence_length=16, seed=seed)
+
+    texts = {"poetry": POEMS[:4], "prose": PROSE[:4]}
+    before = batches("before", texts)
+    for _ in range(4):
+        before.next()
+    saved = json.loads(json.dumps(before.state_dict()))
+    starts = batches("before", texts).epochs()
+    for seed, expected in ((0, read_on), (1, set())):
+        after = batches("after", texts | changed, seed)
+        after.read_on(saved)
+        for domain, epochs in after.epochs().items():
+            assert epochs == (before.epochs()[domain] if domain in expected else 0.0)
+    assert all(before.epochs()[domain] > starts[domain] for domain in texts)
 
 
 def test_held_out_batches_predict_each_token_once(index: ShardIndex, tokenizer: Tokenizer) -> None:

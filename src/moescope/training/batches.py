@@ -75,15 +75,26 @@ class PackedBatches:
             "data": self._index.fingerprint,
             "seed": self._seed,
             "batch": self._batch,
+            "texts": self._texts(),
             "domains": {
                 domain: stream.position()
                 for domain, stream in zip(self._index.domains, self._streams, strict=True)
             },
         }
 
-    def fits(self, state: dict[str, Any]) -> bool:
-        """Whether a saved position belongs to this text, in this order."""
-        return state["data"] == self._index.fingerprint and state["seed"] == self._seed
+    def read_on(self, state: dict[str, Any]) -> None:
+        """Go on from another training's position, in each domain whose text is what it read.
+
+        A domain with other text, a new one, and all of them under another seed, are read from
+        their start.
+        """
+        if state["seed"] != self._seed:
+            return
+        texts = state.get("texts", {})
+        for domain, ours in self._texts().items():
+            if texts.get(domain) == ours:
+                self._streams[ours["order"]].seek(**state["domains"][domain])
+        self._batch = state["batch"]
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from a saved position.
@@ -100,6 +111,13 @@ class PackedBatches:
         self._batch = state["batch"]
         for domain, stream in zip(self._index.domains, self._streams, strict=True):
             stream.seek(**state["domains"][domain])
+
+    def _texts(self) -> dict[str, dict[str, int]]:
+        """Return what the order of each domain's documents depends on, beside the seed."""
+        return {
+            shard.domain: {"order": i, "crc": shard.tokens_crc}
+            for i, shard in enumerate(self._index.shards)
+        }
 
 
 class _Stream:

@@ -95,8 +95,7 @@ class Pretraining:
         self.batches.load_state_dict(state)
 
     def keep_reading(self, state: dict[str, Any]) -> None:
-        if self.batches.fits(state):
-            self.batches.load_state_dict(state)
+        self.batches.read_on(state)
 
 
 def loss_sentence(row: dict[str, Any]) -> str:
