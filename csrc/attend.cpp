@@ -22,19 +22,32 @@ void weigh(float kept, float* mixed, int64_t width) {
 }  // namespace
 
 template <typename T>
-Bundle<T>::Bundle(float* memory, int64_t key_width, int64_t value_width)
-    : key_width_(key_width),
-      value_width_(value_width),
-      queries_(reinterpret_cast<T*>(memory)),
-      mixed_(memory + kHeads * key_width),
-      scores_(mixed_ + kHeads * value_width) {
-  std::fill_n(greatest_, kHeads, kNever);
-  std::fill_n(sums_, kHeads, 0.0f);
+int64_t Bundle<T>::size(const Widths& widths) {
+  return attention_loops<T>(kernels()).heads *
+         (round_up(widths.key, kQueryStep) + round_up(widths.more_key, kQueryStep) + widths.value +
+          kSlotBlock);
+}
+
+template <typename T>
+Bundle<T>::Bundle(float* memory, const Widths& widths, int64_t heads)
+    : widths_(widths), heads_(heads) {
+  const int64_t room = attention_loops<T>(kernels()).heads;
+  queries_ = reinterpret_cast<T*>(memory);
+  memory += room * round_up(widths.key, kQueryStep);
+  more_queries_ = reinterpret_cast<T*>(memory);
+  mixed_ = memory + room * round_up(widths.more_key, kQueryStep);
+  scores_ = mixed_ + room * widths.value;
+  std::fill_n(greatest_, kMostHeads, kNever);
+  std::fill_n(sums_, kMostHeads, 0.0f);
 }
 
 template <typename T>
 void Bundle<T>::set_query(int64_t head, const float* query) {
-  attention_loops<T>(kernels()).store(query, key_width_, queries_ + head * key_width_);
+  const auto put = attention_loops<T>(kernels()).put_query;
+  put(query, widths_.key, head, queries_, round_up(widths_.key, kQueryStep));
+  if (widths_.more_key > 0)
+    put(query + widths_.key, widths_.more_key, head, more_queries_,
+        round_up(widths_.more_key, kQueryStep));
 }
 
 template <typename T>
@@ -48,27 +61,27 @@ void Bundle<T>::visit(const SlotRun<T>& keys, const SlotRun<T>* more_keys, const
                       int64_t count, float scale, int64_t bundle, int64_t walking) {
   const Kernels& k = kernels();
   const AttentionLoops<T>& loops = attention_loops<T>(k);
-  std::fill_n(scores_, kHeads * kSlotBlock, 0.0f);
+  std::fill_n(scores_, loops.heads * kSlotBlock, 0.0f);
   const int64_t share = walking >= 4 ? 1 : walking >= 2 ? 2 : 4;  // rows for every four
   const int64_t ahead = bundle * share * (kSlotBlock / 4);
-  const auto add_dots = [&](const SlotRun<T>& slots, int64_t first) {
+  const auto add_dots = [&](const SlotRun<T>& slots, const T* queries) {
     const bool fetches = slots.next != nullptr && ahead < kSlotBlock;
-    loops.dots(slots.data, slots.stride, count, queries_ + first, key_width_, slots.width,
-               fetches ? slots.next + ahead * slots.stride : slots.data,
+    loops.dots(slots.data, slots.stride, count, queries, round_up(slots.width, kQueryStep),
+               slots.width, fetches ? slots.next + ahead * slots.stride : slots.data,
                fetches ? static_cast<int>(share) : 0, scores_, kSlotBlock);
   };
-  add_dots(keys, 0);
-  if (more_keys != nullptr) add_dots(*more_keys, keys.width);
-  for (int h = 0; h < kHeads; ++h) {
+  add_dots(keys, queries_);
+  if (more_keys != nullptr) add_dots(*more_keys, more_queries_);
+  for (int64_t h = 0; h < heads_; ++h) {
     float* p = scores_ + h * kSlotBlock;
     const float most = std::max(greatest_[h], k.greatest(p, count));
     const float kept = std::exp(scale * (greatest_[h] - most));
-    weigh(kept, mixed_ + h * value_width_, value_width_);
+    weigh(kept, mixed_ + h * widths_.value, widths_.value);
     sums_[h] = sums_[h] * kept + k.exponentials(p, scale, most, count);
     greatest_[h] = most;
   }
-  loops.mix(values.data, values.stride, count, scores_, kSlotBlock, value_width_, mixed_,
-            value_width_);
+  loops.mix(values.data, values.stride, count, scores_, kSlotBlock, widths_.value, mixed_,
+            widths_.value);
 }
 
 Findings::Findings(std::vector<float>& memory, int64_t queries, int64_t runs, int64_t width)

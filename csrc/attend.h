@@ -37,21 +37,24 @@ struct SlotRun {
   const T* next = nullptr;
 };
 
-// `kHeads` queries of one row that walk over its slots.
+// Queries of one row that walk over its slots together, at most `AttentionLoops::heads`.
 template <typename T>
 class Bundle {
  public:
-  static int64_t size(int64_t key_width, int64_t value_width) {
-    return kHeads * (key_width + value_width + kSlotBlock);
-  }
-  // `memory` has `size` numbers, all zero.
-  Bundle(float* memory, int64_t key_width, int64_t value_width);
+  // Keys have two parts, of which the second may be empty.
+  struct Widths {
+    int64_t key, more_key, value;
+  };
+  // The numbers of memory that a bundle takes.
+  static int64_t size(const Widths& widths);
+  // `memory` is all zero.
+  Bundle(float* memory, const Widths& widths, int64_t heads);
 
-  // query (key width,); those that are not set stay zero.
+  // query (both parts of a key,)
   void set_query(int64_t head, const float* query);
   // Let a logit join a query's softmax. Before the first visit.
   void add_sink(int64_t head, float logit, float scale);
-  // Meet `count` slots, at most `kSlotBlock`. `more_keys` stand behind `keys`, if not null. Of the
+  // Meet `count` slots, at most `kSlotBlock`. `more_keys` is null where the second part is empty. Of the
   // next keys the share of one of `walking` bundles is fetched meanwhile.
   void visit(const SlotRun<T>& keys, const SlotRun<T>* more_keys, const SlotRun<T>& values,
              int64_t count, float scale, int64_t bundle, int64_t walking);
@@ -59,13 +62,14 @@ class Bundle {
   // What a query found: its greatest score, its weights' sum, and the values, weighted.
   float greatest(int64_t head) const { return greatest_[head]; }
   float sum(int64_t head) const { return sums_[head]; }
-  const float* mixed(int64_t head) const { return mixed_ + head * value_width_; }
+  const float* mixed(int64_t head) const { return mixed_ + head * widths_.value; }
 
  private:
-  int64_t key_width_, value_width_;
-  T* queries_;              // (kHeads, key width)
-  float *mixed_, *scores_;  // (kHeads, value width | kSlotBlock)
-  float greatest_[kHeads], sums_[kHeads];
+  Widths widths_;
+  int64_t heads_;
+  T *queries_, *more_queries_;  // as `put_query` lays them
+  float *mixed_, *scores_;      // (heads, value width | kSlotBlock)
+  float greatest_[kMostHeads], sums_[kMostHeads];
 };
 
 // What queries found in each run of their slots.

@@ -26,19 +26,18 @@ SOURCES = [
     *("linear", "feed_forward", "layer", "decoder", "sampling", "quantize"),
 ]
 BINDINGS = ("module", "bind_weights", "bind_attention", "bind_layers")
+AVX512 = [
+    *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni", "-mfma", "-mf16c"),
+    # GCC 12 takes its own header's registers of any content for a mistake.
+    *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
+]
 X86_KERNELS = {
     "kernels_avx2": ["-mavx2", "-mfma", "-mf16c"],
     "kernels_avxvnni": ["-mavx2", "-mfma", "-mf16c", "-mavxvnni"],
-    "kernels_avx512": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512vnni"),
-        *("-mfma", "-mf16c"),
-        # GCC 12 takes its own header's registers of any content for a mistake.
-        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
-    ],
-    "kernels_avx512bf16": [
-        *("-mavx512f", "-mavx512bw", "-mavx512dq", "-mavx512vl", "-mavx512bf16", "-mfma"),
-        *("-Wno-uninitialized", "-Wno-maybe-uninitialized"),
-    ],
+    "kernels_avx512": AVX512,
+    "kernels_avx512bf16": [*AVX512, "-mavx512bf16"],
+    "kernels_amx": [*AVX512, "-mamx-tile", "-mamx-int8"],
+    "kernels_amx_attention": [*AVX512, "-mavx512bf16", "-mamx-tile", "-mamx-bf16"],
 }
 """Kernel files of x86 and what they are compiled with; everything else is for any processor."""
 

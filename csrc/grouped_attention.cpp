@@ -97,7 +97,8 @@ template <typename T>
 void GroupedAttention::attend_singly(const float* queries, const Tokens& tokens, const Slots& keys,
                                      const Slots& values, float* mixed) const {
   static thread_local std::vector<float> caller_found;
-  const int64_t group = heads / kv_heads, bundles = (group + kHeads - 1) / kHeads;
+  const int64_t group = heads / kv_heads;
+  const int64_t most_heads = attention_loops<T>(kernels()).heads;  // of a bundle
   const int64_t* positions = tokens.positions;
   const auto first_run = [&](int64_t row) { return lookback().first_slot(positions[row]) / kRun; };
   const auto runs = [&](int64_t row) { return runs_of(positions[row] + 1) - first_run(row); };
@@ -109,8 +110,8 @@ void GroupedAttention::attend_singly(const float* queries, const Tokens& tokens,
   };
   // All heads that share a key walk together, unless that leaves a thread without work.
   const int64_t walks = tokens.singles * most * kv_heads;
-  const int64_t at_once = walks < threads() ? 1 : bundles,
-                parts = (bundles + at_once - 1) / at_once;
+  const int64_t at_once = walks < threads() ? std::min<int64_t>(kHeads, group) : group;
+  const int64_t parts = (group + at_once - 1) / at_once;
   parallel(walks * parts, [&](int64_t task) {
     static thread_local std::vector<float> memory;
     static thread_local std::vector<Bundle<T>> walking;
@@ -119,18 +120,20 @@ void GroupedAttention::attend_singly(const float* queries, const Tokens& tokens,
     const int64_t start = (first_run(row) + run) * kRun, last = positions[row];
     if (start > last) return;
     const int64_t stop = std::min(start + kRun, last + 1);
-    const int64_t first = kv_head * group + task % parts * at_once * kHeads;
-    const int64_t end = std::min(first + at_once * kHeads, (kv_head + 1) * group);
-    const int64_t size = Bundle<T>::size(width, width);
-    const int64_t count = (end - first + kHeads - 1) / kHeads;
-    memory.assign(count * size, 0.0f);  // heads beyond the last stay zero
+    const int64_t first = kv_head * group + task % parts * at_once;
+    const int64_t end = std::min(first + at_once, (kv_head + 1) * group);
+    const typename Bundle<T>::Widths widths{width, 0, width};
+    const int64_t size = Bundle<T>::size(widths);
+    const int64_t count = (end - first + most_heads - 1) / most_heads;
+    float* zeroed = zeros(memory, count * size);
     walking.clear();
     for (int64_t b = 0; b < count; ++b)
-      walking.emplace_back(memory.data() + b * size, width, width);
+      walking.emplace_back(zeroed + b * size, widths,
+                           std::min(most_heads, end - first - b * most_heads));
     for (int64_t h = first; h < end; ++h) {
-      Bundle<T>& bundle = walking[(h - first) / kHeads];
-      bundle.set_query((h - first) % kHeads, queries + (row * heads + h) * width);
-      if (!sinks.empty() && run == 0) bundle.add_sink((h - first) % kHeads, sinks[h], scale);
+      Bundle<T>& bundle = walking[(h - first) / most_heads];
+      bundle.set_query((h - first) % most_heads, queries + (row * heads + h) * width);
+      if (!sinks.empty() && run == 0) bundle.add_sink((h - first) % most_heads, sinks[h], scale);
     }
     int64_t met;
     for (int64_t slot = std::max(start, lookback().first_slot(last)); slot < stop; slot += met) {
@@ -145,7 +148,8 @@ void GroupedAttention::attend_singly(const float* queries, const Tokens& tokens,
         walking[b].visit(met_keys, nullptr, met_values, met, scale, b, count);
     }
     for (int64_t h = first; h < end; ++h) {
-      findings.put(row * heads + h, run, walking[(h - first) / kHeads], (h - first) % kHeads);
+      findings.put(row * heads + h, run, walking[(h - first) / most_heads],
+                   (h - first) % most_heads);
       if (most == 1) finish(row * heads + h);
     }
   });

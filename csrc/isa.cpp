@@ -6,6 +6,10 @@
 
 #ifdef MOESCOPE_X86
 #include <cpuid.h>
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
 #endif
 
 namespace moescope {
@@ -37,6 +41,35 @@ const Kernels& avx512bf16_kernels() {
   return set;
 }
 
+// Whether there are tiles of bytes and of bf16, and the system keeps them for this process, for which
+// it must be asked once.
+bool ask_for_tiles() {
+#if defined(MOESCOPE_AMX_EMULATED)
+  return true;
+#elif defined(__linux__)
+  constexpr long kAskForState = 0x1023, kTileData = 18;  // ARCH_REQ_XCOMP_PERM, XFEATURE_XTILEDATA
+  constexpr unsigned kBf16 = 1u << 22, kTiles = 1u << 24, kBytes = 1u << 25,
+                     kAll = kBf16 | kTiles | kBytes;
+  unsigned a = 0, b = 0, c = 0, d = 0;
+  const bool are_there = __get_cpuid_count(7, 0, &a, &b, &c, &d) && (d & kAll) == kAll;
+  return are_there && syscall(SYS_arch_prctl, kAskForState, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+// AVX-512 with bf16 and tiles.
+const Kernels& amx_kernels() {
+  static const Kernels set = [] {
+    Kernels with = avx512bf16_kernels();
+    with.name = "amx";
+    use_tiles(with.multiply);
+    use_tiles(with.attend_bf16);
+    return with;
+  }();
+  return set;
+}
+
 }  // namespace
 
 const ReadAhead read_ahead = !__builtin_cpu_is("amd") ? ReadAhead::into_second_level
@@ -51,7 +84,11 @@ std::vector<const Kernels*> available_kernels() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
       __builtin_cpu_supports("avx512dq") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512vnni")) {
-    if (__builtin_cpu_supports("avx512bf16")) found.push_back(&avx512bf16_kernels());
+    if (__builtin_cpu_supports("avx512bf16")) {
+      static const bool tiles = ask_for_tiles();
+      if (tiles) found.push_back(&amx_kernels());
+      found.push_back(&avx512bf16_kernels());
+    }
     found.push_back(&avx512_kernels);
   }
   if (avx2 && __builtin_cpu_supports("avxvnni")) found.push_back(&avxvnni_kernels);

@@ -14,7 +14,9 @@ namespace moescope {
 
 constexpr int kRowBlock = 96;       // rows at a time, so that their results stay in the cache
 constexpr int64_t kSlotBlock = 64;  // slots at a time, so that all heads find them in the cache
-constexpr int kHeads = 4;           // heads that attention's loops take at once
+constexpr int kHeads = 4;           // heads that attention's loops take at once, but for AMX's
+constexpr int kMostHeads = 16;      // that any take
+constexpr int64_t kQueryStep = 32;  // a query's room is a multiple of this
 
 // Where a dot product starts so that it ends as if the weights had been stored without their zero
 // point; wraps where infinities, whose integers mean nothing, overflow it.
@@ -71,11 +73,15 @@ constexpr int kStep = sizeof(float) / sizeof(T);
 // probabilities are then rounded too. All sums are float32.
 template <typename T>
 struct AttentionLoops {
-  // out[h * out_stride + i] += dot(x_i, q_h) for 4 heads and `count` rows of `width`. Meanwhile rows
-  // from `ahead` on are fetched, `fetched` (0, 1, 2 or 4) for every four.
-  void (*dots)(const T* x, int64_t stride, int64_t count, const T* q, int64_t q_stride,
+  int heads;  // that `dots` and `mix` take at once
+  // Lays a head's query of `n` numbers beside the others' as `dots` wants them, for each of which there
+  // is room for `stride` numbers.
+  void (*put_query)(const float* query, int64_t n, int64_t head, T* queries, int64_t stride);
+  // out[h * out_stride + i] += dot(x_i, q_h) for `heads` heads and `count` rows of `width`, at most
+  // kSlotBlock. Meanwhile rows from `ahead` on are fetched, `fetched` (0, 1, 2 or 4) for every four.
+  void (*dots)(const T* x, int64_t stride, int64_t count, const T* queries, int64_t q_stride,
                int64_t width, const T* ahead, int fetched, float* out, int64_t out_stride);
-  // mix_h += sum_i p[h * p_stride + i] * x_i for 4 heads, of `count` rows, at most kSlotBlock
+  // mix_h += sum_i p[h * p_stride + i] * x_i for `heads` heads, of `count` rows, at most kSlotBlock
   void (*mix)(const T* x, int64_t stride, int64_t count, const float* p, int64_t p_stride,
               int64_t width, float* mixed, int64_t mixed_stride);
   // out (count, panels * 16) = x (count, depth) times a matrix whose columns stand in panels of 16,
@@ -86,6 +92,12 @@ struct AttentionLoops {
   // out = x, to nearest, ties to even
   void (*store)(const float* x, int64_t n, T* out);
 };
+
+// `put_query` for loops that want a row a head.
+template <typename T, void (*Store)(const float* x, int64_t n, T* out)>
+static void put_row(const float* query, int64_t n, int64_t head, T* queries, int64_t stride) {
+  Store(query, n, queries + head * stride);
+}
 
 struct Kernels {
   const char* name;
@@ -127,6 +139,9 @@ enum class ReadAhead { by_itself, into_second_level, past_caches };
 extern const ReadAhead read_ahead;
 extern const Kernels avx2_kernels, avxvnni_kernels, avx512_kernels;
 extern const AttentionLoops<Bf16> avx512bf16_loops;
+// AMX takes the place of AVX-512 where it is faster.
+void use_tiles(Multiplies& products);
+void use_tiles(AttentionLoops<Bf16>& loops);
 #endif
 
 // The sets that this processor runs, the best first.

@@ -250,6 +250,15 @@ struct Unpacked {
   alignas(64) int32_t scales[kColumnBlock / kChunk * P * kPanel];
 };
 
+// The scales of a chunk's panel as `Unpacked` has them.
+template <int P>
+MOESCOPE_INLINE inline __m512i int4_scales(const uint8_t* chunk, int p) {
+  const uint8_t* from = chunk + P * 256 + p * kPanel;
+  const __m512i scale = bytes_at(from);
+  const __m512i left = _mm512_sub_epi32(scale, bytes_at(from + P * kPanel));
+  return _mm512_mask_mov_epi16(_mm512_slli_epi32(left, 16), kLowerHalves, scale);
+}
+
 // Adds M rows x P panels over the groups of a block to `out`.
 //
 // Of q's dots with x, 8 sum(x) is taken at first: sum((q - 8) x) fits 16 bits, as does 8 sum(x), and
@@ -292,11 +301,7 @@ MOESCOPE_INLINE inline void add_block_of_int4(Unpacked<P>& unpacked, const Tile&
     });
     if constexpr (kUnpacks)
       each<P>([&](auto p) MOESCOPE_INLINE {
-        const uint8_t* from = chunk + P * 256 + p * kPanel;
-        const __m512i scale = bytes_at(from);
-        const __m512i left = _mm512_sub_epi32(scale, bytes_at(from + P * kPanel));
-        _mm512_store_si512(scales + p * kPanel,
-                           _mm512_mask_mov_epi16(_mm512_slli_epi32(left, 16), kLowerHalves, scale));
+        _mm512_store_si512(scales + p * kPanel, int4_scales<P>(chunk, p));
       });
     each<M>([&](auto m) MOESCOPE_INLINE {
       const int64_t group = row[m] * a.groups + g;
@@ -424,6 +429,18 @@ void multiply_parts(const Tile& tile, const Activations& a, const int32_t* rows,
   }
 }
 
+// Multiplies outputs by their rows' scales.
+template <int P>
+void scale_rows(const Tile& tile, int count, float* out) {
+  __m512 scale[P];
+  for (int p = 0; p < P; ++p) scale[p] = _mm512_loadu_ps(tile.row_scales + p * kPanel);
+  for (int r = 0; r < count; ++r)
+    for (int p = 0; p < P; ++p) {
+      float* to = out + r * kTile + p * kPanel;
+      _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), scale[p]));
+    }
+}
+
 template <int W, int P>
 void multiply_panels(const Tile& tile, const Activations& a, const int32_t* rows, int count,
                      float* out) {
@@ -431,15 +448,7 @@ void multiply_panels(const Tile& tile, const Activations& a, const int32_t* rows
   constexpr int kGroup = is_float(f) ? 1 : f.group;
   multiply_parts<W, P>(tile, a, rows, count, is_float(f) ? a.columns : a.groups,
                        kColumnBlock / kGroup, P * panel_bytes(f, kGroup), out);
-  if constexpr (has_row_scale(f)) {
-    __m512 scale[P];
-    for (int p = 0; p < P; ++p) scale[p] = _mm512_loadu_ps(tile.row_scales + p * kPanel);
-    for (int r = 0; r < count; ++r)
-      for (int p = 0; p < P; ++p) {
-        float* to = out + r * kTile + p * kPanel;
-        _mm512_storeu_ps(to, _mm512_mul_ps(_mm512_loadu_ps(to), scale[p]));
-      }
-  }
+  if constexpr (has_row_scale(f)) scale_rows<P>(tile, count, out);
 }
 
 }  // namespace

@@ -1,4 +1,6 @@
 // Attention's loops on bf16 with AVX-512: one `vdpbf16ps` multiplies 2 numbers of 16 lanes.
+#include "kernels_avx512bf16.h"
+
 #include <immintrin.h>
 #include <string.h>
 
@@ -29,17 +31,6 @@ MOESCOPE_INLINE inline __mmask32 first(int64_t n) { return n >= 32 ? ~0u : (1u <
 template <bool Whole>
 MOESCOPE_INLINE inline __m512i numbers(const Bf16* x, int64_t n) {
   return Whole ? _mm512_loadu_si512(x) : _mm512_maskz_loadu_epi16(first(n), x);
-}
-
-MOESCOPE_INLINE inline __mmask16 first_floats(int64_t n) {
-  return n >= 16 ? 0xffff : n <= 0 ? 0 : static_cast<__mmask16>((1 << n) - 1);
-}
-
-// 32 numbers of which the first `n` are there, rounded.
-MOESCOPE_INLINE inline __m512i rounded(const float* x, int64_t n) {
-  const __m512 low = _mm512_maskz_loadu_ps(first_floats(n), x);
-  const __m512 high = _mm512_maskz_loadu_ps(first_floats(n - 16), x + 16);
-  return (__m512i)_mm512_cvtne2ps_pbh(high, low);
 }
 
 // What the caller will meet with all heads stays in the second-level cache.
@@ -189,6 +180,7 @@ void store(const float* x, int64_t n, Bf16* out) {
 
 }  // namespace
 
-const AttentionLoops<Bf16> avx512bf16_loops = {dots, mix, multiply, store};
+const AttentionLoops<Bf16> avx512bf16_loops = {kHeads, put_row<Bf16, store>, dots, mix, multiply,
+                                               store};
 
 }  // namespace moescope

@@ -273,7 +273,8 @@ void store(const float* x, int64_t n, Bf16* out) {
 }
 
 template <typename T>
-constexpr AttentionLoops<T> kLoops = {dots<T>, mix<T>, multiply_panels<T>, store};
+constexpr AttentionLoops<T> kLoops = {kHeads, put_row<T, store>,  dots<T>,
+                                      mix<T>, multiply_panels<T>, store};
 
 float exponentials(float* x, float scale, float largest, int64_t n) {
   float sum = 0;

@@ -50,10 +50,11 @@ void AbsorbedAttention::attend(const Queries& queries, const Slots& latents, con
   const int64_t most = runs_of(*std::max_element(lengths, lengths + batch));
   int64_t walks = 0;
   for (int64_t row = 0; row < batch; ++row) walks += runs_of(lengths[row]);
-  const int64_t bundles = (heads + kHeads - 1) / kHeads;
   const bool even = walks % threads() == 0 || walks >= 4 * threads();
-  const int64_t at_once = even ? bundles : std::max<int64_t>(1, bundles / threads());
-  const int64_t parts = (bundles + at_once - 1) / at_once;
+  const int64_t at_once =
+      even ? heads : std::max<int64_t>(1, heads / (kHeads * threads())) * kHeads;
+  const int64_t parts = (heads + at_once - 1) / at_once;
+  const int64_t most_heads = attention_loops<T>(kernels()).heads;  // of a bundle
   Findings findings(caller_found, batch * heads, most, rank);
   const auto finish = [&](int64_t head) {
     static thread_local QuantizedRows rounded;
@@ -72,20 +73,21 @@ void AbsorbedAttention::attend(const Queries& queries, const Slots& latents, con
     const int64_t row = task / (most * parts), run = task / parts % most;
     const int64_t start = run * kRun, stop = std::min(start + kRun, lengths[row]);
     if (start >= stop) return;
-    const int64_t first = task % parts * at_once * kHeads;
-    const int64_t end = std::min(first + at_once * kHeads, heads);
-    const int64_t size = Bundle<T>::size(rank + rope, rank);
-    const int64_t count = (end - first + kHeads - 1) / kHeads;
-    memory.assign(count * size, 0.0f);  // heads beyond the last stay zero
+    const int64_t first = task % parts * at_once, end = std::min(first + at_once, heads);
+    const typename Bundle<T>::Widths widths{rank, rope, rank};
+    const int64_t size = Bundle<T>::size(widths);
+    const int64_t count = (end - first + most_heads - 1) / most_heads;
+    float* zeroed = zeros(memory, count * size);
     grow(query, rank + rope);
     walking.clear();
     for (int64_t b = 0; b < count; ++b)
-      walking.emplace_back(memory.data() + b * size, rank + rope, rank);
+      walking.emplace_back(zeroed + b * size, widths,
+                           std::min(most_heads, end - first - b * most_heads));
     for (int64_t h = first; h < end; ++h) {
       const int64_t head = row * heads + h;
       if (most == 1) absorb(head, query.data());
-      walking[(h - first) / kHeads].set_query(
-          (h - first) % kHeads, most == 1 ? query.data() : absorbed + head * (rank + rope));
+      walking[(h - first) / most_heads].set_query(
+          (h - first) % most_heads, most == 1 ? query.data() : absorbed + head * (rank + rope));
     }
     int64_t block;
     for (int64_t slot = start; slot < stop; slot += block) {
@@ -100,7 +102,7 @@ void AbsorbedAttention::attend(const Queries& queries, const Slots& latents, con
     }
     for (int64_t h = first; h < end; ++h) {
       const int64_t head = row * heads + h;
-      findings.put(head, run, walking[(h - first) / kHeads], (h - first) % kHeads);
+      findings.put(head, run, walking[(h - first) / most_heads], (h - first) % most_heads);
       if (most == 1) finish(head);
     }
   });

@@ -15,6 +15,14 @@ void grow(std::vector<T>& held, int64_t size) {
   if (static_cast<int64_t>(held.size()) < size) held.resize(size);
 }
 
+// `size` zeros that begin where a line of the cache does.
+inline float* zeros(std::vector<float>& held, int64_t size) {
+  constexpr uintptr_t kLine = 64;
+  held.assign(size + kLine / sizeof(float), 0.0f);
+  const uintptr_t start = reinterpret_cast<uintptr_t>(held.data());
+  return held.data() + (kLine - start % kLine) % kLine / sizeof(float);
+}
+
 inline float largest(const float* x, int64_t n) {
   constexpr int64_t kLanes = 16;
   float lanes[kLanes], most = -std::numeric_limits<float>::infinity();

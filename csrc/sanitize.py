@@ -1,7 +1,8 @@
 """Builds the kernels with the compiler's checks and runs their tests: `python csrc/sanitize.py`.
 
 Names of checks may follow: `warnings` (all files compile without any), `address` (the extension
-under AddressSanitizer and UndefinedBehaviorSanitizer runs tests/kernels), `thread`
+under AddressSanitizer and UndefinedBehaviorSanitizer runs tests/kernels), `amx` (the same tests on
+an extension whose AMX tiles are C++, csrc/tests/amx_emulated.h), `thread`
 (csrc/tests/exercise.cpp under ThreadSanitizer: Python itself is not clean there) and `arm64` (the
 same program, cross-compiled, under qemu). Without names, all run for which the tools are there.
 Minutes each, `address` an hour; needs g++, for arm64 also g++-aarch64-linux-gnu and qemu-user.
@@ -51,6 +52,14 @@ def address() -> None:
     # What PyTorch compiles ("fused") is not ours, and takes many minutes so.
     chosen = ["-k", "not fused", "-o", "faulthandler_timeout=3600", "tests/kernels", "tests/native"]
     subprocess.run([*tests, *chosen], cwd=ROOT, env=environment, check=True)
+
+
+def amx() -> None:
+    """Run the kernels' Python tests with AMX on a processor that has AVX-512 alone."""
+    package = _extension("amx", f"-include {CSRC / 'tests' / 'amx_emulated.h'}")
+    environment = {**os.environ, "PYTHONPATH": str(package)}
+    tests = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider"]
+    subprocess.run([*tests, "tests/kernels"], cwd=ROOT, env=environment, check=True)
 
 
 def thread() -> None:
@@ -109,7 +118,13 @@ def _library(name: str) -> str:
     return found.stdout.strip()
 
 
-CHECKS = {"warnings": warnings, "thread": thread, "arm64": arm64, "address": address}
+CHECKS = {
+    "warnings": warnings,
+    "thread": thread,
+    "arm64": arm64,
+    "amx": amx,
+    "address": address,
+}
 
 
 def main(names: list[str]) -> None:

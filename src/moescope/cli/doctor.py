@@ -64,6 +64,7 @@ def _native(instruction_set: str | None) -> str:
             "prompts and tokens several times slower (install g++ or clang++, then moescope again)"
         )
     costs = {
+        "amx": "",
         "avx512bf16": "",
         "avx512": "",
         "avxvnni": ": tokens nearly as fast as with AVX-512, prompts about half",
