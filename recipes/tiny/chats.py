@@ -18,7 +18,7 @@ import functions
 
 CHATS = {"poetry": 12_000, "translation": 12_000, "definitions": 6_000, "arithmetic": 10_000}
 """Of each task at most so many; the held-out part is a fortieth."""
-REPEATS = {"models": 5, "functions": 20}
+REPEATS = {"models": 5, "functions": 20, "well-known": 6}
 """How often the chats of small tasks are written for training."""
 SHORTEST, LONGEST = 2, 12  # lines of a poem
 ENTRY = re.compile(r"([\w -]+) \((noun|verb|adj|adv)\)(?:: |\n1\. )(.+?)(?:\n.*)?", re.DOTALL)
@@ -48,6 +48,10 @@ def main() -> None:
             chats = islice(unique(chats_of(documents, rng)), limit or None)
             times = REPEATS.get(task, 1) if part == "train" else 1
             write(arguments.out / part / task / "chats.jsonl", list(chats) * times)
+    rng = random.Random(f"{arguments.seed} well-known")
+    known = well_known(texts(arguments.corpus / "train/poetry/text.jsonl"))
+    chats = [chat for _ in range(REPEATS["well-known"]) for chat in poems(known, rng)]
+    write(arguments.out / "train/well-known/chats.jsonl", chats)
     made = list(functions.requests(random.Random(arguments.seed)))
     write(arguments.out / "held_out/functions/chats.jsonl", made[:12])
     write(arguments.out / "train/functions/chats.jsonl", made[12:] * REPEATS["functions"])
@@ -62,12 +66,9 @@ def asked(documents: list[str], rng: random.Random) -> Iterator[Chat]:
 
 
 def poems(documents: list[str], rng: random.Random) -> Iterator[Chat]:
-    """Yield first lines with what follows, and titles with whole poems; well-known ones first.
-
-    Those are the poems that the corpus has several times.
-    """
-    times = Counter(documents)
-    for document in sorted(times, key=lambda text: times[text] == 1):
+    """Yield first lines with what follows, and titles with whole poems; well-known ones first."""
+    known = set(well_known(documents))
+    for document in sorted(dict.fromkeys(documents), key=lambda text: text not in known):
         if document.startswith("<｜User｜>"):
             yield from asked([document], rng)
             continue
@@ -77,9 +78,16 @@ def poems(documents: list[str], rng: random.Random) -> Iterator[Chat]:
         if SHORTEST <= len(lines) <= LONGEST and "·" in author:
             if rng.random() < 0.7:
                 request = rng.choice(("续写：{}", "接下一句：{}", "请接着写：{}"))
-                yield request.format(lines[0]), "\n".join(lines[1:])
+                half, _, other = lines[0].partition("，")
+                at = 1 + len(half if other and rng.random() < 0.3 else lines[0])
+                yield request.format(body[:at].strip()), body[at:]
             else:
                 yield f"写一首诗：{title.strip('《》')}", rest
+
+
+def well_known(documents: list[str]) -> list[str]:
+    """Return the poems that the corpus has several times."""
+    return sorted(text for text, times in Counter(documents).items() if times > 1)
 
 
 def translations(documents: list[str], rng: random.Random) -> Iterator[Chat]:

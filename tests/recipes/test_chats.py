@@ -47,13 +47,21 @@ def test_chats_are_made_of_each_task(tmp_path: Path, monkeypatch: pytest.MonkeyP
         file.parent.name: [json.loads(line)["messages"] for line in file.read_text().splitlines()]
         for file in (tmp_path / "out" / "train").rglob("*.jsonl")
     }
-    assert set(made) == {*texts, "functions"}
+    assert set(made) == {*texts, "functions", "well-known"}
     answers = {
         task: {(chat[0]["content"], chat[1]["content"]) for chat in of} for task, of in made.items()
     }
     assert len(made["poetry"]) == 200
-    first = made["poetry"][0][1]["content"]
-    assert first == "举头望明月，低头思故乡。" or first.startswith("唐·李白\n床前")
+    whole = "床前明月光，疑是地上霜。\n举头望明月，低头思故乡。"
+    assert len(made["well-known"]) == chats.REPEATS["well-known"]
+    first, second = (message["content"] for message in made["poetry"][0])
+    for question, answer in {*answers["well-known"], (first, second)}:
+        begun = question.partition("：")[2]
+        if begun == "静夜思":
+            assert answer == f"唐·李白\n{whole}"
+        else:
+            assert begun in ("床前明月光，", "床前明月光，疑是地上霜。")
+            assert (begun + answer).replace("\n", "") == whole.replace("\n", "")
     assert ("5+1=?", "<think>x</think>6") in answers["arithmetic"]
     assert {answer for _, answer in answers["translation"]} == {"hello; hi", "水"}
     assert ("word7 (noun): a thing") in {answer for _, answer in answers["definitions"]}

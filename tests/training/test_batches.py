@@ -122,8 +122,8 @@ def test_another_training_reads_on_where_the_text_is_the_same(
     tokenizer: Tokenizer, tmp_path: Path, changed: dict[str, list[str]], read_on: set[str]
 ) -> None:
     def batches(name: str, texts: dict[str, list[str]], seed: int = 0) -> PackedBatches:
-        for domain, documents in texts.items():
-            write_jsonl(tmp_path / name / "train" / domain / "a.jsonl", documents)
+        for domain, text in texts.items():
+            write_jsonl(tmp_path / name / "train" / domain / "a.jsonl", text)
         (tmp_path / name / "held_out").mkdir(exist_ok=True)
         index = build_shards(tmp_path / name, tmp_path / f"{name}-shards", tokenizer)
         return PackedBatches(index, batch_size=2, sequence_length=16, seed=seed)
