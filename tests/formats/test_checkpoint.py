@@ -11,7 +11,8 @@ from moescope.api import Model
 from moescope.checkpoint import load_model, save_weights
 from moescope.errors import UserError
 from moescope.families import config_fields, read_config
-from moescope.formats.safetensors import INDEX, WEIGHTS
+from moescope.formats.safetensors import WEIGHTS
+from moescope.formats.weight_files import INDEX
 from moescope.model.decoder import CausalLM, initialise
 
 

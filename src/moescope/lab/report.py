@@ -2,33 +2,27 @@
 
 import dataclasses
 import json
-import math
 import shutil
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
 from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import jinja2
-import numpy as np
 from markupsafe import Markup
 
 from moescope.errors import UserError
 from moescope.files import write_text
 from moescope.lab import charts
 from moescope.lab.compare import Comparison, Spread
+from moescope.lab.expert_sections import ablation_section, cause_sections, specialization_section
 from moescope.lab.plan import Plan
+from moescope.lab.sections import Chart, Section, Table, commands, seen
 from moescope.lab.study import Study
 from moescope.lab.units import of_bytes, of_parameters, plain
 from moescope.lab.words import WORDS, Language, Words
 from moescope.scope.ablation import Ablation
-from moescope.scope.information import Floats
 from moescope.scope.resampling import Interval
 from moescope.scope.specialization import Specialization
-
-if TYPE_CHECKING:
-    from matplotlib.figure import Figure
 
 Finding = Plan | Specialization | Ablation | Comparison | Study
 KINDS: dict[str, type[Finding]] = {
@@ -39,52 +33,6 @@ KINDS: dict[str, type[Finding]] = {
     "summaries": Study,
 }
 """What a JSON file holds, by a field that only this kind has; also the order in a report."""
-DEVOTED = 3
-"""Experts that a table shows for each domain."""
-CHANCE = 0.05
-"""Share of 95 % intervals that leave out the truth."""
-
-
-@dataclass(frozen=True)
-class Chart:
-    title: str
-    svg: Markup
-
-
-@dataclass(frozen=True)
-class Table:
-    title: str
-    head: list[str]
-    rows: list[list[str]]
-
-
-@dataclass
-class Section:
-    """One finding, told.
-
-    Attributes:
-        title, paragraphs: text.
-        file: name of the JSON file with all numbers, or of several, with commas.
-        version: of the moescope that measured.
-        commands: that made them, where they are known.
-        figures: by title, not drawn yet.
-        charts: the same, drawn.
-        tables: of numbers.
-    """
-
-    title: str
-    paragraphs: list[str]
-    file: str
-    version: str
-    commands: list[str] = field(default_factory=list[str])
-    figures: "dict[str, Figure]" = field(default_factory=dict[str, "Figure"])
-    charts: list[Chart] = field(default_factory=list[Chart])
-    tables: list[Table] = field(default_factory=list[Table])
-
-    @property
-    def stem(self) -> str:
-        """What its charts are called: as its files."""
-        return "-".join(Path(name).stem for name in self.file.split(", "))
 
 
 def write_report(files: Sequence[Path], out: Path, language: Language) -> Path:
@@ -112,7 +60,7 @@ def write_report(files: Sequence[Path], out: Path, language: Language) -> Path:
     ordered = sorted(findings, key=lambda path: kinds.index(type(findings[path])))
     with charts.style():
         sections = [_section(path, findings[path], words) for path in ordered]
-        sections += list(_causes({path.name: findings[path] for path in ordered}, words))
+        sections += list(cause_sections({path.name: findings[path] for path in ordered}, words))
         for section in sections:
             for number, (title, made) in enumerate(section.figures.items(), start=1):
                 svg = charts.save(made, out / f"{section.stem}-{number}")
@@ -161,25 +109,12 @@ def _section(path: Path, found: Finding, words: Words) -> Section:
     if isinstance(found, Plan):
         return _plan(path.name, found, words)
     if isinstance(found, Specialization):
-        return _specialization(path.name, found, words)
+        return specialization_section(path.name, found, words)
     if isinstance(found, Ablation):
-        return _ablation(path.name, found, words)
+        return ablation_section(path.name, found, words)
     if isinstance(found, Comparison):
         return _comparison(path.name, found, words)
     return _study(path.name, found, words)
-
-
-def _seen(held_out: dict[str, bool], domains: Sequence[str], words: Words) -> str:
-    """Whether the models were trained on what they read, as far as it is known."""
-    unknown = [words.name(domain) for domain in domains if not held_out.get(domain)]
-    if not unknown:
-        return words.held_out
-    return words.maybe_seen.format(domains=words.comma.join(unknown))
-
-
-def _commands(*made_by: str) -> list[str]:
-    """Each command once; data that no command made has none."""
-    return list(dict.fromkeys(filter(None, made_by)))
 
 
 # --- what it asks of a machine -------------------------------------------------------------------
@@ -206,7 +141,7 @@ def _plan(file: str, found: Plan, words: Words) -> Section:
         paragraphs=[text],
         file=file,
         version=found.version,
-        commands=_commands(found.command),
+        commands=commands(found.command),
         tables=[Table("", ["", words.count, words.of_all], parts), _fits(found, words)],
     )
     if (speed := found.speed) is not None:
@@ -238,148 +173,6 @@ def _fits(found: Plan, words: Words) -> Table:
     ]
     heads = [told[name] for name in ("format", "weights", "needed", "fits", "longest", "read")]
     return Table("", [head.format(context=found.work.context) for head in heads], rows)
-
-
-# --- who serves whom -----------------------------------------------------------------------------
-
-
-def _specialization(file: str, found: Specialization, words: Words) -> Section:
-    load = np.array(found.load)  # (domains, layers, experts)
-    best = int(np.argmax(found.mutual_information))
-    text = words.specialization_text.format(
-        tokens=sum(found.tokens),
-        documents=sum(found.documents),
-        domains=len(found.domains),
-        best=found.layers[best] + 1,
-        bits=found.mutual_information[best],
-        most=math.log2(len(found.domains)),
-        first=found.token_share[0],
-        last=found.token_share[-1],
-        first_layer=found.layers[0] + 1,
-        last_layer=found.layers[-1] + 1,
-    )
-    even = load * load.shape[-1]
-    information = (
-        words.information,
-        words.information_axis,
-        found.mutual_information,
-        found.mutual_information_error,
-    )
-    token = (words.token_share, words.token_share_axis, found.token_share, None)
-    return Section(
-        title=words.specialization.format(model=found.model),
-        paragraphs=[text, _seen(found.held_out, found.domains, words)],
-        file=file,
-        version=found.version,
-        commands=_commands(found.command),
-        figures={
-            words.load: charts.expert_maps(
-                even, list(map(words.name, found.domains)), found.layers, words.relative_load, words
-            ),
-            f"{words.information}; {words.token_share}": charts.layer_bars(
-                [information, token], found.layers, words
-            ),
-        },
-        tables=[_devoted(found, load, words)],
-    )
-
-
-def _devoted(found: Specialization, load: Floats, words: Words) -> Table:
-    """The experts with the largest part of their load from one domain, and at least a fair one."""
-    devotion = load / np.maximum(load.sum(axis=0), 1e-12)
-    devotion[load < 1 / load.shape[-1]] = 0
-    rows: list[list[str]] = []
-    for domain, name in enumerate(found.domains):
-        order = np.argsort(-devotion[domain], axis=None)[:DEVOTED]
-        for position, expert in zip(*np.unravel_index(order, devotion[domain].shape), strict=True):
-            typical = "  ".join(_spelled(token.text) for token in found.typical[position][expert])
-            layer = words.layer.format(layer=found.layers[position] + 1)
-            share = f"{devotion[domain, position, expert]:.0%}"
-            rows.append([words.name(name), f"{layer}, {words.expert} {expert}", share, typical])
-    return Table(words.devoted, [words.domain, words.expert, words.share, words.typical], rows)
-
-
-def _spelled(text: str) -> str:
-    return text.replace(" ", "␣").replace("\n", "⏎").replace("\t", "⇥")
-
-
-# --- without each expert -------------------------------------------------------------------------
-
-
-def _ablation(file: str, found: Ablation, words: Words) -> Section:
-    cost, low, high = np.array(found.cost), np.array(found.low), np.array(found.high)
-    text = (words.forced_text if found.forced else words.ablation_text).format(
-        tokens=sum(found.tokens),
-        documents=sum(found.documents),
-        all=cost.size,
-        worse=int((low > 0).sum()),
-        better=int((high < 0).sum()),
-        chance=cost.size * CHANCE,
-    )
-    rows: list[list[str]] = []
-    for domain, name in enumerate(found.domains):
-        order = np.argsort(-cost[domain], axis=None)[:DEVOTED]
-        for position, expert in zip(*np.unravel_index(order, cost[domain].shape), strict=True):
-            at = (domain, position, expert)
-            layer = words.layer.format(layer=found.layers[position] + 1)
-            rows.append(
-                [
-                    words.name(name),
-                    f"{layer}, {words.expert} {expert}",
-                    f"{cost[at]:+.4f}",
-                    f"{low[at]:+.4f} … {high[at]:+.4f}",
-                ]
-            )
-    return Section(
-        title=words.ablation.format(model=found.model),
-        paragraphs=[text, _seen(found.held_out, found.domains, words)],
-        file=file,
-        version=found.version,
-        commands=_commands(found.command),
-        figures={
-            words.cost: charts.expert_maps(
-                cost, list(map(words.name, found.domains)), found.layers, words.cost_axis, words
-            )
-        },
-        tables=[
-            Table(words.missed, [words.domain, words.expert, words.nats, words.interval], rows)
-        ],
-    )
-
-
-def _causes(findings: Mapping[str, Finding], words: Words) -> Iterator[Section]:
-    """Where the same model's load and ablation are at hand: does one tell the other?"""
-    for file, ablation in findings.items():
-        for other, found in findings.items():
-            if (
-                isinstance(found, Specialization)
-                and isinstance(ablation, Ablation)
-                and not ablation.forced
-                and (found.model, found.domains) == (ablation.model, ablation.domains)
-                and {*ablation.layers} <= {*found.layers}
-            ):
-                yield _cause(f"{other}, {file}", found, ablation, words)
-
-
-def _cause(files: str, found: Specialization, ablation: Ablation, words: Words) -> Section:
-    from scipy import stats
-
-    positions = [found.layers.index(layer) for layer in ablation.layers]
-    points: dict[str, tuple[list[float], list[float]]] = {}
-    correlations: list[str] = []
-    for domain, name in enumerate(found.domains):
-        load = [share for position in positions for share in found.load[domain][position]]
-        cost = [nats for by_expert in ablation.cost[domain] for nats in by_expert]
-        points[words.name(name)] = load, cost
-        correlations.append(f"{words.name(name)} {stats.spearmanr(load, cost)[0]:.2f}")
-    return Section(
-        title=words.cause,
-        paragraphs=[words.cause_text.format(list=words.comma.join(correlations))],
-        file=files,
-        version=found.version,
-        commands=_commands(found.command, ablation.command),
-        figures={words.cause: charts.scatter(points, words.cause_axis, words.cost_axis)},
-    )
 
 
 # --- side by side --------------------------------------------------------------------------------
@@ -446,10 +239,10 @@ def _comparison(file: str, found: Comparison, words: Words) -> Section:
     ]
     return Section(
         title=words.comparison.format(models=words.comma.join(names)),
-        paragraphs=[text, _seen(found.held_out, domains, words), *over_seeds],
+        paragraphs=[text, seen(found.held_out, domains, words), *over_seeds],
         file=file,
         version=found.version,
-        commands=_commands(found.command),
+        commands=commands(found.command),
         figures={
             words.quality: charts.intervals({words.quality_axis: quality}, shown, zero=False),
             words.difference.format(first=names[0]): charts.intervals(
@@ -496,7 +289,7 @@ def _study(file: str, found: Study, words: Words) -> Section:
         paragraphs=[text, *notes],
         file=file,
         version=found.rows[0].version,
-        commands=_commands(*(row.command for row in found.rows)),
+        commands=commands(*(row.command for row in found.rows)),
         figures={
             words.against.format(first=cases[0]): charts.intervals(
                 {words.nats: {"": against}}, cases, zero=True

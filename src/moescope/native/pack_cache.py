@@ -24,7 +24,7 @@ from moescope import checkpoint, families
 from moescope.catalog import BOX
 from moescope.checkpoint import load_model
 from moescope.errors import UserError
-from moescope.formats import safetensors
+from moescope.formats import safetensors, weight_files
 from moescope.formats.gguf import container, model
 from moescope.formats.source import WeightSource
 from moescope.kernels import cpu, quantize
@@ -225,7 +225,7 @@ def _fingerprint(file: Path) -> list[str | int]:
 def _code() -> str:
     """Hash the source of all that stands between a checkpoint and its packed weights."""
     digest = hashlib.sha256()
-    for module in (checkpoint, safetensors, container, model, quantize):
+    for module in (checkpoint, safetensors, weight_files, container, model, quantize):
         assert module.__file__ is not None
         digest.update(Path(module.__file__).read_bytes())
     for folder in (Path(families.__path__[0]), Path(cpu.__path__[0]), Path(__file__).parent):
