@@ -2,6 +2,7 @@
 
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import numpy as np
 import torch
@@ -81,19 +82,37 @@ def write(
     return path
 
 
+def open_with_llama_cpp(path: Path, **options: Any) -> Any:
+    """Open a file with llama.cpp, its weights as they are.
+
+    It would lay them anew for AMX where the processor has it, and ends the process then at some
+    models ("GGML_ASSERT(*cur_backend_id != -1) failed", 0.3.36).
+    """
+    import llama_cpp
+
+    defaults = llama_cpp.llama_model_default_params
+
+    def as_they_are() -> Any:
+        parameters = defaults()
+        parameters.use_extra_bufts = False
+        return parameters
+
+    with patch.object(llama_cpp.llama_cpp, "llama_model_default_params", as_they_are):
+        return llama_cpp.Llama(str(path), verbose=False, **options)
+
+
 def logits_of_llama_cpp(path: Path, ids: Tensor, **options: Any) -> Tensor:
     """Logits of llama.cpp for `(1, seq)` ids, `(seq, vocab)`; its cache is float32."""
     import llama_cpp
 
-    runner = llama_cpp.Llama(
-        str(path),
+    runner = open_with_llama_cpp(
+        path,
         n_ctx=128,
         n_batch=128,
         n_threads=1,
         logits_all=True,
         type_k=llama_cpp.GGML_TYPE_F32,
         type_v=llama_cpp.GGML_TYPE_F32,
-        verbose=False,
         **options,
     )
     runner.eval(ids[0].tolist())

@@ -10,7 +10,7 @@ from typing import Any
 import pytest
 import torch
 from family_models import VARIANTS, published
-from gguf_models import V3, network, write
+from gguf_models import V3, network, open_with_llama_cpp, write
 from safetensors import safe_open
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -88,7 +88,7 @@ def test_llama_cpp_continues_the_model_in_the_box_as_we_do(tmp_path: Path) -> No
     assert run(["export", "tiny", "--to", "gguf", "--out", str(out)]) == 0
     made = moescope.load("tiny", dtype="float32", backend="torch")
     kind = llama_cpp.GGML_TYPE_F32
-    judge = llama_cpp.Llama(str(out), n_ctx=128, type_k=kind, type_v=kind, verbose=False)
+    judge = open_with_llama_cpp(out, n_ctx=128, type_k=kind, type_v=kind)
     texts = ["床前明月光，疑是", "It is a truth universally acknowledged,", "def main():\n"]
     for text, expected in zip(texts, ours(made, texts, 32), strict=True):
         ids = judge.tokenize(text.encode(), add_bos=True, special=True)

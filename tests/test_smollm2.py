@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 import torch
+from gguf_models import open_with_llama_cpp
 
 import moescope
 from moescope.api import Model
@@ -50,7 +51,7 @@ def float32_judge(tmp_path_factory: pytest.TempPathFactory) -> Any:
 
 def _judge(path: Path) -> Any:
     kind = llama_cpp.GGML_TYPE_F32
-    return llama_cpp.Llama(str(path), n_ctx=256, type_k=kind, type_v=kind, verbose=False)
+    return open_with_llama_cpp(path, n_ctx=256, type_k=kind, type_v=kind)
 
 
 def prompts(model: Model) -> list[list[int]]:
