@@ -250,15 +250,6 @@ struct Unpacked {
   alignas(64) int32_t scales[kColumnBlock / kChunk * P * kPanel];
 };
 
-// The scales of a chunk's panel as `Unpacked` has them.
-template <int P>
-MOESCOPE_INLINE inline __m512i int4_scales(const uint8_t* chunk, int p) {
-  const uint8_t* from = chunk + P * 256 + p * kPanel;
-  const __m512i scale = bytes_at(from);
-  const __m512i left = _mm512_sub_epi32(scale, bytes_at(from + P * kPanel));
-  return _mm512_mask_mov_epi16(_mm512_slli_epi32(left, 16), kLowerHalves, scale);
-}
-
 // Adds M rows x P panels over the groups of a block to `out`.
 //
 // Of q's dots with x, 8 sum(x) is taken at first: sum((q - 8) x) fits 16 bits, as does 8 sum(x), and
@@ -301,7 +292,11 @@ MOESCOPE_INLINE inline void add_block_of_int4(Unpacked<P>& unpacked, const Tile&
     });
     if constexpr (kUnpacks)
       each<P>([&](auto p) MOESCOPE_INLINE {
-        _mm512_store_si512(scales + p * kPanel, int4_scales<P>(chunk, p));
+        const uint8_t* from = chunk + P * 256 + p * kPanel;
+        const __m512i scale = bytes_at(from);
+        const __m512i left = _mm512_sub_epi32(scale, bytes_at(from + P * kPanel));
+        _mm512_store_si512(scales + p * kPanel,
+                           _mm512_mask_mov_epi16(_mm512_slli_epi32(left, 16), kLowerHalves, scale));
       });
     each<M>([&](auto m) MOESCOPE_INLINE {
       const int64_t group = row[m] * a.groups + g;

@@ -25,7 +25,7 @@ from packages import unpacked, wheels
 
 MEGABYTE = 1_000_000
 HELD_OUT_MINIMUM = 300_000
-WELL_KNOWN_REPEATS = 60  # what readers know by heart is seen more often: a tenth of the poems
+WELL_KNOWN_REPEATS = 60  # what readers know by heart is seen more often: an eighth of the poems
 ARITHMETIC_PROBLEMS = 180_000
 OWN, OWN_REPEATS = Path(__file__).with_name("own"), 20
 OWN_HELD_OUT = 6  # of each so many entries, the last wording of one question
