@@ -58,6 +58,7 @@ def process(
         assert server.stdout is not None
         line = server.stdout.readline()
         assert line.startswith("moescope serves"), said(server)
+        server.line = line
         try:
             yield server, int(line.split()[4].rsplit(":", 1)[1].partition("/")[0])
         except BaseException:

@@ -3,11 +3,15 @@
 import io
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
+from torch import Tensor
 
 from moescope.api import Model
 from moescope.cli.main import run
+from moescope.engine.runner import Runner
+from moescope.engine.scheduler import Chunk
 from moescope.engine.sequence import Token
 from moescope.text.tokenizer import Tokenizer
 
@@ -114,12 +118,24 @@ def test_chat_remembers_what_was_said(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr("sys.stdin", io.StringIO("is\nit\n\n"))
-    assert run(["chat", "--model", folder, "--max-tokens", "4", "--system", "be"]) == 0
-    messages = [{"role": "system", "content": "be"}, {"role": "user", "content": "is"}]
+    read: list[int] = []
+    compute = Runner.run
+
+    def counted(runner: Runner, chunks: list[Chunk], *given: Any) -> Tensor:
+        read.append(sum(chunk.count for chunk in chunks))
+        return compute(runner, chunks, *given)
+
+    monkeypatch.setattr(Runner, "run", counted)
+    assert run(["chat", "--model", folder, "--max-tokens", "4", "--system", "be " * 9]) == 0
+    monkeypatch.undo()
+    messages = [{"role": "system", "content": "be " * 9}, {"role": "user", "content": "is"}]
     first = model.generate(model.tokenizer.apply_chat_template(messages), max_tokens=4).text
     messages += [{"role": "assistant", "content": first}, {"role": "user", "content": "it"}]
     second = model.generate(model.tokenizer.apply_chat_template(messages), max_tokens=4).text
     assert capsys.readouterr().out == f"{first}\n{second}\n"
+    whole = len(model.engine.encode(model.tokenizer.apply_chat_template(messages)))
+    begins, *rest = read
+    assert max(rest) <= whole - begins + 1  # the second turn is read from where the first ended
 
 
 def test_a_learned_tokenizer_is_saved_and_opens(

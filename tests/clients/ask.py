@@ -3,6 +3,7 @@
 It runs in an environment of its own, `.venv-clients`: some clients pin what moescope has newer.
 """
 
+import asyncio
 import json
 import sys
 from enum import StrEnum
@@ -133,6 +134,9 @@ def use_litellm(url: str) -> None:
     chunks = list(litellm.completion(**asked, stream=True))
     rebuilt = litellm.stream_chunk_builder(chunks)
     assert json.loads(rebuilt.choices[0].message.tool_calls[0].function.arguments)["mood"]
+    del asked["tools"], asked["tool_choice"]
+    told = litellm.completion(**asked, response_format=Weather).choices[0].message.content
+    assert isinstance(Weather.model_validate_json(told), Weather)
 
 
 def use_pydantic_ai(url: str) -> None:
@@ -145,6 +149,12 @@ def use_pydantic_ai(url: str) -> None:
         agent = Agent(model, output_type=output, model_settings={"max_tokens": 800})
         assert isinstance(agent.run_sync(QUESTION).output, Weather)
 
+    async def streamed(agent: Agent[None, Weather]) -> Weather:
+        async with agent.run_stream(QUESTION) as told:
+            return await told.get_output()
+
+    assert isinstance(asyncio.run(streamed(agent)), Weather)
+
 
 def use_instructor(url: str) -> None:
     import instructor
@@ -156,6 +166,10 @@ def use_instructor(url: str) -> None:
             model=MODEL, messages=MESSAGES, response_model=Weather, max_tokens=800, max_retries=0
         )
         assert isinstance(made, Weather)
+        *_, last = instructor.from_openai(client, mode=mode).chat.completions.create_partial(
+            model=MODEL, messages=MESSAGES, response_model=Weather, max_tokens=800, max_retries=0
+        )
+        assert last.city in City and last.mood in ("warm", "cold")
 
 
 def use_ollama(url: str) -> None:

@@ -15,6 +15,8 @@ from moescope.engine.sequence import Sequence
 class Echo:
     """Writes nothing and never stops."""
 
+    found = None
+
     def write(self, token_id: int, *, final: bool) -> tuple[str, bool]:
         return "", False
 
@@ -108,6 +110,24 @@ def test_a_request_of_many_texts_takes_no_more_than_its_share() -> None:
     assert run(scheduler, until=lambda: alone.ended) == 19
     run(scheduler)
     assert all(each.ended and len(each.ids) == 303 for each in crowd)
+    assert scheduler.blocks.held == 0
+
+
+@pytest.mark.parametrize("steps", [3, 40])
+@pytest.mark.parametrize("places", [8, 50])
+def test_a_crowd_that_fills_the_cache_makes_room_for_another(steps: int, places: int) -> None:
+    scheduler = Scheduler(Blocks(4, limit=60), max_running=places, chunk=64)
+    crowd = [text([at, 1, 2], room=60, request="crowd") for at in range(40)]
+    for each in crowd:
+        scheduler.add(each)
+    for _ in range(steps):
+        advance(scheduler, scheduler.schedule())
+    alone = text([99] * 80, room=8, request="alone")
+    scheduler.add(alone)
+    assert run(scheduler, until=lambda: not alone.is_new) <= 2
+    assert run(scheduler, until=lambda: alone.ended) == 7
+    run(scheduler)
+    assert all(each.ended and len(each.ids) == 63 for each in crowd)
     assert scheduler.blocks.held == 0
 
 

@@ -2,6 +2,7 @@
 
 import json
 import re
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +18,11 @@ from moescope.engine.sequence import Sequence
 from moescope.families import config_fields, read_config
 from moescope.model.decoder import CausalLM, initialise
 from moescope.server.apis import Access, create_api
+from moescope.server.experts import WITHOUT_PLACE
+from moescope.server.messages import PING
 from moescope.server.model_thread import ModelThread
+from moescope.server.streams import COMMENT
+from moescope.server.templates import Templates
 from moescope.text.tokenizer import Tokenizer
 
 TEMPLATE = (
@@ -140,6 +145,11 @@ def test_a_history_of_calls_is_rendered(client: TestClient) -> None:
     told = post(client, "/tokenize", messages=kept, continue_final_message=True)
     text = post(client, "/detokenize", tokens=told["tokens"])["prompt"]
     assert text.endswith("user:x\nassistant:so")
+    for said in ("m", "<", "a:", "user:x"):  # what also stands elsewhere
+        kept[-1]["content"] = said
+        told = post(client, "/tokenize", messages=kept, continue_final_message=True)
+        text = post(client, "/detokenize", tokens=told["tokens"])["prompt"]
+        assert text.endswith(f"user:x\nassistant:{said}")
     switched = {"enable_thinking": True}
     told = post(client, "/tokenize", messages=ASKED, chat_template_kwargs=switched)
     assert post(client, "/detokenize", tokens=told["tokens"])["prompt"].endswith("a:<think>")
@@ -166,6 +176,9 @@ def test_texts_are_what_they_must_be(client: TestClient, temperature: float) -> 
     chat = post(client, "/v1/chat/completions", messages=ASKED, response_format=form, **asked)
     assert json.loads(chat["choices"][0]["message"]["content"])["a"] in (1, "月")
     assert chat["choices"][0]["finish_reason"] == "stop"
+    form = {"type": "json_object", "schema": schema}  # as llama.cpp's clients say it
+    text = post(client, "/v1/completions", prompt="x", response_format=form, **asked)
+    assert json.loads(text["choices"][0]["text"])["a"] in (1, "月")
     for field in (
         {"guided_choice": ["yes", "no"]},
         {"structured_outputs": {"choice": ["yes", "no"]}},
@@ -189,6 +202,55 @@ def test_a_thought_is_held_to_nothing(client: TestClient, talker: Model) -> None
         guided_choice=["yes"],
     )["choices"][0]["message"]
     assert made["content"] == "yes"
+
+
+def test_a_text_does_not_end_before_it_is_held(client: TestClient, talker: Model) -> None:
+    asked: dict[str, Any] = {"messages": ASKED, "max_tokens": 30, "temperature": 0}
+    asked |= {"chat_template_kwargs": {"enable_thinking": True}}
+    asked |= {"logit_bias": {str(talker.tokenizer.eos_id): 100}}
+    free = post(client, "/v1/chat/completions", **asked)["choices"][0]
+    assert free["finish_reason"] == "stop"
+    must_call = {"tools": [TOOL], "tool_choice": "required"}
+    for held in ({"guided_choice": ["yes"]}, must_call):
+        made = post(client, "/v1/chat/completions", **asked, **held)["choices"][0]
+        assert made["finish_reason"] == "length"
+
+
+def test_effort_is_told_to_the_template(talker: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+    render = Templates.render
+
+    async def seen(self: Templates, messages: Any, tools: Any, variables: Any) -> str:
+        told.append(variables)
+        return await render(self, messages, tools, variables)
+
+    monkeypatch.setattr(Templates, "render", seen)
+    with served(talker) as client:
+        asked: dict[str, Any] = {"messages": ASKED, "max_tokens": 1}
+        post(client, "/v1/chat/completions", **asked, reasoning_effort="high")
+        post(client, "/v1/chat/completions", **asked, reasoning_effort="none")
+    assert [one.get("reasoning_effort") for one in told] == ["high", "none"]
+    assert [one.get("enable_thinking") for one in told] == [None, False]
+
+
+def test_a_stream_that_waits_says_that_it_is_alive(
+    talker: Model, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moescope.server.streams.QUIET_SECONDS", 0.05)
+    step = talker.engine.step
+
+    def slow(*given: Any) -> Any:
+        time.sleep(0.3)
+        return step(*given)
+
+    monkeypatch.setattr(talker.engine, "step", slow)
+    asked: dict[str, Any] = {"model": "small", "messages": ASKED, "max_tokens": 2, "stream": True}
+    with served(talker) as client:
+        for path, sign in (("/v1/chat/completions", COMMENT), ("/v1/messages", PING)):
+            told = post(client, path, **asked)
+            assert sign in told
+            assert len(events(told)) > 2
+        assert all(json.loads(line) for line in post(client, "/api/chat", **asked).splitlines())
 
 
 def test_biases_and_the_least_of_tokens(client: TestClient, talker: Model) -> None:
@@ -266,6 +328,20 @@ def test_messages(client: TestClient) -> None:
     assert counted["input_tokens"] > 50
     refused = client.post("/v1/messages", json={"messages": ASKED})
     assert refused.json()["error"]["type"] == "invalid_request_error"
+
+
+@pytest.mark.usefixtures("scripted")
+def test_messages_tell_what_stopped_them(client: TestClient) -> None:
+    asked: dict[str, Any] = {"messages": ASKED, "max_tokens": 900}
+    for stops, reason, which in (
+        (["see", "ee."], "stop_sequence", "see"),
+        (["nowhere"], "end_turn", None),
+    ):
+        told = post(client, "/v1/messages", **asked, stop_sequences=stops)
+        assert (told["stop_reason"], told["stop_sequence"]) == (reason, which)
+        streamed = events(post(client, "/v1/messages", **asked, stop_sequences=stops, stream=True))
+        delta = next(e["delta"] for e in streamed if e["type"] == "message_delta")
+        assert delta == {"stop_reason": reason, "stop_sequence": which}
 
 
 @pytest.mark.usefixtures("scripted")
@@ -471,3 +547,9 @@ def test_what_has_no_place_in_an_api_is_refused_by_name(client: TestClient, api:
     names = ["prompt_logprobs", "9:9", "prompt_logprobs", "force_experts"]
     for answer, name in zip(refused, names, strict=False):
         assert name in answer.text
+    for name in WITHOUT_PLACE:
+        answer = client.post(api, json=asked | {name: {"type": "json_object"}})
+        assert answer.status_code == 400 and f"no place for {name};" in answer.text
+    if api.startswith("/api/"):
+        answer = client.post(api, json=asked | {"options": {"mirostat": 2}})
+        assert answer.status_code == 400 and "does not know mirostat" in answer.text

@@ -15,7 +15,7 @@ from moescope.api import Model
 from moescope.engine import runner as runner_module
 from moescope.engine.engine import Engine
 from moescope.engine.runner import bytes_per_block
-from moescope.engine.sampling import SamplingParams
+from moescope.engine.sampling import Choice, SamplingParams
 from moescope.engine.scheduler import Busy
 from moescope.engine.sequence import Sequence, Token
 from moescope.errors import UserError
@@ -275,6 +275,25 @@ def test_a_text_whose_choice_fails_ends_alone(
     with pytest.raises(ArithmeticError):
         bad.tokens()
     assert [t.id for t in fine.tokens()] == alone(model, ids)
+
+
+def test_a_text_that_cannot_be_written_ends_alone(
+    model: Model, thread: ModelThread, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    append = Sequence.append
+
+    def fails_for_one(text: Sequence, choice: Choice) -> Token:
+        if text.params.max_tokens == 13:
+            raise ArithmeticError("no character is left")
+        return append(text, choice)
+
+    monkeypatch.setattr(Sequence, "append", fails_for_one)
+    ids = model.engine.encode("the moon")
+    fine, bad = Listener(thread, ids), Listener(thread, ids, max_tokens=13)
+    with pytest.raises(ArithmeticError):
+        bad.tokens()
+    assert [t.id for t in fine.tokens()] == alone(model, ids)
+    assert idle(thread)
 
 
 def test_ids_beyond_the_vocabulary_end_nothing(model: Model, thread: ModelThread) -> None:

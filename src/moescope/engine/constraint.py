@@ -21,6 +21,8 @@ if TYPE_CHECKING:
 
 Kind = Literal["json", "regex", "choice", "grammar", "lark"]
 """`grammar` is GBNF or Lark, `lark` llguidance's Lark alone."""
+LONGEST = 200_000
+"""Characters of a rule: to compile one takes time in proportion, which nobody can break off."""
 BLANKS = r"[ \t\n]{0,32}"
 """Between the parts of JSON; endless blanks would be no answer."""
 
@@ -36,6 +38,8 @@ class Constraint:
         rule: a JSON schema (True for any object), an expression, several texts, or a grammar.
         after: what must have been written before the rule holds, as the end of a thought; "" for
             nothing.
+        instead: tokens of `end_ids` that may end the text before the rule holds, as the end of a
+            call does.
 
     Raises:
         UserError: the rule is none, is not supported, or takes too much to be held to.
@@ -49,11 +53,15 @@ class Constraint:
         kind: Kind,
         rule: Any,
         after: str = "",
+        instead: Iterable[int] = (),
     ) -> None:
         from llguidance import LLMatcher
 
         self.tokenizer, self.vocab_size, self.after = tokenizer, vocab_size, after.encode()
+        self.too_soon = frozenset(end_ids).difference(instead)
         try:
+            if len(rule if isinstance(rule, str) else json.dumps(rule)) > LONGEST:
+                raise ValueError(f"it has more than {LONGEST:,} characters")
             grammar = _grammar(kind, rule)
         except (ValueError, TypeError, RecursionError, LookupError) as error:
             raise _refused(kind, str(error)) from error
@@ -82,6 +90,11 @@ class State:
         self._awaits = constraint.after
         self._written = b""
         self.ended = False
+
+    @property
+    def too_soon(self) -> frozenset[int]:
+        """Tokens that would end the text before the rule holds: nothing would have been held."""
+        return self._constraint.too_soon if self._awaits else frozenset()
 
     def mask(self) -> Tensor | None:
         """Which tokens may come next, `(vocab,)` booleans; None where all may.

@@ -248,17 +248,24 @@ class Engine:
                 scheduler.advance(chunk)
             made: list[tuple[Sequence, Token | Exception]] = []
             for text, choice in zip(texts, self.pick(logits, texts), strict=True):
-                if choice is None or (text.is_new and not all_finite(text.prompt_logprobs)):
-                    scheduler.blocks.distrust(text)
-                    made.append((text, not_finite(self.model, text.ids)))
-                elif isinstance(choice, Exception):
-                    made.append((text, choice))
-                else:
-                    made.append((text, text.append(choice)))
-                text.ended = text.ended or not isinstance(made[-1][1], Token)
+                try:
+                    event = self._told(scheduler, text, choice)
+                except Exception as error:
+                    event = error
+                made.append((text, event))
+                text.ended = text.ended or isinstance(event, Exception)
                 if text.ended:
                     scheduler.remove(text)
             return made
+
+    def _told(
+        self, scheduler: Scheduler, text: Sequence, choice: Choice | Exception | None
+    ) -> Token | Exception:
+        """What a text is told of its choice."""
+        if choice is None or (text.is_new and not all_finite(text.prompt_logprobs)):
+            scheduler.blocks.distrust(text)
+            return not_finite(self.model, text.ids)
+        return choice if isinstance(choice, Exception) else text.append(choice)
 
     def pick(self, logits: Tensor, texts: Series[Sequence]) -> list[Choice | Exception | None]:
         """Choose each text's next token from `(texts, vocab)` logits.
@@ -307,7 +314,9 @@ class Engine:
         if params.logit_bias:
             logits = biased(logits, params.logit_bias)
         mask = None if text.state is None else text.state.mask()
-        too_soon = {*self.end_ids, *params.stop_token_ids} if made < params.min_tokens else set()
+        too_soon = set() if text.state is None else set(text.state.too_soon)
+        if made < params.min_tokens:
+            too_soon |= {*self.end_ids, *params.stop_token_ids}
         if mask is not None or too_soon:
             logits = allowed(logits, mask, too_soon)
         return logits

@@ -75,7 +75,8 @@ class Scheduler:
     """Shares steps between texts.
 
     Where blocks run out, texts that wait give up theirs first, then the text that joined last; it
-    is read again later. A text that runs alone always finds room: none is longer than all blocks.
+    is read again later. So do texts of a request that has more than its share, for one that joins.
+    A text that runs alone always finds room: none is longer than all blocks.
 
     Args:
         blocks: of the cache.
@@ -133,15 +134,22 @@ class Scheduler:
         if chunks and self._chunk_beside is not None:
             budget = self._chunk_beside if budget is None else min(budget, self._chunk_beside)
         for sequence in self._prompts():
+            if sequence not in self.running:
+                continue  # it has made room for another
             unread = sequence.unread_prompt or sequence.unread
             count = unread if budget is None else min(budget, unread)
             while count and not self.blocks.reserve(sequence, sequence.read + count):
-                count = min(count - 1, self._fitting(sequence))
+                victim = self._beyond_its_share(self._requests[sequence.request])
+                if victim is not None:
+                    self._evict(victim)
+                else:
+                    count = min(count - 1, self._fitting(sequence))
             if count:
                 chunks += _chunks(sequence, count)
                 budget = None if budget is None else budget - count
             if budget == 0:
                 break
+        chunks = [chunk for chunk in chunks if chunk.sequence.blocks]  # the others were evicted
         if not chunks and self.running:  # prompts stand in each other's way
             if len(self.running) == 1 and not any(other.blocks for other in self.waiting):
                 raise Busy("others hold all memory of the cache; try again later")
@@ -192,7 +200,11 @@ class Scheduler:
             if full and back is None:
                 return
             if not self._has_room(nearest.waiting[0]):
-                return
+                victim = self._beyond_its_share(nearest)
+                if victim is None:
+                    return
+                self._evict(victim)
+                continue
             if back is not None:
                 self._step_back(back)
             sequence = nearest.waiting.popleft()
@@ -212,6 +224,18 @@ class Scheduler:
             other = self._requests[sequence.request]
             more = other.running - request.running
             if more > 1 or (more == 1 and other.served > request.served + TURN):
+                return sequence
+        return None
+
+    def _beyond_its_share(self, request: _Request) -> Sequence | None:
+        """The text to give up its blocks for a request's next, one that waits if there is such.
+
+        Its request has at least two texts more that run, so that none takes turns in being read.
+        """
+        latest = sorted(enumerate(self.running), key=self._share, reverse=True)
+        holding = [other for other in self.waiting if other.blocks]
+        for sequence in [*reversed(holding), *(text for _, text in latest)]:
+            if self._requests[sequence.request].running > request.running + 1:
                 return sequence
         return None
 
@@ -254,7 +278,9 @@ class Scheduler:
         """See that there is a block for a text's next token, by evicting others or itself."""
         while not self.blocks.reserve(sequence, sequence.read + 1):
             holding = [other for other in self.waiting if other.blocks]
-            victim = holding[-1] if holding else self.running[-1]
+            last = self.running[-1]
+            beyond = self._beyond_its_share(self._requests[last.request])
+            victim = holding[-1] if holding else beyond or last
             self._evict(victim)
             if victim is sequence:
                 return False

@@ -87,6 +87,7 @@ class Token:
         logprob: natural logarithm of its probability, before temperature and filters.
         finish_reason: set on a row's last token: "stop" at an end token or stop text, "length"
             at `max_tokens` or where the model's context or the memory for it ends.
+        stop: the stop text that ended a row; None where none did.
         top_logprobs: ids and logprobs of the likeliest tokens, as many as were asked for.
         prompt_logprobs: with a row's first token, what is known of each token of its prompt, if it
             was asked for; None for the first, which follows nothing.
@@ -102,6 +103,7 @@ class Token:
     top_logprobs: tuple[tuple[int, float], ...] = ()
     prompt_logprobs: tuple[PromptLogprob | None, ...] | None = None
     routed: RoutedTokens | None = None
+    stop: str | None = None
 
 
 @dataclass(eq=False)
@@ -209,7 +211,10 @@ class Sequence:
         routed = RoutedTokens.join(self._routed) if self._routed else None
         self._routed.clear()
         top = choice.top_logprobs
-        return Token(self.number, choice.id, text, choice.logprob, reason, top, prompt, routed)
+        stop = self.writer.found
+        return Token(
+            self.number, choice.id, text, choice.logprob, reason, top, prompt, routed, stop
+        )
 
 
 class Writer:
@@ -234,6 +239,11 @@ class Writer:
         self._decoder = StreamDecoder(tokenizer, skip_special_tokens=skip_special_tokens)
         self._stop = StopFinder(tuple(stop))
 
+    @property
+    def found(self) -> str | None:
+        """The stop text that ended the text, if one did."""
+        return self._stop.found
+
     def write(self, token_id: int, *, final: bool) -> tuple[str, bool]:
         """Take the next token; return the text that it made certain, and whether it stops there.
 
@@ -243,6 +253,7 @@ class Writer:
         text = self._stop.feed("" if at_end else self._decoder.feed(token_id))
         if token_id in self._special_ids:  # no stop text goes on beyond it
             text += self._stop.feed("", final=True)
-        if at_end or final or self._stop.found:
+        stops = at_end or self._stop.found is not None
+        if stops or final:
             text += self._stop.feed(self._decoder.flush(), final=True)
-        return text, at_end or self._stop.found
+        return text, stops or self._stop.found is not None

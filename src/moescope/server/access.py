@@ -1,12 +1,13 @@
 """Who may ask: keys, names of the server, pages of other origins, and a server that is ending."""
 
+import asyncio
 import hmac
 import re
 from collections.abc import Callable, Iterable
 
 from starlette.middleware.cors import CORSMiddleware
 from starlette.requests import Request
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from moescope.server.requests import Refuse, own_names, refused_name
 
@@ -18,6 +19,7 @@ OPEN = re.compile(
     rf"/health|/docs|{DOCS_FILES}/[^/]+|/openapi\.json|/|{PAGE}/?|{PAGE}/assets/[^/]+"
 )
 """Paths that need no key: of the page its files, which say nothing of anybody."""
+ENDING = "the server is shutting down; ask again when it is back"
 
 
 class OthersOrigins(CORSMiddleware):
@@ -94,15 +96,35 @@ class HostAllowed:
 
 
 class OpenOnly:
-    """Refuses new requests once the server ends; those that run go on."""
+    """Refuses new requests once the server ends; those that run go on.
+
+    What is cut in the end, since its body or its template takes too long, is told so too.
+    """
 
     def __init__(self, app: ASGIApp, refuse: Refuse, is_ending: Callable[[], bool]) -> None:
         self._app, self._refuse, self._is_ending = app, refuse, is_ending
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Pass a request on, or refuse it."""
-        if scope["type"] == "http" and scope["path"] != "/health" and self._is_ending():
-            message = "the server is shutting down; ask again when it is back"
-            await self._refuse(Request(scope), 503, message)(scope, receive, send)
+        if scope["type"] != "http":
+            await self._app(scope, receive, send)
             return
-        await self._app(scope, receive, send)
+        if scope["path"] != "/health" and self._is_ending():
+            await self._refuse(Request(scope), 503, ENDING)(scope, receive, send)
+            return
+        has_begun = False
+
+        async def sending(told: Message) -> None:
+            nonlocal has_begun
+            has_begun = True
+            await send(told)
+
+        try:
+            await self._app(scope, receive, sending)
+        except asyncio.CancelledError:
+            if not self._is_ending():
+                raise
+            if has_begun:
+                await send({"type": "http.response.body", "body": b"", "more_body": False})
+            else:
+                await self._refuse(Request(scope), 503, ENDING)(scope, receive, send)

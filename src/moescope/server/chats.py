@@ -4,7 +4,8 @@ All APIs' requests become a `ChatRequest`, and all their answers are told from `
 """
 
 import asyncio
-from collections.abc import AsyncIterator, Mapping
+import uuid
+from collections.abc import AsyncIterator, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,6 +17,7 @@ from moescope.server.examples import ASKED, as_typed
 from moescope.server.openai_schema import ChatRequest, NamedTool, Request
 from moescope.server.templates import Templates
 from moescope.server.texts import Arrival, Desk, Texts
+from moescope.text.answers import harmony
 from moescope.text.answers.grammar import calls_grammar
 from moescope.text.answers.pieces import Arguments, Call, Piece
 from moescope.text.answers.reader import AnswerReader, Form, form_of
@@ -142,10 +144,7 @@ class Chats:
             UserError: the template refuses it.
             TooLong: it is too long for the model's context.
         """
-        messages = [message.plain() for message in asked.messages]
-        tools = [tool.plain() for tool in asked.tools or []]
-        if asked.tool_choice == "none":
-            tools = []
+        messages, tools = await asyncio.to_thread(_plain, asked)
         variables = {**(asked.chat_template_kwargs or {})}
         if asked.reasoning_effort is not None:
             variables.setdefault("reasoning_effort", asked.reasoning_effort)
@@ -153,13 +152,15 @@ class Chats:
                 variables.setdefault("enable_thinking", False)
         begins = asked.add_generation_prompt and not asked.continue_final_message
         variables |= {"add_generation_prompt": begins}
-        text = await self.templates.render(messages, tools or None, variables)
-        if asked.continue_final_message:
-            said = messages[-1]["content"].rstrip()
-            at = text.rfind(said)
-            if at < 0:
-                raise UserError("the chat template drops the last message; it cannot go on from it")
-            text = text[: at + len(said)]
+        if not asked.continue_final_message:
+            text = await self.templates.render(messages, tools or None, variables)
+            return text, await self.encode_text(text, is_chat=True)
+        here = uuid.uuid4().hex  # where the text goes on, behind what was said
+        last = messages[-1] | {"content": messages[-1]["content"].rstrip() + here}
+        text = await self.templates.render([*messages[:-1], last], tools or None, variables)
+        text, found, _ = text.partition(here)
+        if not found:
+            raise UserError("the chat template drops the last message; it cannot go on from it")
         return text, await self.encode_text(text, is_chat=True)
 
     async def encode_text(self, text: str, *, is_chat: bool = False) -> list[int]:
@@ -191,18 +192,27 @@ class Chats:
             )
         self._model.engine.check(ids)
 
-    async def constraint(self, asked: Request, after: str = "") -> Constraint | None:
+    async def constraint(
+        self, asked: Request, after: str = "", instead: Iterable[int] = ()
+    ) -> Constraint | None:
         """Compile what a request's texts must be.
+
+        Args:
+            asked: the request.
+            after: as `Constraint` takes it.
+            instead: the same.
 
         Raises:
             UserError: it cannot be held to.
         """
-        return await self._held_to(asked.held_to, after) if asked.held_to else None
+        return await self._held_to(asked.held_to, after, instead) if asked.held_to else None
 
-    async def _held_to(self, rule: tuple[Kind, Any], after: str) -> Constraint:
+    async def _held_to(
+        self, rule: tuple[Kind, Any], after: str, instead: Iterable[int] = ()
+    ) -> Constraint:
         engine = self._model.engine
         made = (self._model.tokenizer, self._model.config.vocab_size, engine.end_ids)
-        return await asyncio.to_thread(Constraint, *made, *rule, after)
+        return await asyncio.to_thread(Constraint, *made, *rule, after, instead)
 
     async def begin(self, asked: ChatRequest, arrival: Arrival) -> Answers:
         """Begin to answer a conversation.
@@ -225,7 +235,9 @@ class Chats:
                 "model that knows them"
             )
         after = _after(form, prompt)
-        constraint = await self.constraint(asked, after)
+        calls_end = self._special_id(harmony.END_OF_CALL) if may_call else None
+        instead = () if calls_end is None else (calls_end,)
+        constraint = await self.constraint(asked, after, instead)
         must = asked.tool_choice
         if may_call and (must == "required" or isinstance(must, NamedTool)):
             if constraint is not None:
@@ -260,6 +272,12 @@ class Chats:
         tokenizer = self._model.tokenizer
         token_id = tokenizer.token_id(text)
         return token_id if token_id in tokenizer.special_ids else None
+
+
+def _plain(asked: ChatRequest) -> tuple[list[dict[str, Any]], list[dict[str, Any]]]:
+    """Messages, and tools that may be called, as chat templates want them."""
+    tools = [] if asked.tool_choice == "none" else asked.tools or []
+    return [message.plain() for message in asked.messages], [tool.plain() for tool in tools]
 
 
 def _after(form: Form, prompt: str) -> str:

@@ -14,6 +14,8 @@ _ANTHROPIC = {400: "invalid_request_error", 401: "authentication_error", 404: "n
     413: "request_too_large",
     503: "overloaded_error",
 }
+_TOO_LONG = ("context_full", "memory_full")
+"""Codes of the engine's own mistakes that a shorter prompt mends."""
 
 
 def status_of(error: Exception) -> int:
@@ -24,7 +26,8 @@ def status_of(error: Exception) -> int:
 
 def code_of(error: Exception) -> str | None:
     """What clients look for."""
-    return "context_length_exceeded" if isinstance(error, TooLong) else None
+    too_long = isinstance(error, TooLong) or getattr(error, "code", "") in _TOO_LONG
+    return "context_length_exceeded" if too_long else None
 
 
 def failed(error: Exception) -> str:

@@ -17,6 +17,12 @@ Json = dict[str, Any]
 
 MAX_EXPERTS = 16_384
 """That a request may name: more than any published model has."""
+WITHOUT_PLACE = (
+    *("prompt_logprobs", "logprobs", "top_logprobs", "logit_bias", "response_format"),
+    *("structured_outputs", "guided_json", "guided_regex", "guided_choice", "guided_grammar"),
+    *("grammar", "json_schema", "min_tokens", "stop_token_ids", "ignore_eos"),
+)
+"""Fields that OpenAI's completions and chats have alone, at least here."""
 Experts = Annotated[list[tuple[Id, Id]], First(), Field(max_length=MAX_EXPERTS)]
 """A layer and an expert in it each, both from 0."""
 
@@ -57,17 +63,18 @@ class OfExperts(Lenient):
 
 
 class WithoutPrompts(OfExperts):
-    """The same in an API whose answers have no place for what is known of a prompt's tokens."""
+    """The same in an API that has no place for what vLLM adds to OpenAI's requests."""
 
     @model_validator(mode="before")
     @classmethod
-    def refuse_prompt_logprobs(cls, fields: Any) -> Any:
-        """Refuse what could not be told."""
-        if isinstance(fields, dict) and fields.get("prompt_logprobs") is not None:
-            raise ValueError(
-                "this API has no place for prompt_logprobs; ask /v1/completions or "
-                "/v1/chat/completions"
-            )
+    def refuse_what_has_no_place(cls, fields: Any) -> Any:
+        """Refuse what would be neither told nor held to."""
+        asked: Json = fields if isinstance(fields, dict) else {}
+        for name in WITHOUT_PLACE:
+            if asked.get(name) not in (None, False, 0):
+                raise ValueError(
+                    f"this API has no place for {name}; ask /v1/completions or /v1/chat/completions"
+                )
         return fields
 
 

@@ -1,5 +1,6 @@
 """Anthropic's `/v1/messages`, whole and streamed, and its `count_tokens`."""
 
+import asyncio
 import json
 import uuid
 from collections.abc import AsyncIterator, Sequence
@@ -14,7 +15,7 @@ from moescope.errors import UserError
 from moescope.server.chats import Answers, Step
 from moescope.server.conversion import Fields, chat_request, function_tool, text_of
 from moescope.server.experts import WithoutPrompts, all_experts_told
-from moescope.server.fields import First, Lenient
+from moescope.server.fields import First, Lenient, List
 from moescope.server.openai_answers import Json, calls_of
 from moescope.server.openai_schema import ChatRequest
 from moescope.server.requests import read_json
@@ -31,7 +32,7 @@ class AnthropicMessage(Lenient):
     """What somebody said: text, or blocks of text, thoughts, calls and their results."""
 
     role: Literal["user", "assistant", "system"]
-    content: str | Annotated[list[dict[str, Any]], First()]
+    content: str | List[dict[str, Any]]
 
 
 class AnthropicTool(Lenient):
@@ -48,8 +49,8 @@ class Conversation(Lenient):
 
     model: str | None = None
     messages: Annotated[list[AnthropicMessage], First(), Field(min_length=1)]
-    system: str | list[dict[str, Any]] | None = None
-    tools: Annotated[list[AnthropicTool], First()] | None = None
+    system: str | List[dict[str, Any]] | None = None
+    tools: List[AnthropicTool] | None = None
     tool_choice: dict[str, Any] | None = None
     thinking: dict[str, Any] | None = None
 
@@ -88,7 +89,7 @@ class MessagesRequest(Conversation, WithoutPrompts):
     temperature: float | None = None
     top_p: float | None = None
     top_k: int | None = None
-    stop_sequences: list[str] | None = None
+    stop_sequences: List[str] | None = None
     stream: bool | None = None
     output_config: dict[str, Any] | None = None
     output_format: dict[str, Any] | None = None
@@ -165,28 +166,27 @@ class Messages:
     async def count_tokens(self, request: Request) -> Response:
         """Count a conversation's tokens, as Anthropic's API does."""
         asked = await read_json(request, Conversation, MAX_BYTES)
-        _, ids = await self._service.chats.encode(chat_request(asked.fields()))
+        chat = await asyncio.to_thread(lambda: chat_request(asked.fields()))
+        _, ids = await self._service.chats.encode(chat)
         return JSONResponse({"input_tokens": len(ids)})
 
     async def messages(self, request: Request) -> Response:
         """Answer a conversation, as Anthropic's API does."""
         arrival = Arrival.of(request)
         asked = await read_json(request, MessagesRequest, MAX_BYTES)
-        answers = await self._service.chats.begin(asked.chat(), arrival)
+        answers = await self._service.chats.begin(await asyncio.to_thread(asked.chat), arrival)
         name = asked.model or self._service.name
         head: Json = {
             "id": f"msg_{uuid.uuid4().hex[:24]}",
             "type": "message",
             "role": "assistant",
             "model": name,
-            "stop_sequence": None,
         }
         if asked.stream:
             events = _events(asked, answers, head)
             return streamed(events, answers.end, _told_wrong, quiet=PING)
         steps = await unless_gone(request, collected(answers))
-        reason = REASONS.get(steps[-1].finish_reason or "length", "end_turn")
-        told = {"content": _blocks(steps), "stop_reason": reason, "usage": _usage(answers)}
+        told = {"content": _blocks(steps), **_why(steps[-1]), "usage": _usage(answers)}
         told |= all_experts_told(asked, [step.token for step in steps])
         return JSONResponse(head | told)
 
@@ -204,6 +204,16 @@ def _usage(answers: Answers) -> Json:
         "cache_creation_input_tokens": 0,
         "output_tokens": usage["completion_tokens"],
     }
+
+
+def _why(last: Step | None) -> Json:
+    """Why an answer ended, by its last step; None while it is made."""
+    if last is None:
+        return {"stop_reason": None, "stop_sequence": None}
+    reason = REASONS.get(last.finish_reason or "length", "end_turn")
+    if reason == "end_turn" and last.token.stop is not None:
+        reason = "stop_sequence"
+    return {"stop_reason": reason, "stop_sequence": last.token.stop}
 
 
 def _blocks(steps: Sequence[Step]) -> list[Json]:
@@ -233,15 +243,15 @@ def _object(text: str) -> Any:
 
 
 async def _events(asked: MessagesRequest, answers: Answers, head: Json) -> AsyncIterator[str]:
-    begun = head | {"content": [], "stop_reason": None, "usage": _usage(answers)}
+    begun = head | {"content": [], **_why(None), "usage": _usage(answers)}
     yield event({"type": "message_start", "message": begun}, "message_start")
     kind: type[Piece] | None = None
-    index, reason = -1, "length"
+    index, last = -1, None
     tokens: list[Token] = []
     async for step in answers:
         if asked.tells_experts:
             tokens.append(step.token)
-        reason = step.finish_reason or reason
+        last = step
         for piece in step.pieces:
             begins, block, delta = _parts(piece)
             if isinstance(piece, Call) or (kind is not begins):
@@ -253,8 +263,7 @@ async def _events(asked: MessagesRequest, answers: Answers, head: Json) -> Async
                 yield _named("content_block_delta", index, delta=delta)
     if kind is not None:
         yield _named("content_block_stop", index)
-    told: Json = {"stop_reason": REASONS.get(reason, "end_turn"), "stop_sequence": None}
-    ended = {"type": "message_delta", "delta": told, "usage": _usage(answers)}
+    ended = {"type": "message_delta", "delta": _why(last), "usage": _usage(answers)}
     ended |= all_experts_told(asked, tokens)
     yield event(ended, "message_delta")
     yield event({"type": "message_stop"}, "message_stop")

@@ -1,11 +1,12 @@
 """Ollama's API, which many desktop clients speak alone: JSON lines instead of events."""
 
+import asyncio
 import json
 import time
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime
 from importlib.metadata import version
-from typing import Annotated, Any, Literal
+from typing import Any, Literal
 
 from pydantic import Field
 from starlette.exceptions import HTTPException
@@ -16,7 +17,7 @@ from moescope.errors import UserError
 from moescope.server.chats import Answers, Step
 from moescope.server.conversion import Fields, chat_request, json_schema
 from moescope.server.experts import WithoutPrompts, all_experts_told
-from moescope.server.fields import First, Lenient
+from moescope.server.fields import Lenient, List
 from moescope.server.openai_answers import Json, calls_of
 from moescope.server.openai_schema import ChatRequest
 from moescope.server.requests import read_json
@@ -37,6 +38,8 @@ OPTIONS = {
     "presence_penalty": "presence_penalty",
 }
 """Ollama's names of what OpenAI's and vLLM's requests have."""
+WITHOUT_EFFECT = ("mirostat", "typical_p", "tfs_z")
+"""Options that are refused where they ask for something, as in OpenAI's requests."""
 
 
 class OllamaMessage(Lenient):
@@ -46,7 +49,7 @@ class OllamaMessage(Lenient):
     content: str = ""
     thinking: str | None = None
     images: list[Any] | None = None
-    tool_calls: list[dict[str, Any]] | None = None
+    tool_calls: List[dict[str, Any]] | None = None
     tool_name: str | None = None
 
     def fields(self) -> Fields:
@@ -82,6 +85,7 @@ class Asked(WithoutPrompts):
         told: Fields = {ours: options.get(theirs) for theirs, ours in OPTIONS.items()}
         # Ollama's own clients send nothing beside options.
         told |= WithoutPrompts.model_validate(options).of_experts | self.of_experts
+        told |= {name: options.get(name) for name in WITHOUT_EFFECT}
         most = options.get("num_predict")
         told["max_tokens"] = most if isinstance(most, int) and most > 0 else None
         if self.format == "json":
@@ -100,8 +104,8 @@ class Asked(WithoutPrompts):
 class OllamaChat(Asked):
     """Answer a conversation."""
 
-    messages: Annotated[list[OllamaMessage], First()] = Field(default=[])
-    tools: list[dict[str, Any]] | None = None
+    messages: List[OllamaMessage] = Field(default=[])
+    tools: List[dict[str, Any]] | None = None
 
     def chat(self) -> ChatRequest:
         """The same in OpenAI's words."""
@@ -189,7 +193,7 @@ class Ollama:
         self._check(asked.model)
         if not asked.messages:  # Ollama's clients have a model loaded so
             return JSONResponse(self._loaded() | {"message": _message([])})
-        return await self._answered(request, asked, asked.chat(), is_chat=True)
+        return await self._answered(request, asked, is_chat=True)
 
     async def generate(self, request: Request) -> Response:
         """Answer one prompt, as Ollama does."""
@@ -197,13 +201,14 @@ class Ollama:
         self._check(asked.model)
         if not asked.prompt:
             return JSONResponse(self._loaded() | {"response": ""})
-        return await self._answered(request, asked, asked.chat(), is_chat=False)
+        return await self._answered(request, asked, is_chat=False)
 
     async def _answered(
-        self, request: Request, asked: Asked, chat: ChatRequest, *, is_chat: bool
+        self, request: Request, asked: "OllamaChat | OllamaGenerate", *, is_chat: bool
     ) -> Response:
         arrival = Arrival.of(request)
         begun = arrival.at
+        chat = await asyncio.to_thread(asked.chat)
         answers = await self._service.chats.begin(chat, arrival)
         if asked.stream:
             lines = self._lines(chat, answers, begun, is_chat=is_chat)

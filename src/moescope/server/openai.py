@@ -67,7 +67,9 @@ class OpenAI:
             prompt_logprobs=asked.known_of_prompts,
             **more,
         )
-        form = CompletionForm(self._service.model.tokenizer, self._service.name, asked, prompts)
+        model = self._service.model
+        ends = model.engine.end_ids
+        form = CompletionForm(model.tokenizer, self._service.name, asked, prompts, ends)
         texts = await self._service.desk.begin(arrival, prompts, params)
         if not asked.stream:
             tokens = await unless_gone(request, collected(texts))

@@ -2,7 +2,7 @@
 
 import time
 import uuid
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -68,6 +68,7 @@ class CompletionForm:
         name: the model's.
         asked: the request.
         prompts: as ids, each continued in as many ways as the request says.
+        end_ids: tokens that end a text and are part of none.
     """
 
     def __init__(
@@ -76,8 +77,10 @@ class CompletionForm:
         name: str,
         asked: CompletionRequest,
         prompts: Sequence[Sequence[int]],
+        end_ids: Iterable[int],
     ) -> None:
         self._tokenizer, self._asked, self._prompts = tokenizer, asked, prompts
+        self._end_ids = {*(() if asked.ignore_eos else end_ids), *(asked.stop_token_ids or ())}
         self._head = head("cmpl", "text_completion", name)
         self._offsets: dict[int, int] = {}  # of the text told of each row
         self._count = len(prompts) * asked.choices
@@ -161,7 +164,7 @@ class CompletionForm:
         An end token is part of no text, but of an echo: who scores texts by it counts tokens.
         """
         for token in tokens:
-            if token.finish_reason == "stop" and not token.text and not self._asked.echo:
+            if token.id in self._end_ids and not self._asked.echo:
                 continue
             told.tokens.append(spelled(self._tokenizer, token.id))
             told.token_logprobs.append(token.logprob)

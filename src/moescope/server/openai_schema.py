@@ -13,6 +13,7 @@ from moescope.engine.constraint import Kind
 from moescope.engine.sampling import MOST_TOP_LOGPROBS, SamplingParams
 from moescope.server.experts import OfExperts
 from moescope.server.fields import First, Id, Lenient, List
+from moescope.server.texts import refuse_too_many
 from moescope.text.generation import RANGES
 
 MAX_CHOICES = 16
@@ -26,6 +27,14 @@ LEAST_TOP_P = 1e-6
 
 
 _WITHOUT_EFFECT: dict[str, tuple[Any, ...]] = {
+    "skip_special_tokens": (True,),
+    "spaces_between_special_tokens": (True,),
+    "return_token_ids": (False,),
+    "return_tokens_as_token_ids": (False,),
+    "repeat_penalty": (1,),
+    "dry_multiplier": (0,),
+    "xtc_probability": (0,),
+    "tfs_z": (1,),
     "functions": ([],),
     "function_call": ("none",),
     "best_of": (1,),
@@ -71,10 +80,11 @@ class JsonSchema(Lenient):
 
 
 class ResponseFormat(Lenient):
-    """What a text must be."""
+    """What a text must be; llama.cpp's clients send a schema with `json_object`."""
 
     type: Literal["text", "json_object", "json_schema", "structural_tag"]
     json_schema: JsonSchema | None = None
+    schema_: dict[str, Any] | bool | None = Field(default=None, alias="schema")
 
 
 class StructuredOutputs(Lenient):
@@ -186,7 +196,7 @@ class Request(OfExperts):
         rules: list[tuple[Kind, Any]] = []
         form, outputs = self.response_format, self.structured_outputs
         if form is not None and form.type == "json_object":
-            rules.append(("json", True))
+            rules.append(("json", True if form.schema_ is None else form.schema_))
         elif form is not None and form.type == "json_schema":
             schema = form.json_schema and form.json_schema.schema_
             if schema is None or form.json_schema is None:
@@ -263,6 +273,13 @@ class CompletionRequest(Request):
     prompt: str | List[str] | List[Id] | List[List[Id]]
     logprobs: int | None = Field(default=None, ge=0, le=MOST_TOP_LOGPROBS)
     echo: bool | None = None
+
+    @model_validator(mode="after")
+    def refuse_too_many_texts(self) -> Self:
+        """Before any of them is read."""
+        several = isinstance(self.prompt, list) and not isinstance(next(iter(self.prompt), 0), int)
+        refuse_too_many(len(self.prompt) if several else 1, self.choices)
+        return self
 
     @property
     def known_of_prompts(self) -> int | None:
@@ -408,6 +425,8 @@ class ChatRequest(Request):
             raise ValueError("tool_choice is required but there are no tools; give some")
         if isinstance(chosen, NamedTool) and chosen.function.name not in names:
             raise ValueError(f"tool_choice names {chosen.function.name[:64]!r}, no tool given")
+        if self.most == 0:
+            raise ValueError("max_tokens is 0; ask for one token at least")
         if self.top_logprobs and not self.logprobs:
             raise ValueError("top_logprobs are only told with logprobs; set logprobs to true")
         return self
@@ -415,5 +434,6 @@ class ChatRequest(Request):
     @property
     def most(self) -> int | None:
         """Tokens of the answer at most; None for no limit."""
-        asked = self.max_completion_tokens or self.max_tokens
-        return None if asked in (None, -1) else asked
+        latest = self.max_completion_tokens
+        asked = self.max_tokens if latest is None else latest
+        return None if asked == -1 else asked

@@ -48,7 +48,8 @@ async def read_json(request: Request, kind: type[Question], most_bytes: int) -> 
         ValidationError: it is not what `kind` says.
         UserError: a number in it is not finite.
     """
-    if request.headers.get("content-type", "").partition(";")[0].strip() != "application/json":
+    kind_sent = request.headers.get("content-type", "").partition(";")[0]
+    if kind_sent.strip().lower() != "application/json":
         raise HTTPException(415, "send the question as application/json")
     body = await read_body(request, most_bytes)
     return await asyncio.to_thread(_checked, kind, body)

@@ -1,9 +1,10 @@
 """OpenAI's `/v1/responses`, whole and streamed; nothing is stored, a request brings its history."""
 
+import asyncio
 import time
 import uuid
 from collections.abc import AsyncIterator, Iterator
-from typing import Annotated, Any
+from typing import Any
 
 from pydantic import Field
 from starlette.requests import Request
@@ -14,7 +15,7 @@ from moescope.errors import UserError
 from moescope.server.chats import Answers
 from moescope.server.conversion import Fields, chat_request, function_tool, json_schema, text_of
 from moescope.server.experts import WithoutPrompts, all_experts_told
-from moescope.server.fields import First
+from moescope.server.fields import List
 from moescope.server.openai_answers import Json
 from moescope.server.openai_schema import ChatRequest
 from moescope.server.requests import read_json
@@ -28,9 +29,9 @@ class ResponsesRequest(WithoutPrompts):
     """Answer a text or a history; tools that a server would have to run itself are passed over."""
 
     model: str | None = None
-    input: str | Annotated[list[dict[str, Any]], First()]
+    input: str | List[dict[str, Any]]
     instructions: str | None = None
-    tools: Annotated[list[dict[str, Any]], First()] | None = None
+    tools: List[dict[str, Any]] | None = None
     tool_choice: str | dict[str, Any] | None = None
     parallel_tool_calls: bool | None = None
     max_output_tokens: int | None = Field(default=None, ge=1)
@@ -134,7 +135,7 @@ class Responses:
         arrival = Arrival.of(request)
         asked = await read_json(request, ResponsesRequest, MAX_BYTES)
         self._service.check_name(asked.model)
-        answers = await self._service.chats.begin(asked.chat(), arrival)
+        answers = await self._service.chats.begin(await asyncio.to_thread(asked.chat), arrival)
         output = _Output(asked, self._service.name, answers)
         if asked.stream:
             return streamed(output.events(), answers.end, output.told_wrong)

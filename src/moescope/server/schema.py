@@ -6,9 +6,9 @@ is stateless: a request names the token ids and the steering, and the answer fol
 alone, so that a link reproduces a picture.
 """
 
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
@@ -21,6 +21,7 @@ from moescope.scope.specialization import TypicalToken
 from moescope.scope.steps import End, TokenStep
 from moescope.scope.twin_study import TwinStudy
 from moescope.server.companions import Role
+from moescope.server.fields import List
 
 Language = Literal["zh", "en"]
 LANGUAGES: tuple[Language, ...] = ("zh", "en")
@@ -34,6 +35,16 @@ class Message(BaseModel):
     """A message; unknown fields are mistakes."""
 
     model_config = ConfigDict(extra="forbid", from_attributes=True)
+
+    @model_validator(mode="before")
+    @classmethod
+    def refuse_unknown(cls, fields: Any) -> Any:
+        """Refuse the first unknown field; pydantic alone would tell of each."""
+        if isinstance(fields, dict):
+            for name in fields:
+                if name not in cls.model_fields:
+                    raise ValueError(f"there is no field {str(name)[:60]!r} here; leave it out")
+        return fields
 
 
 # --- what every picture can be asked with --------------------------------------------------------
@@ -66,9 +77,9 @@ class SteeringRequest(Message):
     without_bias: bool = False
     noise: float = Field(default=0.0, ge=0, le=MAX_NOISE)
     noise_seed: int = 0
-    bias: list["ExpertBias"] = []
-    disabled: list[ExpertId] = []
-    forced: list[ExpertId] = []
+    bias: List["ExpertBias"] = []
+    disabled: List[ExpertId] = []
+    forced: List[ExpertId] = []
 
 
 class ExpertBias(ExpertId):
@@ -215,7 +226,7 @@ class GenerateRequest(Message):
     """
 
     prompt: Annotated[str, Field(max_length=MAX_TEXT)] = ""
-    ids: list[int] | None = None
+    ids: List[int] | None = None
     known: int = Field(default=0, ge=0)
     max_tokens: int = Field(default=32, ge=0, le=1024)
     sampling: SamplingRequest = SamplingRequest()
@@ -260,7 +271,7 @@ class TextRequest(Message):
     """A text, as ids or as characters, under a steering."""
 
     prompt: Annotated[str, Field(max_length=MAX_TEXT)] = ""
-    ids: list[int] | None = None
+    ids: List[int] | None = None
     steering: SteeringRequest = SteeringRequest()
 
 
@@ -374,7 +385,7 @@ class DenseRequest(Message):
     """The same ids to both models."""
 
     prompt: Annotated[str, Field(max_length=MAX_TEXT)] = ""
-    ids: list[int] | None = None
+    ids: List[int] | None = None
 
 
 class DenseAnswer(Message):

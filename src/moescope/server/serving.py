@@ -173,13 +173,14 @@ class _Server(uvicorn.Server):
             listener.listen(MAX_QUEUED)
 
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Begin to end; at once where asked again."""
+        """Begin to end; without grace where asked again, and at once where once more."""
         self._app_state.ending = True
-        if self._ends_at is not None or not self._grace:
+        if self.should_exit:
             super().handle_exit(sig, frame)
             return
         self._captured_signals.append(sig)
-        self._ends_at = time.monotonic() + self._grace
+        grace = self._grace if self._ends_at is None else 0.0
+        self._ends_at = time.monotonic() + grace
 
     async def on_tick(self, counter: int) -> bool:
         """Look whether the time has come."""

@@ -10,15 +10,19 @@ from starlette.requests import Request
 
 from moescope.config import ModelConfig
 from moescope.engine.sampling import SamplingParams
+from moescope.engine.scheduler import EXPECTED_TOKENS
 from moescope.engine.sequence import Sequence, Token
 from moescope.errors import UserError
 from moescope.server.metrics import Metrics
-from moescope.server.model_thread import ModelThread
+from moescope.server.model_thread import MAX_WAITING, ModelThread
 from moescope.server.schema import WatchedState
 from moescope.server.traffic import Traffic
 
 MAX_TEXTS = 128
 """That one request may ask for."""
+
+MAX_QUEUED_TOKENS = MAX_WAITING // 2
+"""To be read or made, that the texts of one request may have: others find a place beside them."""
 
 MAX_TOLD = 1_000_000
 """Numbers that one request may ask for about the tokens of its prompts."""
@@ -60,6 +64,8 @@ class Desk:
             UserError: they cannot be continued so, or too much is asked for.
         """
         engine = self.thread.engine
+        refuse_too_many(len(prompts), len(params))
+        refuse_too_long(prompts, params)
         refuse_too_much(engine.model.config, prompts, params)
         if params[0].steering is not None:
             await asyncio.to_thread(engine.steerings.of, params[0].steering)
@@ -84,10 +90,6 @@ class Texts:
         self.prompt_tokens = sum(len(prompt) for prompt in prompts)
         self.generated_tokens = 0
         self.count = len(prompts) * len(params)
-        if self.count > MAX_TEXTS:
-            raise UserError(
-                f"the request asks for {self.count} texts at once; ask for {MAX_TEXTS} at most"
-            )
         self._choices = len(params)
         loop, receive = asyncio.get_running_loop(), self._events.put_nowait
         self._watched = None
@@ -159,6 +161,33 @@ class Texts:
         """Tell who watches how it ended, unless it had before."""
         if self._watched is not None:
             self._watched.end(state)
+
+
+def refuse_too_many(prompts: int, choices: int) -> None:
+    """Refuse more texts than one request may ask for.
+
+    Raises:
+        UserError: there are more.
+    """
+    if prompts * choices > MAX_TEXTS:
+        raise UserError(
+            f"the request asks for {prompts * choices} texts at once; ask for {MAX_TEXTS} at most"
+        )
+
+
+def refuse_too_long(prompts: list[list[int]], params: list[SamplingParams]) -> None:
+    """Refuse several texts that would leave no others a place in the queue.
+
+    Raises:
+        UserError: there are several, and they have more tokens than one request may have wait.
+    """
+    answers = sum(min(how.max_tokens, EXPECTED_TOKENS) for how in params)
+    tokens = sum(len(prompt) * len(params) + answers for prompt in prompts)
+    if len(prompts) * len(params) > 1 and tokens > MAX_QUEUED_TOKENS:
+        raise UserError(
+            f"the request's texts have {tokens:,} tokens to be read or made; ask for "
+            f"{MAX_QUEUED_TOKENS:,} at most at a time"
+        )
 
 
 def refuse_too_much(

@@ -9,7 +9,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from moescope.errors import UserError
-from moescope.server.fields import First, Id, Lenient
+from moescope.server.fields import First, Id, Lenient, List
 from moescope.server.openai_answers import spelled
 from moescope.server.openai_schema import ChatMessage, ChatRequest, Tool
 from moescope.server.requests import read_json
@@ -22,7 +22,7 @@ class TokenizeRequest(Lenient):
     model: str | None = None
     prompt: str | None = None
     messages: Annotated[list[ChatMessage], First(), Field(min_length=1)] | None = None
-    tools: Annotated[list[Tool], First()] | None = None
+    tools: List[Tool] | None = None
     add_special_tokens: bool = True
     add_generation_prompt: bool = True
     continue_final_message: bool = False
@@ -34,7 +34,7 @@ class DetokenizeRequest(Lenient):
     """Ids."""
 
     model: str | None = None
-    tokens: Annotated[list[Id], First()]
+    tokens: List[Id]
 
 
 class Tokens:

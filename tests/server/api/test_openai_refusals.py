@@ -17,6 +17,7 @@ from moescope.engine.runner import Runner
 from moescope.engine.sequence import Sequence, Token
 from moescope.server.apis import create_api
 from moescope.server.model_thread import ModelThread
+from moescope.server.openai_schema import _WITHOUT_EFFECT
 
 
 @pytest.mark.parametrize(
@@ -49,6 +50,8 @@ from moescope.server.model_thread import ModelThread
         ),
         ("completions", {"prompt": "x", "stop": ["x"] * 17}, 400, "at most 16"),
         ("completions", {"prompt": ["x"] * 65, "n": 2}, 400, "130 texts at once; ask for 128"),
+        ("completions", {"prompt": [[65]] * 129}, 400, "129 texts at once; ask for 128"),
+        ("completions", {"prompt": "x", "guided_choice": ["x" * 300_000]}, 400, "200,000 char"),
         ("completions", {"prompt": "x", "model": "gpt"}, 404, "ask for 'small'"),
         ("chat/completions", {"messages": []}, 400, "`messages`"),
         ("chat/completions", {"messages": [{"role": "god", "content": "x"}]}, 400, "role"),
@@ -63,6 +66,22 @@ from moescope.server.model_thread import ModelThread
             {"messages": [{"role": "user", "content": "x"}], "top_logprobs": 2},
             400,
             "set logprobs to true",
+        ),
+        (
+            "chat/completions",
+            {"messages": [{"role": "user", "content": "x"}], "max_tokens": 0},
+            400,
+            "max_tokens is 0",
+        ),
+        (
+            "chat/completions",
+            {
+                "messages": [{"role": "user", "content": "x"}],
+                "max_tokens": 4,
+                "max_completion_tokens": 0,
+            },
+            400,
+            "max_tokens is 0",
         ),
         ("images", {}, 404, "there is no /v1/images here; there are /v1/models"),
     ],
@@ -82,6 +101,48 @@ def test_what_has_no_effect_is_passed_over(client: TestClient) -> None:
     fields |= {"stop": [""], "top_p": 0, "seed": -1}
     asked = {"prompt": PROMPT, "max_tokens": 2, **fields}
     assert client.post("/v1/completions", json=asked).status_code == 200
+
+
+@pytest.mark.parametrize("name", sorted(_WITHOUT_EFFECT))
+def test_what_would_change_the_answer_is_refused(client: TestClient, name: str) -> None:
+    for path, asked in (
+        ("completions", {"prompt": "x"}),
+        ("chat/completions", {"messages": [{"role": "user", "content": "x"}]}),
+    ):
+        limited: dict[str, Any] = {**asked, "max_tokens": 1}
+        refused = client.post(f"/v1/{path}", json=limited | {name: "something"})
+        assert refused.status_code == 400 and f"does not know {name};" in refused.text
+        for harmless in (None, *_WITHOUT_EFFECT[name]):
+            assert client.post(f"/v1/{path}", json=limited | {name: harmless}).status_code == 200
+
+
+def test_one_request_leaves_others_a_place_in_the_queue(
+    client: TestClient, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("moescope.server.texts.MAX_QUEUED_TOKENS", 20)
+    asked: dict[str, Any] = {"prompt": [[65] * 5] * 3, "max_tokens": 2}
+    refused = client.post("/v1/completions", json=asked)
+    assert refused.status_code == 400 and "have 21 tokens to be read or made" in refused.text
+    for fits in ({"prompt": [[65] * 5] * 2}, {"prompt": [65] * 30}):
+        assert client.post("/v1/completions", json=asked | fits).status_code == 200
+
+
+def test_a_prompt_that_no_memory_holds_is_too_long(talker: Model) -> None:
+    with served(talker) as (client, thread):
+        thread.engine.blocks.limit = 1
+        size = thread.engine.blocks.size
+        answer = client.post("/v1/completions", json={"prompt": [65] * (size + 1)})
+        thread.engine.blocks.limit = None
+    assert answer.status_code == 400
+    assert answer.json()["error"]["code"] == "context_length_exceeded"
+
+
+def test_all_that_fits_may_be_asked_for(client: TestClient, talker: Model) -> None:
+    asked: dict[str, Any] = {"max_tokens": -1, "ignore_eos": True}
+    told = {"messages": [{"role": "user", "content": "x"}]}
+    for path, more in (("completions", {"prompt": [65] * 30}), ("chat/completions", told)):
+        usage = client.post(f"/v1/{path}", json=asked | more).json()["usage"]
+        assert usage["total_tokens"] == talker.config.max_position_embeddings + 1
 
 
 def test_a_page_elsewhere_can_ask_nothing(client: TestClient) -> None:

@@ -14,7 +14,8 @@ from moescope.text.answers.pieces import (
 )
 
 START, MESSAGE, CHANNEL = "<|start|>", "<|message|>", "<|channel|>"
-ENDS = ("<|end|>", "<|call|>", "<|return|>")
+END_OF_CALL = "<|call|>"
+ENDS = ("<|end|>", END_OF_CALL, "<|return|>")
 MARKS = (START, MESSAGE, CHANNEL, "<|constrain|>", *ENDS)
 
 
