@@ -8,7 +8,7 @@ from hypothesis import given, settings, strategies as st
 
 from moescope.engine.blocks import Blocks
 from moescope.engine.sampling import Choice, SamplingParams
-from moescope.engine.scheduler import TURN, Chunk, Scheduler
+from moescope.engine.scheduler import CHUNK_OF_MANY, TURN, Chunk, Scheduler
 from moescope.engine.sequence import Sequence
 
 
@@ -111,6 +111,22 @@ def test_a_request_of_many_texts_takes_no_more_than_its_share() -> None:
     run(scheduler)
     assert all(each.ended and len(each.ids) == 303 for each in crowd)
     assert scheduler.blocks.held == 0
+
+
+def test_a_prompt_is_read_without_those_of_a_crowd() -> None:
+    scheduler = Scheduler(Blocks(4), max_running=8, chunk=512, chunk_beside=100)
+    for at in range(20):
+        scheduler.add(text([at] * 200, room=3, request="crowd"))
+    first = scheduler.schedule()
+    assert sum(chunk.count for chunk in first) == CHUNK_OF_MANY
+    advance(scheduler, first)
+    alone = text([99] * 30, room=3, request="alone")
+    scheduler.add(alone)
+    chunks = scheduler.schedule()
+    assert [chunk.sequence for chunk in chunks if not chunk.is_single] == [alone]
+    advance(scheduler, chunks)
+    assert len(alone.ids) == 31
+    assert {chunk.sequence.request for chunk in scheduler.schedule()} == {"crowd", "alone"}
 
 
 @pytest.mark.parametrize("steps", [3, 40])

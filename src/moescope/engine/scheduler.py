@@ -17,6 +17,8 @@ from moescope.errors import UserError
 
 CHUNK = 512
 """Tokens of prompts that are read in one step: enough for experts to get matrices, not vectors."""
+CHUNK_OF_MANY = 256
+"""The same while a request has several texts: whoever comes in a step waits for its end."""
 EXPECTED_TOKENS = 512
 """Tokens of an answer that are counted at most, before it is known how long it becomes."""
 TURN = 32
@@ -120,7 +122,7 @@ class Scheduler:
         """Queue a text behind those of its request."""
         if sequence.request not in self._requests:
             self._requests[sequence.request] = _Request(served=self._clock)
-        self._requests[sequence.request].waiting.append(sequence)
+        self._of(sequence).waiting.append(sequence)
 
     def schedule(self) -> list[Chunk]:
         """Decide what is read next, single tokens first."""
@@ -133,13 +135,19 @@ class Scheduler:
         budget = self._chunk
         if chunks and self._chunk_beside is not None:
             budget = self._chunk_beside if budget is None else min(budget, self._chunk_beside)
-        for sequence in self._prompts():
+        prompts = self._prompts()
+        if budget is not None and any(self._of(sequence).running > 1 for sequence in prompts):
+            budget = min(budget, CHUNK_OF_MANY)
+        first = self._of(prompts[0]).running if prompts else 0
+        for sequence in prompts:
             if sequence not in self.running:
                 continue  # it has made room for another
+            if budget is not None and self._of(sequence).running > first + 1:
+                break  # who asks for one text does not wait for those of a crowd
             unread = sequence.unread_prompt or sequence.unread
             count = unread if budget is None else min(budget, unread)
             while count and not self.blocks.reserve(sequence, sequence.read + count):
-                victim = self._beyond_its_share(self._requests[sequence.request])
+                victim = self._beyond_its_share(self._of(sequence))
                 if victim is not None:
                     self._evict(victim)
                 else:
@@ -165,7 +173,7 @@ class Scheduler:
 
     def remove(self, sequence: Sequence) -> None:
         """Let a text go that has ended, or that nobody waits for any more."""
-        request = self._requests[sequence.request]
+        request = self._of(sequence)
         if sequence in self.running:
             self.running.remove(sequence)
             request.running -= 1
@@ -181,6 +189,9 @@ class Scheduler:
         for sequence in gone:
             self.remove(sequence)
         return gone
+
+    def _of(self, sequence: Sequence) -> _Request:
+        return self._requests[sequence.request]
 
     # --- places -----------------------------------------------------------------------------------
 
@@ -221,7 +232,7 @@ class Scheduler:
         """The text to step back for a request's next; None where nobody has more than its share."""
         latest = sorted(enumerate(self.running), key=self._share, reverse=True)
         for _, sequence in latest:
-            other = self._requests[sequence.request]
+            other = self._of(sequence)
             more = other.running - request.running
             if more > 1 or (more == 1 and other.served > request.served + TURN):
                 return sequence
@@ -235,7 +246,7 @@ class Scheduler:
         latest = sorted(enumerate(self.running), key=self._share, reverse=True)
         holding = [other for other in self.waiting if other.blocks]
         for sequence in [*reversed(holding), *(text for _, text in latest)]:
-            if self._requests[sequence.request].running > request.running + 1:
+            if self._of(sequence).running > request.running + 1:
                 return sequence
         return None
 
@@ -245,7 +256,7 @@ class Scheduler:
 
     def _step_back(self, sequence: Sequence) -> None:
         """Have a text wait with what it has read."""
-        request = self._requests[sequence.request]
+        request = self._of(sequence)
         self.running.remove(sequence)
         request.running -= 1
         request.waiting.appendleft(sequence)
@@ -272,14 +283,14 @@ class Scheduler:
     def _prompts(self) -> list[Sequence]:
         """Texts of which more than the last made token is unread, the least served first."""
         unread = [sequence for sequence in self.running if not sequence.decodes]
-        return sorted(unread, key=lambda sequence: self._requests[sequence.request].served)
+        return sorted(unread, key=lambda sequence: self._of(sequence).served)
 
     def _find_room(self, sequence: Sequence) -> bool:
         """See that there is a block for a text's next token, by evicting others or itself."""
         while not self.blocks.reserve(sequence, sequence.read + 1):
             holding = [other for other in self.waiting if other.blocks]
             last = self.running[-1]
-            beyond = self._beyond_its_share(self._requests[last.request])
+            beyond = self._beyond_its_share(self._of(last))
             victim = holding[-1] if holding else beyond or last
             self._evict(victim)
             if victim is sequence:
