@@ -159,6 +159,10 @@ def use_pydantic_ai(url: str) -> None:
 def use_instructor(url: str) -> None:
     import instructor
     import openai
+    from instructor.dsl.partial import PartialLiteralMixin
+
+    class Mood(BaseModel, PartialLiteralMixin):
+        mood: Literal["warm", "cold"]
 
     client = openai.OpenAI(base_url=f"{url}/v1", api_key=KEY, max_retries=0)
     for mode in (instructor.Mode.TOOLS, instructor.Mode.JSON_SCHEMA):
@@ -167,9 +171,9 @@ def use_instructor(url: str) -> None:
         )
         assert isinstance(made, Weather)
         *_, last = instructor.from_openai(client, mode=mode).chat.completions.create_partial(
-            model=MODEL, messages=MESSAGES, response_model=Weather, max_tokens=800, max_retries=0
+            model=MODEL, messages=MESSAGES, response_model=Mood, max_tokens=800, max_retries=0
         )
-        assert last.city in City and last.mood in ("warm", "cold")
+        assert last.mood in ("warm", "cold")
 
 
 def use_ollama(url: str) -> None:
