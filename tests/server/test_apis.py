@@ -363,6 +363,23 @@ def test_ollama(client: TestClient) -> None:
     assert client.post("/api/show", json={"model": "no"}).json()["error"].startswith("model 'no'")
 
 
+def test_a_raw_prompt_is_read_as_it_stands(client: TestClient, model: Model) -> None:
+    asked: dict[str, Any] = {"model": "small", "prompt": "the moon", "stream": False}
+    asked["options"] = {"temperature": 0, "num_predict": 5}
+    plain = post(client, "/v1/completions", prompt="the moon", temperature=0, max_tokens=5)
+    raw = post(client, "/api/generate", **asked, raw=True)
+    assert raw["response"] == plain["choices"][0]["text"]
+    assert raw["prompt_eval_count"] == plain["usage"]["prompt_tokens"]
+    written = post(client, "/api/generate", **asked)
+    assert written["prompt_eval_count"] > raw["prompt_eval_count"]
+    refused = client.post("/api/generate", json=asked | {"raw": True, "system": "x"})
+    assert refused.status_code == 400 and "leave system out" in refused.text
+    with served(model) as bare:  # a model without a chat template
+        assert post(bare, "/api/generate", **asked)["prompt_eval_count"] > 0
+        refused = bare.post("/api/generate", json=asked | {"system": "x"})
+        assert refused.status_code == 400 and "leave system out" in refused.text
+
+
 def test_what_lm_eval_asks_of_a_tokenizer(client: TestClient, talker: Model) -> None:
     told = client.get("/tokenizer_info").json()
     ends = post(client, "/tokenize", prompt=told["eos_token"], add_special_tokens=False)

@@ -214,18 +214,24 @@ class Chats:
         made = (self._model.tokenizer, self._model.config.vocab_size, engine.end_ids)
         return await asyncio.to_thread(Constraint, *made, *rule, after, instead)
 
-    async def begin(self, asked: ChatRequest, arrival: Arrival) -> Answers:
+    async def begin(
+        self, asked: ChatRequest, arrival: Arrival, as_it_stands: str | None = None
+    ) -> Answers:
         """Begin to answer a conversation.
 
         Args:
             asked: the conversation.
             arrival: where it came in, and when.
+            as_it_stands: a prompt in the place of what the chat template would write.
 
         Raises:
             UserError: it cannot be answered.
         """
-        prompt, ids = await self.encode(asked)
-        template = self._template(asked)
+        if as_it_stands is None:
+            prompt, ids = await self.encode(asked)
+        else:
+            prompt, ids = as_it_stands, await self.encode_text(as_it_stands)
+        template = self._template(asked) if as_it_stands is None else ""
         form = form_of(template)
         tools = {t.function.name: t.function.parameters or {} for t in asked.tools or []}
         may_call = bool(tools) and asked.tool_choice != "none"

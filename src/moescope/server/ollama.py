@@ -125,7 +125,7 @@ class OllamaGenerate(Asked):
 
     def chat(self) -> ChatRequest:
         """The same in OpenAI's words."""
-        for name in ("suffix", "template", "images", "raw"):
+        for name in ("suffix", "template", "images"):
             if getattr(self, name):
                 raise UserError(f"this server does not know {name}; leave it out")
         messages = [{"role": "user", "content": self.prompt}]
@@ -209,7 +209,12 @@ class Ollama:
         arrival = Arrival.of(request)
         begun = arrival.at
         chat = await asyncio.to_thread(asked.chat)
-        answers = await self._service.chats.begin(chat, arrival)
+        as_it_stands = None
+        if isinstance(asked, OllamaGenerate) and (asked.raw or not self._has_template):
+            if asked.system:
+                raise UserError("the prompt is read as it stands, in no template; leave system out")
+            as_it_stands = asked.prompt
+        answers = await self._service.chats.begin(chat, arrival, as_it_stands)
         if asked.stream:
             lines = self._lines(chat, answers, begun, is_chat=is_chat)
             return streamed(
@@ -250,6 +255,10 @@ class Ollama:
     def _loaded(self) -> Json:
         head: Json = {"model": self._service.name, "created_at": _now()}
         return head | {"done": True, "done_reason": "load"}
+
+    @property
+    def _has_template(self) -> bool:
+        return bool(self._service.model.tokenizer.chat_templates)
 
     def _check(self, name: str) -> None:
         if name.removesuffix(":latest") != self._service.name:

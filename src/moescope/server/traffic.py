@@ -1,6 +1,6 @@
 """The requests that came of late, for the page: few of them, little of each, in memory alone.
 
-Only a server that was asked to watch keeps any. All of it is touched by the event loop alone.
+Only a server that was asked to watch keeps any. The event loop alone changes it.
 """
 
 import time
@@ -192,7 +192,8 @@ class Traffic:
         if watched is None or not 0 <= text < len(watched.texts):
             raise NotThere("this answer is no longer in the list", "answer_gone")
         kept = watched.texts[text]
-        if kept.ids is None:
+        held = kept.ids  # the event loop may let them go meanwhile
+        if held is None:
             raise NotThere(
                 f"this text has {kept.prompt_tokens + kept.new_tokens} tokens; pictures are made "
                 f"of up to {MAX_PICTURE}",
@@ -200,7 +201,7 @@ class Traffic:
                 n=kept.prompt_tokens + kept.new_tokens,
                 max=MAX_PICTURE,
             )
-        ids = kept.ids.tolist()
+        ids = held.tolist()
         prompt = ids[: kept.prompt_tokens]
         begin = list(self._tokenizer.begin_ids)
         typed = prompt[len(begin) :] if prompt[: len(begin)] == begin else prompt
