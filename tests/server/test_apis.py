@@ -374,7 +374,9 @@ def test_a_raw_prompt_is_read_as_it_stands(client: TestClient, model: Model) -> 
     assert written["prompt_eval_count"] > raw["prompt_eval_count"]
     refused = client.post("/api/generate", json=asked | {"raw": True, "system": "x"})
     assert refused.status_code == 400 and "leave system out" in refused.text
-    with served(model) as bare:  # a model without a chat template
+    config = {k: v for k, v in model.tokenizer._config.items() if k != "chat_template"}
+    untaught = Model("small", model.network, Tokenizer(model.tokenizer._backend, config))
+    with served(untaught) as bare:
         assert post(bare, "/api/generate", **asked)["prompt_eval_count"] > 0
         refused = bare.post("/api/generate", json=asked | {"system": "x"})
         assert refused.status_code == 400 and "leave system out" in refused.text
