@@ -199,6 +199,34 @@ def test_a_conversation_is_read_from_where_it_went_on() -> None:
         ids = [*each.ids, 40 + turn]
 
 
+@pytest.mark.parametrize(("new", "is_made", "singly"), [(5, True, 5), (6, True, 0), (5, False, 0)])
+def test_a_short_turn_of_a_conversation_is_read_one_by_one(
+    new: int, is_made: bool, singly: int
+) -> None:
+    scheduler = Scheduler(Blocks(4, least_copied=1), chunk=64, short_turn=5)
+    first = text(9, room=4 if is_made else 1)
+    scheduler.add(first)
+    run(scheduler)
+    told = first.ids[:-1]  # the last that was made was never read
+    turn = text([*told, *([99] * new)], room=3)
+    scheduler.add(turn)
+    chunks = scheduler.schedule()
+    assert [chunk.count for chunk in chunks if chunk.is_single] == [1] * singly
+    assert sum(chunk.count for chunk in chunks) == new
+    assert turn.reused == len(told)
+    advance(scheduler, chunks)
+    scheduler._evict(turn)  # what was read one by one is read so again
+    read: Counter[bool] = Counter()
+    while turn.unread > 1:
+        chunks = scheduler.schedule()
+        read.update({chunk.is_single: chunk.count for chunk in chunks})
+        assert all(c.is_single == (c.start >= turn.given) for c in chunks)
+        advance(scheduler, chunks)
+    assert turn.given == (len(told) if singly else turn.prompt_tokens)
+    run(scheduler)
+    assert turn.ended and scheduler.blocks.held == 0
+
+
 def test_texts_of_other_salt_share_nothing() -> None:
     scheduler = Scheduler(Blocks(4, least_copied=1), chunk=64)
     for salt in (b"", b"steered", b"", b"steered"):

@@ -36,16 +36,28 @@ def network(request: pytest.FixtureRequest) -> CausalLM:
     return packed
 
 
-@torch.inference_mode()
 def answers(
-    network: CausalLM, prompts: list[list[int]], made: int, blocks: Blocks, **how: Any
+    network: CausalLM,
+    prompts: list[list[int]],
+    made: int,
+    blocks: Blocks,
+    runner: Runner | None = None,
+    **how: Any,
 ) -> list[tuple[list[int], Tensor]]:
     """Each prompt's likeliest continuation, and all logits on the way `(made, vocab)`."""
-    scheduler, runner = Scheduler(blocks, **how), Runner(network, blocks)
     texts = [
         Sequence(list(ids), SamplingParams(), made, number, request=number)
         for number, ids in enumerate(prompts)
     ]
+    logits = continued(runner or Runner(network, blocks), Scheduler(blocks, **how), texts)
+    return [(text.ids, torch.stack(logits[text])) for text in texts]
+
+
+@torch.inference_mode()
+def continued(
+    runner: Runner, scheduler: Scheduler, texts: list[Sequence]
+) -> dict[Sequence, list[Tensor]]:
+    """Have all texts end; what the likeliest token of each was taken from."""
     for text in texts:
         scheduler.add(text)
     logits: dict[Sequence, list[Tensor]] = {text: [] for text in texts}
@@ -60,7 +72,7 @@ def answers(
             text.room -= 1
             if not text.room:
                 scheduler.remove(text)
-    return [(text.ids, torch.stack(logits[text])) for text in texts]
+    return logits
 
 
 @examples(6)
@@ -91,6 +103,27 @@ def test_company_and_what_is_known_change_no_bit(network: CausalLM, data: st.Dat
     for at, (ids, logits) in zip([*order, *order], together, strict=True):
         assert ids == alone[at][0]
         assert torch.equal(logits, alone[at][1])
+
+
+@pytest.mark.parametrize("chunk", [None, 7])
+@pytest.mark.parametrize("new", [1, 8, 30])
+def test_a_short_turn_is_read_as_what_was_made_in_any_company(
+    network: CausalLM, new: int, chunk: int | None
+) -> None:
+    generator, made = chance(new), 6
+    begun = torch.randint(VOCAB, (150,), generator=generator).tolist()
+    asked = torch.randint(VOCAB, (new,), generator=generator).tolist()
+    others = [torch.randint(VOCAB, (n,), generator=generator).tolist() for n in (90, 20)]
+    for company in ([], others):
+        blocks = Blocks(64, 12, least_copied=1)
+        how = {"runner": Runner(network, blocks), "chunk": chunk, "short_turn": 30}
+        told = answers(network, [begun], made, blocks, **how)[0][0][:-1]
+        found = answers(network, [[*told, *asked], *company], made, blocks, **how)[0][1]
+        as_made = Sequence(list(begun), SamplingParams(), made)
+        as_made.ids = [*told, *asked]
+        blocks = Blocks(64)
+        wanted = continued(Runner(network, blocks), Scheduler(blocks, reuse=False), [as_made])
+        assert torch.equal(found, torch.stack(wanted[as_made]))
 
 
 @pytest.mark.parametrize("chunk", [None, 65, 512])

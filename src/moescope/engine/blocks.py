@@ -123,6 +123,13 @@ class Blocks:
         if sequence.is_new:
             sequence.reused = sequence.read
 
+    def goes_on(self, sequence: Sequence) -> bool:
+        """Whether the last token that a text took for known had been read as a made one."""
+        if not sequence.blocks:
+            return False
+        last = sequence.read - (len(sequence.blocks) - 1) * self.size
+        return self._blocks[sequence.blocks[-1]].given < last
+
     def can_take(self, blocks: int, holding: int | None = None) -> bool:
         """Whether so many can be handed out, while one is held that may be free now."""
         if self.free is None:
@@ -151,7 +158,7 @@ class Blocks:
             parent, block = sequence.digests[at], self._blocks[sequence.blocks[at]]
             if block.digest is None:
                 block.ids = tuple(sequence.ids[start:end])
-                block.given = min(block.given, max(0, sequence.prompt_tokens - start))
+                block.given = min(block.given, max(0, sequence.given - start))
                 if block.parent is None:
                     block.parent = parent
                     self._after.setdefault(parent, set()).add(sequence.blocks[at])

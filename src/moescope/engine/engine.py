@@ -13,7 +13,7 @@ from torch import Tensor
 from moescope.engine.blocks import Blocks
 from moescope.engine.not_finite import not_finite
 from moescope.engine.prompt_logprobs import all_finite
-from moescope.engine.runner import Runner, block_tokens, bytes_per_block
+from moescope.engine.runner import Runner, block_tokens, bytes_per_block, short_turn
 from moescope.engine.sampling import (
     LONGER,
     Choice,
@@ -334,7 +334,7 @@ class Engine:
             UserError: a prompt cannot be read, or the model computes what is no number; the
                 sentence says where.
         """
-        scheduler = Scheduler(self.blocks, chunk=CHUNK)
+        scheduler = Scheduler(self.blocks, chunk=CHUNK, short_turn=short_turn(self.model))
         made: deque[Token] = deque()
         try:
             for number, ids in enumerate(prompts):

@@ -21,6 +21,8 @@ from moescope.native.decoder import NativeDecoder
 
 ROWS_OF_AN_EXPERT = 12
 """Tokens with which an expert's product takes about as long as reading its weights."""
+TURN_TOKENS = 48
+"""Tokens that attend to latents about as soon as to keys and values that are spread first."""
 BLOCK_TOKENS = 64
 """Tokens of a block; as many as the native attention visits at a time."""
 
@@ -43,6 +45,17 @@ def tokens_beside(model: CausalLM) -> int | None:
     if not joined or config.n_routed_experts is None:
         return None
     return ROWS_OF_AN_EXPERT * config.n_routed_experts // config.required("num_experts_per_tok")
+
+
+def short_turn(model: CausalLM) -> int:
+    """Return how many new tokens of a conversation to read one by one; 0 where it gains nothing.
+
+    Latent attention spreads the keys and values of all tokens before a piece of a prompt anew. Few
+    tokens attend to the latents themselves, as one does that was made.
+    """
+    decoder = model.model
+    joined = isinstance(decoder, NativeDecoder) and decoder.is_joined
+    return TURN_TOKENS if joined and model.config.uses_mla else 0
 
 
 class Runner:

@@ -45,8 +45,8 @@ class Chunk:
 
     @property
     def is_single(self) -> bool:
-        """Whether it is a token that was made, which is read by itself, also when read again."""
-        return self.start >= self.sequence.prompt_tokens
+        """Whether it is a token that is read by itself, as all are that were made."""
+        return self.start >= self.sequence.given
 
     @property
     def ids(self) -> list[int]:
@@ -86,6 +86,8 @@ class Scheduler:
         chunk: tokens of prompts that are read in one step; None for all.
         chunk_beside: the same in a step that continues texts, if it is less; None for as many.
         reuse: whether a text takes what is known of its beginning, unless it is to be read whole.
+        short_turn: how many new tokens of a conversation that goes on are read one by one, in one
+            step, as those are that were made; 0 for none.
     """
 
     def __init__(
@@ -96,12 +98,13 @@ class Scheduler:
         chunk: int | None = CHUNK,
         chunk_beside: int | None = None,
         reuse: bool = True,
+        short_turn: int = 0,
     ) -> None:
         self.blocks = blocks
         self.running: list[Sequence] = []  # in the order in which they joined
         self._max_running = max_running
         self._chunk, self._chunk_beside = chunk, chunk_beside
-        self._reuse = reuse
+        self._reuse, self._short_turn = reuse, short_turn
         self._requests: dict[Hashable, _Request] = {}
         self._clock = 0  # what the request that has been served least has been served
 
@@ -266,6 +269,9 @@ class Scheduler:
     def _begin(self, sequence: Sequence) -> None:
         if self._reuse and not sequence.is_read_whole:
             self.blocks.begin(sequence)
+            is_turn = sequence.is_new and self.blocks.goes_on(sequence)
+            if is_turn and sequence.unread <= self._short_turn:
+                sequence.given = min(sequence.given, sequence.read)
         else:
             sequence.digests = [sequence.salt]
 

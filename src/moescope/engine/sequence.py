@@ -119,6 +119,8 @@ class Sequence:
         salt: texts of different salt share nothing of the cache.
         writer: turns its tokens into text.
         prompt_tokens: how many of the ids were given.
+        given: how many of them, from the first, are read as a prompt; those of a short turn of a
+            conversation are read as made tokens are, one by one.
         read: how many of them, from the first, are in the cache.
         blocks: of the cache, in order.
         digests: of all tokens before each block that has been begun.
@@ -140,6 +142,7 @@ class Sequence:
     writer: "Writer | None" = None
     steered: Steered | None = None
     prompt_tokens: int = field(init=False)
+    given: int = field(init=False)
     read: int = 0
     blocks: list[int] = field(default_factory=list[int])
     digests: list[bytes] = field(default_factory=list[bytes])
@@ -152,7 +155,7 @@ class Sequence:
     _routed: list[RoutedTokens] = field(default_factory=list[RoutedTokens])
 
     def __post_init__(self) -> None:
-        self.prompt_tokens = len(self.ids)
+        self.prompt_tokens = self.given = len(self.ids)
         constraint = self.params.constraint
         self.state = None if constraint is None else constraint.start()
         self.prompt_logprobs = None if self.params.prompt_logprobs is None else [None]
@@ -169,8 +172,8 @@ class Sequence:
 
     @property
     def unread_prompt(self) -> int:
-        """Those of them that were given."""
-        return max(0, self.prompt_tokens - self.read)
+        """Those of them that are read as a prompt."""
+        return max(0, self.given - self.read)
 
     @property
     def is_new(self) -> bool:

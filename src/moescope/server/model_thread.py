@@ -16,7 +16,7 @@ from threading import Condition, Thread
 from typing import Any, TypeVar
 
 from moescope.engine.engine import Engine
-from moescope.engine.runner import tokens_beside
+from moescope.engine.runner import short_turn, tokens_beside
 from moescope.engine.sampling import SamplingParams
 from moescope.engine.scheduler import Busy, Scheduler, work
 from moescope.engine.sequence import Sequence, Token
@@ -68,6 +68,7 @@ class ModelThread:
             engine.blocks,
             max_running=max_running,
             chunk_beside=tokens_beside(engine.model),
+            short_turn=short_turn(engine.model),
         )
         self._max_waiting = max_waiting
         self._arrived: list[tuple[Sequence, _Receiver]] = []
