@@ -11,8 +11,8 @@ is measured.
 
 Three loads, each of prompts that no server has seen before, continued by the likeliest tokens:
 one client alone; eight clients who ask again as soon as they are answered; and one who goes on with
-a conversation, each turn being all that was said and a little more; beside it as many tokens that
-nobody has said yet.
+a conversation, of a thousand tokens or as many as one says, each turn being all that was said and a
+little more; beside it as many tokens that nobody has said yet.
 """
 
 import argparse
@@ -245,6 +245,7 @@ def main() -> None:
     parser.add_argument("--shape", choices=SHAPES, default="S")
     parser.add_argument("--format", choices=FORMATS, default="int8")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--conversation", type=int, default=1024, help="tokens it begins with")
     parser.add_argument("--llama-server", type=Path, help="llama.cpp's server")
     parser.add_argument("--json", type=Path, help="file for all numbers")
     parser.add_argument("--folder", type=Path, help="where the model is kept from run to run")
@@ -270,12 +271,13 @@ def main() -> None:
             for name, command in commands(model, given.format, given.llama_server).items()
         }
         prompts = Prompts(config.vocab_size)
+        full = Load(conversation=(given.conversation, 32, 16))
         warm = Load((64, 4), (16, 4), CLIENTS, (64, 8, 4))
         measured: list[dict[str, dict[str, float]]] = []
         for number in range(given.rounds + 1):
             row: dict[str, dict[str, float]] = {}
             for name, address in servers.items():
-                load = Load() if number else warm
+                load = full if number else warm
                 row[name] = asyncio.run(measure(address, load, prompts))
                 told = ", ".join(f"{key} {value:.3g}" for key, value in row[name].items())
                 console.print(f"round {number}/{given.rounds} {name}: {told}", style="dim")
