@@ -1,7 +1,6 @@
 """Tools, forms, and the APIs of others, asked of a model that says what a script has it say."""
 
 import json
-import re
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,7 +21,6 @@ from moescope.server.experts import WITHOUT_PLACE
 from moescope.server.messages import PING
 from moescope.server.model_thread import ModelThread
 from moescope.server.streams import COMMENT
-from moescope.server.templates import Templates
 from moescope.text.tokenizer import Tokenizer
 
 TEMPLATE = (
@@ -216,23 +214,6 @@ def test_a_text_does_not_end_before_it_is_held(client: TestClient, talker: Model
         assert made["finish_reason"] == "length"
 
 
-def test_effort_is_told_to_the_template(talker: Model, monkeypatch: pytest.MonkeyPatch) -> None:
-    told: list[dict[str, Any]] = []
-    render = Templates.render
-
-    async def seen(self: Templates, messages: Any, tools: Any, variables: Any) -> str:
-        told.append(variables)
-        return await render(self, messages, tools, variables)
-
-    monkeypatch.setattr(Templates, "render", seen)
-    with served(talker) as client:
-        asked: dict[str, Any] = {"messages": ASKED, "max_tokens": 1}
-        post(client, "/v1/chat/completions", **asked, reasoning_effort="high")
-        post(client, "/v1/chat/completions", **asked, reasoning_effort="none")
-    assert [one.get("reasoning_effort") for one in told] == ["high", "none"]
-    assert [one.get("enable_thinking") for one in told] == [None, False]
-
-
 def test_a_stream_that_waits_says_that_it_is_alive(
     talker: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -245,6 +226,7 @@ def test_a_stream_that_waits_says_that_it_is_alive(
 
     monkeypatch.setattr(talker.engine, "step", slow)
     asked: dict[str, Any] = {"model": "small", "messages": ASKED, "max_tokens": 2, "stream": True}
+    asked["temperature"] = 0
     with served(talker) as client:
         for path, sign in (("/v1/chat/completions", COMMENT), ("/v1/messages", PING)):
             told = post(client, path, **asked)
@@ -418,74 +400,6 @@ def test_a_thought_in_a_history_is_text(client: TestClient) -> None:
         asked = {"model": "small", "input": [said, item]}
         refused = client.post("/v1/responses", json=asked)
         assert refused.status_code == 400 and "part" in refused.text
-
-
-def test_docs_need_no_network_and_no_key(talker: Model) -> None:
-    with served(talker, api_key="sesame") as client:
-        page = client.get("/docs").text
-        places = re.findall(r"""(?:src|href)=["']([^"']+)""", page)
-        assert len(places) == 3 and all(place.startswith("/docs/files/") for place in places)
-        assert all(client.get(place).status_code == 200 for place in places)
-        assert "SwaggerUIBundle" in client.get(next(p for p in places if p[-3:] == ".js")).text
-        assert client.get("/docs/files/../../v1/models").status_code == 401
-        assert client.get("/redoc").status_code == 401
-
-
-# --- who may ask ----------------------------------------------------------------------------------
-
-
-def test_keys(talker: Model) -> None:
-    with served(talker, api_key="sesame", metrics_key="count") as client:
-        for header in ("Bearer sesame", "bearer sesame", "BEARER  sesame"):
-            assert client.get("/v1/models", headers={"authorization": header}).status_code == 200
-        assert client.get("/v1/models", headers={"x-api-key": "sesame"}).status_code == 200
-        for path in ("/v1/models", "/metrics", "/api/tags", "/tokenize"):
-            assert client.get(path).status_code == 401
-        assert client.get("/health").status_code == 200
-        for key, statuses in (("count", (200, 401)), ("sesame", (200, 200))):
-            headers = {"authorization": f"Bearer {key}"}
-            found = [client.get(p, headers=headers).status_code for p in ("/metrics", "/v1/models")]
-            assert tuple(found) == statuses
-
-
-@pytest.mark.parametrize(
-    ("host", "status"),
-    [
-        ("127.0.0.1:1", 200),
-        ("[::1]:80", 200),
-        ("LOCALHOST", 200),
-        ("host.docker.internal:8000", 200),
-        ("evil.example", 400),
-        ("evil.example@127.0.0.1", 400),
-        ("127.0.0.1/evil.example", 400),
-        ("127.0.0.1, evil.example", 400),
-        ("127.0.0.1:x", 400),
-        ("", 400),
-    ],
-)
-def test_hosts_are_compared_as_sent(talker: Model, host: str, status: int) -> None:
-    with served(talker, hosts=["Host.Docker.Internal"]) as client:
-        assert client.get("/v1/models", headers={"host": host}).status_code == status
-
-
-def test_pages_of_an_origin_may_ask(talker: Model) -> None:
-    asks = {"origin": "https://a.example", "access-control-request-method": "POST"}
-    with served(talker, api_key="k", origins=["https://a.example"]) as client:
-        preflight = client.options("/v1/chat/completions", headers=asks)
-        assert preflight.headers["access-control-allow-origin"] == "https://a.example"
-        other = client.options("/v1/models", headers=asks | {"origin": "https://b.example"})
-        assert "access-control-allow-origin" not in other.headers
-        answer = client.get("/v1/models", headers={"origin": asks["origin"]})
-        assert answer.status_code == 401  # and the page may read why
-        assert answer.headers["access-control-allow-origin"] == "https://a.example"
-
-
-def test_a_server_that_ends_takes_nothing_new(talker: Model) -> None:
-    with served(talker) as client:
-        client.app.state.ending = True  # type: ignore[attr-defined]
-        answer = client.post("/v1/completions", json={"prompt": "x"})
-        assert answer.status_code == 503 and answer.headers["retry-after"] == "1"
-        assert client.get("/health").status_code == 200
 
 
 EXPERTS: dict[str, Any] = {"return_routed_experts": True, "moe_trace": True}

@@ -15,7 +15,7 @@ from moescope.api import Model
 from moescope.engine import runner as runner_module
 from moescope.engine.engine import Engine
 from moescope.engine.runner import bytes_per_block
-from moescope.engine.sampling import Choice, SamplingParams
+from moescope.engine.sampling import SamplingParams
 from moescope.engine.scheduler import Busy
 from moescope.engine.sequence import Sequence, Token
 from moescope.errors import UserError
@@ -259,35 +259,25 @@ def test_a_failure_ends_what_runs_and_nothing_else(
     assert idle(thread)
 
 
-def test_a_text_whose_choice_fails_ends_alone(
-    model: Model, thread: ModelThread, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("owner", "name", "place"), [(Engine, "_choose", -1), (Sequence, "append", 0)]
+)
+def test_a_text_that_fails_ends_alone(
+    model: Model,
+    thread: ModelThread,
+    monkeypatch: pytest.MonkeyPatch,
+    owner: type,
+    name: str,
+    place: int,
 ) -> None:
-    choose = Engine._choose
+    works = getattr(owner, name)
 
-    def fails_for_one(engine: Engine, *given: object) -> object:
-        if given[-1].params.max_tokens == 13:
+    def fails_for_one(*given: Any) -> object:
+        if given[place].params.max_tokens == 13:
             raise ArithmeticError("no token is left")
-        return choose(engine, *given)
+        return works(*given)
 
-    monkeypatch.setattr(Engine, "_choose", fails_for_one)
-    ids = model.engine.encode("the moon")
-    fine, bad = Listener(thread, ids), Listener(thread, ids, max_tokens=13)
-    with pytest.raises(ArithmeticError):
-        bad.tokens()
-    assert [t.id for t in fine.tokens()] == alone(model, ids)
-
-
-def test_a_text_that_cannot_be_written_ends_alone(
-    model: Model, thread: ModelThread, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    append = Sequence.append
-
-    def fails_for_one(text: Sequence, choice: Choice) -> Token:
-        if text.params.max_tokens == 13:
-            raise ArithmeticError("no character is left")
-        return append(text, choice)
-
-    monkeypatch.setattr(Sequence, "append", fails_for_one)
+    monkeypatch.setattr(owner, name, fails_for_one)
     ids = model.engine.encode("the moon")
     fine, bad = Listener(thread, ids), Listener(thread, ids, max_tokens=13)
     with pytest.raises(ArithmeticError):

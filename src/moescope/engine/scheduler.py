@@ -135,8 +135,20 @@ class Scheduler:
         for sequence in list(self.running):
             if sequence.decodes and self._find_room(sequence):
                 chunks.append(Chunk(sequence, sequence.read, 1))
+        chunks += self._chunks_of_prompts(beside=bool(chunks))
+        chunks = [chunk for chunk in chunks if chunk.sequence.blocks]  # the others were evicted
+        if not chunks and self.running:  # prompts stand in each other's way
+            if len(self.running) == 1 and not any(other.blocks for other in self.waiting):
+                raise Busy("others hold all memory of the cache; try again later")
+            self._evict(self.running[-1])
+            return self.schedule()
+        return sorted(chunks, key=lambda chunk: not chunk.is_single)
+
+    def _chunks_of_prompts(self, *, beside: bool) -> list[Chunk]:
+        """Decide what is read of prompts, beside texts that are continued or alone."""
+        chunks: list[Chunk] = []
         budget = self._chunk
-        if chunks and self._chunk_beside is not None:
+        if beside and self._chunk_beside is not None:
             budget = self._chunk_beside if budget is None else min(budget, self._chunk_beside)
         prompts = self._prompts()
         if budget is not None and any(self._of(sequence).running > 1 for sequence in prompts):
@@ -160,13 +172,7 @@ class Scheduler:
                 budget = None if budget is None else budget - count
             if budget == 0:
                 break
-        chunks = [chunk for chunk in chunks if chunk.sequence.blocks]  # the others were evicted
-        if not chunks and self.running:  # prompts stand in each other's way
-            if len(self.running) == 1 and not any(other.blocks for other in self.waiting):
-                raise Busy("others hold all memory of the cache; try again later")
-            self._evict(self.running[-1])
-            return self.schedule()
-        return sorted(chunks, key=lambda chunk: not chunk.is_single)
+        return chunks
 
     def advance(self, chunk: Chunk) -> None:
         """Note that a chunk has been read."""
@@ -254,7 +260,7 @@ class Scheduler:
         return None
 
     def _share(self, place: tuple[int, Sequence]) -> tuple[int, int, int]:
-        request = self._requests[place[1].request]
+        request = self._of(place[1])
         return request.running, request.served, place[0]
 
     def _step_back(self, sequence: Sequence) -> None:
@@ -269,9 +275,10 @@ class Scheduler:
     def _begin(self, sequence: Sequence) -> None:
         if self._reuse and not sequence.is_read_whole:
             self.blocks.begin(sequence)
-            is_turn = sequence.is_new and self.blocks.goes_on(sequence)
+            is_decided = sequence.given < sequence.prompt_tokens  # when it was begun before
+            is_turn = sequence.is_new and not is_decided and self.blocks.goes_on(sequence)
             if is_turn and sequence.unread <= self._short_turn:
-                sequence.given = min(sequence.given, sequence.read)
+                sequence.given = sequence.read
         else:
             sequence.digests = [sequence.salt]
 

@@ -25,6 +25,7 @@ from moescope.errors import UserError
 from moescope.scope.history import Follower, planned_steps
 from moescope.server import schema
 from moescope.server.contract import ENDPOINTS, Endpoint
+from moescope.server.fields import Message
 from moescope.server.page import serve_page
 from moescope.server.requests import (
     Handler,
@@ -34,7 +35,7 @@ from moescope.server.requests import (
     explained,
     read_json,
 )
-from moescope.server.schema import LANGUAGES, MAX_TEXT, Message
+from moescope.server.schema import LANGUAGES, MAX_TEXT
 from moescope.server.studio import Studio, cut
 from moescope.server.traffic import Traffic
 

@@ -10,7 +10,7 @@ from moescope.scope.detail import TokenDetail
 from moescope.scope.history import History
 from moescope.scope.reasoning import ReasoningHistory
 from moescope.server import schema
-from moescope.server.schema import Message
+from moescope.server.fields import Message
 
 
 @dataclass(frozen=True)

@@ -62,8 +62,8 @@ class OfExperts(Lenient):
         return None if made.changes_nothing else made
 
 
-class WithoutPrompts(OfExperts):
-    """The same in an API that has no place for what vLLM adds to OpenAI's requests."""
+class InOtherApis(OfExperts):
+    """The same in an API that has no place for what completions and chats have besides."""
 
     @model_validator(mode="before")
     @classmethod

@@ -14,7 +14,7 @@ from moescope.engine.sequence import Token
 from moescope.errors import UserError
 from moescope.server.chats import Answers, Step
 from moescope.server.conversion import Fields, chat_request, function_tool, text_of
-from moescope.server.experts import WithoutPrompts, all_experts_told
+from moescope.server.experts import InOtherApis, all_experts_told
 from moescope.server.fields import First, Lenient, List
 from moescope.server.openai_answers import Json, calls_of
 from moescope.server.openai_schema import ChatRequest
@@ -82,7 +82,7 @@ class Conversation(Lenient):
         return fields
 
 
-class MessagesRequest(Conversation, WithoutPrompts):
+class MessagesRequest(Conversation, InOtherApis):
     """Answer a conversation."""
 
     max_tokens: int = Field(ge=1)

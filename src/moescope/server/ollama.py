@@ -16,7 +16,7 @@ from starlette.responses import JSONResponse, Response
 from moescope.errors import UserError
 from moescope.server.chats import Answers, Step
 from moescope.server.conversion import Fields, chat_request, json_schema
-from moescope.server.experts import WithoutPrompts, all_experts_told
+from moescope.server.experts import InOtherApis, all_experts_told
 from moescope.server.fields import Lenient, List
 from moescope.server.openai_answers import Json, calls_of
 from moescope.server.openai_schema import ChatRequest
@@ -66,7 +66,7 @@ class OllamaMessage(Lenient):
         return told
 
 
-class Asked(WithoutPrompts):
+class Asked(InOtherApis):
     """What chats and continuations share."""
 
     model: str
@@ -84,7 +84,7 @@ class Asked(WithoutPrompts):
         options = self.options or {}
         told: Fields = {ours: options.get(theirs) for theirs, ours in OPTIONS.items()}
         # Ollama's own clients send nothing beside options.
-        told |= WithoutPrompts.model_validate(options).of_experts | self.of_experts
+        told |= InOtherApis.model_validate(options).of_experts | self.of_experts
         told |= {name: options.get(name) for name in WITHOUT_EFFECT}
         most = options.get("num_predict")
         told["max_tokens"] = most if isinstance(most, int) and most > 0 else None

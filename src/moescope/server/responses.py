@@ -14,7 +14,7 @@ from moescope.engine.sequence import Token
 from moescope.errors import UserError
 from moescope.server.chats import Answers
 from moescope.server.conversion import Fields, chat_request, function_tool, json_schema, text_of
-from moescope.server.experts import WithoutPrompts, all_experts_told
+from moescope.server.experts import InOtherApis, all_experts_told
 from moescope.server.fields import List
 from moescope.server.openai_answers import Json
 from moescope.server.openai_schema import ChatRequest
@@ -25,7 +25,7 @@ from moescope.server.texts import Arrival
 from moescope.text.answers.pieces import Arguments, Call, Content, Piece, Thought
 
 
-class ResponsesRequest(WithoutPrompts):
+class ResponsesRequest(InOtherApis):
     """Answer a text or a history; tools that a server would have to run itself are passed over."""
 
     model: str | None = None

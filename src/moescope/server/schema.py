@@ -6,9 +6,9 @@ is stateless: a request names the token ids and the steering, and the answer fol
 alone, so that a link reproduces a picture.
 """
 
-from typing import Annotated, Any, Literal
+from typing import Annotated, Literal
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import Field
 
 from moescope.engine.sampling import SamplingParams
 from moescope.errors import UserError
@@ -21,7 +21,7 @@ from moescope.scope.specialization import TypicalToken
 from moescope.scope.steps import End, TokenStep
 from moescope.scope.twin_study import TwinStudy
 from moescope.server.companions import Role
-from moescope.server.fields import List
+from moescope.server.fields import List, Message
 
 Language = Literal["zh", "en"]
 LANGUAGES: tuple[Language, ...] = ("zh", "en")
@@ -29,22 +29,6 @@ MAX_TEXT = 20_000
 """Characters of a prompt that the page sends; longer text gets a sentence instead of an answer."""
 MAX_NOISE = 100
 """Of the router's logits: beyond it nothing is left of them."""
-
-
-class Message(BaseModel):
-    """A message; unknown fields are mistakes."""
-
-    model_config = ConfigDict(extra="forbid", from_attributes=True)
-
-    @model_validator(mode="before")
-    @classmethod
-    def refuse_unknown(cls, fields: Any) -> Any:
-        """Refuse the first unknown field; pydantic alone would tell of each."""
-        if isinstance(fields, dict):
-            for name in fields:
-                if name not in cls.model_fields:
-                    raise ValueError(f"there is no field {str(name)[:60]!r} here; leave it out")
-        return fields
 
 
 # --- what every picture can be asked with --------------------------------------------------------
@@ -77,9 +61,9 @@ class SteeringRequest(Message):
     without_bias: bool = False
     noise: float = Field(default=0.0, ge=0, le=MAX_NOISE)
     noise_seed: int = 0
-    bias: List["ExpertBias"] = []
-    disabled: List[ExpertId] = []
-    forced: List[ExpertId] = []
+    bias: List["ExpertBias"] = Field(default=[])
+    disabled: List[ExpertId] = Field(default=[])
+    forced: List[ExpertId] = Field(default=[])
 
 
 class ExpertBias(ExpertId):
@@ -259,7 +243,7 @@ class ErrorEvent(Message):
     type: Literal["error"] = "error"
     message: str
     code: str = ""
-    values: dict[str, str | int] = {}
+    values: dict[str, str | int] = Field(default={})
 
     @classmethod
     def of(cls, error: UserError) -> "ErrorEvent":

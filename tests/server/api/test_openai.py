@@ -7,7 +7,7 @@ from typing import Any
 import openai
 import pytest
 import torch
-from small_server import PROMPT, expected, listening, text_of
+from small_server import PROMPT, expected, listening, served, text_of
 from starlette.testclient import TestClient
 
 from moescope.api import Model, sampling_params
@@ -17,6 +17,7 @@ from moescope.engine.thinking import BEGIN, END
 from moescope.server.apis import Access, create_api
 from moescope.server.model_thread import ModelThread
 from moescope.server.openai_answers import spelled
+from moescope.server.templates import Templates
 
 
 @pytest.fixture(scope="module")
@@ -143,6 +144,24 @@ def _scripted(ids: list[int]) -> Callable[..., list[Choice]]:
         return [Choice(ids[len(r.ids) - started.setdefault(r, len(r.ids))], 0.0) for r in rows]
 
     return pick
+
+
+def test_effort_is_told_to_the_template(talker: Model, monkeypatch: pytest.MonkeyPatch) -> None:
+    told: list[dict[str, Any]] = []
+    render = Templates.render
+
+    async def seen(self: Templates, messages: Any, tools: Any, variables: Any) -> str:
+        told.append(variables)
+        return await render(self, messages, tools, variables)
+
+    monkeypatch.setattr(Templates, "render", seen)
+    with served(talker) as (client, _):
+        for effort in ("high", "none"):
+            asked = {"messages": [{"role": "user", "content": "x"}], "max_tokens": 1}
+            answer = client.post("/v1/chat/completions", json=asked | {"reasoning_effort": effort})
+            assert answer.status_code == 200
+    assert [one.get("reasoning_effort") for one in told] == ["high", "none"]
+    assert [one.get("enable_thinking") for one in told] == [None, False]
 
 
 def test_a_chat_without_a_limit_goes_on_to_its_end(peer: openai.OpenAI) -> None:
