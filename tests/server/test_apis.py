@@ -226,7 +226,7 @@ def test_a_stream_that_waits_says_that_it_is_alive(
 
     monkeypatch.setattr(talker.engine, "step", slow)
     asked: dict[str, Any] = {"model": "small", "messages": ASKED, "max_tokens": 2, "stream": True}
-    asked["temperature"] = 0
+    asked |= {"temperature": 0, "options": {"num_predict": 2}}
     with served(talker) as client:
         for path, sign in (("/v1/chat/completions", COMMENT), ("/v1/messages", PING)):
             told = post(client, path, **asked)
