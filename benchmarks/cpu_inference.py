@@ -5,6 +5,7 @@
     python benchmarks/cpu_inference.py --shape F --engines int4,llama-q4_0
     python benchmarks/cpu_inference.py --shape L --engines int8,ik-q8_0 --ik-bench PATH
     python benchmarks/cpu_inference.py --shape Q --engines file-q4_k_m,llama-q4_k_m
+    python benchmarks/cpu_inference.py --shape G --engines file-mxfp4_moe,llama-mxfp4_moe
 
 It wants `llama-cpp-python` (built on this machine, so that it uses its instructions), `gguf` and
 `transformers`; for ik_llama.cpp, a build's `llama-bench`. Engines take turns within each round, and
@@ -15,8 +16,9 @@ is reported.
 `int8` and `int4` are our own formats, `file-*` a GGUF file's, as they are.
 
 Shapes: S nearly fits into a last-level cache; L is DeepSeek-V2-Lite with 9 of its 27 layers; F has
-all 27, of which only 4 bit fit into 24 GB; Q is Qwen3-30B-A3B with 8 of its 48. Beyond S,
-`transformers` lets all layers share one layer's weights to save memory, which can only help it.
+all 27, of which only 4 bit fit into 24 GB; Q is Qwen3-30B-A3B with 8 of its 48, G gpt-oss-20b with
+6 of its 24. Beyond S, `transformers` lets all layers share one layer's weights to save memory,
+which can only help it.
 """
 
 import argparse
@@ -97,9 +99,24 @@ SHAPES: dict[str, dict[str, Any]] = {
         "num_experts_per_tok": 8,
         "max_position_embeddings": 16384,
     },
+    "G": {
+        "model_type": "gpt_oss",
+        "vocab_size": 201088,
+        "hidden_size": 2880,
+        "intermediate_size": 2880,
+        "num_hidden_layers": 6,
+        "num_attention_heads": 64,
+        "num_key_value_heads": 8,
+        "head_dim": 64,
+        "num_local_experts": 32,
+        "num_experts_per_tok": 4,
+        "sliding_window": 128,
+        "layer_types": ["sliding_attention", "full_attention"] * 3,
+        "max_position_embeddings": 16384,
+    },
 }
 NATIVE = ("int8", "int4")
-FILE_TYPES = ("q8_0", "q4_0", "q4_k_m", "bf16")
+FILE_TYPES = ("q8_0", "q4_0", "q4_k_m", "mxfp4_moe", "bf16")
 FILE, LLAMA, IK = (
     {f"{who}-{kind}": kind for kind in FILE_TYPES} for who in ("file", "llama", "ik")
 )
@@ -136,7 +153,7 @@ def build(
         path = folder / f"{shape}-{kind.upper()}.gguf"
         if not path.exists():
             shapes = weight_shapes(config)
-            mixed = kind.endswith("_m")
+            mixed = kind.endswith(("_m", "_moe"))
             write_gguf(config, shapes, lambda n: random_weights(shapes[n]), path, kind, mixed=mixed)
         if engine in FILE:
             return Moescope.file(path)

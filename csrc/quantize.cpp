@@ -9,6 +9,7 @@
 #include <vector>
 
 #include "each.h"
+#include "halves.h"
 #include "pool.h"
 #include "weight_format.h"
 
@@ -33,18 +34,6 @@ constexpr int kLanes = 8;
 constexpr int kGroup = 32;   // weights that share a scale, but in Q6_K
 constexpr int kSuper = 256;  // weights of a K-quant's block
 constexpr int kRefits = 1;   // rounds of: integers for the scale, then the best scale for those
-
-// Nearest integer, ties to even, of a magnitude below 2^22.
-template <typename T>
-MOESCOPE_INLINE inline T nearest(T x) {
-  return (x + 12582912.0f) - 12582912.0f;
-}
-
-// Also of what is not a number: `low`.
-MOESCOPE_INLINE inline float clamp(float x, float low, float high) {
-  x = x > low ? x : low;
-  return x < high ? x : high;
-}
 
 MOESCOPE_INLINE inline Vec clamp(Vec x, float low, float high) {
   const Vec lows = Vec{} + low, highs = Vec{} + high;
@@ -90,39 +79,10 @@ struct Group {
   }
 };
 
-MOESCOPE_INLINE inline uint16_t to_f16(float value) {  // to nearest, ties to even; at most 65504
-  value = clamp(value, -65504.0f, 65504.0f);
-  uint32_t bits;
-  std::memcpy(&bits, &value, sizeof bits);
-  const uint16_t sign = static_cast<uint16_t>(bits >> 16 & 0x8000);
-  bits &= 0x7fffffff;
-  if (bits < 0x38800000) {  // below 2^-14: a multiple of 2^-24
-    std::memcpy(&value, &bits, sizeof value);
-    return static_cast<uint16_t>(sign | static_cast<uint16_t>(nearest(value * 16777216.0f)));
-  }
-  bits += 0xfff + (bits >> 13 & 1);
-  return static_cast<uint16_t>(sign | ((bits - 0x38000000) >> 13));
-}
-
-MOESCOPE_INLINE inline float from_f16(uint16_t half) {
-  const uint32_t magnitude = half & 0x7fff;
-  float value;
-  if (magnitude < 0x400) {
-    value = static_cast<float>(magnitude) / 16777216.0f;
-  } else {
-    const uint32_t bits = (magnitude << 13) + 0x38000000;
-    std::memcpy(&value, &bits, sizeof value);
-  }
-  return half & 0x8000 ? -value : value;
-}
-
 MOESCOPE_INLINE inline void put(uint8_t* out, float value) {
   const uint16_t half = to_f16(value);
   std::memcpy(out, &half, sizeof half);
 }
-
-// As an f16 holds it.
-MOESCOPE_INLINE inline float halved(float value) { return from_f16(to_f16(value)); }
 
 // Levels that a quotient is rounded to.
 template <int Low, int High>
@@ -264,6 +224,35 @@ MOESCOPE_INLINE inline void curved(const float* x, const float* w, uint8_t* out)
       q[i] += x[i] * per_scale > (Curve::levels[level] + Curve::levels[level + 1]) / 2;
   }
   nibbles(q, out + 2, kGroup / 2);
+}
+
+// A power of two and e2m1 (OCP Microscaling v1.0): the power that keeps the largest magnitude below 8,
+// as the standard has it, though 6 is the largest level, or twice that, where the error is less.
+MOESCOPE_INLINE inline void microscaled(const float* x, const float* w, uint8_t* out) {
+  const Group<kGroup> group(x, w);
+  const float most = std::max(std::fabs(group.low()), std::fabs(group.high()));
+  uint32_t bits;
+  std::memcpy(&bits, &most, sizeof bits);
+  const int exponent = static_cast<int>(bits >> 23) - 2;
+  float least = INFINITY;
+  for (int at = std::max(exponent, 0); at <= std::max(exponent, 0) + 1; ++at) {
+    const float unit = std::ldexp(1.0f, at - 128), per_unit = inverse(unit);  // levels are doubled
+    float error = 0;
+    uint8_t q[kGroup];
+    for (int i = 0; i < kGroup; ++i) {
+      const float magnitude = std::fabs(x[i]), quotient = magnitude * per_unit;
+      int level = 0;
+      for (int above = 1; above < 8; ++above)
+        level += 2 * quotient > static_cast<float>(kMxfp4Words[above - 1] + kMxfp4Words[above]);
+      const float off = static_cast<float>(kMxfp4Words[level]) * unit - magnitude;
+      error += w[i] * off * off;
+      q[i] = static_cast<uint8_t>(x[i] < 0 && level ? level | 8 : level);
+    }
+    if (error >= least) continue;
+    least = error;
+    out[0] = static_cast<uint8_t>(at);
+    nibbles(q, out + 1, kGroup / 2);
+  }
 }
 
 MOESCOPE_INLINE inline void bytes(const float* x, const float* w, uint8_t* out) {
@@ -411,6 +400,7 @@ MOESCOPE_CLONES void quantize_row(BlockType type, const float* x, int64_t column
       case BlockType::q5_1: with_minimum<5>(x + at, w + at, out); break;
       case BlockType::q8_0: bytes(x + at, w + at, out); break;
       case BlockType::iq4_nl: curved(x + at, w + at, out); break;
+      case BlockType::mxfp4: microscaled(x + at, w + at, out); break;
       case BlockType::q4_k: k_quant<4>(x + at, w + at, out); break;
       case BlockType::q5_k: k_quant<5>(x + at, w + at, out); break;
       case BlockType::q6_k: six_bits(x + at, w + at, out); break;
@@ -454,9 +444,10 @@ MOESCOPE_CLONES void int4_row(const float* x, int64_t columns, const float* w, L
 
 BlockType block_type_of(const std::string& name) {
   static const std::map<std::string, BlockType> kNames = {
-      {"Q4_0", BlockType::q4_0}, {"Q4_1", BlockType::q4_1}, {"Q5_0", BlockType::q5_0},
-      {"Q5_1", BlockType::q5_1}, {"Q8_0", BlockType::q8_0}, {"IQ4_NL", BlockType::iq4_nl},
-      {"Q4_K", BlockType::q4_k}, {"Q5_K", BlockType::q5_k}, {"Q6_K", BlockType::q6_k}};
+      {"Q4_0", BlockType::q4_0},   {"Q4_1", BlockType::q4_1}, {"Q5_0", BlockType::q5_0},
+      {"Q5_1", BlockType::q5_1},   {"Q8_0", BlockType::q8_0}, {"IQ4_NL", BlockType::iq4_nl},
+      {"MXFP4", BlockType::mxfp4}, {"Q4_K", BlockType::q4_k}, {"Q5_K", BlockType::q5_k},
+      {"Q6_K", BlockType::q6_k}};
   const auto found = kNames.find(name);
   if (found == kNames.end()) throw std::invalid_argument("there is no quantiser for " + name);
   return found->second;
@@ -470,6 +461,7 @@ BlockShape shape_of(BlockType type) {
     case BlockType::q5_1: return {kGroup, 24};
     case BlockType::q8_0: return {kGroup, 34};
     case BlockType::iq4_nl: return {kGroup, 18};
+    case BlockType::mxfp4: return {kGroup, 17};
     case BlockType::q4_k: return {kSuper, 144};
     case BlockType::q5_k: return {kSuper, 176};
     default: return {kSuper, 210};

@@ -5,7 +5,7 @@
 
 namespace moescope {
 
-enum class BlockType { q4_0, q4_1, q5_0, q5_1, q8_0, iq4_nl, q4_k, q5_k, q6_k };
+enum class BlockType { q4_0, q4_1, q5_0, q5_1, q8_0, iq4_nl, mxfp4, q4_k, q5_k, q6_k };
 
 struct BlockShape {
   int64_t weights, bytes;  // of one block

@@ -63,7 +63,7 @@ def test_a_file_becomes_a_smaller_one_with_all_it_says(
 
 
 @needs_extension
-@pytest.mark.parametrize("to", ["q4_k_m", "q4_0", "q5_k_m"])
+@pytest.mark.parametrize("to", ["q4_k_m", "q4_0", "q5_k_m", "mxfp4_moe"])
 @pytest.mark.parametrize("width", [256, 96])
 def test_types_are_those_that_llama_cpp_gives(tmp_path: Path, to: str, width: int) -> None:
     llama_cpp = pytest.importorskip("llama_cpp")
@@ -78,6 +78,9 @@ def test_types_are_those_that_llama_cpp_gives(tmp_path: Path, to: str, width: in
         "head_dim": 64,
         "max_position_embeddings": 512,
     }
+    if to == "mxfp4_moe":
+        fields |= {"model_type": "qwen3_moe", "num_experts": 4, "num_experts_per_tok": 2}
+        fields |= {"moe_intermediate_size": 64}
     source = write(network(fields), tmp_path / "model.gguf", "F32")
     ours, theirs = tmp_path / "ours.gguf", tmp_path / "theirs.gguf"
     assert run(["quantize", str(source), "--to", to, "--out", str(ours)]) == 0

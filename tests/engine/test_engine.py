@@ -44,6 +44,15 @@ def test_nothing_is_seen_of_what_blocks_held_before(saved: Path, backend: str) -
     assert made[0] == made[1]
 
 
+def test_texts_of_a_cache_that_was_replaced_are_not_read_from_another(saved: Path) -> None:
+    engine = load(str(saved)).engine
+    tokens = engine.repeat([engine.encode(PROMPTS[0])], SamplingParams(max_tokens=9))
+    next(tokens)
+    engine.limit_cache(2**20)
+    with pytest.raises(ValueError, match="replaced"):
+        next(tokens)
+
+
 @pytest.mark.parametrize("temperature", [0.0, 0.8])
 def test_a_batch_of_unequal_prompts_gives_what_each_gives_alone(
     model: Model, temperature: float

@@ -14,7 +14,7 @@ from torch import Tensor
 from moescope.kernels import cpu
 
 pytestmark = pytest.mark.skipif(not cpu.available(), reason="the extension is not built")
-TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "Q4_K", "Q5_K", "Q6_K"]
+TYPES = ["Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0", "IQ4_NL", "MXFP4", "Q4_K", "Q5_K", "Q6_K"]
 SEEDS = st.integers(0, 1000)
 
 
@@ -81,6 +81,14 @@ def test_what_a_block_holds_exactly_stays(block_type: str) -> None:
     zeros = torch.zeros(1, 512)
     assert torch.equal(through(zeros, block_type), zeros)
     torch.testing.assert_close(through(constant, block_type), constant, rtol=0.04, atol=0)
+
+
+@given(seed=SEEDS, rows=st.integers(1, 9), blocks=st.integers(1, 9))
+def test_what_was_in_mxfp4_stays(seed: int, rows: int, blocks: int) -> None:
+    packed = np.random.default_rng(seed).integers(0, 256, (rows, 17 * blocks), np.uint8)
+    packed[:, ::17] = packed[:, ::17] % 60 + 100  # exponents that float32 has room for
+    weight = torch.from_numpy(gguf.quants.dequantize(packed, GGMLQuantizationType.MXFP4))
+    assert torch.equal(through(weight, "MXFP4"), weight)
 
 
 @pytest.mark.parametrize("block_type", TYPES)

@@ -218,16 +218,17 @@ def test_a_stream_that_waits_says_that_it_is_alive(
     talker: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("moescope.server.streams.QUIET_SECONDS", 0.05)
-    step = talker.engine.step
+    own = Model("small", talker.network, talker.tokenizer)
+    step = own.engine.step
 
     def slow(*given: Any) -> Any:
         time.sleep(0.3)
         return step(*given)
 
-    monkeypatch.setattr(talker.engine, "step", slow)
+    monkeypatch.setattr(own.engine, "step", slow)
     asked: dict[str, Any] = {"model": "small", "messages": ASKED, "max_tokens": 2, "stream": True}
     asked |= {"temperature": 0, "options": {"num_predict": 2}}
-    with served(talker) as client:
+    with served(own) as client:
         for path, sign in (("/v1/chat/completions", COMMENT), ("/v1/messages", PING)):
             told = post(client, path, **asked)
             assert sign in told

@@ -13,7 +13,7 @@ def quantize(
         str,
         typer.Option(
             help="For a .gguf file f32, bf16, f16, q8_0, q6_k, q5_k_m, q5_1, q5_0, q4_k_m, q4_1, "
-            "q4_0 or iq4_nl; for a folder bf16 or int8."
+            "q4_0, iq4_nl or mxfp4_moe; for a folder bf16 or int8."
         ),
     ],
     out: Annotated[Path, typer.Option(help="The .gguf file, or a folder; not there yet.")],

@@ -231,8 +231,15 @@ class Engine:
         A text of which the model makes no numbers, or whose choice fails, ends with what went
         wrong, and no other does. With a `recorder`, which sees all that is read, a single text is
         read whole.
+
+        Raises:
+            ValueError: the cache has been replaced since the scheduler was made.
         """
         with self._lock:
+            if scheduler.blocks is not self.blocks:
+                raise ValueError(
+                    "this scheduler's blocks are of a cache that `limit_cache` replaced"
+                )
             chunks = scheduler.schedule()
             if not chunks:
                 return []

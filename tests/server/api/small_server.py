@@ -23,6 +23,7 @@ TEMPLATE = (
 
 @contextmanager
 def served(model: Model, **options: Any) -> Iterator[tuple[TestClient, ModelThread]]:
+    model = Model(model.name, model.network, model.tokenizer)  # two threads share no engine's cache
     thread = ModelThread(model.engine, options.pop("max_batch", 4), 2**24)
     api = create_api(model, thread, name="small", access=Access(**options))
     with TestClient(api, base_url="http://127.0.0.1:8000") as client:

@@ -325,16 +325,17 @@ def test_what_was_made_is_penalised(peer: openai.OpenAI, talker: Model) -> None:
 
 
 def test_a_text_goes_on_past_its_end_where_that_is_asked_for(
-    client: TestClient, talker: Model, monkeypatch: pytest.MonkeyPatch
+    talker: Model, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     first, last = (talker.tokenizer.encode(letter)[0] for letter in "bc")
     script = [first, talker.tokenizer.eos_id or 0, last]
-    monkeypatch.setattr(talker.engine, "pick", _scripted(script))
     asked = {"prompt": PROMPT, "max_tokens": 3, "temperature": 0}
-    for ignore_eos, text, reason in ((False, "b", "stop"), (True, "bc", "length")):
-        answer = client.post("/v1/completions", json=asked | {"ignore_eos": ignore_eos})
-        choice = answer.json()["choices"][0]
-        assert (choice["text"], choice["finish_reason"]) == (text, reason)
+    with served(talker) as (client, thread):
+        monkeypatch.setattr(thread.engine, "pick", _scripted(script))
+        for ignore_eos, text, reason in ((False, "b", "stop"), (True, "bc", "length")):
+            answer = client.post("/v1/completions", json=asked | {"ignore_eos": ignore_eos})
+            choice = answer.json()["choices"][0]
+            assert (choice["text"], choice["finish_reason"]) == (text, reason)
 
 
 def test_a_wrong_key_is_refused_and_health_needs_none(peer: openai.OpenAI) -> None:

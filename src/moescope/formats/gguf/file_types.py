@@ -20,11 +20,13 @@ class FileType:
         number: by which a file names it.
         kind: type of most matrices.
         mixed: whether values and down projections have Q6_K in half of the layers.
+        experts: type of the routed experts; None for that of the others.
     """
 
     number: LlamaFileType
     kind: GGMLQuantizationType
     mixed: bool = False
+    experts: GGMLQuantizationType | None = None
 
     @property
     def is_float(self) -> bool:
@@ -45,6 +47,7 @@ FILE_TYPES = {
     "q4_1": FileType(LlamaFileType.MOSTLY_Q4_1, Kind.Q4_1),
     "q4_0": FileType(LlamaFileType.MOSTLY_Q4_0, Kind.Q4_0),
     "iq4_nl": FileType(LlamaFileType.MOSTLY_IQ4_NL, Kind.IQ4_NL),
+    "mxfp4_moe": FileType(LlamaFileType.MOSTLY_MXFP4_MOE, Kind.Q8_0, experts=Kind.MXFP4),
 }
 """By llama.cpp's names, the widest first."""
 
@@ -99,6 +102,8 @@ def _of_role(
         return Kind.Q8_0
     if experts == EIGHT and role == "attn_output" and kind in (Kind.Q4_K, Kind.IQ4_NL):
         return Kind.Q5_K
+    if file_type.experts is not None and role.endswith("_exps"):
+        return file_type.experts
     hurts = role == "attn_v" or role.startswith("ffn_down")
     return Kind.Q6_K if file_type.mixed and hurts and _more_bits(int(found[1]), layers) else kind
 

@@ -41,7 +41,7 @@ def quantize_blocks(rows: Tensor, block_type: str) -> NDArray[np.uint8]:
 
     Args:
         rows: float32; columns make whole blocks.
-        block_type: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, Q4_K, Q5_K or Q6_K.
+        block_type: Q4_0, Q4_1, Q5_0, Q5_1, Q8_0, IQ4_NL, MXFP4, Q4_K, Q5_K or Q6_K.
     """
     numbers, size = GGML_QUANT_SIZES[GGMLQuantizationType[block_type]]
     out = np.empty((len(rows), rows.shape[1] // numbers * size), np.uint8)
