@@ -122,6 +122,8 @@ void Weights::multiply(int64_t matrix, int64_t index, const QuantizedRows& activ
                        const int32_t* rows, int count, float* out, const uint8_t* next) const {
   Tile at = tile(matrix, index);
   if (next != nullptr) at.next = next;
+  if (at.row_scales != nullptr)  // wanted last, from a place of their own
+    for (int p = 0; p < at.panels; ++p) __builtin_prefetch(at.row_scales + p * kPanel);
   kernels().multiply.of[format_](at, activations.view(format()), rows, count, out);
 }
 
