@@ -69,6 +69,12 @@ class Load:
     requests: int = 16
     conversation: tuple[int, int, int] = (1024, 32, 16)  # begins with, a turn asks, is answered
 
+    @property
+    def longest(self) -> int:
+        """Tokens that a text may have: 2,048, or what the conversation comes to."""
+        begins, asks, is_answered = self.conversation
+        return max(2048, begins + TURNS * (asks + is_answered))
+
 
 @dataclass(frozen=True)
 class Answer:
@@ -199,14 +205,16 @@ def _answers(address: str) -> bool:
         return False
 
 
-def commands(model: Path, weight_format: str, llama_server: Path | None) -> dict[str, list[str]]:
-    """How each server is started, but for its port."""
+def commands(
+    model: Path, weight_format: str, llama_server: Path | None, longest: int
+) -> dict[str, list[str]]:
+    """How each server is started, but for its port; texts have `longest` tokens at most."""
     ours = [sys.executable, "-c", "from moescope.cli.main import main; main()", "serve", str(model)]
     ours += ["--backend", "cpu", "--quantize", weight_format, "--max-batch", str(CLIENTS)]
     found = {"moescope": ours}
     if llama_server is not None:
         threads, slots = str(cpu.threads()), str(CLIENTS)
-        context = str(CLIENTS * 2048)
+        context = str(CLIENTS * longest)
         found[PEER] = [str(llama_server), "-m", str(model), "-t", threads, "-np", slots]
         found[PEER] += ["-c", context]
     return found
@@ -266,12 +274,14 @@ def main() -> None:
                 FORMATS[given.format],
                 vocabulary=words(config),
             )
+        full = Load(conversation=(given.conversation, 32, 16))
         servers = {
             name: stack.enter_context(serving(command, folder / f"{name}.log"))
-            for name, command in commands(model, given.format, given.llama_server).items()
+            for name, command in commands(
+                model, given.format, given.llama_server, full.longest
+            ).items()
         }
         prompts = Prompts(config.vocab_size)
-        full = Load(conversation=(given.conversation, 32, 16))
         warm = Load((64, 4), (16, 4), CLIENTS, (64, 8, 4))
         measured: list[dict[str, dict[str, float]]] = []
         for number in range(given.rounds + 1):

@@ -6,8 +6,13 @@ from hypothesis import given, settings, strategies as st
 from transformers import AutoModelForCausalLM
 
 from moescope.api import Model, load
+from moescope.engine import runner
+from moescope.engine.engine import Engine
 from moescope.engine.sampling import SamplingParams
+from moescope.engine.scheduler import Scheduler
 from moescope.errors import UserError
+from moescope.scope.parts import Parts
+from moescope.scope.steps import TokenStep, stream
 
 PROMPTS = ["床前", "the moon before my bed, is it frost? 床前明月光", "😀", "is"]
 
@@ -51,6 +56,40 @@ def test_texts_of_a_cache_that_was_replaced_are_not_read_from_another(saved: Pat
     engine.limit_cache(2**20)
     with pytest.raises(ValueError, match="replaced"):
         next(tokens)
+
+
+@pytest.mark.parametrize("chunk", [None, 3])
+def test_what_gives_up_its_memory_is_shown_once(
+    model: Model, chunk: int | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(runner, "BLOCK_TOKENS", 8)
+    engine = Engine(model.network, model.tokenizer)
+    engine.limit_cache(4 * runner.bytes_per_block(model.network, 8))
+    ids, params = [65] * 10, SamplingParams(max_tokens=14, temperature=0)
+    undisturbed = list(stream(engine, ids, params))
+    others, waits = Scheduler(engine.blocks), 0
+
+    def pause() -> None:
+        nonlocal waits
+        waits += bool(others)
+        if waits == 30:
+            others.clear()
+
+    told = []
+    for step in stream(engine, ids, params, parts=Parts(tokens=chunk, pause=pause)):
+        told.append(step)
+        if len(told) == 12:  # of two blocks, and two are left
+            others.add(engine.sequence([66] * 12, params, request="other"))
+            engine.step(others)
+    assert waits == 30  # it had to wait, and was read again
+    assert [getattr(step, "id", None) for step in told] == [
+        getattr(step, "id", None) for step in undisturbed
+    ]
+    for mine, its in zip(told[:-1], undisturbed[:-1], strict=True):
+        assert isinstance(mine, TokenStep) and isinstance(its, TokenStep)
+        assert (mine.index, mine.logprob) == (its.index, pytest.approx(its.logprob, abs=1e-4))
+        experts = [layer and layer.topk_ids for layer in mine.layers]
+        assert experts == [layer and layer.topk_ids for layer in its.layers]
 
 
 @pytest.mark.parametrize("temperature", [0.0, 0.8])

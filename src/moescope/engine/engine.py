@@ -376,25 +376,27 @@ class Engine:
 
         Yields:
             After each pass the tokens that it read, and the one that it made; None while more of
-            the prompt is unread.
+            the prompt is unread, or while others hold the memory that the next token takes. What
+            was read before and has to be read again is neither shown nor yielded once more.
 
         Raises:
             UserError: as `repeat`.
         """
         scheduler = Scheduler(self.blocks, chunk=chunk, reuse=False)
         text = self.sequence(ids, params)
+        shown = 0
         try:
             scheduler.add(text)
             while scheduler:
-                start, known = text.read, list(text.ids)
-                made = self.step(scheduler, recorder)
-                if not made:
-                    yield known[start : text.read], None
-                    continue
-                _, event = made[0]
+                known, again = list(text.ids), shown - text.read
+                scheduler.chunk = chunk if again <= 0 else min(again, chunk or again)
+                made = self.step(scheduler, recorder if again <= 0 else Recorder())
+                event = made[0][1] if made else None
                 if isinstance(event, Exception):
                     raise event
-                yield known[start:], event
+                read = known if made else known[: text.read]
+                yield read[shown:], event
+                shown = max(shown, len(read))
         finally:
             with self._lock:
                 scheduler.clear()

@@ -88,6 +88,9 @@ class Scheduler:
         reuse: whether a text takes what is known of its beginning, unless it is to be read whole.
         short_turn: how many new tokens of a conversation that goes on are read one by one, in one
             step, as those are that were made; 0 for none.
+
+    Attributes:
+        chunk: as above; it may change between steps.
     """
 
     def __init__(
@@ -103,7 +106,7 @@ class Scheduler:
         self.blocks = blocks
         self.running: list[Sequence] = []  # in the order in which they joined
         self._max_running = max_running
-        self._chunk, self._chunk_beside = chunk, chunk_beside
+        self.chunk, self._chunk_beside = chunk, chunk_beside
         self._reuse, self._short_turn = reuse, short_turn
         self._requests: dict[Hashable, _Request] = {}
         self._clock = 0  # what the request that has been served least has been served
@@ -147,7 +150,7 @@ class Scheduler:
     def _chunks_of_prompts(self, *, beside: bool) -> list[Chunk]:
         """Decide what is read of prompts, beside texts that are continued or alone."""
         chunks: list[Chunk] = []
-        budget = self._chunk
+        budget = self.chunk
         if beside and self._chunk_beside is not None:
             budget = self._chunk_beside if budget is None else min(budget, self._chunk_beside)
         prompts = self._prompts()

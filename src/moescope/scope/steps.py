@@ -117,7 +117,8 @@ def stream(
         start = time.perf_counter()
         ids, token = next(made)
         seconds += time.perf_counter() - start if new_tokens else 0.0
-        yield from describe(recorder, ids)
+        if ids:
+            yield from describe(recorder, ids)
         parts.pause()
         if token is None:
             continue
