@@ -34,6 +34,6 @@ def test_a_server_reads_a_long_prompt_in_such_chunks_beside_a_text(packed: Model
     thread = ModelThread(engine, 2, 2**24)
     try:
         scheduler = thread._scheduler
-        assert scheduler._chunk_beside == 128 < scheduler._chunk
+        assert scheduler._chunk_beside == 128 < scheduler.chunk
     finally:
         thread.close()
