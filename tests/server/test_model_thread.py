@@ -95,7 +95,7 @@ def test_requests_that_come_at_any_time_get_what_each_gets_alone(model: Model, c
         for at, (prompt, sampling) in enumerate(zip(PROMPTS * 2, samplings * 2, strict=True))
     ]
     with threaded(model) as thread:
-        thread._scheduler._chunk = chunk
+        thread._scheduler.chunk = chunk
         listeners = [Listener(thread, ids, **sampling) for ids, sampling in asked]
         for listener, (ids, sampling) in zip(listeners, asked, strict=True):
             made = listener.tokens()
@@ -199,7 +199,7 @@ def test_texts_that_do_not_fit_together_are_what_each_is_alone(
     model: Model, blocks: int, chunk: int
 ) -> None:
     with threaded(model, max_running=4, blocks=blocks) as thread:
-        thread._scheduler._chunk = chunk
+        thread._scheduler.chunk = chunk
         ids = [model.engine.encode(prompt)[: 4 + 5 * at] for at, prompt in enumerate(PROMPTS * 3)]
         asked = [(of[:30], 1 + 7 * at % 15) for at, of in enumerate(ids)]
         listeners = [Listener(thread, of, max_tokens=most) for of, most in asked]
