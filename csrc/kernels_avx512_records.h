@@ -81,7 +81,7 @@ struct Few {
 template <int F, int M>
 __attribute__((noinline)) void add_few(const Few& at, const Activations& a) {
   static constexpr WeightFormat f = kWeightFormats[F];
-  static constexpr int kGroupsOfChunk = kChunk / f.group, kSteps = f.group / 4;
+  static constexpr int kGroupsOfChunk = kChunk / f.group;
   const uint8_t* chunk = at.record;
   const uint8_t* scales = at.record + value_bytes(f, at.columns);
   const uint8_t* minimums = at.record + minimums_at(f, at.columns);
@@ -109,8 +109,8 @@ __attribute__((noinline)) void add_few(const Few& at, const Activations& a) {
         dots[m] = _mm512_set1_epi32(
             start_of_dots(f.zero, a.sums[at.row[m] * a.groups + first_group + g]));
       });
-      each<kSteps>([&](auto step) MOESCOPE_INLINE {
-        const __m512i weights = all_values_of<F>(chunk, part * kSteps + step);
+      each<f.group / 4>([&](auto step) MOESCOPE_INLINE {
+        const __m512i weights = all_values_of<F>(chunk, part * (f.group / 4) + step);
         each<M>([&](auto m) MOESCOPE_INLINE { dot_with_four(dots[m], weights, x[m] + 4 * step); });
       });
       const __m512 scale = all_scales_at<F>(scales, g * kPanel, super);

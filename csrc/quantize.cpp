@@ -1,4 +1,8 @@
 // The blocks are laid out as ggml has them (ggml-common.h).
+
+// Vectors never cross a call: everything is inlined into `quantize_row`.
+#pragma GCC diagnostic ignored "-Wpsabi"
+
 #include "quantize.h"
 
 #include <algorithm>
@@ -12,9 +16,6 @@
 #include "halves.h"
 #include "pool.h"
 #include "weight_format.h"
-
-// Vectors never cross a call: everything is inlined into `quantize_row`.
-#pragma GCC diagnostic ignored "-Wpsabi"
 
 // One function for AVX2 and one for any processor, chosen when the program is loaded: too early for
 // ThreadSanitizer, which is not there yet.
