@@ -227,6 +227,26 @@ def test_a_short_turn_of_a_conversation_is_read_one_by_one(
     assert turn.ended and scheduler.blocks.held == 0
 
 
+def test_what_a_text_has_made_so_far_is_not_what_a_conversation_goes_on_from() -> None:
+    scheduler = Scheduler(Blocks(16), short_turn=5)
+    first = text(9, room=5)
+    scheduler.add(first)
+    for made in range(1, 4):
+        advance(scheduler, scheduler.schedule())
+        begun = text([*first.ids[: first.read], 1])
+        scheduler.blocks.begin(begun)
+        assert (begun.read, first.read) == (9, 8 + made) and not scheduler.blocks.goes_on(begun)
+        scheduler.blocks.release(begun)
+    scheduler._evict(first)
+    scheduler.blocks.begin(begun)
+    assert begun.read == 9
+    scheduler.blocks.release(begun)
+    run(scheduler)
+    begun = text([*first.ids[:-1], 1])
+    scheduler.blocks.begin(begun)
+    assert begun.read == 13 and scheduler.blocks.goes_on(begun)
+
+
 def test_texts_of_other_salt_share_nothing() -> None:
     scheduler = Scheduler(Blocks(4, least_copied=1), chunk=64)
     for salt in (b"", b"steered", b"", b"steered"):

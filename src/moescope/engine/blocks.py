@@ -7,8 +7,8 @@ blocks; of a block that agrees in part, that part is copied. Blocks that nobody 
 what is in them until they are needed, those longest unused first. Nothing here is a tensor.
 
 Kernels may sum tokens of a prompt in another order than those that were made one by one. So that a
-text is the same whatever others left behind, a prompt takes made tokens for its own in two cases
-alone: with all that an earlier text had made, as a conversation that goes on does, and in whole
+text is the same whatever others do or left behind, a prompt takes made tokens for its own in two
+cases alone: with all that an ended text had made, as a conversation that goes on does, and in whole
 blocks.
 """
 
@@ -49,6 +49,7 @@ class _Block:
     ids: tuple[int, ...] = ()
     digest: bytes | None = None  # once it is full
     given: int = sys.maxsize  # how many tokens, from the first, were read as a prompt's
+    has_ended: bool = False  # whether no text goes on in it
 
 
 class Blocks:
@@ -170,9 +171,15 @@ class Blocks:
                 self._full.setdefault(digest, sequence.blocks[at])
             sequence.digests.append(digest)
 
-    def release(self, sequence: Sequence) -> None:
-        """Take back all that a text holds; a text's end is given up before its beginning."""
+    def release(self, sequence: Sequence, *, ended: bool = False) -> None:
+        """Take back all that a text holds; a text's end is given up before its beginning.
+
+        Args:
+            sequence: the text.
+            ended: whether it will not be read again.
+        """
         for block in reversed(sequence.blocks):
+            self._blocks[block].has_ended |= ended
             self._release(block)
         sequence.blocks, sequence.digests, sequence.read = [], [], 0
 
@@ -233,7 +240,8 @@ class Blocks:
         for block in self._after.get(parent, ()):
             known = self._blocks[block]
             common = _shared_beginning(known.ids, ids)
-            if common < len(known.ids) and known.given != given:
+            is_all = known.has_ended and common == len(known.ids)
+            if not is_all and known.given != given:
                 common = min(common, known.given, given)
             if common > shared:
                 best, shared = block, common

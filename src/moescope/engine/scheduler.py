@@ -191,7 +191,7 @@ class Scheduler:
             request.running -= 1
         else:
             request.waiting.remove(sequence)
-        self.blocks.release(sequence)
+        self.blocks.release(sequence, ended=True)
         if not request.running and not request.waiting:
             del self._requests[sequence.request]
 
