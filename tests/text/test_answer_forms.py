@@ -280,20 +280,29 @@ def test_calls_that_must_be_made_are_read_again(name: str, one: bool, model: Any
         for name, schema in TOOLS.items()
         if name != "write"
     }
+
+    def drawn(grammar: str, liked: bytes, chance: Random, share: float) -> list[int]:
+        """Tokens of which so many begin as is liked, where they may."""
+        state = Constraint(tokenizer, tokenizer.vocab_size, ends, "lark", grammar).start()
+        ids: list[int] = []
+        while not state.ended and len(ids) < 2000:
+            mask = state.mask()
+            assert mask is not None
+            choices = mask.nonzero().flatten().tolist()
+            likely = [i for i in choices if i in ends or tokenizer.token_bytes(i)[:1] in liked]
+            ids.append(chance.choice(likely if likely and chance.random() < share else choices))
+            state.accept(ids[-1])
+        return ids
+
+    rated = {"rate": {"type": "object", "properties": {"stars": {"type": "integer", "maximum": 5}}}}
+    rated["rate"] |= {"required": ["stars"], "additionalProperties": False}
     for template in {TEMPLATES.get(name, ""), ""}:
+        grammar = calls_grammar(FORMS[name], template, rated, special, one=True)
+        ids = drawn(grammar, b" \t\r\n", Random(0), 1.0)
+        assert len(ids) < 400, "blanks without end"
         grammar = calls_grammar(FORMS[name], template, strict, special, one=one)
-        held_to = Constraint(tokenizer, tokenizer.vocab_size, ends, "lark", grammar)
         for seed in range(3):
-            chance, state, ids = Random(seed), held_to.start(), []
-            while not state.ended and len(ids) < 2000:
-                mask = state.mask()
-                assert mask is not None
-                choices = mask.nonzero().flatten().tolist()
-                likely = [
-                    i for i in choices if i in ends or tokenizer.token_bytes(i)[:1] in b'"}<\n'
-                ]
-                ids.append(chance.choice(likely if likely and chance.random() < 0.7 else choices))
-                state.accept(ids[-1])
+            ids = drawn(grammar, b'"}<\n', Random(seed), 0.7)
             text = tokenizer.decode([i for i in ids if i not in ends], skip_special_tokens=False)
             thought, content, calls = read(FORMS[name], text, [5], tools=strict)
             assert (thought, content) == ("", "") and calls

@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from moescope.errors import UserError
+from moescope.text.answers.grammar import BLANKS
 from moescope.text.tokenizer import Tokenizer
 
 if TYPE_CHECKING:
@@ -23,8 +24,6 @@ Kind = Literal["json", "regex", "choice", "grammar", "lark"]
 """`grammar` is GBNF or Lark, `lark` llguidance's Lark alone."""
 LONGEST = 200_000
 """Characters of a rule: to compile one takes time in proportion, which nobody can break off."""
-BLANKS = r"[ \t\n]{0,32}"
-"""Between the parts of JSON; endless blanks would be no answer."""
 
 
 class Constraint:

@@ -31,6 +31,8 @@ from moescope.text.answers.reader import (
 )
 
 Mark = Callable[[str], str]
+BLANKS = r"[ \t\n]{0,32}"
+"""Between the parts of JSON; endless blanks would be no answer."""
 
 
 def calls_grammar(
@@ -147,4 +149,5 @@ def _text(text: str) -> str:
 
 
 def _json(schema: Mapping[str, Any]) -> str:
-    return f"%json {json.dumps(schema, ensure_ascii=False)}"
+    held = {**schema, "x-guidance": {"whitespace_pattern": BLANKS}}
+    return f"%json {json.dumps(held, ensure_ascii=False)}"

@@ -7,6 +7,7 @@ over `torch.distributed`.
 import functools
 import json
 import os
+import signal
 import sys
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager, suppress
@@ -178,6 +179,7 @@ def joined(parallel: ParallelConfig, device: torch.device = CPU) -> Generator[Ra
     except RuntimeError as error:
         if not _tells_of_a_lost_rank(error):
             raise
+        signal.signal(signal.SIGTERM, signal.SIG_IGN)  # torchrun's, who ends all: this one says why
         raise UserError(
             "another process of this training was lost; torchrun --max-restarts N starts all of "
             "them again from the last checkpoint, --resume does by hand"
