@@ -189,21 +189,18 @@ struct Spread {
   }
 };
 
-// Adds M rows x P panels over `columns` from `first_column` on to `out`, fetching from `ahead` on.
+// Adds M rows x P panels over `columns` from `first_column` on to `out`.
 template <int F, int M, int P>
 __attribute__((noinline)) void add_spread(const Spread<F, P>& weights, const Activations& a,
                                           const int64_t* row, int64_t first_column, int64_t columns,
-                                          const uint8_t* ahead, float* out) {
+                                          Share share, float* out) {
   static constexpr WeightFormat f = kWeightFormats[F];
   const int8_t* x[M];
   each<M>([&](auto m) MOESCOPE_INLINE { x[m] = a.values + row[m] * a.columns + first_column; });
   const uint8_t* values = weights.values;
-  const int64_t lines = panel_bytes(f, columns) * P / 64 / (columns / f.group) + 1;
   Sums<M, P> sums(out);
   for (int64_t g = 0; g < columns / f.group; ++g, values += f.group * kPanel) {
-    if (ahead != nullptr)
-      for (int64_t line = g * lines; line < (g + 1) * lines; ++line)
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + line * 64), _MM_HINT_T1);
+    share.step();
     __m512i dots[M][P];
     start<f.zero>(dots, a, row, first_column / f.group + g);
     each<f.group / 4>([&](auto step) MOESCOPE_INLINE {
@@ -230,6 +227,8 @@ __attribute__((noinline)) void add_spread(const Spread<F, P>& weights, const Act
 template <int F, int P>
 void multiply_many_panels(const Tile& tile, const Activations& a, const int32_t* rows, int count,
                           float* out) {
+  static constexpr WeightFormat f = kWeightFormats[F];
+  const int64_t passes = (count + kHeldRows - 1) / kHeldRows;
   memset(out, 0, count * kTile * sizeof(float));
   int64_t row[kRowBlock];
   for (int i = 0; i < count; ++i) row[i] = rows ? rows[i] : i;
@@ -238,11 +237,13 @@ void multiply_many_panels(const Tile& tile, const Activations& a, const int32_t*
   for (int64_t first = 0; first < a.columns; first += kRecord) {
     const int64_t columns = a.columns - first < kRecord ? a.columns - first : kRecord;
     weights.set(record, columns);
-    record += panel_bytes(kWeightFormats[F], columns) * P;
+    const int64_t bytes = panel_bytes(f, columns) * P;
+    record += bytes;
+    Shares shares(record < tile.end ? record : tile.next, bytes, passes, columns / f.group);
     for (int start = 0; start < count; start += kHeldRows) {
-      const uint8_t* ahead = start > 0 ? nullptr : record < tile.end ? record : tile.next;
+      const Share share = shares.take();
       with_constant<1, 2, 3>(count - start < kHeldRows ? count - start : kHeldRows, [&](auto m) {
-        add_spread<F, m, P>(weights, a, row + start, first, columns, ahead, out + start * kTile);
+        add_spread<F, m, P>(weights, a, row + start, first, columns, share, out + start * kTile);
       });
     }
   }

@@ -15,6 +15,7 @@ namespace {
 constexpr int kRows = 6;               // 6 x 4 sums, 4 weights and a broadcast fill the registers
 constexpr int kHeldRows = 3;           // rows for which they hold dots of integers and sums besides
 constexpr int64_t kColumnBlock = 256;  // columns of a tile that stay in the first-level cache
+constexpr int64_t kInt8Step = 16;      // columns
 constexpr int64_t kPrefetch = 4096;    // bytes ahead
 constexpr int kLowerHalves = 0x55555555;  // 16 bits of each 32
 constexpr WeightFormat kInt8 = kWeightFormats[format_named("int8")];
@@ -74,14 +75,6 @@ MOESCOPE_INLINE inline void multiply_step(__m512i (&dots)[M][P], const __m512i (
   });
 }
 
-// What is fetched of the weights ahead, while those before them are multiplied.
-enum class Fetch {
-  none,
-  all,         // for rows that pass over the weights once
-  one_half,    // for rows that pass over a block of them again and again, the first time
-  other_half,  // and the second
-};
-
 // Where the bytes stand that are read `distance` after `weights`.
 MOESCOPE_INLINE inline const uint8_t* ahead_of(const Tile& tile, const uint8_t* weights,
                                                int64_t distance) {
@@ -101,18 +94,47 @@ MOESCOPE_INLINE inline void prefetch(const void* from) {
     each<N>([&](auto n) MOESCOPE_INLINE { _mm_prefetch(lines + n * 64, _MM_HINT_T1); });
 }
 
-// Fetches line `index` of `count` that stand `offset` bytes after `ahead`, if it is in the half that
-// is to be fetched.
-template <Fetch F>
-MOESCOPE_INLINE inline void fetch(const uint8_t* ahead, int64_t offset, int64_t index,
-                                  int64_t count) {
-  if constexpr (F == Fetch::all) prefetch(ahead + offset + index * 64);
-  const int64_t half = (count + 1) / 2;
-  if constexpr (F == Fetch::one_half)
-    if (index < half) _mm_prefetch(ahead + offset + index * 64, _MM_HINT_T1);
-  if constexpr (F == Fetch::other_half)
-    if (index >= half) _mm_prefetch(ahead + offset + index * 64, _MM_HINT_T1);
-}
+// Rows that pass over the weights once fetch each line ahead of where they read it.
+struct EachLine {
+  const uint8_t* ahead = nullptr;
+  MOESCOPE_INLINE void begin(const Tile& tile, const uint8_t* weights) {
+    ahead = ahead_of(tile, weights, kPrefetch);
+  }
+  MOESCOPE_INLINE void line(int64_t offset) const { prefetch(ahead + offset); }
+  MOESCOPE_INLINE void step() {}
+};
+
+// Rows that pass over a block of weights again and again fetch `bytes` of the next one at each step.
+struct Share {
+  const uint8_t* from;
+  int64_t bytes;
+  MOESCOPE_INLINE void begin(const Tile&, const uint8_t*) {}
+  MOESCOPE_INLINE void line(int64_t) const {}
+  MOESCOPE_INLINE void step() {
+    for (const uint8_t* const end = from + bytes; from < end; from += 64)
+      _mm_prefetch(from, _MM_HINT_T1);
+  }
+};
+
+// Even shares of a block of so many bytes, for `passes` of `steps` each: few lines can be on their way
+// from memory at once, and what comes from the caches would wait behind them.
+class Shares {
+ public:
+  Shares(const uint8_t* block, int64_t bytes, int64_t passes, int64_t steps)
+      : share_{block, (bytes + passes * steps * 64 - 1) / (passes * steps * 64) * 64},
+        end_(block + bytes),
+        steps_(steps) {}
+  Share take() {
+    const Share taken{share_.from, share_.from < end_ ? share_.bytes : 0};
+    share_.from += steps_ * share_.bytes;
+    return taken;
+  }
+
+ private:
+  Share share_;
+  const uint8_t* end_;
+  int64_t steps_;
+};
 
 // Sums of M rows x P panels: kept in registers where they suffice, else in `out`.
 template <int M, int P>
@@ -147,29 +169,30 @@ struct Sums {
   MOESCOPE_INLINE float* at(int m, int p) const { return out + m * kTile + p * kPanel; }
 };
 
-// Adds M rows x P panels, of a tile's `Panels` those from `From` on, over the columns of a group,
-// fetching what stands `distance` bytes ahead of them.
-template <Fetch F, int From, int Panels, int M, int P>
+// Adds M rows x P panels, of a tile's `Panels` those from `From` on, over the columns of a group.
+template <int From, int Panels, typename Fetch, int M, int P>
 MOESCOPE_INLINE inline void add_group_of_int8(Sums<M, P>& sums, const Tile& tile,
                                               const Activations& a, const int64_t* row, int64_t g,
-                                              int64_t distance) {
+                                              Fetch& fetch) {
   __m512i dots[M][P];
   start<kInt8.zero>(dots, a, row, g);
   const int64_t begin = g * a.group;
   const int64_t columns = a.columns - begin < a.group ? a.columns - begin : a.group;
   const uint8_t* w = tile.weights + begin * (Panels * kPanel);
-  const uint8_t* ahead = F != Fetch::none ? ahead_of(tile, w, distance) : nullptr;
+  fetch.begin(tile, w);
   const int8_t* x[M];
   each<M>([&](auto m) MOESCOPE_INLINE { x[m] = a.values + row[m] * a.columns + begin; });
-  for (int64_t k = 0; k < columns; k += 16, w += 4 * Panels * 64)
-    each<4>([&](auto step) MOESCOPE_INLINE {
+  for (int64_t k = 0; k < columns; k += kInt8Step, w += kInt8Step * Panels * kPanel) {
+    fetch.step();
+    each<kInt8Step / 4>([&](auto step) MOESCOPE_INLINE {
       __m512i panel[P];
       each<P>([&](auto p) MOESCOPE_INLINE {
-        fetch<F>(ahead, (k + step * 4) * (Panels * kPanel), From + p, Panels);
+        fetch.line((k + step * 4) * (Panels * kPanel) + (From + p) * 64);
         panel[p] = _mm512_loadu_si512(w + (step * Panels + From + p) * 64);
       });
       multiply_step(dots, panel, x, k + step * 4);
     });
+  }
   each<M>([&](auto m) MOESCOPE_INLINE {
     const __m512 scale = _mm512_set1_ps(a.scales[row[m] * a.groups + g]);
     each<P>([&](auto p) MOESCOPE_INLINE { sums.add(m, p, scale, dots[m][p]); });
@@ -177,12 +200,11 @@ MOESCOPE_INLINE inline void add_group_of_int8(Sums<M, P>& sums, const Tile& tile
 }
 
 // Adds M rows x P panels over the columns of groups [first, last) to `out`.
-template <Fetch F, int M, int P>
+template <int M, int P, typename Fetch>
 MOESCOPE_INLINE inline void add_int8(const Tile& tile, const Activations& a, const int64_t* row,
-                                     int64_t first, int64_t last, int64_t distance, float* out) {
+                                     int64_t first, int64_t last, Fetch fetch, float* out) {
   Sums<M, P> sums(out);
-  for (int64_t g = first; g < last; ++g)
-    add_group_of_int8<F, 0, P>(sums, tile, a, row, g, distance);
+  for (int64_t g = first; g < last; ++g) add_group_of_int8<0, P>(sums, tile, a, row, g, fetch);
   sums.finish();
 }
 
@@ -191,11 +213,12 @@ MOESCOPE_INLINE inline void add_int8(const Tile& tile, const Activations& a, con
 template <int M, int P>
 __attribute__((noinline)) void add_pairs_of_int8(const Tile& tile, const Activations& a,
                                                  const int64_t* row, int64_t groups, float* out) {
+  EachLine fetch;
   for (int64_t g = 0; g < groups; ++g)
     each<(P + 1) / 2>([&](auto pair) MOESCOPE_INLINE {
       constexpr int kFrom = 2 * pair, kCount = P - kFrom < 2 ? 1 : 2;
       Sums<M, kCount> sums(out + kFrom * kPanel);
-      add_group_of_int8<Fetch::all, kFrom, P>(sums, tile, a, row, g, kPrefetch);
+      add_group_of_int8<kFrom, P>(sums, tile, a, row, g, fetch);
       sums.finish();
     });
 }
@@ -275,14 +298,13 @@ struct Unpacked {
 //
 // Of q's dots with x, 8 sum(x) is taken at first: sum((q - 8) x) fits 16 bits, as does 8 sum(x), and
 // sum((scale q - 8 minimum) x) = scale sum((q - 8) x) + (scale - minimum) 8 sum(x) is one `vpmaddwd`.
-template <Fetch F, int M, int P>
+template <bool kUnpacks, int M, int P>
 MOESCOPE_INLINE inline void add_block_of_int4(Unpacked<P>& unpacked, const Tile& tile,
                                               const Activations& a, const int64_t* row,
-                                              int64_t first, int64_t last, int64_t distance,
+                                              int64_t first, int64_t last, Share fetch,
                                               float* out) {
   static_assert(kInt4Minimum == 8 && kChunk == 32);
-  constexpr bool kUnpacks = F == Fetch::one_half;
-  constexpr int kLines = (kInt4Bytes<P> + 63) / 64;
+  fetch.step();  // all at once: in the loop, GCC 12 has too few registers for it
   const __m512i low = _mm512_set1_epi8(0x0f);
   const int8_t* x[M];
   each<M>([&](auto m) MOESCOPE_INLINE { x[m] = a.values + row[m] * a.columns; });
@@ -291,10 +313,6 @@ MOESCOPE_INLINE inline void add_block_of_int4(Unpacked<P>& unpacked, const Tile&
   Sums<M, P> sums(out);
   for (int64_t g = first; g < last; ++g, values += kChunk * P * kPanel, scales += P * kPanel) {
     const uint8_t* chunk = tile.weights + g * kInt4Bytes<P>;
-    if constexpr (F != Fetch::none) {
-      const uint8_t* ahead = ahead_of(tile, chunk, distance);
-      each<kLines>([&](auto line) MOESCOPE_INLINE { fetch<F>(ahead, 0, line, kLines); });
-    }
     __m512i dots[M][P];
     start<kInt4Minimum>(dots, a, row, g);
     each<kChunk / 4>([&](auto step) MOESCOPE_INLINE {
@@ -333,9 +351,9 @@ MOESCOPE_INLINE inline void add_block_of_int4(Unpacked<P>& unpacked, const Tile&
 }
 
 // Adds M rows x P panels over columns [first, last) to `out`.
-template <Fetch F, int M, int P>
+template <int M, int P, typename Fetch>
 MOESCOPE_INLINE inline void add_bf16(const Tile& tile, const Activations& a, const int64_t* row,
-                                     int64_t first, int64_t last, int64_t distance, float* out) {
+                                     int64_t first, int64_t last, Fetch fetch, float* out) {
   const __m512i upper = _mm512_set1_epi32(static_cast<int>(0xffff0000u));
   __m512 sums[M][P];
   const float* x[M];
@@ -346,7 +364,8 @@ MOESCOPE_INLINE inline void add_bf16(const Tile& tile, const Activations& a, con
   });
   const uint8_t* w = tile.weights + first / 2 * (P * 64);
   for (int64_t k = first; k < last; k += 2, w += P * 64) {
-    const uint8_t* ahead = F != Fetch::none ? ahead_of(tile, w, distance) : nullptr;
+    fetch.begin(tile, w);
+    fetch.step();
     const auto add = [&](int64_t column, const __m512i(&panel)[P]) MOESCOPE_INLINE {
       each<M>([&](auto m) MOESCOPE_INLINE {
         const __m512 factor = _mm512_set1_ps(x[m][column]);
@@ -357,7 +376,7 @@ MOESCOPE_INLINE inline void add_bf16(const Tile& tile, const Activations& a, con
     };
     __m512i panel[P];
     each<P>([&](auto p) MOESCOPE_INLINE {
-      fetch<F>(ahead, 0, p, P);
+      fetch.line(p * 64);
       panel[p] = _mm512_slli_epi32(_mm512_loadu_si512(w + p * 64), 16);
     });
     add(k, panel);
@@ -382,24 +401,30 @@ using Left = std::conditional_t<kWeightFormats[W].bits == 4, Unpacked<P>, InPlac
 template <int W>
 constexpr int kBlockRows = is_float(kWeightFormats[W]) ? kRows : kHeldRows;
 
-template <int W, Fetch F, int M, int P>
+// Steps of a pass over a block, at each of which it fetches.
+template <int W>
+constexpr int kSteps = kWeightFormats[W].bits == 4   ? 1
+                       : kWeightFormats[W].bits == 8 ? kColumnBlock / kInt8Step
+                                                     : kColumnBlock / 2;
+
+template <int W, bool kFirst, int M, int P>
 __attribute__((noinline)) void add(Left<W, P>& left, const Tile& tile, const Activations& a,
-                                   const int64_t* row, int64_t first, int64_t last,
-                                   int64_t distance, float* out) {
+                                   const int64_t* row, int64_t first, int64_t last, Share share,
+                                   float* out) {
   if constexpr (kWeightFormats[W].bits == 4)
-    add_block_of_int4<F, M, P>(left, tile, a, row, first, last, distance, out);
+    add_block_of_int4<kFirst, M, P>(left, tile, a, row, first, last, share, out);
   else if constexpr (kWeightFormats[W].bits == 8)
-    add_int8<F, M, P>(tile, a, row, first, last, distance, out);
+    add_int8<M, P>(tile, a, row, first, last, share, out);
   else
-    add_bf16<F, M, P>(tile, a, row, first, last, distance, out);
+    add_bf16<M, P>(tile, a, row, first, last, share, out);
 }
 
-template <int W, Fetch F, int P>
+template <int W, bool kFirst, int P>
 void add_rows(int count, Left<W, P>& left, const Tile& tile, const Activations& a,
-              const int64_t* row, int64_t first, int64_t last, int64_t distance, float* out) {
+              const int64_t* row, int64_t first, int64_t last, Share share, float* out) {
   with_constant<1, 2, 3, 4, 5, 6>(count, [&](auto m) {
     if constexpr (m <= kBlockRows<W>)
-      add<W, F, m, P>(left, tile, a, row, first, last, distance, out);
+      add<W, kFirst, m, P>(left, tile, a, row, first, last, share, out);
   });
 }
 
@@ -410,9 +435,9 @@ __attribute__((noinline)) void add_all(const Tile& tile, const Activations& a, c
   if constexpr (kWeightFormats[W].bits == 4)
     add_int4<M, P>(tile, a, row, parts, out);
   else if constexpr (kWeightFormats[W].bits == 8)
-    add_int8<Fetch::all, M, P>(tile, a, row, 0, parts, kPrefetch, out);
+    add_int8<M, P>(tile, a, row, 0, parts, EachLine(), out);
   else
-    add_bf16<Fetch::all, M, P>(tile, a, row, 0, parts, kPrefetch, out);
+    add_bf16<M, P>(tile, a, row, 0, parts, EachLine(), out);
 }
 
 // Adds all rows over all parts, groups or bf16's columns, of which `block` at a time, of so many bytes
@@ -425,8 +450,7 @@ void multiply_parts(const Tile& tile, const Activations& a, const int32_t* rows,
   int64_t row[kRowBlock];
   for (int i = 0; i < count; ++i) row[i] = rows ? rows[i] : i;
   // Few rows pass once over all columns; many go block by block, so that each block of weights is
-  // read from the first-level cache for all rows but the first. The first and the second pass over a
-  // block each fetch half of the next one meanwhile.
+  // read from the first-level cache for all rows but the first, while the next one is fetched.
   if (count <= kRows)
     return with_constant<1, 2, 3, 4, 5, 6>(
         count, [&](auto m) { add_all<W, m, P>(tile, a, row, parts, out); });
@@ -436,15 +460,16 @@ void multiply_parts(const Tile& tile, const Activations& a, const int32_t* rows,
           count, [&](auto m) { add_pairs_of_int8<m, P>(tile, a, row, parts, out); });
   const int turns = (count + kBlockRows<W> - 1) / kBlockRows<W>, most = (count + turns - 1) / turns;
   Left<W, P> left;
-  const int64_t distance = block * part_bytes;
+  constexpr bool kUnpacks = kWeightFormats[W].bits == 4;  // the first pass does
+  const int64_t block_bytes = block * part_bytes;
   for (int64_t first = 0; first < parts; first += block) {
     const int64_t last = first + block < parts ? first + block : parts;
+    Shares shares(ahead_of(tile, tile.weights + first * part_bytes, block_bytes), block_bytes,
+                  turns, kSteps<W>);
     for (int turn = 0, start = 0; start < count; ++turn, start += most) {
-      const auto pass = turn == 0   ? add_rows<W, Fetch::one_half, P>
-                        : turn == 1 ? add_rows<W, Fetch::other_half, P>
-                                    : add_rows<W, Fetch::none, P>;
+      const auto pass = turn == 0 ? add_rows<W, kUnpacks, P> : add_rows<W, false, P>;
       pass(count - start < most ? count - start : most, left, tile, a, row + start, first, last,
-           distance, out + start * kTile);
+           shares.take(), out + start * kTile);
     }
   }
 }
