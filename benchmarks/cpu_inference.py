@@ -193,7 +193,7 @@ def continuing(runner: Runner, rows: int, new_tokens: int) -> tuple[float, float
 def measure(
     runner: Runner | IkLlamaCpp, prompt: Tensor, prompts: Tensor, new_tokens: int
 ) -> dict[str, float]:
-    """Rates of one prompt, of its continuation, and of a batch's continuation, but for ik's.
+    """Rates of one prompt, of its continuation, and of a batch's continuation.
 
     Another prompt comes first and does not count: on virtual machines, memory that has rested for
     a minute was seen to be three times as slow to read once.
@@ -202,7 +202,9 @@ def measure(
         before = cpu.measure_read_bandwidth(0.15)
         prefill, decode = runner.measure(prompt.shape[1], new_tokens)
         after = cpu.measure_read_bandwidth(0.15)
-        return {"prefill": prefill, "decode": decode, "read_bandwidth": (before + after) / 2}
+        rates = {"prefill": prefill, "decode": decode, "read_bandwidth": (before + after) / 2}
+        batch_decode = runner.measure_batch(*prompts.shape, BATCH_NEW_TOKENS)
+        return rates if batch_decode is None else rates | {"batch_decode": batch_decode}
     runner.read(prompts[:1])
     prefill = reading(runner, prompt)
     before = cpu.measure_read_bandwidth(0.15)
@@ -377,7 +379,11 @@ def main() -> None:
     parser.add_argument(
         "--gguf-folder", type=Path, help="where llama.cpp's files are kept from run to run"
     )
-    parser.add_argument("--ik-bench", type=Path, help="ik_llama.cpp's llama-bench, for ik-*")
+    parser.add_argument(
+        "--ik-bench",
+        type=Path,
+        help="ik_llama.cpp's llama-bench, for ik-*; batches want llama-batched-bench beside it",
+    )
     given = parser.parse_args()
     engines = given.engines.split(",")
     if unknown := set(engines) - set(ENGINES):

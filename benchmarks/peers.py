@@ -8,6 +8,7 @@ spread as it can be.
 import ctypes
 import json
 import math
+import re
 import subprocess
 import time
 from pathlib import Path
@@ -28,7 +29,8 @@ from moescope.model.rope import RotaryEmbedding
 from moescope.native.network import Packer
 
 ENDLESS = SamplingParams(max_tokens=1 << 20, temperature=0, ignore_eos=True)
-IK_SETTINGS = "-rtr 1 -mla 3 -fmoe 1 -thp 1 -b 4096 -ub 2048"
+IK_BENCH = "-rtr 1 -mla 3 -fmoe 1 -thp 1 -b 4096 -ub 2048"
+IK_BATCHED = "-rtr -mla 3 -thp -b 4096 -ub 2048"  # which merges a mixture's products by itself
 SEED_BLOCK = (1 << 22) + 3
 """Random numbers are drawn once for so many weights, then repeated; odd, so that rows differ."""
 
@@ -264,25 +266,43 @@ class LlamaCpp:
 
 
 class IkLlamaCpp:
-    """ik_llama.cpp, by the `llama-bench` of a build of it, at its best settings for mixtures.
+    """ik_llama.cpp, by the programs of a build of it, at its best settings for mixtures.
 
     A process of its own loads the file and measures for each round; it has no verbs.
 
     Args:
-        bench: the program.
+        bench: its `llama-bench`; batches are measured by the `llama-batched-bench` beside it, where
+            there is one. That must draw its tokens: as it comes all are the same, so that the rows
+            of a batch meet the same experts.
         path: a GGUF file. It takes DeepSeek-V2-Lite's shapes by their 26 or 27 layers.
         threads: that share the work.
     """
 
     def __init__(self, bench: Path, path: Path, threads: int) -> None:
-        self.command = [str(bench), "-m", str(path), "-o", "json", "-r", "1", "-t", str(threads)]
-        self.command += IK_SETTINGS.split()
+        self._bench, self._batched = bench, bench.with_name("llama-batched-bench")
+        self._given = ["-m", str(path), "-t", str(threads)]
 
     def measure(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """Tokens per second of taking in a prompt, and of continuing it."""
         tests = ["-p", str(prompt_tokens), "-n", "0", "-gp", f"{prompt_tokens},{new_tokens}"]
-        done = subprocess.run([*self.command, *tests], capture_output=True, text=True, check=False)
-        if done.returncode:
-            raise SystemExit(f"{self.command[0]} ended with {done.returncode}:\n{done.stderr}")
-        rates = {bool(test["n_gen"]): test["avg_ts"] for test in json.loads(done.stdout)}
+        command = [self._bench, *self._given, *IK_BENCH.split(), "-o", "json", "-r", "1", *tests]
+        rates = {bool(test["n_gen"]): test["avg_ts"] for test in json.loads(_output(command)[0])}
         return rates[False], rates[True]
+
+    def measure_batch(self, rows: int, prompt_tokens: int, new_tokens: int) -> float | None:
+        """Tokens per second of continuing a batch, None without the program for it."""
+        if not self._batched.exists():
+            return None
+        sizes = {"-npp": prompt_tokens, "-ntg": new_tokens, "-npl": rows}
+        sizes["-c"] = rows * (prompt_tokens + new_tokens)
+        numbers = [str(part) for size in sizes.items() for part in size]
+        _, told = _output([self._batched, *self._given, *IK_BATCHED.split(), *numbers])
+        rates = [line.split("|") for line in told.splitlines() if re.match(r"\| +\d", line)]
+        return float(rates[-1][8])
+
+
+def _output(command: list[Any]) -> tuple[str, str]:
+    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    if done.returncode:
+        raise SystemExit(f"{command[0]} ended with {done.returncode}:\n{done.stderr}")
+    return done.stdout, done.stdout + done.stderr
