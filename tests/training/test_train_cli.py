@@ -17,6 +17,7 @@ from texts import PROSE, write_jsonl
 from moescope.cli import main as cli
 from moescope.text.tokenizer import Tokenizer
 from moescope.training.config import FIELDS
+from moescope.training.trainer import Trainer
 
 pytestmark = pytest.mark.usefixtures("unmeasured")
 
@@ -191,6 +192,33 @@ def test_a_folder_that_holds_a_training_is_left_alone(train, tmp_path: Path) -> 
     assert_told(train("--seed", "1"), "already holds a model", "choose another folder")
     assert_told(train("--seed", "1", "--resume"), "already holds a model", "choose another folder")
     assert (tmp_path / "out" / "model.safetensors").read_bytes() == weights
+
+
+def test_a_folder_in_which_a_training_is_at_work_is_left_alone(
+    train, tmp_path: Path, monkeypatch
+) -> None:
+    """The other is told whether it would begin or go on, and both are free to afterwards."""
+    told: list[tuple[int, str, str]] = []
+    take_step = Trainer.train_step
+
+    def step(trainer: Trainer) -> dict[str, Any]:
+        if trainer.step == 2 and len(told) < 2:
+            told.extend([train(), train("--resume")])
+        return take_step(trainer)
+
+    monkeypatch.setattr(Trainer, "train_step", step)
+    assert train()[0] == 0
+    assert len(told) == 2
+    for result in told:
+        assert_told(result, f"at work in {tmp_path / 'out'}", "choose another folder")
+    assert [row["step"] for row in rows(tmp_path / "out")] == [1, 2, 3, 4]
+    assert train("--resume", "--steps", "5")[0] == 0
+    assert not [*(tmp_path / "out").glob("*.lock")]
+
+
+def test_a_mistake_leaves_no_folder_behind(train, tmp_path: Path) -> None:
+    assert_told(train(data=tmp_path / "nowhere"), "no file or folder")
+    assert not (tmp_path / "out").exists()
 
 
 def test_a_training_that_never_saved_begins_anew(train, tmp_path: Path) -> None:

@@ -19,6 +19,7 @@ from moescope.machine import choose_device, measure_gemm_peak
 from moescope.model.decoder import CausalLM
 from moescope.training.allocator import keep_freed_memory
 from moescope.training.config import TrainConfig
+from moescope.training.folder import claimed
 from moescope.training.interruption import Interruption
 from moescope.training.kind import Kind
 from moescope.training.kinds import make_kind
@@ -79,12 +80,13 @@ def train(
 
     Raises:
         UserError: no text, a text or vocabulary that does not fit, a folder that holds another
-            training, a checkpoint that does not fit the config, a disk without room for the
-            finished model, gradients that are no longer numbers, step after step, other processes
-            than `[parallel]` says, or one that was lost, a device that is not there.
+            training or that one is at work in, a checkpoint that does not fit the config, a disk
+            without room for the finished model, gradients that are no longer numbers, step after
+            step, other processes than `[parallel]` says, or one that was lost, a device that is
+            not there.
     """
     device = choose_device(config.training.device)
-    with joined(config.parallel, device) as ranks:
+    with joined(config.parallel, device) as ranks, claimed(out, ranks):
         resume = resume or from_step is not None or was_restarted()
         console = Console(file=stream or sys.stdout, quiet=not ranks.is_first)
         return _train(config, out, ranks, console, resume=resume, from_step=from_step)
