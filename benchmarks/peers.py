@@ -10,6 +10,7 @@ import json
 import math
 import re
 import subprocess
+import tempfile
 import time
 from pathlib import Path
 from typing import Any, Protocol
@@ -279,8 +280,9 @@ class IkLlamaCpp:
     """
 
     def __init__(self, bench: Path, path: Path, threads: int) -> None:
-        self._bench, self._batched = bench, bench.with_name("llama-batched-bench")
-        self._given = ["-m", str(path), "-t", str(threads)]
+        self._bench = bench.resolve()
+        self._batched = self._bench.with_name("llama-batched-bench")
+        self._given = ["-m", str(path.resolve()), "-t", str(threads)]
 
     def measure(self, prompt_tokens: int, new_tokens: int) -> tuple[float, float]:
         """Tokens per second of taking in a prompt, and of continuing it."""
@@ -302,7 +304,9 @@ class IkLlamaCpp:
 
 
 def _output(command: list[Any]) -> tuple[str, str]:
-    done = subprocess.run([str(part) for part in command], capture_output=True, text=True)
+    line = [str(part) for part in command]
+    with tempfile.TemporaryDirectory() as folder:  # where it leaves a log
+        done = subprocess.run(line, capture_output=True, text=True, check=False, cwd=folder)
     if done.returncode:
         raise SystemExit(f"{command[0]} ended with {done.returncode}:\n{done.stderr}")
     return done.stdout, done.stdout + done.stderr
