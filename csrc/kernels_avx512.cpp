@@ -149,24 +149,36 @@ void dots(const T* x, int64_t stride, int64_t count, const T* q, int64_t q_strid
   });
 }
 
-void dot_rows(const float* x, int64_t count, const float* q, int64_t width, float* out) {
-  for (int64_t i = 0; i < count; ++i, x += width) {
-    __m512 sums[2] = {_mm512_setzero_ps(), _mm512_setzero_ps()};
-    for (int64_t k = 0; k < width; k += 32) {
-      const int64_t left = width - k;
-      const __mmask16 low = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
-      const __mmask16 high = left >= 32   ? 0xffff
-                             : left <= 16 ? 0
-                                          : static_cast<__mmask16>((1 << (left - 16)) - 1);
-      prefetch(x + k + kPrefetch / sizeof(float));
-      prefetch(x + k + kPrefetch / sizeof(float) + 16);
-      sums[0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(low, x + k),
-                                _mm512_maskz_loadu_ps(low, q + k), sums[0]);
-      sums[1] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(high, x + k + 16),
-                                _mm512_maskz_loadu_ps(high, q + k + 16), sums[1]);
-    }
-    out[i] = _mm512_reduce_add_ps(_mm512_add_ps(sums[0], sums[1]));
+// out[i] = dot(x_i, q) for M rows, each in the order that a row alone has.
+template <int M>
+void dot_some(const float* x, const float* q, int64_t width, float* out) {
+  __m512 sums[M][2];
+  each<M>([&](auto m) MOESCOPE_INLINE { sums[m][0] = sums[m][1] = _mm512_setzero_ps(); });
+  for (int64_t k = 0; k < width; k += 32) {
+    const int64_t left = width - k;
+    const __mmask16 low = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
+    const __mmask16 high = left >= 32   ? 0xffff
+                           : left <= 16 ? 0
+                                        : static_cast<__mmask16>((1 << (left - 16)) - 1);
+    const __m512 first = _mm512_maskz_loadu_ps(low, q + k);
+    const __m512 second = _mm512_maskz_loadu_ps(high, q + k + 16);
+    each<M>([&](auto m) MOESCOPE_INLINE {
+      const float* from = x + m * width + k;
+      prefetch<2>(from + kPrefetch / sizeof(float));
+      sums[m][0] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(low, from), first, sums[m][0]);
+      sums[m][1] = _mm512_fmadd_ps(_mm512_maskz_loadu_ps(high, from + 16), second, sums[m][1]);
+    });
   }
+  each<M>([&](auto m) MOESCOPE_INLINE {
+    out[m] = _mm512_reduce_add_ps(_mm512_add_ps(sums[m][0], sums[m][1]));
+  });
+}
+
+void dot_rows(const float* x, int64_t count, const float* q, int64_t width, float* out) {
+  constexpr int kAtOnce = 4;  // rows, so that sums need not wait for those before them
+  int64_t i = 0;
+  for (; i + kAtOnce <= count; i += kAtOnce) dot_some<kAtOnce>(x + i * width, q, width, out + i);
+  for (; i < count; ++i) dot_some<1>(x + i * width, q, width, out + i);
 }
 
 template <typename T>

@@ -169,58 +169,37 @@ struct Sums {
   MOESCOPE_INLINE float* at(int m, int p) const { return out + m * kTile + p * kPanel; }
 };
 
-// Adds M rows x P panels, of a tile's `Panels` those from `From` on, over the columns of a group.
-template <int From, int Panels, typename Fetch, int M, int P>
-MOESCOPE_INLINE inline void add_group_of_int8(Sums<M, P>& sums, const Tile& tile,
-                                              const Activations& a, const int64_t* row, int64_t g,
-                                              Fetch& fetch) {
-  __m512i dots[M][P];
-  start<kInt8.zero>(dots, a, row, g);
-  const int64_t begin = g * a.group;
-  const int64_t columns = a.columns - begin < a.group ? a.columns - begin : a.group;
-  const uint8_t* w = tile.weights + begin * (Panels * kPanel);
-  fetch.begin(tile, w);
-  const int8_t* x[M];
-  each<M>([&](auto m) MOESCOPE_INLINE { x[m] = a.values + row[m] * a.columns + begin; });
-  for (int64_t k = 0; k < columns; k += kInt8Step, w += kInt8Step * Panels * kPanel) {
-    fetch.step();
-    each<kInt8Step / 4>([&](auto step) MOESCOPE_INLINE {
-      __m512i panel[P];
-      each<P>([&](auto p) MOESCOPE_INLINE {
-        fetch.line((k + step * 4) * (Panels * kPanel) + (From + p) * 64);
-        panel[p] = _mm512_loadu_si512(w + (step * Panels + From + p) * 64);
-      });
-      multiply_step(dots, panel, x, k + step * 4);
-    });
-  }
-  each<M>([&](auto m) MOESCOPE_INLINE {
-    const __m512 scale = _mm512_set1_ps(a.scales[row[m] * a.groups + g]);
-    each<P>([&](auto p) MOESCOPE_INLINE { sums.add(m, p, scale, dots[m][p]); });
-  });
-}
-
 // Adds M rows x P panels over the columns of groups [first, last) to `out`.
 template <int M, int P, typename Fetch>
 MOESCOPE_INLINE inline void add_int8(const Tile& tile, const Activations& a, const int64_t* row,
                                      int64_t first, int64_t last, Fetch fetch, float* out) {
   Sums<M, P> sums(out);
-  for (int64_t g = first; g < last; ++g) add_group_of_int8<0, P>(sums, tile, a, row, g, fetch);
-  sums.finish();
-}
-
-// The same over all columns, group by group for two panels at a time, of which registers hold the
-// dots of twice as many rows: every line of weights is read once.
-template <int M, int P>
-__attribute__((noinline)) void add_pairs_of_int8(const Tile& tile, const Activations& a,
-                                                 const int64_t* row, int64_t groups, float* out) {
-  EachLine fetch;
-  for (int64_t g = 0; g < groups; ++g)
-    each<(P + 1) / 2>([&](auto pair) MOESCOPE_INLINE {
-      constexpr int kFrom = 2 * pair, kCount = P - kFrom < 2 ? 1 : 2;
-      Sums<M, kCount> sums(out + kFrom * kPanel);
-      add_group_of_int8<kFrom, P>(sums, tile, a, row, g, fetch);
-      sums.finish();
+  for (int64_t g = first; g < last; ++g) {
+    __m512i dots[M][P];
+    start<kInt8.zero>(dots, a, row, g);
+    const int64_t begin = g * a.group;
+    const int64_t columns = a.columns - begin < a.group ? a.columns - begin : a.group;
+    const uint8_t* w = tile.weights + begin * (P * kPanel);
+    fetch.begin(tile, w);
+    const int8_t* x[M];
+    each<M>([&](auto m) MOESCOPE_INLINE { x[m] = a.values + row[m] * a.columns + begin; });
+    for (int64_t k = 0; k < columns; k += kInt8Step, w += kInt8Step * P * kPanel) {
+      fetch.step();
+      each<kInt8Step / 4>([&](auto step) MOESCOPE_INLINE {
+        __m512i panel[P];
+        each<P>([&](auto p) MOESCOPE_INLINE {
+          fetch.line((k + step * 4) * (P * kPanel) + p * 64);
+          panel[p] = _mm512_loadu_si512(w + (step * P + p) * 64);
+        });
+        multiply_step(dots, panel, x, k + step * 4);
+      });
+    }
+    each<M>([&](auto m) MOESCOPE_INLINE {
+      const __m512 scale = _mm512_set1_ps(a.scales[row[m] * a.groups + g]);
+      each<P>([&](auto p) MOESCOPE_INLINE { sums.add(m, p, scale, dots[m][p]); });
     });
+  }
+  sums.finish();
 }
 
 template <int P>
@@ -454,10 +433,6 @@ void multiply_parts(const Tile& tile, const Activations& a, const int32_t* rows,
   if (count <= kRows)
     return with_constant<1, 2, 3, 4, 5, 6>(
         count, [&](auto m) { add_all<W, m, P>(tile, a, row, parts, out); });
-  if constexpr (W == format_named("int8"))
-    if (count <= 2 * kRows)
-      return with_constant<7, 8, 9, 10, 11, 12>(
-          count, [&](auto m) { add_pairs_of_int8<m, P>(tile, a, row, parts, out); });
   const int turns = (count + kBlockRows<W> - 1) / kBlockRows<W>, most = (count + turns - 1) / turns;
   Left<W, P> left;
   constexpr bool kUnpacks = kWeightFormats[W].bits == 4;  // the first pass does
