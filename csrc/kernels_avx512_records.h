@@ -189,18 +189,26 @@ struct Spread {
   }
 };
 
-// Adds M rows x P panels over `columns` from `first_column` on to `out`.
-template <int F, int M, int P>
+// Adds M rows x P panels over `columns` from `first_column` on to `out`. Numbers that are spread before
+// they are multiplied have to be there by then: all that stands `ahead` is fetched, unless that is null;
+// others are fetched as a share.
+template <int F, int M, int P, typename Ahead>
 __attribute__((noinline)) void add_spread(const Spread<F, P>& weights, const Activations& a,
                                           const int64_t* row, int64_t first_column, int64_t columns,
-                                          Share share, float* out) {
+                                          Ahead ahead, float* out) {
   static constexpr WeightFormat f = kWeightFormats[F];
   const int8_t* x[M];
   each<M>([&](auto m) MOESCOPE_INLINE { x[m] = a.values + row[m] * a.columns + first_column; });
   const uint8_t* values = weights.values;
+  [[maybe_unused]] const int64_t lines = panel_bytes(f, columns) * P / 64 / (columns / f.group) + 1;
   Sums<M, P> sums(out);
   for (int64_t g = 0; g < columns / f.group; ++g, values += f.group * kPanel) {
-    share.step();
+    if constexpr (!Spread<F, P>::kIsSpread) {
+      ahead.step();
+    } else if (ahead != nullptr) {
+      for (int64_t line = g * lines; line < (g + 1) * lines; ++line)
+        _mm_prefetch(reinterpret_cast<const char*>(ahead + line * 64), _MM_HINT_T1);
+    }
     __m512i dots[M][P];
     start<f.zero>(dots, a, row, first_column / f.group + g);
     each<f.group / 4>([&](auto step) MOESCOPE_INLINE {
@@ -239,11 +247,17 @@ void multiply_many_panels(const Tile& tile, const Activations& a, const int32_t*
     weights.set(record, columns);
     const int64_t bytes = panel_bytes(f, columns) * P;
     record += bytes;
-    Shares shares(record < tile.end ? record : tile.next, bytes, passes, columns / f.group);
+    const uint8_t* const next = record < tile.end ? record : tile.next;
+    Shares shares(next, bytes, passes, columns / f.group);
     for (int start = 0; start < count; start += kHeldRows) {
-      const Share share = shares.take();
+      const auto add = [&](auto m, auto ahead) {
+        add_spread<F, m, P>(weights, a, row + start, first, columns, ahead, out + start * kTile);
+      };
       with_constant<1, 2, 3>(count - start < kHeldRows ? count - start : kHeldRows, [&](auto m) {
-        add_spread<F, m, P>(weights, a, row + start, first, columns, share, out + start * kTile);
+        if constexpr (Spread<F, P>::kIsSpread)
+          add(m, start == 0 ? next : nullptr);
+        else
+          add(m, shares.take());
       });
     }
   }

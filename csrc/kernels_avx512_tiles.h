@@ -277,13 +277,16 @@ struct Unpacked {
 //
 // Of q's dots with x, 8 sum(x) is taken at first: sum((q - 8) x) fits 16 bits, as does 8 sum(x), and
 // sum((scale q - 8 minimum) x) = scale sum((q - 8) x) + (scale - minimum) 8 sum(x) is one `vpmaddwd`.
-template <bool kUnpacks, int M, int P>
+//
+// The first pass and the second fetch half of each chunk's lines in the next block: shares for all
+// passes would take an address more, for which GCC 12 loads weights anew for each row.
+template <int kPass, int M, int P>
 MOESCOPE_INLINE inline void add_block_of_int4(Unpacked<P>& unpacked, const Tile& tile,
                                               const Activations& a, const int64_t* row,
-                                              int64_t first, int64_t last, Share fetch,
-                                              float* out) {
+                                              int64_t first, int64_t last, float* out) {
   static_assert(kInt4Minimum == 8 && kChunk == 32);
-  fetch.step();  // all at once: in the loop, GCC 12 has too few registers for it
+  constexpr bool kUnpacks = kPass == 0;
+  constexpr int kLines = (kInt4Bytes<P> + 63) / 64, kHalf = (kLines + 1) / 2;
   const __m512i low = _mm512_set1_epi8(0x0f);
   const int8_t* x[M];
   each<M>([&](auto m) MOESCOPE_INLINE { x[m] = a.values + row[m] * a.columns; });
@@ -292,6 +295,12 @@ MOESCOPE_INLINE inline void add_block_of_int4(Unpacked<P>& unpacked, const Tile&
   Sums<M, P> sums(out);
   for (int64_t g = first; g < last; ++g, values += kChunk * P * kPanel, scales += P * kPanel) {
     const uint8_t* chunk = tile.weights + g * kInt4Bytes<P>;
+    if constexpr (kPass < 2) {
+      const uint8_t* ahead = ahead_of(tile, chunk, kColumnBlock / kChunk * kInt4Bytes<P>);
+      each<kPass == 0 ? kHalf : kLines - kHalf>([&](auto line) MOESCOPE_INLINE {
+        _mm_prefetch(ahead + (kPass * kHalf + line) * 64, _MM_HINT_T1);
+      });
+    }
     __m512i dots[M][P];
     start<kInt4Minimum>(dots, a, row, g);
     each<kChunk / 4>([&](auto step) MOESCOPE_INLINE {
@@ -380,30 +389,28 @@ using Left = std::conditional_t<kWeightFormats[W].bits == 4, Unpacked<P>, InPlac
 template <int W>
 constexpr int kBlockRows = is_float(kWeightFormats[W]) ? kRows : kHeldRows;
 
-// Steps of a pass over a block, at each of which it fetches.
+// Steps of a pass over a block, at each of which it fetches its share.
 template <int W>
-constexpr int kSteps = kWeightFormats[W].bits == 4   ? 1
-                       : kWeightFormats[W].bits == 8 ? kColumnBlock / kInt8Step
-                                                     : kColumnBlock / 2;
+constexpr int kSteps = kColumnBlock / (kWeightFormats[W].bits == 8 ? kInt8Step : 2);
 
-template <int W, bool kFirst, int M, int P>
+template <int W, int kPass, int M, int P>
 __attribute__((noinline)) void add(Left<W, P>& left, const Tile& tile, const Activations& a,
                                    const int64_t* row, int64_t first, int64_t last, Share share,
                                    float* out) {
   if constexpr (kWeightFormats[W].bits == 4)
-    add_block_of_int4<kFirst, M, P>(left, tile, a, row, first, last, share, out);
+    add_block_of_int4<kPass, M, P>(left, tile, a, row, first, last, out);
   else if constexpr (kWeightFormats[W].bits == 8)
     add_int8<M, P>(tile, a, row, first, last, share, out);
   else
     add_bf16<M, P>(tile, a, row, first, last, share, out);
 }
 
-template <int W, bool kFirst, int P>
+template <int W, int kPass, int P>
 void add_rows(int count, Left<W, P>& left, const Tile& tile, const Activations& a,
               const int64_t* row, int64_t first, int64_t last, Share share, float* out) {
   with_constant<1, 2, 3, 4, 5, 6>(count, [&](auto m) {
     if constexpr (m <= kBlockRows<W>)
-      add<W, kFirst, m, P>(left, tile, a, row, first, last, share, out);
+      add<W, kPass, m, P>(left, tile, a, row, first, last, share, out);
   });
 }
 
@@ -435,14 +442,15 @@ void multiply_parts(const Tile& tile, const Activations& a, const int32_t* rows,
         count, [&](auto m) { add_all<W, m, P>(tile, a, row, parts, out); });
   const int turns = (count + kBlockRows<W> - 1) / kBlockRows<W>, most = (count + turns - 1) / turns;
   Left<W, P> left;
-  constexpr bool kUnpacks = kWeightFormats[W].bits == 4;  // the first pass does
+  constexpr bool kDiffer = kWeightFormats[W].bits == 4;  // passes over a block
   const int64_t block_bytes = block * part_bytes;
   for (int64_t first = 0; first < parts; first += block) {
     const int64_t last = first + block < parts ? first + block : parts;
     Shares shares(ahead_of(tile, tile.weights + first * part_bytes, block_bytes), block_bytes,
                   turns, kSteps<W>);
     for (int turn = 0, start = 0; start < count; ++turn, start += most) {
-      const auto pass = turn == 0 ? add_rows<W, kUnpacks, P> : add_rows<W, false, P>;
+      const auto pass = !kDiffer || turn == 0 ? add_rows<W, 0, P> : turn == 1 ? add_rows < W,
+                 kDiffer ? 1 : 0, P > : add_rows < W, kDiffer ? 2 : 0, P > ;
       pass(count - start < most ? count - start : most, left, tile, a, row + start, first, last,
            shares.take(), out + start * kTile);
     }
