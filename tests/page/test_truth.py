@@ -141,7 +141,8 @@ NAMES = set(
 )
 """What has no other name in Chinese; `write` and `carry` are explained where they stand."""
 SAID = """(main) => {
-  const of_text = '[data-testid=token], [data-testid=candidate], [data-testid=expert-name], .chip,'
+  const of_text = '[data-testid=token], [data-testid=candidate], [data-testid=expert-name], p.name,'
+    + '.chip,'
     + '[data-testid=reasoning-question], [data-testid=reasoning-asked],'
     + '.text, .example, .typical, textarea, ol[aria-label] li, .live, [lang]:not(html), .number';
   const words = [];
