@@ -149,17 +149,23 @@ void dots(const T* x, int64_t stride, int64_t count, const T* q, int64_t q_strid
   });
 }
 
+// Which of the next 32 numbers are there, sixteen and sixteen, where so many are left.
+struct Halves {
+  __mmask16 low, high;
+};
+MOESCOPE_INLINE inline Halves halves(int64_t left) {
+  const uint32_t there = left >= 32 ? 0xffffffffu : (1u << left) - 1;
+  return {static_cast<__mmask16>(there), static_cast<__mmask16>(there >> 16)};
+}
+
 // out[i] = dot(x_i, q) for M rows, each in the order that a row alone has.
 template <int M>
 void dot_some(const float* x, const float* q, int64_t width, float* out) {
   __m512 sums[M][2];
   each<M>([&](auto m) MOESCOPE_INLINE { sums[m][0] = sums[m][1] = _mm512_setzero_ps(); });
   for (int64_t k = 0; k < width; k += 32) {
-    const int64_t left = width - k;
-    const __mmask16 low = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
-    const __mmask16 high = left >= 32   ? 0xffff
-                           : left <= 16 ? 0
-                                        : static_cast<__mmask16>((1 << (left - 16)) - 1);
+    const Halves there = halves(width - k);
+    const __mmask16 low = there.low, high = there.high;
     const __m512 first = _mm512_maskz_loadu_ps(low, q + k);
     const __m512 second = _mm512_maskz_loadu_ps(high, q + k + 16);
     each<M>([&](auto m) MOESCOPE_INLINE {
@@ -191,11 +197,8 @@ void mix(const T* x, int64_t stride, int64_t count, const float* p, int64_t p_st
       if constexpr (kStep<T> == 2) weights[h][i] = float_of_bf16(bf16_of(weights[h][i]));
     }
   for (int64_t k = 0; k < width; k += 32) {
-    const int64_t left = width - k;
-    const __mmask16 low = left >= 16 ? 0xffff : static_cast<__mmask16>((1 << left) - 1);
-    const __mmask16 high = left >= 32   ? 0xffff
-                           : left <= 16 ? 0
-                                        : static_cast<__mmask16>((1 << (left - 16)) - 1);
+    const Halves there = halves(width - k);
+    const __mmask16 low = there.low, high = there.high;
     __m512 sums[kHeads][2];
     for (int h = 0; h < kHeads; ++h) {
       sums[h][0] = _mm512_maskz_loadu_ps(low, mixed + h * mixed_stride + k);

@@ -442,15 +442,17 @@ void multiply_parts(const Tile& tile, const Activations& a, const int32_t* rows,
         count, [&](auto m) { add_all<W, m, P>(tile, a, row, parts, out); });
   const int turns = (count + kBlockRows<W> - 1) / kBlockRows<W>, most = (count + turns - 1) / turns;
   Left<W, P> left;
-  constexpr bool kDiffer = kWeightFormats[W].bits == 4;  // passes over a block
+  // In int4 the first and the second pass over a block differ from the others.
+  constexpr int kSecond = kWeightFormats[W].bits == 4 ? 1 : 0, kOther = 2 * kSecond;
   const int64_t block_bytes = block * part_bytes;
   for (int64_t first = 0; first < parts; first += block) {
     const int64_t last = first + block < parts ? first + block : parts;
     Shares shares(ahead_of(tile, tile.weights + first * part_bytes, block_bytes), block_bytes,
                   turns, kSteps<W>);
     for (int turn = 0, start = 0; start < count; ++turn, start += most) {
-      const auto pass = !kDiffer || turn == 0 ? add_rows<W, 0, P> : turn == 1 ? add_rows < W,
-                 kDiffer ? 1 : 0, P > : add_rows < W, kDiffer ? 2 : 0, P > ;
+      const auto pass = turn == 0   ? add_rows<W, 0, P>
+                        : turn == 1 ? add_rows<W, kSecond, P>
+                                    : add_rows<W, kOther, P>;
       pass(count - start < most ? count - start : most, left, tile, a, row + start, first, last,
            shares.take(), out + start * kTile);
     }
