@@ -216,9 +216,12 @@ def test_a_folder_in_which_a_training_is_at_work_is_left_alone(
     assert not [*(tmp_path / "out").glob("*.lock")]
 
 
-def test_a_mistake_leaves_no_folder_behind(train, tmp_path: Path) -> None:
+def test_a_mistake_neither_leaves_nor_takes_a_folder(train, tmp_path: Path) -> None:
     assert_told(train(data=tmp_path / "nowhere"), "no file or folder")
     assert not (tmp_path / "out").exists()
+    (tmp_path / "out").mkdir()
+    assert_told(train(data=tmp_path / "nowhere"), "no file or folder")
+    assert not [*(tmp_path / "out").iterdir()]
 
 
 def test_a_training_that_never_saved_begins_anew(train, tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ def claimed(out: Path, ranks: Ranks) -> Generator[None]:
     Raises:
         UserError: another is at work there, or the folder cannot be written.
     """
-    lock = FileLock(out / LOCK, blocking=False)
+    lock, is_new = FileLock(out / LOCK, blocking=False), not out.exists()
 
     def claim() -> None:
         try:
@@ -42,5 +42,6 @@ def claimed(out: Path, ranks: Ranks) -> Generator[None]:
         if lock.is_locked:
             (out / LOCK).unlink(missing_ok=True)
             lock.release()
-            with suppress(OSError):  # it holds something
-                out.rmdir()
+            if is_new:
+                with suppress(OSError):  # it holds something
+                    out.rmdir()
