@@ -6,6 +6,7 @@
 
 #include "each.h"
 #include "isa.h"
+#include "kernels_avx2_blocks.h"
 #include "kernels_avx2_tiles.h"
 #include "kernels_records.h"
 #include "records.h"
@@ -34,16 +35,18 @@ void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, in
     for (float lane : lanes) most = lane > most ? lane : most;
     for (; k < filled; ++k) most = fabsf(x[k]) > most ? fabsf(x[k]) : most;
     const float inverse = most > 0 ? 127 / most : 0;
-    uint32_t sum = 0;
-    int32_t rounded[8];
+    __m256i rounded_sums = _mm256_setzero_si256();
     for (k = start; k + 8 <= filled; k += 8) {
       const __m256 scaled = _mm256_mul_ps(_mm256_loadu_ps(x + k), _mm256_set1_ps(inverse));
-      _mm256_storeu_si256(reinterpret_cast<__m256i*>(rounded), _mm256_cvtps_epi32(scaled));
-      for (int i = 0; i < 8; ++i) {
-        values[k + i] = static_cast<int8_t>(rounded[i]);
-        sum += static_cast<uint32_t>(rounded[i]);
-      }
+      const __m256i rounded = _mm256_cvtps_epi32(scaled);
+      const __m128i words =
+          _mm_packs_epi32(_mm256_castsi256_si128(rounded), _mm256_extracti128_si256(rounded, 1));
+      _mm_storel_epi64(reinterpret_cast<__m128i*>(values + k), _mm_packs_epi16(words, words));
+      rounded_sums = _mm256_add_epi32(rounded_sums, rounded);
     }
+    uint32_t eight[8], sum = 0;
+    _mm256_storeu_si256(reinterpret_cast<__m256i*>(eight), rounded_sums);
+    for (uint32_t one : eight) sum += one;
     for (; k < end; ++k) {
       const int value = k < filled ? _mm_cvtss_si32(_mm_set_ss(x[k] * inverse)) : 0;
       values[k] = static_cast<int8_t>(value);
@@ -57,12 +60,18 @@ void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, in
 template <int F>
 void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int count, float* out) {
   static constexpr WeightFormat f = kWeightFormats[F];
-  if constexpr (f.order == Order::record)
+  if constexpr (!is_float(f)) {
+    if (count >= records::kManyFrom)
+      blocks::multiply<F>(tile, a, rows, count, out);
+    else if constexpr (f.order == Order::record)
+      records::multiply<F>(tile, a, rows, count, out);
+    else
+      multiply_parts<F>(tile, a, rows, count, a.groups, a.group, out);
+  } else if constexpr (f.order == Order::record) {
     records::multiply<F>(tile, a, rows, count, out);
-  else if constexpr (is_float(f))
+  } else {
     multiply_parts<F>(tile, a, rows, count, a.columns, 1, out);
-  else
-    multiply_parts<F>(tile, a, rows, count, a.groups, a.group, out);
+  }
   if constexpr (has_row_scale(f))
     for (int r = 0; r < count; ++r)
       for (int n = 0; n < tile.panels * kPanel; ++n) out[r * kTile + n] *= tile.row_scales[n];

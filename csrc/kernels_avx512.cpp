@@ -47,7 +47,7 @@ void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int c
   if constexpr (kWeightFormats[W].order == Order::record) {
     if constexpr (is_float(kWeightFormats[W]))
       records::multiply<W>(tile, a, rows, count, out);
-    else if (count >= records::kPlainFrom)
+    else if (count >= records::kManyFrom)
       records::multiply_many<W>(tile, a, rows, count, out);
     else
       records::multiply_few<W>(tile, a, rows, count, out);

@@ -137,7 +137,7 @@ void multiply_few(const Tile& tile, const Activations& a, const int32_t* rows, i
   static constexpr WeightFormat f = kWeightFormats[F];
   constexpr int kAtOnce = 4;
   memset(out, 0, count * kTile * sizeof(float));
-  int64_t row[kPlainFrom];
+  int64_t row[kManyFrom];
   for (int i = 0; i < count; ++i) row[i] = rows ? rows[i] : i;
   const uint8_t* record = tile.weights;
   for (int64_t first = 0; first < a.columns; first += kRecord) {

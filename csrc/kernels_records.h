@@ -1,6 +1,7 @@
 // Products with weights that lie in records, on registers of 256 bits: for AVX2, AVX-VNNI and, where
 // numbers in floating point are multiplied, AVX-512. A format needs nothing here but its line in
 // weight_format.h. Included by the files of those sets, whose compiler flags make the difference.
+#pragma once
 #include <immintrin.h>
 #include <string.h>
 
@@ -13,8 +14,8 @@ namespace moescope {
 namespace {
 namespace records {
 
-constexpr int kRows = 4;  // whose sums the registers hold; as many are multiplied even of three
-constexpr int kPlainFrom = 8;  // rows for which a record's values are first spread to bytes
+constexpr int kRows = 4;      // whose sums the registers hold; as many are multiplied even of three
+constexpr int kManyFrom = 8;  // rows for which what a record holds is first spread
 
 MOESCOPE_INLINE inline __m256i load(const void* from) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(from));
@@ -53,13 +54,13 @@ constexpr int sums_in_16_bits(int largest, int steps) {
   return count;
 }
 
-// Four columns of 8 outputs, as bytes. Plain chunks hold one byte a value.
-template <int F, bool Plain>
+// Four columns of 8 outputs, as bytes.
+template <int F>
 MOESCOPE_INLINE inline __m256i values_of(const uint8_t* chunk, int step, int half) {
   static constexpr WeightFormat f = kWeightFormats[F];
-  if constexpr (Plain || f.bits == 8) {
+  if constexpr (f.bits == 8) {
     const __m256i stored = load(chunk + step * 64 + half * 32);
-    return kSigned<F> && !Plain ? _mm256_xor_si256(stored, _mm256_set1_epi8(-128)) : stored;
+    return kSigned<F> ? _mm256_xor_si256(stored, _mm256_set1_epi8(-128)) : stored;
   } else {
     const __m256i both = load(chunk + step % 4 * 64 + half * 32);
     const __m256i shifted = step < 4 ? both : _mm256_srli_epi16(both, 4);
@@ -84,7 +85,7 @@ MOESCOPE_INLINE inline __m256i values_of(const uint8_t* chunk, int step, int hal
 }
 
 // Sums of the products of a group's columns with M rows, for 8 outputs.
-template <int F, bool Plain, int M, int FirstStep>
+template <int F, int M, int FirstStep>
 MOESCOPE_INLINE inline void dot_group(const uint8_t* chunk, int half, const int8_t* const (&x)[M],
                                       __m256i (&total)[M]) {
   static constexpr WeightFormat f = kWeightFormats[F];
@@ -92,7 +93,7 @@ MOESCOPE_INLINE inline void dot_group(const uint8_t* chunk, int half, const int8
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
   each<M>([&](auto m) MOESCOPE_INLINE { total[m] = _mm256_setzero_si256(); });
   each<kSteps>([&](auto s) MOESCOPE_INLINE {
-    const __m256i weights = values_of<F, Plain>(chunk, FirstStep + s, half);
+    const __m256i weights = values_of<F>(chunk, FirstStep + s, half);
     each<M>([&](auto m)
                 MOESCOPE_INLINE { total[m] = dot(total[m], weights, broadcast(x[m] + 4 * s)); });
   });
@@ -101,7 +102,7 @@ MOESCOPE_INLINE inline void dot_group(const uint8_t* chunk, int half, const int8
   const __m256i ones = _mm256_set1_epi16(1);
   __m256i pairs[M];
   each<kSteps>([&](auto s) MOESCOPE_INLINE {
-    const __m256i weights = values_of<F, Plain>(chunk, FirstStep + s, half);
+    const __m256i weights = values_of<F>(chunk, FirstStep + s, half);
     const __m256i sizes = kSigned<F> ? _mm256_abs_epi8(weights) : weights;
     each<M>([&](auto m) MOESCOPE_INLINE {
       const __m256i four = broadcast(x[m] + 4 * s);
@@ -162,19 +163,16 @@ MOESCOPE_INLINE inline Supers supers_of(const uint8_t* record, int64_t columns, 
 // What a call of the loops below multiplies, and where its sums are added.
 struct Part {
   const uint8_t* record;
-  const uint8_t* plain;  // the record's values, spread to bytes, or null
   const uint8_t* ahead;  // what is fetched meanwhile, or null
   int64_t first_column, columns;
   int64_t row[kRows];
   float* out[kRows];
 };
 
-template <int F, bool Plain, int M>
+template <int F, int M>
 MOESCOPE_INLINE inline void add_integers(const Part& at, const Activations& a) {
   static constexpr WeightFormat f = kWeightFormats[F];
   static constexpr int kGroupsOfChunk = kChunk / f.group;
-  static constexpr int64_t kChunkSize = Plain ? kChunk * kPanel : chunk_bytes(f);
-  const uint8_t* values = Plain ? at.plain : at.record;
   const uint8_t* scales = at.record + value_bytes(f, at.columns);
   const uint8_t* minimums = at.record + minimums_at(f, at.columns);
   const int64_t first_group = at.first_column / f.group;
@@ -195,7 +193,7 @@ MOESCOPE_INLINE inline void add_integers(const Part& at, const Activations& a) {
           x[m] = a.values + at.row[m] * a.columns + at.first_column + g * f.group;
         });
         __m256i total[M];
-        dot_group<F, Plain, M, part*(f.group / 4)>(values + chunk * kChunkSize, half, x, total);
+        dot_group<F, M, part*(f.group / 4)>(at.record + chunk * chunk_bytes(f), half, x, total);
         const __m256 scale = scales_at<F>(scales, g * kPanel + half * 8, supers.scale);
         __m256 minimum{};
         if constexpr (f.minimum)
@@ -284,12 +282,12 @@ MOESCOPE_INLINE inline void add_floats(const Part& at, const Activations& a) {
   }
 }
 
-template <int F, bool Plain, int M>
+template <int F, int M>
 __attribute__((noinline)) void add(const Part& at, const Activations& a) {
   if constexpr (is_float(kWeightFormats[F]))
     add_floats<F, M>(at, a);
   else
-    add_integers<F, Plain, M>(at, a);
+    add_integers<F, M>(at, a);
 }
 
 template <int F>
@@ -298,7 +296,7 @@ void spread(const uint8_t* record, int64_t columns, uint8_t* plain) {
     each<8>([&](auto step) MOESCOPE_INLINE {
       each<2>([&](auto half) MOESCOPE_INLINE {
         const __m256i values =
-            values_of<F, false>(record + chunk * chunk_bytes(kWeightFormats[F]), step, half);
+            values_of<F>(record + chunk * chunk_bytes(kWeightFormats[F]), step, half);
         uint8_t* to = plain + (chunk * 16 + step * 2 + half) * 32;
         _mm256_store_si256(reinterpret_cast<__m256i*>(to), values);
       });
@@ -318,11 +316,8 @@ template <int F>
 void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int count, float* out) {
   static constexpr WeightFormat f = kWeightFormats[F];
   memset(out, 0, count * kTile * sizeof(float));
-  constexpr bool kMaySpread = f.bits < 8;
-  const bool spreads = kMaySpread && count >= kPlainFrom;
-  alignas(32) uint8_t plain[kMaySpread ? kRecord * kPanel : 1];
   alignas(32) float unused[kPanel] = {};
-  Part at{tile.weights, plain, nullptr, 0, 0, {}, {}};
+  Part at{tile.weights, nullptr, 0, 0, {}, {}};
   for (; at.first_column < a.columns; at.first_column += kRecord) {
     const int64_t left = a.columns - at.first_column;
     at.columns = left < kRecord ? left : kRecord;
@@ -330,8 +325,6 @@ void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int c
     const uint8_t* ahead = at.record + bytes * tile.panels;
     if (ahead >= tile.end) ahead = tile.next;
     for (int p = 0; p < tile.panels; ++p, at.record += bytes) {
-      if constexpr (kMaySpread)
-        if (spreads) spread<F>(at.record, at.columns, plain);
       for (int start = 0; start < count; start += kRows) {
         const int held = count - start < kRows ? count - start : kRows;
         for (int m = 0; m < kRows; ++m) {
@@ -340,14 +333,12 @@ void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int c
           at.out[m] = m < held ? out + r * kTile + p * kPanel : unused;
         }
         at.ahead = start == 0 && fetches<F>(count) ? ahead + p * bytes : nullptr;
-        if (spreads)
-          add<F, kMaySpread, kRows>(at, a);
-        else if (held == 1)
-          add<F, false, 1>(at, a);
+        if (held == 1)
+          add<F, 1>(at, a);
         else if (held == 2)
-          add<F, false, 2>(at, a);
+          add<F, 2>(at, a);
         else
-          add<F, false, kRows>(at, a);
+          add<F, kRows>(at, a);
       }
     }
   }
