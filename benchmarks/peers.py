@@ -12,6 +12,7 @@ import re
 import subprocess
 import tempfile
 import time
+from functools import cache
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -48,12 +49,16 @@ class Runner(Protocol):
         ...
 
 
+@cache
+def _random_block() -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    return (torch.randn(SEED_BLOCK, generator=generator) * 0.02).bfloat16()
+
+
 def random_weights(shape: torch.Size) -> Tensor:
     """Return bf16 weights, repeating one block of random numbers."""
     count = math.prod(shape)
-    generator = torch.Generator().manual_seed(0)
-    block = (torch.randn(min(SEED_BLOCK, count), generator=generator) * 0.02).bfloat16()
-    return block.repeat(-(-count // len(block)))[:count].view(shape)
+    return _random_block().repeat(-(-count // SEED_BLOCK))[:count].view(shape)
 
 
 def _weight(name: str, shape: torch.Size) -> Tensor:

@@ -184,6 +184,111 @@ MOESCOPE_INLINE inline void add_bf16(const Tile& tile, int p, const Activations&
   });
 }
 
+// One row, with all panels side by side, so that weights are read in the order in which they lie.
+template <int F, int P>
+struct Line {
+  static constexpr WeightFormat f = kWeightFormats[F];
+  static constexpr int kHalves = 2 * P;  // of panels
+  static constexpr int64_t kAhead = 2048;
+
+  const Tile& tile;
+  const uint8_t* at;
+  __m256 sums[kHalves];
+
+  // Fetches as many lines as are read next, from a little further on.
+  template <int Lines>
+  MOESCOPE_INLINE void fetch() const {
+    const uint8_t* from = at + kAhead;
+    if (from >= tile.end) from = tile.next + (from - tile.end);
+    each<Lines>([&](auto line) MOESCOPE_INLINE {
+      _mm_prefetch(reinterpret_cast<const char*>(from) + line * 64, _MM_HINT_T0);
+    });
+  }
+
+  MOESCOPE_INLINE void add_int8(const Activations& a, int64_t row, int64_t g) {
+    const int64_t begin = g * a.group;
+    const int64_t end = begin + a.group < a.columns ? begin + a.group : a.columns;
+    const int8_t* x = a.values + row * a.columns;
+    const int64_t group = row * a.groups + g;
+    __m256i dots[kHalves];
+    each<kHalves>([&](auto half) MOESCOPE_INLINE {
+      dots[half] = _mm256_set1_epi32(kInt8AsStored ? start_of_dots(kInt8.zero, a.sums[group]) : 0);
+    });
+    for (int64_t k = begin; k < end; k += 16) {
+      fetch<4 * P>();
+      each<4>([&](auto step) MOESCOPE_INLINE {
+        const __m256i four = broadcast(x + k + step * 4);
+        each<kHalves>([&](auto half) MOESCOPE_INLINE {
+          dots[half] = dot_int8(dots[half], load(at + half * 32), four);
+        });
+        at += P * 64;
+      });
+    }
+    const __m256 scale = _mm256_set1_ps(a.scales[group]);
+    each<kHalves>([&](auto half) MOESCOPE_INLINE {
+      sums[half] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(dots[half]), sums[half]);
+    });
+  }
+
+  MOESCOPE_INLINE void add_int4(const Activations& a, int64_t row, int64_t g) {
+    const __m256i low = _mm256_set1_epi8(15);
+    const int8_t* x = a.values + row * a.columns + g * kChunk;
+    const int64_t group = row * a.groups + g;
+    __m256i dots[kHalves];
+    each<kHalves>([&](auto half) MOESCOPE_INLINE { dots[half] = _mm256_setzero_si256(); });
+    fetch<(288 * P + 63) / 64>();
+    each<4>([&](auto step) MOESCOPE_INLINE {
+      const __m256i first = broadcast(x + step * 4), second = broadcast(x + 16 + step * 4);
+      each<kHalves>([&](auto half) MOESCOPE_INLINE {
+        const __m256i both = load(at + half * 32);
+        dots[half] = dot_int4(dots[half], _mm256_and_si256(both, low), first);
+        dots[half] =
+            dot_int4(dots[half], _mm256_and_si256(_mm256_srli_epi16(both, 4), low), second);
+      });
+      at += P * 64;
+    });
+    const float size = a.scales[group];
+    const float sum = size * static_cast<float>(start_of_dots(kInt4Minimum, a.sums[group]));
+    each<kHalves>([&](auto half) MOESCOPE_INLINE {
+      const __m256 scale = _mm256_mul_ps(bytes_at(at + half * 8), _mm256_set1_ps(size));
+      sums[half] = _mm256_fmadd_ps(scale, _mm256_cvtepi32_ps(whole_int4(dots[half])), sums[half]);
+      sums[half] =
+          _mm256_fmadd_ps(bytes_at(at + P * kPanel + half * 8), _mm256_set1_ps(sum), sums[half]);
+    });
+    at += 2 * P * kPanel;
+  }
+
+  MOESCOPE_INLINE void add_bf16(const float* x) {
+    const __m256i upper = _mm256_set1_epi32(static_cast<int>(0xffff0000u));
+    fetch<P>();
+    const __m256 even = _mm256_broadcast_ss(x), odd = _mm256_broadcast_ss(x + 1);
+    each<kHalves>([&](auto half) MOESCOPE_INLINE {
+      const __m256i both = load(at + half * 32);
+      sums[half] =
+          _mm256_fmadd_ps(even, _mm256_castsi256_ps(_mm256_slli_epi32(both, 16)), sums[half]);
+      sums[half] =
+          _mm256_fmadd_ps(odd, _mm256_castsi256_ps(_mm256_and_si256(both, upper)), sums[half]);
+    });
+    at += P * 64;
+  }
+};
+
+template <int F, int P>
+__attribute__((noinline)) void multiply_line(const Tile& tile, const Activations& a, int64_t row,
+                                             float* out) {
+  Line<F, P> line{tile, tile.weights, {}};
+  if constexpr (is_float(kWeightFormats[F]))
+    for (int64_t k = 0; k < a.columns; k += 2) line.add_bf16(a.numbers + row * a.columns + k);
+  else
+    for (int64_t g = 0; g < a.groups; ++g)
+      if constexpr (kWeightFormats[F].bits == 4)
+        line.add_int4(a, row, g);
+      else
+        line.add_int8(a, row, g);
+  each<2 * P>([&](auto half)
+                  MOESCOPE_INLINE { _mm256_storeu_ps(out + half * 8, line.sums[half]); });
+}
+
 template <int F, bool Fetch, int M>
 void add(const Tile& tile, const Activations& a, const int64_t* row, int64_t first, int64_t last,
          const uint8_t* ahead, int64_t ahead_bytes, float* out) {
