@@ -58,21 +58,30 @@ void quantize(const float* x, int64_t columns, int64_t padded, int64_t group, in
 }
 
 template <int F>
+void multiply_few(const Tile& tile, const Activations& a, const int32_t* rows, int count,
+                  float* out) {
+  static constexpr WeightFormat f = kWeightFormats[F];
+  if constexpr (f.order == Order::record)
+    records::multiply<F>(tile, a, rows, count, out);
+  else if (count == 1)
+    with_constant<1, 2, 3, 4>(tile.panels, [&](auto panels) {
+      multiply_line<F, panels>(tile, a, rows ? rows[0] : 0, out);
+    });
+  else if constexpr (is_float(f))
+    multiply_parts<F>(tile, a, rows, count, a.columns, 1, out);
+  else
+    multiply_parts<F>(tile, a, rows, count, a.groups, a.group, out);
+}
+
+template <int F>
 void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int count, float* out) {
   static constexpr WeightFormat f = kWeightFormats[F];
-  if constexpr (!is_float(f))
-    if (count >= records::kManyFrom) blocks::multiply<F>(tile, a, rows, count, out);
-  if (is_float(f) || count < records::kManyFrom) {
-    if constexpr (f.order == Order::record)
-      records::multiply<F>(tile, a, rows, count, out);
-    else if (count == 1)
-      with_constant<1, 2, 3, 4>(tile.panels, [&](auto panels) {
-        multiply_line<F, panels>(tile, a, rows ? rows[0] : 0, out);
-      });
-    else if constexpr (is_float(f))
-      multiply_parts<F>(tile, a, rows, count, a.columns, 1, out);
-    else
-      multiply_parts<F>(tile, a, rows, count, a.groups, a.group, out);
+  if constexpr (is_float(f)) {
+    multiply_few<F>(tile, a, rows, count, out);
+  } else if (count >= blocks::kFrom<F>) {
+    blocks::multiply<F>(tile, a, rows, count, out);
+  } else {
+    multiply_few<F>(tile, a, rows, count, out);
   }
   if constexpr (has_row_scale(f))
     for (int r = 0; r < count; ++r)

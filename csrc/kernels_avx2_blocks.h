@@ -23,6 +23,11 @@ constexpr int kRows = 6;  // whose sums of 16 outputs the registers hold
 template <int F>
 constexpr bool kWide = records::kSigned<F>;
 
+// Rows for which a block is spread: what few rows cost without differs.
+template <int F>
+constexpr int kFrom =
+    kWeightFormats[F].order == Order::tile ? (kWide<F> ? 12 : 5) : (kWide<F> ? 8 : 4);
+
 template <int F>
 struct Block {
   // [columns / 4][16 outputs][4 columns], or of 16 bits [columns / 4][2][16 outputs][2 columns], of
@@ -257,7 +262,7 @@ void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int c
   Rows<F> held;
   Block<F> block;
   const uint8_t* from = tile.weights;
-  const int parts = (count + kRows - 1) / kRows;  // of 4 rows at least
+  const int parts = (count + kRows - 1) / kRows;  // of 3 rows at least
   for (int64_t column = 0; column < a.columns; column += kRecord) {
     const int64_t left = a.columns - column, columns = left < kRecord ? left : kRecord;
     const int64_t bytes = panel_bytes(f, columns);
@@ -269,7 +274,7 @@ void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int c
       const uint8_t* fetched = ahead == nullptr ? nullptr : ahead + p * bytes;
       for (int part = 0, r = 0; part < parts; ++part, fetched = nullptr) {
         const int last = count * (part + 1) / parts;
-        with_constant<4, 5, 6>(last - r, [&](auto m) {
+        with_constant<3, 4, 5, 6>(last - r, [&](auto m) {
           add<F, m>(block, held, r, columns, fetched, bytes * f.group / columns,
                     out + r * kTile + p * kPanel);
         });
