@@ -271,7 +271,7 @@ void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int c
     take<F>(held, a, rows, count, column, columns);
     for (int p = 0; p < tile.panels; ++p) {
       spread<F>(f.order == Order::tile ? from : from + p * bytes, tile.panels, p, columns, block);
-      const uint8_t* fetched = ahead == nullptr ? nullptr : ahead + p * bytes;
+      const uint8_t* fetched = ahead + p * bytes;
       for (int part = 0, r = 0; part < parts; ++part, fetched = nullptr) {
         const int last = count * (part + 1) / parts;
         with_constant<3, 4, 5, 6>(last - r, [&](auto m) {

@@ -173,46 +173,57 @@ template <int F, int M>
 MOESCOPE_INLINE inline void add_integers(const Part& at, const Activations& a) {
   static constexpr WeightFormat f = kWeightFormats[F];
   static constexpr int kGroupsOfChunk = kChunk / f.group;
+  static constexpr int kHalves = M == 1 ? 2 : 1;  // whose sums the registers hold at once
   const uint8_t* scales = at.record + value_bytes(f, at.columns);
   const uint8_t* minimums = at.record + minimums_at(f, at.columns);
   const int64_t first_group = at.first_column / f.group;
   const int64_t ahead_of_chunk = panel_bytes(f, at.columns) / (at.columns / kChunk);
-  for (int half = 0; half < 2; ++half) {
-    __m256 sums[M];
-    each<M>([&](auto m) MOESCOPE_INLINE { sums[m] = _mm256_loadu_ps(at.out[m] + half * 8); });
-    const Supers supers = supers_of<F>(at.record, at.columns, half);
+  for (int first = 0; first < 2; first += kHalves) {
+    __m256 sums[kHalves][M];
+    Supers supers[kHalves];
+    each<kHalves>([&](auto h) MOESCOPE_INLINE {
+      const int half = first + h;
+      each<M>([&](auto m) MOESCOPE_INLINE { sums[h][m] = _mm256_loadu_ps(at.out[m] + half * 8); });
+      supers[h] = supers_of<F>(at.record, at.columns, half);
+    });
     for (int64_t chunk = 0; chunk < at.columns / kChunk; ++chunk) {
-      if (at.ahead != nullptr && half == 0)
+      if (at.ahead != nullptr && first == 0)
         for (int64_t line = 0; line < ahead_of_chunk; line += 64)
           _mm_prefetch(reinterpret_cast<const char*>(at.ahead + chunk * ahead_of_chunk + line),
-                       _MM_HINT_T1);
+                       M == 1 ? _MM_HINT_T0 : _MM_HINT_T1);
       each<kGroupsOfChunk>([&](auto part) MOESCOPE_INLINE {
         const int64_t g = chunk * kGroupsOfChunk + part;
         const int8_t* x[M];
         each<M>([&](auto m) MOESCOPE_INLINE {
           x[m] = a.values + at.row[m] * a.columns + at.first_column + g * f.group;
         });
-        __m256i total[M];
-        dot_group<F, M, part*(f.group / 4)>(at.record + chunk * chunk_bytes(f), half, x, total);
-        const __m256 scale = scales_at<F>(scales, g * kPanel + half * 8, supers.scale);
-        __m256 minimum{};
-        if constexpr (f.minimum)
-          minimum = scales_at<F>(minimums, g * kPanel + half * 8, supers.minimum);
-        each<M>([&](auto m) MOESCOPE_INLINE {
-          const int64_t group = at.row[m] * a.groups + first_group + g;
-          if constexpr (f.zero != 0 && !kSigned<F>)
-            total[m] =
-                _mm256_add_epi32(total[m], _mm256_set1_epi32(start_of_dots(f.zero, a.sums[group])));
-          const float size = a.scales[group];
-          sums[m] = _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_set1_ps(size)),
-                                    _mm256_cvtepi32_ps(total[m]), sums[m]);
+        each<kHalves>([&](auto h) MOESCOPE_INLINE {
+          const int half = first + h;
+          __m256i total[M];
+          dot_group<F, M, part*(f.group / 4)>(at.record + chunk * chunk_bytes(f), half, x, total);
+          const __m256 scale = scales_at<F>(scales, g * kPanel + half * 8, supers[h].scale);
+          __m256 minimum{};
           if constexpr (f.minimum)
-            sums[m] = _mm256_fmadd_ps(
-                minimum, _mm256_set1_ps(size * static_cast<float>(a.sums[group])), sums[m]);
+            minimum = scales_at<F>(minimums, g * kPanel + half * 8, supers[h].minimum);
+          each<M>([&](auto m) MOESCOPE_INLINE {
+            const int64_t group = at.row[m] * a.groups + first_group + g;
+            if constexpr (f.zero != 0 && !kSigned<F>)
+              total[m] = _mm256_add_epi32(total[m],
+                                          _mm256_set1_epi32(start_of_dots(f.zero, a.sums[group])));
+            const float size = a.scales[group];
+            sums[h][m] = _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_set1_ps(size)),
+                                         _mm256_cvtepi32_ps(total[m]), sums[h][m]);
+            if constexpr (f.minimum)
+              sums[h][m] = _mm256_fmadd_ps(
+                  minimum, _mm256_set1_ps(size * static_cast<float>(a.sums[group])), sums[h][m]);
+          });
         });
       });
     }
-    each<M>([&](auto m) MOESCOPE_INLINE { _mm256_storeu_ps(at.out[m] + half * 8, sums[m]); });
+    each<kHalves>([&](auto h) MOESCOPE_INLINE {
+      each<M>([&](auto m)
+                  MOESCOPE_INLINE { _mm256_storeu_ps(at.out[m] + (first + h) * 8, sums[h][m]); });
+    });
   }
 }
 
@@ -311,7 +322,8 @@ MOESCOPE_INLINE inline bool fetches(int count) {
 }
 
 // Goes record by record, so that each is read from the first-level cache by all rows but the first,
-// which fetch what comes after it meanwhile.
+// which fetch what stands as many records on as there are panels meanwhile. A single row of integers
+// goes on so soon that it fetches the very next one.
 template <int F>
 void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int count, float* out) {
   static constexpr WeightFormat f = kWeightFormats[F];
@@ -322,9 +334,10 @@ void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int c
     const int64_t left = a.columns - at.first_column;
     at.columns = left < kRecord ? left : kRecord;
     const int64_t bytes = panel_bytes(f, at.columns);
-    const uint8_t* ahead = at.record + bytes * tile.panels;
-    if (ahead >= tile.end) ahead = tile.next;
+    const int64_t ahead_by = bytes * (count == 1 && !is_float(f) ? 1 : tile.panels);
     for (int p = 0; p < tile.panels; ++p, at.record += bytes) {
+      const uint8_t* ahead = at.record + ahead_by;
+      if (ahead >= tile.end) ahead = tile.next + (ahead - tile.end);
       for (int start = 0; start < count; start += kRows) {
         const int held = count - start < kRows ? count - start : kRows;
         for (int m = 0; m < kRows; ++m) {
@@ -332,7 +345,7 @@ void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int c
           at.row[m] = rows ? rows[r] : r;
           at.out[m] = m < held ? out + r * kTile + p * kPanel : unused;
         }
-        at.ahead = start == 0 && fetches<F>(count) ? ahead + p * bytes : nullptr;
+        at.ahead = start == 0 && fetches<F>(count) ? ahead : nullptr;
         if (held == 1)
           add<F, 1>(at, a);
         else if (held == 2)
