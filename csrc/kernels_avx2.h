@@ -129,29 +129,46 @@ void axpy(float a, const float* x, float* y, int64_t n) {
   for (; i < n; ++i) y[i] += a * x[i];
 }
 
-inline __m256 numbers(const float* x) { return _mm256_loadu_ps(x); }
-inline __m256 numbers(const Bf16* x) {
-  const __m128i bits = _mm_loadu_si128(reinterpret_cast<const __m128i*>(x));
-  return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(bits), 16));
+// Of the bf16 numbers that stand in pairs, the first or the second of each, as floats.
+template <int Second>
+MOESCOPE_INLINE inline __m256 of_pairs(__m256i pairs) {
+  return _mm256_castsi256_ps(
+      Second ? _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))
+             : _mm256_slli_epi32(pairs, 16));
 }
+
+// 8 * kStep<T> numbers; of pairs all that are first, then all that are second.
+MOESCOPE_INLINE inline void read(const float* x, __m256 (&numbers)[1]) {
+  numbers[0] = _mm256_loadu_ps(x);
+}
+MOESCOPE_INLINE inline void read(const Bf16* x, __m256 (&numbers)[2]) {
+  const __m256i pairs = load(x);
+  numbers[0] = of_pairs<0>(pairs), numbers[1] = of_pairs<1>(pairs);
+}
+
 inline float number(float x) { return x; }
 inline float number(Bf16 x) { return float_of_bf16(x.bits); }
 
 template <int R, typename T>
 MOESCOPE_INLINE inline void add_dots(const T* x, int64_t stride, const T* q, int64_t q_stride,
                                      int64_t width, float* out, int64_t out_stride) {
+  constexpr int kParts = kStep<T>;
   __m256 sums[kHeads][R];
   each<kHeads>([&](auto h) MOESCOPE_INLINE {
     each<R>([&](auto r) MOESCOPE_INLINE { sums[h][r] = _mm256_setzero_ps(); });
   });
   int64_t k = 0;
-  for (; k + 8 <= width; k += 8) {
-    __m256 slots[R];
-    each<R>([&](auto r) MOESCOPE_INLINE { slots[r] = numbers(x + r * stride + k); });
+  for (; k + 8 * kParts <= width; k += 8 * kParts) {
+    __m256 slots[R][kParts];
+    each<R>([&](auto r) MOESCOPE_INLINE { read(x + r * stride + k, slots[r]); });
     each<kHeads>([&](auto h) MOESCOPE_INLINE {
-      const __m256 query = numbers(q + h * q_stride + k);
-      each<R>([&](auto r)
-                  MOESCOPE_INLINE { sums[h][r] = _mm256_fmadd_ps(slots[r], query, sums[h][r]); });
+      __m256 query[kParts];
+      read(q + h * q_stride + k, query);
+      each<R>([&](auto r) MOESCOPE_INLINE {
+        each<kParts>([&](auto part) MOESCOPE_INLINE {
+          sums[h][r] = _mm256_fmadd_ps(slots[r][part], query[part], sums[h][r]);
+        });
+      });
     });
   }
   each<kHeads>([&](auto h) MOESCOPE_INLINE {
@@ -188,6 +205,20 @@ void dot_rows(const float* x, int64_t count, const float* q, int64_t width, floa
   }
 }
 
+// Adds numbers as `read` gives them to those at `to`.
+MOESCOPE_INLINE inline void add_in_order(const __m256 (&numbers)[1], float* to) {
+  _mm256_storeu_ps(to, _mm256_add_ps(_mm256_loadu_ps(to), numbers[0]));
+}
+MOESCOPE_INLINE inline void add_in_order(const __m256 (&numbers)[2], float* to) {
+  const __m256 low = _mm256_unpacklo_ps(numbers[0], numbers[1]);
+  const __m256 high = _mm256_unpackhi_ps(numbers[0], numbers[1]);
+  const __m256 in_order[2] = {_mm256_permute2f128_ps(low, high, 0x20),
+                              _mm256_permute2f128_ps(low, high, 0x31)};
+  each<2>([&](auto part) MOESCOPE_INLINE {
+    _mm256_storeu_ps(to + part * 8, _mm256_add_ps(_mm256_loadu_ps(to + part * 8), in_order[part]));
+  });
+}
+
 template <typename T>
 void mix(const T* x, int64_t stride, int64_t count, const float* p, int64_t p_stride, int64_t width,
          float* mixed, int64_t mixed_stride) {
@@ -197,16 +228,22 @@ void mix(const T* x, int64_t stride, int64_t count, const float* p, int64_t p_st
       weights[h][i] = p[h * p_stride + i];
       if constexpr (kStep<T> == 2) weights[h][i] = float_of_bf16(bf16_of(weights[h][i]));
     }
+  constexpr int kParts = kStep<T>;
   int64_t k = 0;
-  for (; k + 8 <= width; k += 8) {
-    __m256 sums[kHeads];
-    for (int h = 0; h < kHeads; ++h) sums[h] = _mm256_loadu_ps(mixed + h * mixed_stride + k);
+  for (; k + 8 * kParts <= width; k += 8 * kParts) {
+    __m256 sums[kHeads][kParts] = {};
     for (int64_t i = 0; i < count; ++i) {
-      const __m256 a = numbers(x + i * stride + k);
-      for (int h = 0; h < kHeads; ++h)
-        sums[h] = _mm256_fmadd_ps(_mm256_set1_ps(weights[h][i]), a, sums[h]);
+      __m256 numbers[kParts];
+      read(x + i * stride + k, numbers);
+      each<kHeads>([&](auto h) MOESCOPE_INLINE {
+        const __m256 weight = _mm256_broadcast_ss(&weights[h][i]);
+        each<kParts>([&](auto part) MOESCOPE_INLINE {
+          sums[h][part] = _mm256_fmadd_ps(weight, numbers[part], sums[h][part]);
+        });
+      });
     }
-    for (int h = 0; h < kHeads; ++h) _mm256_storeu_ps(mixed + h * mixed_stride + k, sums[h]);
+    each<kHeads>([&](auto h)
+                     MOESCOPE_INLINE { add_in_order(sums[h], mixed + h * mixed_stride + k); });
   }
   for (; k < width; ++k)
     for (int h = 0; h < kHeads; ++h)
@@ -215,14 +252,23 @@ void mix(const T* x, int64_t stride, int64_t count, const float* p, int64_t p_st
 }
 
 // Eight outputs' numbers of the first or second of the steps that stand together.
-MOESCOPE_INLINE inline __m256 of_step(const float* steps, int half, int) {
+template <int Second>
+MOESCOPE_INLINE inline __m256 of_step(const float* steps, int half) {
   return _mm256_loadu_ps(steps + half * 8);
 }
-MOESCOPE_INLINE inline __m256 of_step(const Bf16* steps, int half, int second) {
-  const __m256i pairs = load(steps + half * 16);
-  return _mm256_castsi256_ps(
-      second ? _mm256_and_si256(pairs, _mm256_set1_epi32(static_cast<int>(0xffff0000u)))
-             : _mm256_slli_epi32(pairs, 16));
+template <int Second>
+MOESCOPE_INLINE inline __m256 of_step(const Bf16* steps, int half) {
+  return of_pairs<Second>(load(steps + half * 16));
+}
+
+// What the outputs of such a step are multiplied with.
+template <int Second>
+MOESCOPE_INLINE inline __m256 factor_of_step(const float* x) {
+  return _mm256_broadcast_ss(x);
+}
+template <int Second>
+MOESCOPE_INLINE inline __m256 factor_of_step(const Bf16* x) {
+  return of_pairs<Second>(broadcast(reinterpret_cast<const int8_t*>(x)));
 }
 
 template <int M, typename T>
@@ -238,9 +284,9 @@ MOESCOPE_INLINE inline void multiply_panel(const T* x, int64_t stride, const T* 
   for (int64_t k = 0; k < depth; k += kStep<T>)
     each<kStep<T>>([&](auto s) MOESCOPE_INLINE {
       const T* steps = panel + k * kPanel;
-      const __m256 left = of_step(steps, 0, s), right = of_step(steps, 1, s);
+      const __m256 left = of_step<s>(steps, 0), right = of_step<s>(steps, 1);
       each<M>([&](auto m) MOESCOPE_INLINE {
-        const __m256 factor = _mm256_set1_ps(number(x[m * stride + k + s]));
+        const __m256 factor = factor_of_step<s>(x + m * stride + k);
         sums[m][0] = _mm256_fmadd_ps(factor, left, sums[m][0]);
         sums[m][1] = _mm256_fmadd_ps(factor, right, sums[m][1]);
       });
