@@ -5,7 +5,7 @@ under AddressSanitizer and UndefinedBehaviorSanitizer runs tests/kernels), `amx`
 an extension whose AMX tiles are C++, csrc/tests/amx_emulated.h), `thread`
 (csrc/tests/exercise.cpp under ThreadSanitizer: Python itself is not clean there) and `arm64` (the
 same program, cross-compiled, under qemu). Without names, all run for which the tools are there.
-Minutes each, `address` an hour; needs g++, for arm64 also g++-aarch64-linux-gnu and qemu-user.
+Minutes each, `address` half an hour on two cores; needs g++, for arm64 also g++-aarch64-linux-gnu and qemu-user.
 """
 
 import os
@@ -47,7 +47,7 @@ def address() -> None:
         "PYTHONPATH": str(package),
         "OMP_NUM_THREADS": "1",
     }
-    tests = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider"]
+    tests = [sys.executable, "-m", "pytest", "-q", "-s", "-p", "no:cacheprovider", "-n", "auto"]
     # `-s`: a report is printed right before the end, where pytest's own capture would lose it.
     # What PyTorch compiles ("fused") is not ours, and takes many minutes so.
     chosen = ["-k", "not fused", "-o", "faulthandler_timeout=3600", "tests/kernels", "tests/native"]
