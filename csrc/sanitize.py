@@ -5,7 +5,8 @@ under AddressSanitizer and UndefinedBehaviorSanitizer runs tests/kernels), `amx`
 an extension whose AMX tiles are C++, csrc/tests/amx_emulated.h), `thread`
 (csrc/tests/exercise.cpp under ThreadSanitizer: Python itself is not clean there) and `arm64` (the
 same program, cross-compiled, under qemu). Without names, all run for which the tools are there.
-Minutes each, `address` half an hour on two cores; needs g++, for arm64 also g++-aarch64-linux-gnu and qemu-user.
+Minutes each, `address` half an hour on two cores; needs g++, for arm64 also
+g++-aarch64-linux-gnu and qemu-user.
 """
 
 import os
