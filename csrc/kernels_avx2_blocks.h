@@ -23,7 +23,7 @@ constexpr int kRows = 6;  // whose sums of 16 outputs the registers hold
 template <int F>
 constexpr bool kWide = records::kSigned<F>;
 
-// Rows for which a block is spread: what few rows cost without differs.
+// Rows for which a block is spread, as measured without VNNI: what few rows cost otherwise differs.
 template <int F>
 constexpr int kFrom =
     kWeightFormats[F].order == Order::tile ? (kWide<F> ? 12 : 5) : (kWide<F> ? 8 : 4);

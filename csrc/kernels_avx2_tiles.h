@@ -188,8 +188,8 @@ MOESCOPE_INLINE inline void add_bf16(const Tile& tile, int p, const Activations&
 template <int F, int P>
 struct Line {
   static constexpr WeightFormat f = kWeightFormats[F];
-  static constexpr int kHalves = 2 * P;  // of panels
-  static constexpr int64_t kAhead = 2048;
+  static constexpr int kHalves = 2 * P;    // of panels
+  static constexpr int64_t kAhead = 2048;  // bytes
 
   const Tile& tile;
   const uint8_t* at;

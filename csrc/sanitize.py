@@ -1,8 +1,8 @@
 """Builds the kernels with the compiler's checks and runs their tests: `python csrc/sanitize.py`.
 
 Names of checks may follow: `warnings` (all files compile without any), `address` (the extension
-under AddressSanitizer and UndefinedBehaviorSanitizer runs tests/kernels), `amx` (the same tests on
-an extension whose AMX tiles are C++, csrc/tests/amx_emulated.h), `thread`
+under AddressSanitizer and UndefinedBehaviorSanitizer runs tests/kernels and tests/native), `amx`
+(tests/kernels on an extension whose AMX tiles are C++, csrc/tests/amx_emulated.h), `thread`
 (csrc/tests/exercise.cpp under ThreadSanitizer: Python itself is not clean there) and `arm64` (the
 same program, cross-compiled, under qemu). Without names, all run for which the tools are there.
 Minutes each, `address` half an hour on two cores; needs g++, for arm64 also
