@@ -6,6 +6,10 @@ told is the median over pairs of turns, and the range that a bootstrap of the pa
 
     git worktree add ../before COMMIT && (cd ../before && python csrc/build.py)
     python benchmarks/two_trees.py ../before . --shape S --engines int8,int4
+    python benchmarks/two_trees.py ../before . --shape G --engines gguf/G-MXFP4_MOE.gguf
+
+An engine that ends in `.gguf` is a file of the shape, as `cpu_inference.py --gguf-folder` writes
+it.
 """
 
 import argparse
@@ -70,7 +74,8 @@ def work(shape: str, engine: str, context: str) -> None:
 
         read_config = ModelConfig.from_dict
     config = read_config(SHAPES[shape])
-    runner = Moescope.native(config, engine)
+    file = engine.endswith(".gguf")
+    runner = Moescope.file(Path(engine)) if file else Moescope.native(config, engine)
     chance = torch.Generator().manual_seed(0)
     prompts = torch.randint(config.vocab_size, (8, int(context)), generator=chance)
     read = max(512, int(context))
@@ -118,7 +123,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
-    parser.add_argument("--shape", choices=("S", "L"), default="S")
+    parser.add_argument("--shape", default="S", help="one of cpu_inference.py's")
     parser.add_argument("--engines", default="int8,int4")
     parser.add_argument("--turns", type=int, default=60)
     parser.add_argument("--context", type=int, default=128, help="tokens before what is written")

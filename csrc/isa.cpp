@@ -22,12 +22,11 @@ std::atomic<const Kernels*> current{nullptr};
 #ifdef MOESCOPE_X86
 namespace {
 
-constexpr unsigned kZen4 = 0x19;  // the family, of which Zen 3 has no AVX-512
-
-unsigned family() {
+bool is_zen4() {
   unsigned a = 0, b = 0, c = 0, d = 0;
   __get_cpuid(1, &a, &b, &c, &d);
-  return (a >> 8 & 0xf) + (a >> 20 & 0xff);
+  const unsigned family = (a >> 8 & 0xf) + (a >> 20 & 0xff);
+  return family == 0x19 && __builtin_cpu_supports("avx512f");  // which Zen 3, of that family, lacks
 }
 
 // AVX-512 with attention on bf16's own instruction.
@@ -73,7 +72,7 @@ const Kernels& amx_kernels() {
 }  // namespace
 
 const ReadAhead read_ahead = !__builtin_cpu_is("amd") ? ReadAhead::into_second_level
-                             : family() == kZen4      ? ReadAhead::by_itself
+                             : is_zen4()              ? ReadAhead::by_itself
                                                       : ReadAhead::past_caches;
 #endif
 

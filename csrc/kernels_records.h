@@ -16,6 +16,7 @@ namespace records {
 
 constexpr int kRows = 4;      // whose sums the registers hold; as many are multiplied even of three
 constexpr int kManyFrom = 8;  // rows for which what a record holds is first spread
+constexpr int64_t kAheadOfRow = 4096;  // bytes
 
 MOESCOPE_INLINE inline __m256i load(const void* from) {
   return _mm256_loadu_si256(static_cast<const __m256i*>(from));
@@ -84,35 +85,42 @@ MOESCOPE_INLINE inline __m256i values_of(const uint8_t* chunk, int step, int hal
   }
 }
 
-// Sums of the products of a group's columns with M rows, for 8 outputs.
-template <int F, int M, int FirstStep>
-MOESCOPE_INLINE inline void dot_group(const uint8_t* chunk, int half, const int8_t* const (&x)[M],
-                                      __m256i (&total)[M]) {
+// Sums of the products of a group's columns with M rows, for so many times 8 outputs.
+template <int F, int M, int Halves, int FirstStep>
+MOESCOPE_INLINE inline void dot_group(const uint8_t* chunk, int first, const int8_t* const (&x)[M],
+                                      __m256i (&total)[Halves][M]) {
   static constexpr WeightFormat f = kWeightFormats[F];
-  constexpr int kSteps = f.group / 4;
+  static constexpr int kSteps = f.group / 4;
 #if defined(__AVX512VNNI__) || defined(__AVXVNNI__)
-  each<M>([&](auto m) MOESCOPE_INLINE { total[m] = _mm256_setzero_si256(); });
+  each<Halves>([&](auto h) MOESCOPE_INLINE {
+    each<M>([&](auto m) MOESCOPE_INLINE { total[h][m] = _mm256_setzero_si256(); });
+  });
   each<kSteps>([&](auto s) MOESCOPE_INLINE {
-    const __m256i weights = values_of<F>(chunk, FirstStep + s, half);
-    each<M>([&](auto m)
-                MOESCOPE_INLINE { total[m] = dot(total[m], weights, broadcast(x[m] + 4 * s)); });
+    each<Halves>([&](auto h) MOESCOPE_INLINE {
+      const __m256i weights = values_of<F>(chunk, FirstStep + s, first + h);
+      each<M>([&](auto m) MOESCOPE_INLINE {
+        total[h][m] = dot(total[h][m], weights, broadcast(x[m] + 4 * s));
+      });
+    });
   });
 #else
   static constexpr int kAtOnce = kSigned<F> ? 1 : sums_in_16_bits(largest_stored(f), kSteps);
   const __m256i ones = _mm256_set1_epi16(1);
-  __m256i pairs[M];
+  __m256i pairs[Halves][M];
   each<kSteps>([&](auto s) MOESCOPE_INLINE {
-    const __m256i weights = values_of<F>(chunk, FirstStep + s, half);
-    const __m256i sizes = kSigned<F> ? _mm256_abs_epi8(weights) : weights;
-    each<M>([&](auto m) MOESCOPE_INLINE {
-      const __m256i four = broadcast(x[m] + 4 * s);
-      const __m256i products =
-          _mm256_maddubs_epi16(sizes, kSigned<F> ? _mm256_sign_epi8(four, weights) : four);
-      pairs[m] = s % kAtOnce == 0 ? products : _mm256_add_epi16(pairs[m], products);
-      if (s % kAtOnce == kAtOnce - 1) {
-        const __m256i wide = _mm256_madd_epi16(pairs[m], ones);
-        total[m] = s < kAtOnce ? wide : _mm256_add_epi32(total[m], wide);
-      }
+    each<Halves>([&](auto h) MOESCOPE_INLINE {
+      const __m256i weights = values_of<F>(chunk, FirstStep + s, first + h);
+      const __m256i sizes = kSigned<F> ? _mm256_abs_epi8(weights) : weights;
+      each<M>([&](auto m) MOESCOPE_INLINE {
+        const __m256i four = broadcast(x[m] + 4 * s);
+        const __m256i products =
+            _mm256_maddubs_epi16(sizes, kSigned<F> ? _mm256_sign_epi8(four, weights) : four);
+        pairs[h][m] = s % kAtOnce == 0 ? products : _mm256_add_epi16(pairs[h][m], products);
+        if (s % kAtOnce == kAtOnce - 1) {
+          const __m256i wide = _mm256_madd_epi16(pairs[h][m], ones);
+          total[h][m] = s < kAtOnce ? wide : _mm256_add_epi32(total[h][m], wide);
+        }
+      });
     });
   });
 #endif
@@ -134,11 +142,10 @@ MOESCOPE_INLINE inline __m256 scales_at(const uint8_t* from, int64_t index, __m2
       return _mm256_mul_ps(super, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)));
     if constexpr (kScales == Scales::f16_i8)
       return _mm256_mul_ps(super, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
-    const __m256i exponents = _mm256_cvtepu8_epi32(bytes);
-    const __m256i normal = _mm256_slli_epi32(_mm256_sub_epi32(exponents, _mm256_set1_epi32(1)), 23);
-    const __m256i tiny = _mm256_sllv_epi32(_mm256_set1_epi32(0x00200000), exponents);
-    return _mm256_castsi256_ps(
-        _mm256_blendv_epi8(normal, tiny, _mm256_cmpgt_epi32(_mm256_set1_epi32(2), exponents)));
+    // The two least are no normal numbers, and greater than what stands in their place then.
+    const __m256i less = _mm256_sub_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_set1_epi32(1));
+    const __m256i tiny = _mm256_slli_epi32(_mm256_add_epi32(less, _mm256_set1_epi32(2)), 21);
+    return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(less, 23), tiny));
   }
 }
 
@@ -197,25 +204,28 @@ MOESCOPE_INLINE inline void add_integers(const Part& at, const Activations& a) {
         each<M>([&](auto m) MOESCOPE_INLINE {
           x[m] = a.values + at.row[m] * a.columns + at.first_column + g * f.group;
         });
+        __m256i total[kHalves][M];
+        dot_group<F, M, kHalves, part*(f.group / 4)>(at.record + chunk * chunk_bytes(f), first, x,
+                                                     total);
+        __m256 scale[kHalves], minimum[kHalves];
         each<kHalves>([&](auto h) MOESCOPE_INLINE {
-          const int half = first + h;
-          __m256i total[M];
-          dot_group<F, M, part*(f.group / 4)>(at.record + chunk * chunk_bytes(f), half, x, total);
-          const __m256 scale = scales_at<F>(scales, g * kPanel + half * 8, supers[h].scale);
-          __m256 minimum{};
-          if constexpr (f.minimum)
-            minimum = scales_at<F>(minimums, g * kPanel + half * 8, supers[h].minimum);
-          each<M>([&](auto m) MOESCOPE_INLINE {
-            const int64_t group = at.row[m] * a.groups + first_group + g;
+          const int64_t index = g * kPanel + (first + h) * 8;
+          scale[h] = scales_at<F>(scales, index, supers[h].scale);
+          if constexpr (f.minimum) minimum[h] = scales_at<F>(minimums, index, supers[h].minimum);
+        });
+        each<M>([&](auto m) MOESCOPE_INLINE {
+          const int64_t group = at.row[m] * a.groups + first_group + g;
+          const __m256 size = _mm256_set1_ps(a.scales[group]);
+          const __m256i sum = _mm256_set1_epi32(a.sums[group]);
+          each<kHalves>([&](auto h) MOESCOPE_INLINE {
             if constexpr (f.zero != 0 && !kSigned<F>)
-              total[m] = _mm256_add_epi32(total[m],
-                                          _mm256_set1_epi32(start_of_dots(f.zero, a.sums[group])));
-            const float size = a.scales[group];
-            sums[h][m] = _mm256_fmadd_ps(_mm256_mul_ps(scale, _mm256_set1_ps(size)),
-                                         _mm256_cvtepi32_ps(total[m]), sums[h][m]);
+              total[h][m] =
+                  _mm256_sub_epi32(total[h][m], _mm256_mullo_epi32(sum, _mm256_set1_epi32(f.zero)));
+            sums[h][m] = _mm256_fmadd_ps(_mm256_mul_ps(scale[h], size),
+                                         _mm256_cvtepi32_ps(total[h][m]), sums[h][m]);
             if constexpr (f.minimum)
-              sums[h][m] = _mm256_fmadd_ps(
-                  minimum, _mm256_set1_ps(size * static_cast<float>(a.sums[group])), sums[h][m]);
+              sums[h][m] = _mm256_fmadd_ps(minimum[h], _mm256_mul_ps(size, _mm256_cvtepi32_ps(sum)),
+                                           sums[h][m]);
           });
         });
       });
@@ -323,7 +333,7 @@ MOESCOPE_INLINE inline bool fetches(int count) {
 
 // Goes record by record, so that each is read from the first-level cache by all rows but the first,
 // which fetch what stands as many records on as there are panels meanwhile. A single row of integers
-// goes on so soon that it fetches the very next one.
+// goes on so soon that it fetches what stands nearer.
 template <int F>
 void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int count, float* out) {
   static constexpr WeightFormat f = kWeightFormats[F];
@@ -334,7 +344,7 @@ void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int c
     const int64_t left = a.columns - at.first_column;
     at.columns = left < kRecord ? left : kRecord;
     const int64_t bytes = panel_bytes(f, at.columns);
-    const int64_t ahead_by = bytes * (count == 1 && !is_float(f) ? 1 : tile.panels);
+    const int64_t ahead_by = count == 1 && !is_float(f) ? kAheadOfRow : bytes * tile.panels;
     for (int p = 0; p < tile.panels; ++p, at.record += bytes) {
       const uint8_t* ahead = at.record + ahead_by;
       if (ahead >= tile.end) ahead = tile.next + (ahead - tile.end);

@@ -141,6 +141,25 @@ def test_tiny_and_negative_scales(kind: str) -> None:
 
 
 @needs_extension
+@pytest.mark.parametrize("rows", [1, 3, 12])
+def test_every_scale_of_mxfp4(isa: str, rows: int) -> None:
+    """Also the two that are no normal numbers; none so large that integers times it overflow."""
+    shape = 1, 240, 32
+    data = random_blocks("MXFP4", 240, 32, 0)
+    exponents = data.reshape(240, -1)[:, 0]
+    exponents[:] = 128
+    words = dequantized("MXFP4", data, shape)[0].double()
+    exponents[:] = np.arange(240)
+    exact = words * 2.0 ** (torch.arange(240, dtype=torch.float64)[:, None] - 128)
+    packed = cpu.pack_blocks(data, "MXFP4", shape)
+    for which, size in ((slice(128), 2.0**10), (slice(128, None), 2.0**-10)):
+        x = torch.full((rows, 32), size)
+        found = cpu.linear(packed, 240, x)[:, which].double()
+        wanted = x.double() @ exact[which].T
+        assert ((found - wanted).abs() <= 1e-6 * x.double() @ exact[which].abs().T).all()
+
+
+@needs_extension
 @pytest.mark.parametrize("kind", KINDS)
 @examples(10)
 @given(
