@@ -120,10 +120,12 @@ def compare(trees: list[Tree], measure: str, turns: int) -> dict[str, Any]:
 
 def main() -> None:
     """Compare two trees."""
+    from cpu_inference import SHAPES
+
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("before", type=Path)
     parser.add_argument("after", type=Path)
-    parser.add_argument("--shape", default="S", help="one of cpu_inference.py's")
+    parser.add_argument("--shape", choices=SHAPES, default="S")
     parser.add_argument("--engines", default="int8,int4")
     parser.add_argument("--turns", type=int, default=60)
     parser.add_argument("--context", type=int, default=128, help="tokens before what is written")

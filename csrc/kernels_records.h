@@ -142,7 +142,7 @@ MOESCOPE_INLINE inline __m256 scales_at(const uint8_t* from, int64_t index, __m2
       return _mm256_mul_ps(super, _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(bytes)));
     if constexpr (kScales == Scales::f16_i8)
       return _mm256_mul_ps(super, _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(bytes)));
-    // The two least are no normal numbers, and greater than what stands in their place then.
+    // Exponents 0 and 1 make no normal numbers: those of `tiny`, which are the lesser of all others.
     const __m256i less = _mm256_sub_epi32(_mm256_cvtepu8_epi32(bytes), _mm256_set1_epi32(1));
     const __m256i tiny = _mm256_slli_epi32(_mm256_add_epi32(less, _mm256_set1_epi32(2)), 21);
     return _mm256_castsi256_ps(_mm256_max_epi32(_mm256_slli_epi32(less, 23), tiny));
