@@ -1,5 +1,5 @@
-// AMX: products of many rows with weights of 8 bits, 16 rows and 16 outputs over a group of columns at a
-// time. Their sums are AVX-512's to the last bit.
+// AMX: products of many rows with weights that are integers, 16 rows and 16 outputs over a group of
+// columns at a time. Their sums are AVX-512's to the last bit.
 #include <immintrin.h>
 #include <string.h>
 
@@ -13,173 +13,294 @@ namespace moescope {
 namespace {
 
 constexpr int kFewestRows = 12;    // fewer are AVX-512's as quickly
-constexpr int64_t kColumns = 256;  // of a block of weights, which stays in the first-level cache
+constexpr int64_t kColumns = 256;  // of weights and rows that stay in the first-level cache
+constexpr int kMostGroups = 16;    // of so many columns
+constexpr int kHeldGroups = 4;     // whose rows the tiles hold
+constexpr int kInt8Format = format_named("int8"), kInt4Format = format_named("int4");
 
-// Tile 0 holds sums; 1 rows over a group of columns; 2 weights, four columns of 16 outputs to a row.
+// Tiles 0 and 1 hold dots; 2 and 3 weights, four columns of 16 outputs to a row; 4 to 7 rows over a
+// group of columns.
 TileShapes shapes_for(int group) {
   TileShapes shapes;
-  shapes.set(0, kTileRows, 64);
-  shapes.set(1, kTileRows, group);
-  shapes.set(2, group / 4, 64);
+  for (int tile : {0, 1}) shapes.set(tile, kTileRows, 64);
+  for (int tile : {2, 3}) shapes.set(tile, group / 4, 64);
+  for (int held = 0; held < kHeldGroups; ++held) shapes.set(4 + held, kTileRows, group);
   return shapes;
 }
 
-// Rows of activations over the columns of a block, copied together.
+// Rows of activations over the columns of a block. Groups that are not there weigh nothing.
 template <int F>
 struct RowBlock {
   static constexpr WeightFormat f = kWeightFormats[F];
-  static constexpr int kGroups = kColumns / f.group;
-  static_assert(kGroups <= 16);
 
   alignas(64) int8_t values[kTileRows][kColumns];
-  alignas(64) float scales[kTileRows][16];
-  alignas(64) int32_t starts[kTileRows][16];  // of dots
+  alignas(64) float scales[kTileRows][kMostGroups];
+  // What a group's minimum is multiplied with: a number, or in int4 eight sums in the upper half.
+  alignas(64) int32_t sums[kTileRows][kMostGroups];
 
-  // Takes `count` rows; what stands behind them in a tile is of no account.
-  void take(const Activations& a, const int64_t* row, int count, int64_t first, int64_t groups) {
+  MOESCOPE_INLINE void take(int r, const Activations& a, int64_t row, int64_t first,
+                            int64_t groups) {
     const __mmask16 mask = static_cast<__mmask16>((1 << groups) - 1);
-    for (int r = 0; r < count; ++r) {
-      const int8_t* from = a.values + row[r] * a.columns + first * f.group;
-      if (groups == kGroups)
-        memcpy(values[r], from, kColumns);
-      else
-        memcpy(values[r], from, groups * f.group);
-      const int64_t group = row[r] * a.groups + first;
-      _mm512_store_ps(scales[r], _mm512_maskz_loadu_ps(mask, a.scales + group));
-      _mm512_store_si512(starts[r],
-                         _mm512_mullo_epi32(_mm512_maskz_loadu_epi32(mask, a.sums + group),
-                                            _mm512_set1_epi32(-f.zero)));
+    const int8_t* from = a.values + row * a.columns + first * f.group;
+    if (groups * f.group == kColumns)
+      memcpy(values[r], from, kColumns);
+    else
+      memcpy(values[r], from, groups * f.group);
+    const int64_t group = row * a.groups + first;
+    const __m512 scale = _mm512_maskz_loadu_ps(mask, a.scales + group);
+    _mm512_store_ps(scales[r], scale);
+    if constexpr (f.minimum) {
+      const __m512i sum = _mm512_maskz_loadu_epi32(mask, a.sums + group);
+      _mm512_store_si512(sums[r], F == kInt4Format ? _mm512_slli_epi32(sum, 16 + 3)
+                                                   : _mm512_castps_si512(_mm512_mul_ps(
+                                                         scale, _mm512_cvtepi32_ps(sum))));
     }
   }
 };
 
-// The weights of a block of int8, as they lie.
-template <int P>
-struct BlockInPlace {
-  const uint8_t* values;
+// Rows that are taken one after the other, while those before them are multiplied.
+template <int F>
+struct RowsToTake {
+  RowBlock<F>& to;
+  const Activations& a;
+  const int64_t* row;
+  int count;
+  int64_t first, groups;
+  int taken = 0;
 
-  void set(const uint8_t* from, int64_t) { values = from; }
-  const uint8_t* group(int p, int64_t g) const {
-    return values + (g * (kInt8.group / 4) * P + p) * 64;
+  MOESCOPE_INLINE void step() {
+    if (taken == count) return;
+    to.take(taken, a, row[taken], first, groups);
+    ++taken;
   }
-  static constexpr int64_t kStep = P * 64;  // bytes from 4 columns to the next
-  __m512 scale(int, int64_t, __m512 size) const { return size; }
-};
-
-// Those of a record, whose scales are spread to floats.
-template <int F, int P>
-struct BlockOfRecords {
-  static constexpr int kGroup = kWeightFormats[F].group;
-  records::Spread<F, P> spread;
-
-  void set(const uint8_t* records, int64_t groups) { spread.set(records, groups * kGroup); }
-  const uint8_t* group(int p, int64_t g) const {
-    return spread.values + p * spread.stride + g * kGroup * kPanel;
-  }
-  static constexpr int64_t kStep = 64;
-  MOESCOPE_INLINE __m512 scale(int p, int64_t g, __m512 size) const {
-    return _mm512_mul_ps(_mm512_load_ps(spread.scales[g][p]), size);
+  void finish() {
+    while (taken < count) step();
   }
 };
 
-template <int F, int P>
-using Block = std::conditional_t<kWeightFormats[F].order == Order::record, BlockOfRecords<F, P>,
-                                 BlockInPlace<P>>;
-
-// Adds `count` rows times a block's panels to `out`, and fetches as many bytes of what is `ahead`.
-// Products are used two groups later, when their tiles have surely been stored.
-template <int F, int P, bool Fetches>
-__attribute__((noinline)) void add_block(const Block<F, P>& weights, const RowBlock<F>& rows,
-                                         int count, int64_t groups, const uint8_t* ahead,
-                                         float* out) {
+// The weights of a block without their zero, and what their groups' dots are multiplied with.
+template <int F>
+struct Block {
   static constexpr WeightFormat f = kWeightFormats[F];
-  constexpr int kLate = 2, kHeld = 4;  // of which dots are held
-  constexpr int64_t kGroupBytes = panel_bytes(f, f.group);
-  constexpr int kLines = (kGroupBytes + 63) / 64;
-  static_assert(kLines <= kTileRows + 1);
-  alignas(64) int32_t dots[kHeld][kTileRows][kPanel];
-  __m512 sums[kTileRows];
-  struct {
-    int p = 0;
-    int64_t g = 0;
-  } made, used;
-  for (int64_t n = 0; n < P * groups + kLate; ++n) {
-    if (made.p < P) {
-      tiles::zero<0>();
-      tiles::load<1>(&rows.values[0][made.g * f.group], sizeof rows.values[0]);
-      tiles::load<2>(weights.group(made.p, made.g), weights.kStep);
-      tiles::add_bytes<0, 1, 2>();
-      tiles::store<0>(dots[n % kHeld], sizeof dots[0][0]);
-      if (++made.g == groups) ++made.p, made.g = 0;
-    }
-    if (n < kLate) continue;
-    if (used.g == 0)
-      each<kTileRows>([&](auto r) MOESCOPE_INLINE {
-        sums[r] = r < count ? _mm512_loadu_ps(out + r * kTile) : _mm512_setzero_ps();
+  static constexpr bool kScaled = !has_row_scale(f);
+  static constexpr int kSteps = f.group / 4;
+
+  alignas(64) int8_t values[kPanels][kColumns / 4][64];  // [16 outputs][4 columns]
+  alignas(64) float scales[kScaled ? kMostGroups : 1][kPanels][kPanel];
+  alignas(64) float minimums[kScaled && f.minimum ? kMostGroups : 1][kPanels][kPanel];
+  // int4: a scale in the lower half, and what its minimum leaves of it.
+  alignas(64) int32_t pairs[F == kInt4Format ? kMostGroups : 1][kPanels][kPanel];
+  const uint8_t* from;
+  int64_t groups;
+  int panels;
+
+  // Goes on with other weights, of which `set` then sets group after group.
+  void begin(const uint8_t* weights, int64_t count, int of_panels) {
+    from = weights, groups = count, panels = of_panels;
+    if constexpr (kScaled) set_scales();
+  }
+
+  // A group of a panel that is there.
+  MOESCOPE_INLINE void set(int p, int64_t g) {
+    if (p == panels || g >= groups) return;
+    if constexpr (F == kInt8Format) {
+      each<kSteps>([&](auto step) MOESCOPE_INLINE {
+        put(p, g, step, _mm512_loadu_si512(from + ((g * kSteps + step) * panels + p) * 64));
       });
-    const auto& found = dots[(n - kLate) % kHeld];
-    each<kTileRows>([&](auto r) MOESCOPE_INLINE {
-      if constexpr (Fetches && r < kLines)
-        _mm_prefetch(reinterpret_cast<const char*>(ahead + r * 64), _MM_HINT_T1);
-      const __m512i whole =
-          _mm512_add_epi32(_mm512_load_si512(found[r]), _mm512_set1_epi32(rows.starts[r][used.g]));
-      const __m512 scale = weights.scale(used.p, used.g, _mm512_set1_ps(rows.scales[r][used.g]));
-      sums[r] = _mm512_fmadd_ps(scale, _mm512_cvtepi32_ps(whole), sums[r]);
-    });
-    if constexpr (Fetches) ahead += kGroupBytes;
-    if (++used.g == groups) {
-      each<kTileRows>([&](auto r) MOESCOPE_INLINE {
-        if (r < count) _mm512_storeu_ps(out + r * kTile, sums[r]);
+    } else if constexpr (F == kInt4Format) {
+      const uint8_t* chunk = from + g * panels * panel_bytes(f, kChunk);
+      const __m512i low = _mm512_set1_epi8(0x0f), middle = _mm512_set1_epi8(kInt4Minimum);
+      each<4>([&](auto step) MOESCOPE_INLINE {
+        const __m512i both = _mm512_loadu_si512(chunk + (step * panels + p) * 64);
+        const __m512i high = _mm512_and_si512(_mm512_srli_epi16(both, 4), low);
+        put(p, g, step, _mm512_sub_epi8(_mm512_and_si512(both, low), middle));
+        put(p, g, step + 4, _mm512_sub_epi8(high, middle));
       });
-      ++used.p, used.g = 0;
-      out += kPanel;
+      const uint8_t* scale_at = chunk + panels * 256 + p * kPanel;
+      const __m512i scale = bytes_at(scale_at);
+      const __m512i left = _mm512_sub_epi32(scale, bytes_at(scale_at + panels * kPanel));
+      _mm512_store_si512(pairs[g][p],
+                         _mm512_mask_mov_epi16(_mm512_slli_epi32(left, 16), kLowerHalves, scale));
+    } else {
+      const uint8_t* record = from + p * panel_bytes(f, groups * f.group);
+      const uint8_t* chunk = record + g * f.group / kChunk * chunk_bytes(f);
+      constexpr int kParts = kChunk / f.group;
+      each<kParts>([&](auto part) MOESCOPE_INLINE {
+        if (kParts == 1 || g % kParts == part)
+          each<kSteps>([&](auto step) MOESCOPE_INLINE {
+            put(p, g, step, records::all_values_of<F>(chunk, part * kSteps + step));
+          });
+      });
     }
   }
+
+  // Adds a group's dots to the sums of all rows.
+  MOESCOPE_INLINE void add(const int32_t (&dots)[kTileRows][kPanel], const RowBlock<F>& rows,
+                           int64_t g, int p, __m512 (&sums)[kTileRows]) const {
+    if constexpr (F == kInt4Format) {
+      const __m512i pair = _mm512_load_si512(pairs[g][p]);
+      each<kTileRows>([&](auto r) MOESCOPE_INLINE {
+        const __m512i both = _mm512_mask_mov_epi16(_mm512_set1_epi32(rows.sums[r][g]), kLowerHalves,
+                                                   _mm512_load_si512(dots[r]));
+        sums[r] = _mm512_fmadd_ps(_mm512_set1_ps(rows.scales[r][g]),
+                                  _mm512_cvtepi32_ps(_mm512_madd_epi16(both, pair)), sums[r]);
+      });
+    } else {
+      __m512 scale{}, minimum{};
+      if constexpr (kScaled) scale = _mm512_load_ps(scales[g][p]);
+      if constexpr (f.minimum) minimum = _mm512_load_ps(minimums[g][p]);
+      each<kTileRows>([&](auto r) MOESCOPE_INLINE {
+        __m512 size = _mm512_set1_ps(rows.scales[r][g]);
+        if constexpr (kScaled) size = _mm512_mul_ps(scale, size);
+        sums[r] = _mm512_fmadd_ps(size, _mm512_cvtepi32_ps(_mm512_load_si512(dots[r])), sums[r]);
+        if constexpr (f.minimum)
+          sums[r] = _mm512_fmadd_ps(
+              minimum, _mm512_castsi512_ps(_mm512_set1_epi32(rows.sums[r][g])), sums[r]);
+      });
+    }
+  }
+
+ private:
+  MOESCOPE_INLINE void put(int p, int64_t g, int step, __m512i stored) {
+    _mm512_store_si512(values[p][g * kSteps + step],
+                       _mm512_sub_epi8(stored, _mm512_set1_epi8(static_cast<char>(f.zero))));
+  }
+
+  // Of all groups, and zeros for those that are not there.
+  void set_scales() {
+    const int64_t columns = groups * f.group;
+    const uint8_t* record = from;
+    for (int p = 0; p < panels; ++p, record += panel_bytes(f, columns)) {
+      __m512 super{}, super_minimum{};
+      if constexpr (has_super_scale(f)) {
+        const uint8_t* supers = record + super_at(f, columns);
+        super = _mm512_cvtph_ps(records::load(supers));
+        if constexpr (f.minimum)
+          super_minimum = _mm512_sub_ps(_mm512_setzero_ps(),
+                                        _mm512_cvtph_ps(records::load(supers + 2 * kPanel)));
+      }
+      for (int64_t g = 0; g < groups; ++g) {
+        _mm512_store_ps(scales[g][p], records::all_scales_at<F>(record + value_bytes(f, columns),
+                                                                g * kPanel, super));
+        if constexpr (f.minimum)
+          _mm512_store_ps(minimums[g][p],
+                          records::all_scales_at<F>(record + minimums_at(f, columns), g * kPanel,
+                                                    super_minimum));
+      }
+      for (int64_t g = groups; g % kHeldGroups != 0; ++g) {
+        _mm512_store_ps(scales[g][p], _mm512_setzero_ps());
+        if constexpr (f.minimum) _mm512_store_ps(minimums[g][p], _mm512_setzero_ps());
+      }
+    }
+  }
+};
+
+// Adds `count` rows times G groups of a block's panels from `first` on to `out`. While a group's dots
+// are made, those of the group before it are stored, and those of the one before that are used; the
+// first rows set the weights, a group ahead.
+template <int F, int G, bool Sets>
+__attribute__((noinline)) void add_groups(Block<F>& weights, const RowBlock<F>& rows, int count,
+                                          int64_t first, RowsToTake<F>& next, Share& ahead,
+                                          float* out) {
+  static_assert(G == 2 || G == 4);
+  constexpr int kGroup = kWeightFormats[F].group;
+  alignas(64) int32_t dots[2][kTileRows][kPanel];
+  if constexpr (Sets) weights.set(0, first);
+  each<G>([&](auto g) MOESCOPE_INLINE {
+    tiles::load<4 + g>(&rows.values[0][(first + g) * kGroup], sizeof rows.values[0]);
+  });
+  const int panels = weights.panels;
+  __m512 sums[kTileRows];
+  for (int p = 0; p <= panels; ++p)
+    each<G>([&](auto g) MOESCOPE_INLINE {
+      constexpr int kNow = g % 2, kBefore = 1 - kNow, kUsed = (g + G - 2) % G;
+      if (p < panels) {
+        ahead.step();
+        tiles::zero<kNow>();
+        tiles::load<2 + kNow>(weights.values[p][(first + g) * (kGroup / 4)], 64);
+        tiles::add_bytes<kNow, 4 + g, 2 + kNow>();
+        if constexpr (Sets) weights.set(g + 1 == G ? p + 1 : p, first + (g + 1) % G);
+        next.step();
+      }
+      if (g == 0 ? p > 0 : p < panels) tiles::store<kBefore>(dots[kBefore], sizeof dots[0][0]);
+      if (g >= 2 ? p == panels : p == 0) return;
+      const int used = g >= 2 ? p : p - 1;
+      float* const to = out + used * kPanel;
+      if constexpr (kUsed == 0)
+        each<kTileRows>([&](auto r) MOESCOPE_INLINE {
+          sums[r] = r < count ? _mm512_loadu_ps(to + r * kTile) : _mm512_setzero_ps();
+        });
+      weights.add(dots[kNow], rows, first + kUsed, used, sums);
+      if constexpr (kUsed == G - 1)
+        each<kTileRows>([&](auto r) MOESCOPE_INLINE {
+          if (r < count) _mm512_storeu_ps(to + r * kTile, sums[r]);
+        });
+    });
 }
 
-template <int F, int P>
-void multiply_tile(const Tile& tile, const Activations& a, const int32_t* rows, int count,
-                   float* out) {
+template <int F>
+void multiply_on_tiles(const Tile& tile, const Activations& a, const int32_t* rows, int count,
+                       float* out) {
   static constexpr WeightFormat f = kWeightFormats[F];
+  constexpr int64_t kGroups = kColumns / f.group;
   static const TileShapes shapes = shapes_for(f.group);
   tiles::configure(&shapes);
   memset(out, 0, count * kTile * sizeof(float));
   int64_t row[kRowBlock];
   for (int i = 0; i < count; ++i) row[i] = rows ? rows[i] : i;
-  Block<F, P> weights;
-  RowBlock<F> taken{};
+  const int passes = (count + kTileRows - 1) / kTileRows;
+  Block<F> weights;
+  RowBlock<F> held[2]{};
+  const auto rows_of = [&](int pass, int64_t first, RowBlock<F>& to) {
+    const int start = pass * kTileRows;
+    const int64_t left = a.groups - first;
+    const int there = left <= 0 ? 0 : count - start < kTileRows ? count - start : kTileRows;
+    return RowsToTake<F>{to, a, row + start, there, first, left < kGroups ? left : kGroups};
+  };
+  rows_of(0, 0, held[0]).finish();
   const uint8_t* from = tile.weights;
-  for (int64_t first = 0; first < a.groups; first += taken.kGroups) {
-    const int64_t groups = first + taken.kGroups < a.groups ? taken.kGroups : a.groups - first;
-    weights.set(from, groups);
-    from += P * panel_bytes(f, groups * f.group);
-    const uint8_t* ahead = from < tile.end ? from : tile.next;
-    for (int start = 0; start < count; start += kTileRows) {
+  int now = 0;
+  for (int64_t first = 0; first < a.groups; first += kGroups) {
+    const int64_t groups = first + kGroups < a.groups ? kGroups : a.groups - first;
+    weights.begin(from, groups, tile.panels);
+    const int64_t bytes = tile.panels * panel_bytes(f, groups * f.group);
+    from += bytes;
+    Shares shares(from < tile.end ? from : tile.next, bytes, passes, tile.panels * groups);
+    for (int pass = 0; pass < passes; ++pass, now = 1 - now) {
+      const bool last = pass + 1 == passes;
+      RowsToTake<F> next =
+          rows_of(last ? 0 : pass + 1, last ? first + kGroups : first, held[1 - now]);
+      const int start = pass * kTileRows;
       const int m = count - start < kTileRows ? count - start : kTileRows;
-      taken.take(a, row + start, m, first, groups);
-      const auto add =
-          start == 0 && ahead != nullptr ? add_block<F, P, true> : add_block<F, P, false>;
-      add(weights, taken, m, groups, ahead, out + start * kTile);
+      Share ahead = shares.take();
+      for (int64_t g = 0; g < groups; g += kHeldGroups) {
+        const bool whole = groups - g > 2;
+        const auto add = pass == 0 ? (whole ? add_groups<F, 4, true> : add_groups<F, 2, true>)
+                                   : (whole ? add_groups<F, 4, false> : add_groups<F, 2, false>);
+        add(weights, held[now], m, g, next, ahead, out + start * kTile);
+      }
+      next.finish();
     }
   }
   tiles::release();
-  if constexpr (has_row_scale(f)) scale_rows<P>(tile, count, out);
+  if constexpr (has_row_scale(f))
+    with_constant<1, 2, 3, 4>(tile.panels,
+                              [&](auto panels) { scale_rows<panels>(tile, count, out); });
 }
 
 template <int F>
 void multiply(const Tile& tile, const Activations& a, const int32_t* rows, int count, float* out) {
   if (count < kFewestRows || a.columns % kWeightFormats[F].group != 0)
     return avx512_kernels.multiply.of[F](tile, a, rows, count, out);
-  with_constant<1, 2, 3, 4>(
-      tile.panels, [&](auto panels) { multiply_tile<F, panels>(tile, a, rows, count, out); });
+  multiply_on_tiles<F>(tile, a, rows, count, out);
 }
 
 }  // namespace
 
 void use_tiles(Multiplies& products) {
-  constexpr int kQ8 = format_named("q8_0"), kBytes = format_named("int8");
-  products.of[kQ8] = multiply<kQ8>;
-  products.of[kBytes] = multiply<kBytes>;
+  each<kFormats>([&](auto format) {
+    if constexpr (!is_float(kWeightFormats[format])) products.of[format] = multiply<format>;
+  });
 }
 
 }  // namespace moescope

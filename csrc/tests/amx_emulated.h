@@ -75,7 +75,7 @@ template <int To, int A, int B>
 void add_bytes() {
   add<int32_t>(To, A, B, [](const uint8_t* x, const uint8_t* w) {
     int32_t sum = 0;
-    for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(x[i]) * w[i];
+    for (int i = 0; i < 4; ++i) sum += static_cast<int8_t>(x[i]) * static_cast<int8_t>(w[i]);
     return sum;
   });
 }
