@@ -30,8 +30,8 @@ MOESCOPE_INLINE inline void store(void* to, int64_t stride) {
   asm volatile("tilestored %%tmm%c2, (%0,%1,1)" ::"r"(to), "r"(stride), "i"(T) : "memory");
 }
 
-// to += a * b, where four signed bytes of a row meet four of a column, which stand
-// together in a row of b.
+// to += a * b, where four signed bytes of a row meet four of a column, which stand together in a row
+// of b.
 template <int To, int A, int B>
 MOESCOPE_INLINE inline void add_bytes() {
   asm volatile("tdpbssd %%tmm%c2, %%tmm%c1, %%tmm%c0" ::"i"(To), "i"(A), "i"(B));

@@ -100,7 +100,7 @@ struct Block {
     if constexpr (kScaled) set_scales();
   }
 
-  // A group of a panel that is there.
+  // Sets a group of a panel, if it is there.
   MOESCOPE_INLINE void set(int p, int64_t g) {
     if (p == panels || g >= groups) return;
     if constexpr (F == kInt8Format) {
