@@ -88,7 +88,7 @@ struct Block {
   alignas(64) int8_t values[kPanels][kColumns / 4][64];  // [16 outputs][4 columns]
   alignas(64) float scales[kScaled ? kMostGroups : 1][kPanels][kPanel];
   alignas(64) float minimums[kScaled && f.minimum ? kMostGroups : 1][kPanels][kPanel];
-  // int4: a scale in the lower half, and what its minimum leaves of it.
+  // int4: see `scale_and_rest`.
   alignas(64) int32_t pairs[F == kInt4Format ? kMostGroups : 1][kPanels][kPanel];
   const uint8_t* from;
   int64_t groups;
@@ -116,11 +116,8 @@ struct Block {
         put(p, g, step, _mm512_sub_epi8(_mm512_and_si512(both, low), middle));
         put(p, g, step + 4, _mm512_sub_epi8(high, middle));
       });
-      const uint8_t* scale_at = chunk + panels * 256 + p * kPanel;
-      const __m512i scale = bytes_at(scale_at);
-      const __m512i left = _mm512_sub_epi32(scale, bytes_at(scale_at + panels * kPanel));
       _mm512_store_si512(pairs[g][p],
-                         _mm512_mask_mov_epi16(_mm512_slli_epi32(left, 16), kLowerHalves, scale));
+                         scale_and_rest(chunk + panels * 256 + p * kPanel, panels * kPanel));
     } else {
       const uint8_t* record = from + p * panel_bytes(f, groups * f.group);
       const uint8_t* chunk = record + g * f.group / kChunk * chunk_bytes(f);
@@ -171,21 +168,14 @@ struct Block {
     const int64_t columns = groups * f.group;
     const uint8_t* record = from;
     for (int p = 0; p < panels; ++p, record += panel_bytes(f, columns)) {
-      __m512 super{}, super_minimum{};
-      if constexpr (has_super_scale(f)) {
-        const uint8_t* supers = record + super_at(f, columns);
-        super = _mm512_cvtph_ps(records::load(supers));
-        if constexpr (f.minimum)
-          super_minimum = _mm512_sub_ps(_mm512_setzero_ps(),
-                                        _mm512_cvtph_ps(records::load(supers + 2 * kPanel)));
-      }
+      const records::AllSupers supers = records::all_supers_of<F>(record, columns);
       for (int64_t g = 0; g < groups; ++g) {
         _mm512_store_ps(scales[g][p], records::all_scales_at<F>(record + value_bytes(f, columns),
-                                                                g * kPanel, super));
+                                                                g * kPanel, supers.scale));
         if constexpr (f.minimum)
           _mm512_store_ps(minimums[g][p],
                           records::all_scales_at<F>(record + minimums_at(f, columns), g * kPanel,
-                                                    super_minimum));
+                                                    supers.minimum));
       }
       for (int64_t g = groups; g % kHeldGroups != 0; ++g) {
         _mm512_store_ps(scales[g][p], _mm512_setzero_ps());

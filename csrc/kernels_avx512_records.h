@@ -69,6 +69,24 @@ MOESCOPE_INLINE inline __m512 all_scales_at(const uint8_t* from, int64_t index, 
   }
 }
 
+// As `Supers`, for all outputs.
+struct AllSupers {
+  __m512 scale{}, minimum{};
+};
+
+template <int F>
+MOESCOPE_INLINE inline AllSupers all_supers_of(const uint8_t* record, int64_t columns) {
+  static constexpr WeightFormat f = kWeightFormats[F];
+  AllSupers supers;
+  if constexpr (has_super_scale(f)) {
+    const uint8_t* from = record + super_at(f, columns);
+    supers.scale = _mm512_cvtph_ps(load(from));
+    if constexpr (f.minimum)
+      supers.minimum = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_cvtph_ps(load(from + 2 * kPanel)));
+  }
+  return supers;
+}
+
 // What a call of the loop below multiplies.
 struct Few {
   const uint8_t *record, *ahead;  // what is fetched meanwhile, or null
@@ -85,13 +103,7 @@ __attribute__((noinline)) void add_few(const Few& at, const Activations& a) {
   const uint8_t* chunk = at.record;
   const uint8_t* scales = at.record + value_bytes(f, at.columns);
   const uint8_t* minimums = at.record + minimums_at(f, at.columns);
-  __m512 super{}, super_minimum{};
-  if constexpr (has_super_scale(f)) {
-    const uint8_t* from = at.record + super_at(f, at.columns);
-    super = _mm512_cvtph_ps(load(from));
-    if constexpr (f.minimum)
-      super_minimum = _mm512_sub_ps(_mm512_setzero_ps(), _mm512_cvtph_ps(load(from + 2 * kPanel)));
-  }
+  const AllSupers supers = all_supers_of<F>(at.record, at.columns);
   __m512 sums[M];
   each<M>([&](auto m) MOESCOPE_INLINE { sums[m] = _mm512_loadu_ps(at.out + m * kTile); });
   const int64_t first_group = at.first_column / f.group, groups = at.columns / f.group;
@@ -113,9 +125,9 @@ __attribute__((noinline)) void add_few(const Few& at, const Activations& a) {
         const __m512i weights = all_values_of<F>(chunk, part * (f.group / 4) + step);
         each<M>([&](auto m) MOESCOPE_INLINE { dot_with_four(dots[m], weights, x[m] + 4 * step); });
       });
-      const __m512 scale = all_scales_at<F>(scales, g * kPanel, super);
+      const __m512 scale = all_scales_at<F>(scales, g * kPanel, supers.scale);
       __m512 minimum{};
-      if constexpr (f.minimum) minimum = all_scales_at<F>(minimums, g * kPanel, super_minimum);
+      if constexpr (f.minimum) minimum = all_scales_at<F>(minimums, g * kPanel, supers.minimum);
       each<M>([&](auto m) MOESCOPE_INLINE {
         const int64_t group = at.row[m] * a.groups + first_group + g;
         const float size = a.scales[group];

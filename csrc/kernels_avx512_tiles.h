@@ -265,11 +265,19 @@ MOESCOPE_INLINE inline void add_int4(const Tile& tile, const Activations& a, con
   sums.finish();
 }
 
+// Of int4: a scale in the lower half, and in the upper what its minimum, which stands so many bytes behind
+// it, leaves of it.
+MOESCOPE_INLINE inline __m512i scale_and_rest(const uint8_t* scales, int64_t to_minimums) {
+  const __m512i scale = bytes_at(scales);
+  const __m512i rest = _mm512_sub_epi32(scale, bytes_at(scales + to_minimums));
+  return _mm512_mask_mov_epi16(_mm512_slli_epi32(rest, 16), kLowerHalves, scale);
+}
+
 // A block of int4 as rows multiply it after the first, which unpack it.
 template <int P>
 struct Unpacked {
   alignas(64) uint8_t values[kColumnBlock * P * kPanel];  // [columns / 4][P][16 outputs][4 columns]
-  // [chunks][P][16 outputs] of a scale in the lower half, and of what its minimum leaves of it.
+  // [chunks][P][16 outputs], see `scale_and_rest`.
   alignas(64) int32_t scales[kColumnBlock / kChunk * P * kPanel];
 };
 
@@ -319,11 +327,8 @@ MOESCOPE_INLINE inline void add_block_of_int4(Unpacked<P>& unpacked, const Tile&
     });
     if constexpr (kUnpacks)
       each<P>([&](auto p) MOESCOPE_INLINE {
-        const uint8_t* from = chunk + P * 256 + p * kPanel;
-        const __m512i scale = bytes_at(from);
-        const __m512i left = _mm512_sub_epi32(scale, bytes_at(from + P * kPanel));
         _mm512_store_si512(scales + p * kPanel,
-                           _mm512_mask_mov_epi16(_mm512_slli_epi32(left, 16), kLowerHalves, scale));
+                           scale_and_rest(chunk + P * 256 + p * kPanel, P * kPanel));
       });
     each<M>([&](auto m) MOESCOPE_INLINE {
       const int64_t group = row[m] * a.groups + g;
