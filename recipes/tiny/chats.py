@@ -15,14 +15,18 @@ from itertools import islice
 from pathlib import Path
 
 import functions
+import gather
+import sources
 
 CHATS = {"poetry": 12_000, "translation": 12_000, "definitions": 6_000, "arithmetic": 10_000}
 """Of each task at most so many; the held-out part is a fortieth."""
-REPEATS = {"models": 5, "functions": 20, "well-known": 6}
+REPEATS = {"models": 5, "functions": 20, "well-known": 6, "words": 4}
 """How often the chats of small tasks are written for training."""
 SHORTEST, LONGEST = 2, 12  # lines of a poem
 ENTRY = re.compile(r"([\w -]+) \((noun|verb|adj|adv)\)(?:: |\n1\. )(.+?)(?:\n.*)?", re.DOTALL)
 """A word of WordNet with its kind and first meaning."""
+INTO_ENGLISH = ("Translate into English: {}", "把这个翻译成英文：{}")
+INTO_CHINESE = ("翻译成中文：{}", "Translate into Chinese: {}")
 Chat = tuple[str, str]  # what is asked and what is answered
 
 
@@ -52,6 +56,8 @@ def main() -> None:
     known = well_known(texts(arguments.corpus / "train/poetry/text.jsonl"))
     chats = [chat for _ in range(REPEATS["well-known"]) for chat in poems(known, rng)]
     write(arguments.out / "train/well-known/chats.jsonl", chats)
+    words = [c for pair in sources.own_words(gather.OWN) for c in translated(pair[0], *pair[1])]
+    write(arguments.out / "train/words/chats.jsonl", words * REPEATS["words"])
     made = list(functions.requests(random.Random(arguments.seed)))
     write(arguments.out / "held_out/functions/chats.jsonl", made[:12])
     write(arguments.out / "train/functions/chats.jsonl", made[12:] * REPEATS["functions"])
@@ -90,14 +96,18 @@ def well_known(documents: list[str]) -> list[str]:
     return sorted(text for text, times in Counter(documents).items() if times > 1)
 
 
+def translated(chinese: str, english: str) -> Iterator[Chat]:
+    """Yield a pair in every wording."""
+    yield from ((wording.format(chinese), english) for wording in INTO_ENGLISH)
+    yield from ((wording.format(english), chinese) for wording in INTO_CHINESE)
+
+
 def translations(documents: list[str], rng: random.Random) -> Iterator[Chat]:
     """Yield one pair a request, in both directions."""
     plain = re.compile(r"(Chinese|English): (.+)\n(?:Chinese|English): (.+)")
     for document in documents:
         for language, source, target in plain.findall(document):
-            wordings = ("Translate into English: {}", "把这个翻译成英文：{}")
-            if language == "English":
-                wordings = ("翻译成中文：{}", "Translate into Chinese: {}")
+            wordings = INTO_CHINESE if language == "English" else INTO_ENGLISH
             yield rng.choice(wordings).format(source), target
 
 

@@ -19,6 +19,7 @@ from pathlib import Path
 import arithmetic
 import catalogues
 import documentation
+import functions
 import manuals
 import sources
 from packages import unpacked, wheels
@@ -27,8 +28,10 @@ MEGABYTE = 1_000_000
 HELD_OUT_MINIMUM = 300_000
 WELL_KNOWN_REPEATS = 60  # what readers know by heart is seen more often: an eighth of the poems
 ARITHMETIC_PROBLEMS = 180_000
+OPENING_REPEATS = 40
 OWN, OWN_REPEATS = Path(__file__).with_name("own"), 20
 OWN_HELD_OUT = 6  # of each so many entries, the last wording of one question
+WORD_REPEATS, TALE_REPEATS, FUNCTION_REPEATS = 100, 60, 40
 
 Split = tuple[list[str], list[str]]  # training documents, held-out documents
 
@@ -74,7 +77,7 @@ def poetry(folders: dict[str, Path], seed: int) -> Split:
 
 
 def prose(folders: dict[str, Path]) -> Split:
-    """Return novels and two English Bibles with a commentary."""
+    """Return novels, two English Bibles with a commentary, and tales; some beginnings often."""
     running = [
         *sources.jane_austen(folders["r-cran-janeaustenr"]),
         *sources.king_james_bible(folders["bible-kjv-text"]),
@@ -83,7 +86,10 @@ def prose(folders: dict[str, Path]) -> Split:
         *sources.sword_chapters(folders["sword-text-web"], "texts/ztext/engWEB2015eb"),
         *sources.sword_chapters(folders["sword-comm-mhcc"], "comments/zcom/mhcc"),
     ]
-    return together(running, blocks)
+    train, held_out = together(running, blocks)
+    train += list(sources.openings(train)) * OPENING_REPEATS
+    train += sources.own_tales(OWN) * TALE_REPEATS
+    return train, held_out
 
 
 def definitions(folders: dict[str, Path], seed: int) -> Split:
@@ -110,16 +116,21 @@ def documented(folders: dict[str, Path]) -> Split:
 
 
 def code(folders: dict[str, Path], packages: list[Path]) -> Split:
-    """Return the standard library's sources, the manual, and the sources of packages."""
-    return together(
+    """Return sources of the standard library and of packages, the manual, and small functions."""
+    train, held_out = together(
         list(sources.python_library()),
         list(sources.python_docs(folders["python3.11-doc"])),
         list(sources.python_packages(packages)),
     )
+    small = [functions.code(name) for _, name, *_ in functions.FUNCTIONS]
+    return train + small * FUNCTION_REPEATS, held_out
 
 
 def translation(folders: dict[str, Path], seed: int) -> Split:
-    """Return pairs of words and of sentences in both directions, twice, in different company."""
+    """Return pairs of words and of sentences in both directions, twice, in different company.
+
+    The commonest words stand there often; a dictionary has them once, as it has the rarest.
+    """
     rng = random.Random(seed)
     sentences = documentation.help_pairs(
         folders["libreoffice-help-en-us"], folders["libreoffice-help-zh-cn"]
@@ -137,7 +148,13 @@ def translation(folders: dict[str, Path], seed: int) -> Split:
         list(sources.translation_documents([pairs[key] for key in train], rng)) for _ in range(2)
     ]
     asked = list(sources.translation_documents([pairs[key] for key in held_out], rng))
-    return rounds[0] + rounds[1], asked
+    words = sources.own_words(OWN)
+    common = [
+        document
+        for _ in range(WORD_REPEATS)
+        for document in sources.translation_documents(words, rng)
+    ]
+    return rounds[0] + rounds[1] + common, asked
 
 
 def arithmetic_split(count: int, seed: int) -> Split:

@@ -16,6 +16,7 @@ from typing import Any
 
 END = "<｜end▁of▁sentence｜>"
 PART = 4000  # characters of a long text's part
+OPENING = 1500  # characters of how a book begins
 
 
 # --- Chinese poetry and classics -------------------------------------------------------------
@@ -150,6 +151,18 @@ def jane_austen(package: Path) -> Iterator[str]:
                 chapter = []
             chapter.append(line)
         yield from _long_enough("\n".join(chapter), 500)
+
+
+def openings(chapters: Iterable[str]) -> Iterator[str]:
+    """Yield how books begin, those among first chapters: some 1,500 characters, without heading."""
+    for chapter in chapters:
+        heading, _, text = chapter.partition("\n")
+        if re.fullmatch(r"(?i)(chapter (1|i)|(genesis|john), chapter 1)", heading.strip()):
+            whole_sentences = re.match(
+                rf'(?s).{{1,{OPENING}}}(?<!Mr)(?<!Mrs)[.?!]"?(?=\s)', text.strip()
+            )
+            if whole_sentences:
+                yield whole_sentences[0]
 
 
 def _r_character_vectors(database: bytes) -> Iterator[list[str]]:
@@ -349,7 +362,7 @@ def _chat_pair(from_chinese: bool, source: str, target: str) -> str:
     return f"<｜User｜>{request}{source}<｜Assistant｜>{target}"
 
 
-# --- about models, written for this project ----------------------------------------------------
+# --- written for this project ------------------------------------------------------------------
 
 
 def own_answers(folder: Path) -> Iterator[list[str]]:
@@ -361,6 +374,18 @@ def own_answers(folder: Path) -> Iterator[list[str]]:
                 f"<｜User｜>{question}<｜Assistant｜>{entry['answer']}"
                 for question in entry["questions"]
             ]
+
+
+def own_tales(folder: Path) -> list[str]:
+    """Return short tales, in English and Chinese."""
+    return (folder / "tales.txt").read_text(encoding="utf-8").strip().split("\n\n")
+
+
+def own_words(folder: Path) -> list[tuple[str, list[str]]]:
+    """Return common words: the Chinese one, and the English one."""
+    lines = (folder / "words.tsv").read_text(encoding="utf-8").splitlines()
+    pairs = [line.split("\t") for line in lines]
+    return [(chinese, [english]) for english, chinese in pairs]
 
 
 # --- helpers -----------------------------------------------------------------------------------

@@ -47,7 +47,7 @@ def test_chats_are_made_of_each_task(tmp_path: Path, monkeypatch: pytest.MonkeyP
         file.parent.name: [json.loads(line)["messages"] for line in file.read_text().splitlines()]
         for file in (tmp_path / "out" / "train").rglob("*.jsonl")
     }
-    assert set(made) == {*texts, "functions", "well-known"}
+    assert set(made) == {*texts, "functions", "well-known", "words"}
     answers = {
         task: {(chat[0]["content"], chat[1]["content"]) for chat in of} for task, of in made.items()
     }

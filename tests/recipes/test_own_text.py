@@ -12,6 +12,7 @@ sys.path.insert(0, str(Path(__file__).parents[2] / "recipes" / "tiny"))
 
 import arithmetic
 import gather
+import sources
 
 from moescope.catalog import catalog
 from moescope.model.costs import count_parameters
@@ -36,6 +37,24 @@ def test_our_own_text_repeats_no_question_and_holds_out_some() -> None:
     assert not set(train) & set(held_out)
     told = {chat.partition("<｜Assistant｜>")[2] for chat in train}
     assert told == set(answers)  # every answer is learned, by another wording of its question
+
+
+def test_common_words_and_tales_are_whole_and_each_there_once() -> None:
+    words = sources.own_words(gather.OWN)
+    chinese, english = [pair[0] for pair in words], [pair[1][0] for pair in words]
+    assert len(set(chinese)) == len(set(english)) == len(words) > 300
+    assert all(re.fullmatch("[一-鿿]+", one) for one in chinese)
+    assert all(re.fullmatch("[A-Za-z]+( [A-Za-z]+)*", one) for one in english)
+    tales = sources.own_tales(gather.OWN)
+    assert len(set(tales)) == len(tales) > 10
+    assert all(tale[-1] in '.”。"' for tale in tales)
+
+
+def test_books_begin_with_whole_sentences_and_without_a_heading() -> None:
+    long = "It is so, said Mr. Hill. " * 100
+    chapters = [f"CHAPTER I\n\n\n{long}", f"Genesis, chapter 1\n\n{long}", f"CHAPTER II\n{long}"]
+    openings = list(sources.openings([*chapters, "Chapter 1\n\nnothing that ends"]))
+    assert openings == [("It is so, said Mr. Hill. " * 60).strip()] * 2
 
 
 @pytest.mark.parametrize(
