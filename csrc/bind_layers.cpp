@@ -216,39 +216,43 @@ int64_t slots_of_decoder(const Decoder& decoder, const std::vector<Routers>& set
   return decoder.most_slots(steering_of(decoder, sets, {}, 0));
 }
 
-void apply_decoder(const Decoder& decoder, const Ids<1>& ids, const Ids<1>& positions,
-                   const Ids<1>& starts, int64_t singles, const Ids<2>& table,
+// A call's tokens and rows as lists, which cross sooner than arrays of a few numbers do.
+void apply_decoder(const Decoder& decoder, const std::vector<int64_t>& ids,
+                   const std::vector<int64_t>& positions, const std::vector<int64_t>& starts,
+                   int64_t singles, const std::vector<std::vector<int64_t>>& tables,
                    const CacheSlots& cache, const std::vector<Routers>& sets,
                    const std::vector<int64_t>& set_of_row, const std::vector<int64_t>& wanted,
                    const std::optional<MutableIds<3>>& topk_ids,
                    const std::optional<Output<3>>& topk_weights,
                    const std::optional<Output<3>>& topk_scores, const Output<2>& out) {
-  const int64_t count = ids.shape(0), rows = table.shape(0), width = table.shape(1);
-  require(has_shape(out, {count, decoder.embedding->columns()}) && has_shape(positions, {count}) &&
-              has_shape(starts, {rows + 1}) && count > 0 && singles >= 0 && singles <= rows &&
-              cache.keys.size() == decoder.attention.size(),
-          "ids, positions, starts, table, cache or out do not fit the network");
+  const int64_t count = ids.size(), rows = tables.size(), width = rows ? tables[0].size() : 0;
+  require(has_shape(out, {count, decoder.embedding->columns()}) &&
+              static_cast<int64_t>(positions.size()) == count &&
+              static_cast<int64_t>(starts.size()) == rows + 1 && count > 0 && singles >= 0 &&
+              singles <= rows && cache.keys.size() == decoder.attention.size(),
+          "ids, positions, starts, tables, cache or out do not fit the network");
   for (size_t layer = 0; layer < cache.keys.size(); ++layer)
     require(cache.keys[layer].width == decoder.attention[layer]->key_width() &&
                 cache.values[layer].width == decoder.attention[layer]->value_width(),
             "a layer's cache does not fit the network");
-  require(starts.data()[0] == 0 && starts.data()[rows] == count, "the rows are not all tokens");
+  require(starts[0] == 0 && starts[rows] == count, "the rows are not all tokens");
   for (int64_t row = 0; row < rows; ++row) {
-    const int64_t first = starts.data()[row], end = starts.data()[row + 1];
-    require(first < end && (row >= singles || end == first + 1),
+    const int64_t first = starts[row], end = starts[row + 1];
+    require(first < end && end <= count && (row >= singles || end == first + 1),
             "a row has too few or many tokens");
-    for (int64_t token = first; token < end; ++token) {
-      const int64_t position = positions.data()[token];
-      require(position >= 0 && position < width * cache.block_slots,
+    for (int64_t token = first; token < end; ++token)
+      require(positions[token] >= 0 && positions[token] < width * cache.block_slots,
               "a position is not in the cache");
-    }
   }
-  for (int64_t entry = 0; entry < rows * width; ++entry)
-    require(table.data()[entry] >= 0 && table.data()[entry] < cache.blocks,
-            "a row names a block that there is not");
-  for (int64_t token = 0; token < count; ++token)
-    require(ids.data()[token] >= 0 && ids.data()[token] < decoder.embedding->outputs(),
-            "an id is not in the vocabulary");
+  std::vector<int64_t> table;
+  for (const std::vector<int64_t>& blocks : tables) {
+    require(static_cast<int64_t>(blocks.size()) == width, "rows have tables of unequal length");
+    for (int64_t block : blocks)
+      require(block >= 0 && block < cache.blocks, "a row names a block that there is not");
+    table.insert(table.end(), blocks.begin(), blocks.end());
+  }
+  for (int64_t id : ids)
+    require(id >= 0 && id < decoder.embedding->outputs(), "an id is not in the vocabulary");
   for (size_t i = 0; i < wanted.size(); ++i)
     require(wanted[i] > (i ? wanted[i - 1] : -1) && wanted[i] < count,
             "wanted tokens are not in order, or not there");
@@ -289,7 +293,7 @@ void bind_layers(nb::module_& m) {
         "layer"_a, "residual_multiplier"_a);
   nb::class_<Decoder>(m, "Decoder")
       .def("__deepcopy__", &same)
-      .def("__call__", &apply_decoder, "ids"_a, "positions"_a, "starts"_a, "singles"_a, "table"_a,
+      .def("__call__", &apply_decoder, "ids"_a, "positions"_a, "starts"_a, "singles"_a, "tables"_a,
            "cache"_a, "sets"_a, "set_of_row"_a, "wanted"_a, "topk_ids"_a.none(),
            "topk_weights"_a.none(), "topk_scores"_a.none(), "out"_a)
       .def("most_slots", &slots_of_decoder, "sets"_a);

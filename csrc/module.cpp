@@ -1,6 +1,10 @@
 // The Python module `moescope.kernels._native`: checks shapes, lets go of the interpreter's lock,
 // and calls what ops.h declares. Arrays cross as DLPack, so no PyTorch is needed to build this.
+#include <nanobind/stl/tuple.h>
+
 #include <string>
+#include <tuple>
+#include <utility>
 #include <vector>
 
 #include "bindings.h"
@@ -25,7 +29,35 @@ void apply_log_sums(const Floats<2>& logits, float scale, const Output<1>& out) 
   const int64_t rows = logits.shape(0), vocab = logits.shape(1);
   require(has_shape(out, {rows}) && vocab > 0, "out does not fit the logits");
   nb::gil_scoped_release unlocked;
-  log_sums(logits.data(), rows, vocab, scale, out.data());
+  const std::vector<float> scales(rows, scale);
+  log_sums(logits.data(), rows, vocab, scales.data(), out.data());
+}
+
+// The likeliest of each row and the sums of all its tokens, as they are and times its `scale`: as
+// lists, which a few numbers cross in sooner than in arrays.
+std::tuple<std::vector<std::vector<int64_t>>, std::vector<std::vector<float>>, std::vector<float>,
+           std::vector<float>>
+apply_shortlist(const Floats<2>& logits, int64_t count, const std::vector<float>& scales) {
+  const int64_t rows = logits.shape(0), vocab = logits.shape(1);
+  require(count > 0 && count <= vocab && static_cast<int64_t>(scales.size()) == rows,
+          "count or scales do not fit the logits");
+  std::vector<int64_t> ids(rows * count);
+  std::vector<float> values(rows * count), sums(rows), scaled;
+  {
+    nb::gil_scoped_release unlocked;
+    const std::vector<float> ones(rows, 1.0f);
+    likeliest(logits.data(), rows, vocab, count, ids.data(), values.data());
+    log_sums(logits.data(), rows, vocab, ones.data(), sums.data());
+    scaled = sums;
+    if (scales != ones) log_sums(logits.data(), rows, vocab, scales.data(), scaled.data());
+  }
+  std::vector<std::vector<int64_t>> id_rows;
+  std::vector<std::vector<float>> value_rows;
+  for (int64_t first = 0; first < rows * count; first += count) {
+    id_rows.emplace_back(ids.begin() + first, ids.begin() + first + count);
+    value_rows.emplace_back(values.begin() + first, values.begin() + first + count);
+  }
+  return {std::move(id_rows), std::move(value_rows), std::move(sums), std::move(scaled)};
 }
 
 void apply_rms_norm(const FloatRows& x, const Floats<1>& weight, float eps, const OutputRows& out) {
@@ -69,5 +101,6 @@ NB_MODULE(_native, m) {
           "bytes"_a, "huge_pages"_a)
       .def("read", &ReadProbe::read, nb::call_guard<nb::gil_scoped_release>());
   m.def("likeliest", &apply_likeliest, "logits"_a, "ids"_a, "values"_a);
+  m.def("shortlist", &apply_shortlist, "logits"_a, "count"_a, "scales"_a);
   m.def("log_sums", &apply_log_sums, "logits"_a, "scale"_a, "out"_a);
 }

@@ -361,7 +361,7 @@ struct Decoder {
 void likeliest(const float* logits, int64_t rows, int64_t vocab, int64_t count, int64_t* ids,
                float* values);
 
-// out (rows,) = log(sum(exp(scale * logits)))
-void log_sums(const float* logits, int64_t rows, int64_t vocab, float scale, float* out);
+// out (rows,) = log(sum(exp(scales * logits))), with one of scales (rows,) for each row.
+void log_sums(const float* logits, int64_t rows, int64_t vocab, const float* scales, float* out);
 
 }  // namespace moescope

@@ -62,9 +62,9 @@ void likeliest(const float* logits, int64_t rows, int64_t vocab, int64_t count, 
   });
 }
 
-void log_sums(const float* logits, int64_t rows, int64_t vocab, float scale, float* out) {
+void log_sums(const float* logits, int64_t rows, int64_t vocab, const float* scales, float* out) {
   parallel(rows, [&](int64_t row) {
-    out[row] = kernels().log_sum_exp(logits + row * vocab, scale, vocab);
+    out[row] = kernels().log_sum_exp(logits + row * vocab, scales[row], vocab);
   });
 }
 

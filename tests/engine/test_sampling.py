@@ -158,7 +158,7 @@ def test_a_shortlist_chooses_as_all_logits_do(
         borders = {int(i): float(c) for i, c in zip(ids, ordered.cumsum(0), strict=True)}
         likelier = found if borders[found] < borders[expected] else expected
         assert abs(borders[likelier] - drawn) < 1e-5
-    assert shortlist.logprob(row, float(logits[expected])) == pytest.approx(
+    assert shortlist.logprob(row, expected, logits) == pytest.approx(
         float(logits.log_softmax(-1)[expected]), abs=1e-5
     )
 

@@ -172,22 +172,22 @@ class Reader:
         each = -(-slots // BLOCK)  # blocks of a row
         shape = batch * each, BLOCK, part.kv_heads, part.width
         held = [torch.full(shape, torch.nan, dtype=dtype) for _ in range(2)]
-        self.table = torch.arange(batch * each).flip(0).view(each, batch).T.contiguous()
+        self.tables = torch.arange(batch * each).flip(0).view(each, batch).T.tolist()
         self.slots = cpu.cache_slots([(held[0], held[1])])
 
     def read(self, positions: Tensor) -> Tensor:
         """Run the tokens that stand at `positions` `(batch, seq)` of each row."""
         ids = self.ids.gather(1, positions)
         batch, seq = ids.shape
-        starts, singles = torch.arange(batch + 1) * seq, batch if seq == 1 else 0
+        singles = batch if seq == 1 else 0
         states = cpu.run_decoder(
             self.layer,
-            ids.flatten(),
+            ids.flatten().tolist(),
             self.hidden,
-            positions.flatten(),
-            starts,
+            positions.flatten().tolist(),
+            range(0, (batch + 1) * seq, seq),
             singles,
-            self.table,
+            self.tables,
             self.slots,
         )
         return states.view(batch, seq, -1)

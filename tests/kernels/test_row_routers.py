@@ -1,5 +1,6 @@
 """Rows of one call whose routers are their own: each row's numbers are those of the row alone."""
 
+from itertools import accumulate
 from typing import Any
 
 import pytest
@@ -55,9 +56,9 @@ def read(
     others = cpu.RowRouters(sets, set_of_row) if sets else None
     chosen = decoder.choices(sum(counts), others)
     states = decoder.run_rows(
-        torch.tensor([token for row in rows for token in row]),
-        torch.tensor([at for count in counts for at in range(count)]),
-        torch.tensor([0, *counts]).cumsum(0),
+        [token for row in rows for token in row],
+        [at for count in counts for at in range(count)],
+        [*accumulate(counts, initial=0)],
         sum(count == 1 for count in counts),
         Cache(),
         max(counts),
@@ -115,3 +116,39 @@ def test_what_does_not_fit_is_refused() -> None:
     ]:
         with pytest.raises(ValueError, match=wrong):
             read(decoder, [[1, 2, 3]], sets, set_of_row)
+
+
+@pytest.mark.parametrize(
+    ("changed", "message"),
+    [
+        ({"starts": [0, 9, 3]}, "too few or many tokens"),
+        ({"starts": [0, 3, 3]}, "too few or many tokens"),
+        ({"starts": [0, 1, 2]}, "not all tokens"),
+        ({"starts": [0, 1]}, "do not fit the network"),
+        ({"positions": [0, 0]}, "do not fit the network"),
+        ({"positions": [0, 0, 4]}, "not in the cache"),
+        ({"positions": [0, 0, -1]}, "not in the cache"),
+        ({"tables": [[0], [1, 0]]}, "unequal length"),
+        ({"tables": [[0], [2]]}, "block that there is not"),
+        ({"input_ids": [0, 1, VOCAB]}, "not in the vocabulary"),
+    ],
+)
+def test_rows_that_do_not_fit_are_refused(changed: dict[str, Any], message: str) -> None:
+    if not cpu.available():
+        return
+    _, decoder = decoder_of(2, 1)
+    form = decoder.slot_form
+    slots = cpu.cache_slots([form.slots(2, 4) for _ in range(3)])
+    right = {
+        "input_ids": [0, 1, 2],
+        "hidden": decoder.embed_tokens.embedding_dim,
+        "positions": [0, 0, 1],
+        "starts": [0, 1, 3],
+        "singles": 1,
+        "tables": [[0], [1]],
+        "slots": slots,
+    }
+    assert decoder.all_layers is not None
+    assert cpu.run_decoder(decoder.all_layers, **right).isfinite().all()
+    with pytest.raises(ValueError, match=message):
+        cpu.run_decoder(decoder.all_layers, **right | changed)

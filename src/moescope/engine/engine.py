@@ -310,7 +310,7 @@ class Engine:
             token_id = choose(scores.cpu(), params, drawn)
         if text.state is not None:
             text.state.accept(token_id)
-        logprob = shortlist.logprob(at, float(logits[at, token_id]))
+        logprob = shortlist.logprob(at, token_id, row)
         return Choice(token_id, logprob, shortlist.top_logprobs(at, params.top_logprobs))
 
     def _scores(self, logits: Tensor, text: Sequence) -> Tensor:

@@ -98,7 +98,7 @@ class Runner:
         last = [end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last]
         if not last:
             return torch.empty(0, self.model.config.vocab_size)
-        return self._logits(states if len(last) == len(states) else states[last])
+        return self._logits(states if len(last) == states.shape[0] else states[last])
 
     def prepare(self, *, clean: bool) -> None:
         """See that all blocks are there and begin as they should.
@@ -121,9 +121,9 @@ class Runner:
         others = _row_routers(chunks)
         chosen = decoder.choices(starts[-1], others)
         states = decoder.run_rows(
-            torch.tensor([token_id for chunk in chunks for token_id in chunk.ids]),
-            torch.tensor([at for c in chunks for at in range(c.start, c.start + c.count)]),
-            torch.tensor(starts),
+            [token_id for chunk in chunks for token_id in chunk.ids],
+            [at for c in chunks for at in range(c.start, c.start + c.count)],
+            starts,
             sum(chunk.is_single for chunk in chunks),
             self.pool.rows([chunk.sequence.blocks for chunk in chunks], _length(chunks)),
             _length(chunks),

@@ -262,15 +262,15 @@ class Shortlist:
     """The likeliest tokens of each of several rows, in order, and what normalises the rows.
 
     Attributes:
-        ids: `(rows, count)` int64.
-        logits: `(rows, count)` float32, those of `ids`.
+        ids: of each row, as many for one as for another.
+        logits: those of `ids`.
         log_sums: logarithm of the sum of all tokens' exponentials, of each row.
         tempered: likewise, of the logits over each row's temperature.
         vocab: tokens that there are.
     """
 
-    ids: Tensor
-    logits: Tensor
+    ids: list[list[int]]
+    logits: list[list[float]]
     log_sums: list[float]
     tempered: list[float]
     vocab: int
@@ -280,27 +280,25 @@ class Shortlist:
         """Take the shortlist of `(rows, vocab)` logits; if no row wants more, of one token."""
         greedy = not any(one.temperature or one.top_logprobs for one in params)
         count = 1 if greedy else min(SHORTLIST, logits.shape[-1])
+        scales = [1 / one.temperature if one.temperature else 1.0 for one in params]
+        if _native(logits):
+            return cls(*cpu.shortlist(logits, count, scales), logits.shape[-1])
         ids, values = likeliest(logits, count)
-        sums = log_sums(logits).tolist()
-        tempered = [*sums]
-        for temperature in {one.temperature for one in params} - {0.0, 1.0}:
-            rows = [row for row, one in enumerate(params) if one.temperature == temperature]
-            for row, value in zip(
-                rows, log_sums(logits[rows], 1 / temperature).tolist(), strict=True
-            ):
-                tempered[row] = value
-        return cls(ids, values, sums, tempered, logits.shape[-1])
+        scaled = logits * torch.tensor(scales, device=logits.device)[:, None]
+        sums, tempered = log_sums(logits).tolist(), log_sums(scaled).tolist()
+        return cls(ids.tolist(), values.tolist(), sums, tempered, logits.shape[-1])
 
     def of_row(self, row: int, logits: Tensor, count: int) -> "Shortlist":
         """Take one of `count` tokens for a row alone, of logits `(vocab,)`."""
         ids, values = likeliest(logits[None], min(count, self.vocab))
-        return Shortlist(ids, values, [self.log_sums[row]], [self.tempered[row]], self.vocab)
+        sums, tempered = [self.log_sums[row]], [self.tempered[row]]
+        return Shortlist(ids.tolist(), values.tolist(), sums, tempered, self.vocab)
 
     def choose(self, row: int, params: SamplingParams, drawn: float) -> int | None:
         """Choose as `choose` does, or return None where it takes all logits."""
         if params.temperature == 0:
-            return int(self.ids[row, 0])
-        scaled = self.logits[row].double() / params.temperature
+            return self.ids[row][0]
+        scaled = torch.tensor(self.logits[row], dtype=torch.float64) / params.temperature
         log_sum = self.tempered[row]
         whole = len(scaled) == self.vocab  # whether no token beyond these can be chosen
         if params.top_k is not None:
@@ -324,21 +322,19 @@ class Shortlist:
         if not whole and drawn >= float(probabilities.sum()):
             return None
         share = drawn if whole else drawn / float(probabilities.sum())
-        return int(self.ids[row, _place(probabilities, share)])
+        return self.ids[row][_place(probabilities, share)]
 
-    def logprob(self, row: int, logit: float) -> float:
-        """Logarithm of the probability of a token of this logit, at temperature one."""
+    def logprob(self, row: int, token_id: int, logits: Tensor) -> float:
+        """Logarithm of a token's probability at temperature one, by its row's logits `(vocab,)`."""
+        listed, ids = self.logits[row], self.ids[row]
+        known = token_id in ids  # to look into a tensor takes longer
+        logit = listed[ids.index(token_id)] if known else float(logits[token_id])
         return logit - self.log_sums[row]
 
     def top_logprobs(self, row: int, count: int) -> tuple[tuple[int, float], ...]:
         """Ids and logprobs of a row's likeliest tokens, at temperature one."""
-        if not count:
-            return ()
-        ids, logits = self.ids[row, :count].tolist(), self.logits[row, :count].tolist()
-        return tuple(
-            (token_id, self.logprob(row, logit))
-            for token_id, logit in zip(ids, logits, strict=True)
-        )
+        best = zip(self.ids[row][:count], self.logits[row][:count], strict=True)
+        return tuple((token_id, logit - self.log_sums[row]) for token_id, logit in best)
 
 
 def likeliest(logits: Tensor, count: int) -> tuple[Tensor, Tensor]:

@@ -75,11 +75,11 @@ class CacheSlots:
 class Decoder:
     def __call__(
         self,
-        ids: Array,
-        positions: Array,
-        starts: Array,
+        ids: Sequence[int],
+        positions: Sequence[int],
+        starts: Sequence[int],
         singles: int,
-        table: Array,
+        tables: Sequence[Sequence[int]],
         cache: CacheSlots,
         sets: list[list[Router | None]],
         set_of_row: list[int],
@@ -142,6 +142,9 @@ def decoder(
 ) -> Decoder: ...
 def likeliest(logits: Array, ids: Array, values: Array) -> None: ...
 def log_sums(logits: Array, scale: float, out: Array) -> None: ...
+def shortlist(
+    logits: Array, count: int, scales: Sequence[float]
+) -> tuple[list[list[int]], list[list[float]], list[float], list[float]]: ...
 def router(
     weight: Array,
     logit_bias: Array | None,

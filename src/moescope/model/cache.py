@@ -68,7 +68,7 @@ class Cache:
         self._slots: dict[int, tuple[Tensor, Tensor]] = {}
         self._further: dict[tuple[int, str], _Further] = {}
         self._handle: object = None  # of the slots as they are now
-        self._table = torch.empty(0, 1, dtype=torch.int64)  # of the same
+        self._tables: list[list[int]] = []  # of the same
 
     def update(
         self, layer_idx: int, keys: Tensor, values: Tensor, positions: Tensor
@@ -114,7 +114,7 @@ class Cache:
         form: SlotForm,
         length: int,
         hand_over: HandOver[Handle],
-    ) -> tuple[Handle, Tensor]:
+    ) -> tuple[Handle, list[list[int]]]:
         """Make room for a kernel that stores keys and values of all layers itself.
 
         Args:
@@ -125,7 +125,7 @@ class Cache:
             hand_over: called again only when the slots have moved.
 
         Returns:
-            What `hand_over` made, and the blocks of each row, `(batch, blocks)` int64.
+            What `hand_over` made, and the blocks of each row, as many for one as for another.
         """
         self.length = max(self.length, length)
         if self._handle is None or self._slots[0][0].shape[1] < self.length:
@@ -134,8 +134,8 @@ class Cache:
                 keys, values = self._slots.get(layer_idx, empty)
                 self._slots[layer_idx] = _grow(keys, self.length), _grow(values, self.length)
             self._handle = hand_over([self._slots[layer_idx] for layer_idx in range(layers)])
-            self._table = torch.arange(batch)[:, None]
-        return cast(Handle, self._handle), self._table
+            self._tables = [[row] for row in range(batch)]
+        return cast(Handle, self._handle), self._tables
 
     @property
     def nbytes(self) -> int:
@@ -249,7 +249,7 @@ class BlockRows:
     def __init__(self, pool: BlockPool, tables: Sequence[Sequence[int]], length: int) -> None:
         self._pool, self._length = pool, length
         width = max(len(table) for table in tables)
-        self._tables = torch.tensor([[*t, *[0] * (width - len(t))] for t in tables])
+        self._tables = [[*table, *[0] * (width - len(table))] for table in tables]
         first = tables[0][0]
         side_by_side = list(tables[0]) == list(range(first, first + width))
         self._run = slice(first, first + width) if len(tables) == 1 and side_by_side else None
@@ -281,7 +281,7 @@ class BlockRows:
         form: SlotForm,
         length: int,
         hand_over: HandOver[Handle],
-    ) -> tuple[Handle, Tensor]:
+    ) -> tuple[Handle, list[list[int]]]:
         """Return what a kernel that stores keys and values itself knows these rows by."""
         assert batch == len(self._tables) and length == self._length
         return self._pool.handle(layers, form, hand_over), self._tables
@@ -292,7 +292,7 @@ class BlockRows:
         Returns:
             `(batch, used, ...)`.
         """
-        tables, size = self._tables.to(held.device), held.shape[1]
+        tables, size = torch.tensor(self._tables, device=held.device), held.shape[1]
         held[tables.gather(1, places // size), places % size] = states
         if self._run is not None:  # the blocks lie side by side
             return held[self._run].flatten(0, 1)[None, :used]

@@ -1,7 +1,6 @@
 """All layers in one call."""
 
 from collections.abc import Mapping, Sequence
-from functools import lru_cache
 from typing import cast
 
 import torch
@@ -65,11 +64,13 @@ class NativeDecoder(Decoder):
         batch, seq = input_ids.shape
         if positions is None:
             positions = torch.arange(seq).expand_as(input_ids)
-        starts = _row_starts(batch, seq)
-        singles = batch if seq == 1 else 0
-        length = int(positions.max()) + 1
         states = self.run_rows(
-            input_ids.flatten(), positions.flatten(), starts, singles, slots, length
+            input_ids.flatten().tolist(),
+            positions.flatten().tolist(),
+            range(0, (batch + 1) * seq, seq),
+            batch if seq == 1 else 0,
+            slots,
+            int(positions.max()) + 1,
         )
         return states.view(batch, seq, -1)
 
@@ -83,9 +84,9 @@ class NativeDecoder(Decoder):
 
     def run_rows(
         self,
-        input_ids: Tensor,
-        positions: Tensor,
-        starts: Tensor,
+        input_ids: Sequence[int],
+        positions: Sequence[int],
+        starts: Sequence[int],
         singles: int,
         cache: Cache | BlockRows,
         length: int,
@@ -93,12 +94,12 @@ class NativeDecoder(Decoder):
         others: cpu.RowRouters | None = None,
         chosen: cpu.Chosen | None = None,
     ) -> Tensor:
-        """Run all layers over rows of unequal length, `(tokens,)`, where `is_joined`.
+        """Run all layers over rows of unequal length, where `is_joined`.
 
         Args:
             input_ids: one row's tokens after the other's.
             positions: of the tokens.
-            starts: `(rows + 1,)`, where rows begin, and the end.
+            starts: where rows begin, and the end.
             singles: rows, the first ones, of one token that is read as generated ones are.
             cache: of the rows.
             length: of the longest text, with these tokens.
@@ -110,7 +111,7 @@ class NativeDecoder(Decoder):
             `(wanted, hidden)` before the norm.
         """
         assert self.all_layers is not None
-        held, table = cache.reserve(
+        held, tables = cache.reserve(
             len(self._mlps), len(starts) - 1, self.slot_form, length, cpu.cache_slots
         )
         return cpu.run_decoder(
@@ -120,7 +121,7 @@ class NativeDecoder(Decoder):
             positions,
             starts,
             singles,
-            table,
+            tables,
             held,
             wanted,
             others,
@@ -169,9 +170,3 @@ class NativeDecoder(Decoder):
             (self.rotary_emb.inv_freq, self.rotary_emb.attention_factor),
             self.embedding_multiplier,
         )
-
-
-@lru_cache(maxsize=64)
-def _row_starts(batch: int, seq: int) -> Tensor:
-    """Where rows of so many tokens begin, and the end: `(batch + 1,)`."""
-    return torch.arange(0, (batch + 1) * seq, seq)

@@ -36,6 +36,7 @@ from moescope.kernels.cpu.layers import (
 from moescope.kernels.cpu.logits import (
     likeliest,
     log_sums,
+    shortlist,
 )
 from moescope.kernels.cpu.products import (
     feed_forward,
@@ -122,6 +123,7 @@ __all__ = [
     "run_decoder",
     "set_threads",
     "settle",
+    "shortlist",
     "stored_bytes",
     "stream_weights",
     "threads",

@@ -78,12 +78,12 @@ def cache_slots(slots: list[tuple[Tensor, Tensor]]) -> CacheSlots:
 
 def run_decoder(
     layers: Decoder,
-    input_ids: Tensor,
+    input_ids: Sequence[int],
     hidden: int,
-    positions: Tensor,
-    starts: Tensor,
+    positions: Sequence[int],
+    starts: Sequence[int],
     singles: int,
-    table: Tensor,
+    tables: Sequence[Sequence[int]],
     slots: CacheSlots,
     wanted: Sequence[int] | None = None,
     others: RowRouters | None = None,
@@ -93,12 +93,12 @@ def run_decoder(
 
     Args:
         layers: made by `decoder`.
-        input_ids: `(tokens,)` int64, below the rows of the embedding, one row after the other.
+        input_ids: of the tokens, below the rows of the embedding, one row after the other.
         hidden: width of the embedding.
-        positions: `(tokens,)` int64, each in one of its row's blocks.
-        starts: `(rows + 1,)` int64, where the rows begin among the tokens, and the end.
+        positions: of the tokens, each in one of its row's blocks.
+        starts: where the rows begin among the tokens, and the end: one more than there are rows.
         singles: how many rows, the first ones, have one token that is read as generated ones are.
-        table: `(rows, width)` int64, the blocks in which a row's slots lie, in order.
+        tables: for each row the blocks in which its slots lie, in order; all of one length.
         slots: to which the new tokens' keys and values are written.
         wanted: the tokens, in order, whose outputs are wanted, None for all; of the others the last
             layer does no more than store keys and values. The numbers of the wanted are the same.
@@ -106,13 +106,13 @@ def run_decoder(
         chosen: made by `choices`, gets what is chosen; nothing where the last layer was not asked.
     """
     wanted = range(len(input_ids)) if wanted is None else wanted
-    out = torch.empty(*input_ids.shape, hidden)
+    out = torch.empty(len(input_ids), hidden)
     layers(
-        memory_of(input_ids.contiguous()),
-        memory_of(positions.contiguous()),
-        memory_of(starts),
+        input_ids,
+        positions,
+        starts,
         singles,
-        memory_of(table.contiguous()),
+        tables,
         slots,
         [] if others is None else others.sets,
         [] if others is None else others.set_of_row,
@@ -122,4 +122,4 @@ def run_decoder(
         None if chosen is None else memory_of(chosen.scores),
         memory_of(out),
     )
-    return out[: len(wanted)]
+    return out if len(wanted) == len(input_ids) else out[: len(wanted)]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 from torch import Tensor
 
@@ -26,3 +28,14 @@ def log_sums(logits: Tensor, scale: float = 1.0) -> Tensor:
     out = torch.empty(len(rows))
     extension.native.log_sums(memory_of(rows), scale, memory_of(out))
     return out
+
+
+def shortlist(
+    logits: Tensor, count: int, scales: Sequence[float]
+) -> tuple[list[list[int]], list[list[float]], list[float], list[float]]:
+    """What choosing a token of each row of `(rows, vocab)` takes, as lists.
+
+    Returns the ids and logits of `likeliest`, then `log_sums` of the logits and of those times
+    each row's scale.
+    """
+    return extension.native.shortlist(memory_of(as_rows(logits)), count, scales)
