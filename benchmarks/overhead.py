@@ -17,7 +17,6 @@ from peers import Moescope
 
 from moescope import load
 from moescope.kernels.cpu import extension
-from moescope.native.decoder import NativeDecoder
 
 PROMPT = 64
 WARM_UP = 20
@@ -36,11 +35,17 @@ class Timed:
         return Timed(found) if callable(found) else found
 
     def __call__(self, *arguments: Any) -> Any:
+        plain = [_plain(argument) for argument in arguments]
         start = perf_counter()
-        try:
-            return self._of(*arguments)
-        finally:
-            Timed.spent += perf_counter() - start
+        result = self._of(*plain)
+        Timed.spent += perf_counter() - start
+        return Timed(result) if type(result).__module__ == extension.native.__name__ else result
+
+
+def _plain(argument: Any) -> Any:
+    if isinstance(argument, list):
+        return [_plain(one) for one in argument]
+    return argument._of if isinstance(argument, Timed) else argument
 
 
 def main() -> None:
@@ -48,12 +53,8 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--tokens", type=int, default=400)
     arguments = parser.parse_args()
-    model = load("tiny", backend="cpu").network
-    decoder = model.model
-    assert isinstance(decoder, NativeDecoder) and decoder.is_joined
-    decoder.all_layers = Timed(decoder.all_layers)  # type: ignore[assignment]
-    model.lm_head.packed = Timed(model.lm_head.packed)  # type: ignore[assignment]
     extension.native = Timed(extension.native)  # type: ignore[assignment]
+    model = load("tiny", backend="cpu").network
     runner = Moescope(model)
     generator = torch.Generator().manual_seed(0)
     prompt = torch.randint(model.config.vocab_size, (1, PROMPT), generator=generator)

@@ -168,6 +168,24 @@ std::shared_ptr<Decoder> make_decoder(
               {feed_forward.begin(), feed_forward.end()}});
 }
 
+std::shared_ptr<Head> make_head(const Floats<1>& norm, float eps, const SharedWeights& weights,
+                                const std::optional<Floats<1>>& bias) {
+  const int64_t outputs = weights->matrices() * weights->outputs();
+  require(has_shape(norm, {weights->columns()}) && (!bias || has_shape(*bias, {outputs})),
+          "norm, weights and bias do not fit together");
+  return std::make_shared<Head>(Head{norm_of(norm, eps), {weights, copied(bias)}});
+}
+
+void apply_head(const Head& head, const Floats<2>& states, const Output<2>& out) {
+  const Weights& weights = *head.projection.weights;
+  const int64_t rows = states.shape(0);
+  require(has_shape(states, {rows, weights.columns()}) &&
+              has_shape(out, {rows, weights.matrices() * weights.outputs()}),
+          "states or out do not fit the head");
+  nb::gil_scoped_release unlocked;
+  head.forward(states.data(), rows, out.data());
+}
+
 // Every layer's slots, which it keeps alive, so that a call need not hand over each of them.
 struct CacheSlots {
   std::vector<CacheArray> key_arrays, value_arrays;
@@ -259,12 +277,15 @@ void apply_decoder(const Decoder& decoder, const std::vector<int64_t>& ids,
   const Steering steering = steering_of(decoder, sets, set_of_row, rows);
   const int64_t slots = decoder.most_slots(steering), sparse = decoder.sparse_layers();
   Chosen chosen{};
+  std::vector<float> weights;  // that nobody asks for
   if (topk_ids && sparse) {
-    require(topk_weights && topk_scores && has_shape(*topk_ids, {sparse, count, slots}) &&
-                has_shape(*topk_weights, {sparse, count, slots}) &&
-                has_shape(*topk_scores, {sparse, count, slots}),
+    const auto fits = [&](const auto& array) { return has_shape(array, {sparse, count, slots}); };
+    require(fits(*topk_ids) && (!topk_weights || fits(*topk_weights)) &&
+                (!topk_scores || fits(*topk_scores)),
             "topk_ids, topk_weights or topk_scores do not fit the network");
-    chosen = {slots, topk_ids->data(), topk_weights->data(), topk_scores->data()};
+    if (!topk_weights) weights.resize(sparse * count * slots);
+    chosen = {slots, topk_ids->data(), topk_weights ? topk_weights->data() : weights.data(),
+              topk_scores ? topk_scores->data() : nullptr};
   }
   nb::gil_scoped_release unlocked;
   decoder.forward(ids.data(), positions.data(), rows, singles, starts.data(), table.data(), width,
@@ -299,6 +320,10 @@ void bind_layers(nb::module_& m) {
       .def("most_slots", &slots_of_decoder, "sets"_a);
   m.def("decoder", &make_decoder, "embedding"_a, "attention"_a, "feed_forward"_a, "frequencies"_a,
         "rotation_factor"_a, "embedding_multiplier"_a);
+  nb::class_<Head>(m, "Head")
+      .def("__deepcopy__", &same)
+      .def("__call__", &apply_head, "states"_a, "out"_a);
+  m.def("head", &make_head, "norm"_a, "eps"_a, "weights"_a, "bias"_a.none());
   nb::class_<CacheSlots>(m, "CacheSlots").def("__init__", &make_cache_slots, "keys"_a, "values"_a);
 }
 

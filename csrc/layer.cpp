@@ -72,6 +72,13 @@ void Norm::forward(const float* x, float* out) const {
   kernels().rms_norm(x, weight.data(), eps, width(), out);
 }
 
+void Head::forward(const float* states, int64_t rows, float* logits) const {
+  static thread_local QuantizedRows scratch;
+  QuantizedRows& rounded = scratch;  // the caller's, seen by all threads
+  round_normed(norm, {projection.weights.get()}, states, rows, rounded);
+  multiply_all({projection.to(logits)}, rounded, rows);
+}
+
 void route(const Router* const* routers, const float* x, const int64_t* ids, int64_t tokens,
            Chosen chosen) {
   static thread_local std::vector<float> caller_scores;

@@ -157,6 +157,14 @@ struct Projection {
   }
 };
 
+// What follows the layers: a norm and the map to logits.
+struct Head {
+  Norm norm;
+  Projection projection;
+  // states (rows, hidden) to logits (rows, outputs).
+  void forward(const float* states, int64_t rows, float* logits) const;
+};
+
 // New tokens of several rows, one row after the other, and where they stand. The first `singles` rows
 // have a token each that is read as generated ones are; the others' are read as prompts.
 struct Tokens {

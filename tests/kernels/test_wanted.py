@@ -66,10 +66,15 @@ class Rows:
         self.generator = torch.Generator().manual_seed(sum(lengths))
 
     def read(
-        self, counts: list[int], known: list[int], wanted: list[int] | None
+        self,
+        counts: list[int],
+        known: list[int],
+        wanted: list[int] | None,
+        *,
+        ids_alone: bool = False,
     ) -> tuple[torch.Tensor, cpu.Chosen]:
         total = sum(counts)
-        chosen = self.decoder.choices(total, self.others)
+        chosen = self.decoder.choices(total, self.others, ids_alone=ids_alone)
         states = self.decoder.run_rows(
             torch.randint(VOCAB, (total,), generator=self.generator).tolist(),
             [at for k, n in zip(known, counts, strict=True) for at in range(k, k + n)],
@@ -83,8 +88,10 @@ class Rows:
         )
         return states, chosen
 
-    def read_whole(self, wanted: list[int] | None) -> tuple[torch.Tensor, cpu.Chosen]:
-        return self.read(self.lengths, [0] * len(self.lengths), wanted)
+    def read_whole(
+        self, wanted: list[int] | None, *, ids_alone: bool = False
+    ) -> tuple[torch.Tensor, cpu.Chosen]:
+        return self.read(self.lengths, [0] * len(self.lengths), wanted, ids_alone=ids_alone)
 
     def read_one_more(self) -> torch.Tensor:
         return self.read([1] * len(self.lengths), self.lengths, None)[0]
@@ -105,7 +112,7 @@ def test_wanted_tokens_are_what_they_are_among_all(
 ) -> None:
     total = sum(lengths)
     wanted = sorted(data.draw(st.sets(st.integers(0, total - 1))))
-    some, every = (Rows(family, lengths, weights, steered) for _ in range(2))
+    some, every, unasked = (Rows(family, lengths, weights, steered) for _ in range(3))
     states, chosen = some.read_whole(wanted)
     all_states, all_chosen = every.read_whole(None)
     assert torch.equal(states, all_states[wanted])
@@ -116,6 +123,9 @@ def test_wanted_tokens_are_what_they_are_among_all(
             expected[-1, left_out] = nothing
         assert torch.equal(found, expected)
     assert torch.equal(some.read_one_more(), every.read_one_more())
+    same, ids_alone = unasked.read_whole(wanted, ids_alone=True)
+    assert torch.equal(same, states) and torch.equal(ids_alone.ids, chosen.ids)
+    assert ids_alone.weights is None and ids_alone.scores is None
 
 
 @pytest.mark.parametrize("wanted", [[1, 0], [0, 0], [-1], [3]])

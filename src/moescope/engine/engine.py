@@ -222,7 +222,6 @@ class Engine:
         salt = b"" if steered is None else steered.salt
         return Sequence(list(ids), params, room, number, request, salt, writer, steered)
 
-    @torch.inference_mode()
     def step(
         self, scheduler: Scheduler, recorder: Recorder | None = None
     ) -> list[tuple[Sequence, Token | Exception]]:
@@ -235,7 +234,7 @@ class Engine:
         Raises:
             ValueError: the cache has been replaced since the scheduler was made.
         """
-        with self._lock:
+        with self._lock, torch.inference_mode():
             if scheduler.blocks is not self.blocks:
                 raise ValueError(
                     "this scheduler's blocks are of a cache that `limit_cache` replaced"

@@ -1,6 +1,6 @@
 """Which experts served which tokens: what a pass chose, dealt out to the texts that were in it."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from threading import Lock
 
 import torch
@@ -20,27 +20,28 @@ class RoutingRecorder(Recorder):
     wants_routing_alone = True
 
     def __init__(self) -> None:
-        self._layers: list[Chosen] = []  # (tokens, slots) each
+        self._layers: list[tuple[Tensor, Tensor, Tensor]] = []  # (tokens, slots) each
 
     def routing(self, layer_idx: int, routing: Routing) -> None:
         """See what the router of a layer decided."""
         ids = routing.topk_ids
         scores = routing.scores.float().gather(1, ids.clamp(min=0)).masked_fill(ids == UNUSED, 0.0)
         weights = routing.topk_weights.float()
-        self._layers.append(Chosen(ids.cpu(), weights.cpu(), scores.cpu()))
+        self._layers.append((ids.cpu(), weights.cpu(), scores.cpu()))
 
     def chosen(self) -> Chosen | None:
         """Return it, and forget it; None where there is no router."""
         layers, self._layers = self._layers, []
         if not layers:
             return None
-        slots = max(layer.ids.shape[1] for layer in layers)
-        padded = [(layer, (0, slots - layer.ids.shape[1])) for layer in layers]
-        return Chosen(
-            torch.stack([F.pad(layer.ids, room, value=UNUSED) for layer, room in padded]),
-            torch.stack([F.pad(layer.weights, room) for layer, room in padded]),
-            torch.stack([F.pad(layer.scores, room) for layer, room in padded]),
-        )
+        slots = max(ids.shape[1] for ids, _, _ in layers)
+
+        def stacked(parts: Iterable[Tensor], value: int = 0) -> Tensor:
+            padded = [F.pad(part, (0, slots - part.shape[1]), value=value) for part in parts]
+            return torch.stack(padded)
+
+        ids, weights, scores = zip(*layers, strict=True)
+        return Chosen(stacked(ids, UNUSED), stacked(weights), stacked(scores))
 
 
 COUNTED_AT_ONCE = 256
@@ -97,7 +98,7 @@ def deal_out(chosen: Chosen, chunks: Sequence[Chunk], layers: tuple[int, ...]) -
     """Give each text that asks for it what was chosen for its tokens, each of them once.
 
     Args:
-        chosen: in a pass over the chunks, one after the other.
+        chosen: in a pass over the chunks, one after the other; with weights and scores if one asks.
         chunks: that were read.
         layers: that have routers, by index.
     """
@@ -107,7 +108,8 @@ def deal_out(chosen: Chosen, chunks: Sequence[Chunk], layers: tuple[int, ...]) -
         known = sequence.routed_tokens - chunk.start  # where a text is read again
         if sequence.params.routed_experts and known < chunk.count:
             at = slice(first + known, last)
-            ids = chosen.ids[:, at]
+            ids, weights, scores = chosen.ids[:, at], chosen.weights, chosen.scores
+            assert weights is not None and scores is not None
             # An expert never follows an empty slot.
             slots = int((ids != UNUSED).any(0).any(0).sum())
             sequence.add_routed(
@@ -115,8 +117,8 @@ def deal_out(chosen: Chosen, chunks: Sequence[Chunk], layers: tuple[int, ...]) -
                     chunk.start + known,
                     layers,
                     ids[..., :slots].transpose(0, 1).to(torch.int16),
-                    chosen.weights[:, at, :slots].transpose(0, 1).clone(),
-                    chosen.scores[:, at, :slots].transpose(0, 1).clone(),
+                    weights[:, at, :slots].transpose(0, 1).clone(),
+                    scores[:, at, :slots].transpose(0, 1).clone(),
                 )
             )
         first = last

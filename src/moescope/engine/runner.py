@@ -18,6 +18,7 @@ from moescope.model.decoder import CausalLM
 from moescope.model.recorder import Recorder
 from moescope.model.steering import moe_layers
 from moescope.native.decoder import NativeDecoder
+from moescope.native.head import NativeHead
 
 ROWS_OF_AN_EXPERT = 12
 """Tokens with which an expert's product takes about as long as reading its weights."""
@@ -73,6 +74,7 @@ class Runner:
         self.model, self.blocks = model, blocks
         self.pool = BlockPool(blocks.size, blocks.limit)
         self.device = model.lm_head.weight.device
+        self._head = NativeHead(model) if NativeHead.is_native(model) else None
         self.load = ExpertLoad(list(moe_layers(model)), model.config.n_routed_experts or 0)
 
     def run(self, chunks: Sequence[Chunk], recorder: Recorder | None = None) -> Tensor:
@@ -112,21 +114,24 @@ class Runner:
         self.blocks.moves.clear()
 
     def _logits(self, states: Tensor) -> Tensor:
+        if self._head is not None:
+            return self._head(states)
         return self.model.logits(self.model.model.norm(states))
 
     def _together(self, decoder: NativeDecoder, chunks: Sequence[Chunk]) -> Tensor:
         """The hidden states `(wanted, hidden)` of all chunks, in one pass over the weights."""
         starts = [*accumulate((chunk.count for chunk in chunks), initial=0)]
         ends = zip(chunks, starts[1:], strict=True)
-        others = _row_routers(chunks)
-        chosen = decoder.choices(starts[-1], others)
+        others, length = _row_routers(chunks), _length(chunks)
+        asked = any(chunk.sequence.params.routed_experts for chunk in chunks)
+        chosen = decoder.choices(starts[-1], others, ids_alone=not asked)
         states = decoder.run_rows(
             [token_id for chunk in chunks for token_id in chunk.ids],
             [at for c in chunks for at in range(c.start, c.start + c.count)],
             starts,
             sum(chunk.is_single for chunk in chunks),
-            self.pool.rows([chunk.sequence.blocks for chunk in chunks], _length(chunks)),
-            _length(chunks),
+            self.pool.rows([chunk.sequence.blocks for chunk in chunks], length),
+            length,
             [token for chunk, end in ends for token in range(end - chunk.wanted, end)],
             others,
             chosen,

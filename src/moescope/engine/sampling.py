@@ -353,4 +353,4 @@ def log_sums(logits: Tensor, scale: float = 1.0) -> Tensor:
 
 
 def _native(logits: Tensor) -> bool:
-    return cpu.available() and logits.device.type == "cpu"
+    return logits.is_cpu and cpu.available()

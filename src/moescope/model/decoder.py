@@ -92,7 +92,10 @@ class CausalLM(nn.Module):
 
     def logits(self, hidden_states: Tensor) -> Tensor:
         """Map normed `(..., hidden)` to next-token logits `(..., vocab)`, float32."""
-        logits = self.lm_head(hidden_states).float()
+        return self.scaled(self.lm_head(hidden_states).float())
+
+    def scaled(self, logits: Tensor) -> Tensor:
+        """Divide what the head makes, `(..., vocab)`, as the model's config says."""
         scaling = self.config.logits_scaling
         return logits if scaling == 1 else logits / scaling
 

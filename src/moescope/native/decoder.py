@@ -128,11 +128,12 @@ class NativeDecoder(Decoder):
             chosen,
         )
 
-    def choices(self, tokens: int, others: cpu.RowRouters | None) -> cpu.Chosen:
-        """Room for what all routers choose for so many tokens."""
+    def choices(
+        self, tokens: int, others: cpu.RowRouters | None, *, ids_alone: bool = False
+    ) -> cpu.Chosen:
+        """Room for what all routers choose for so many tokens, or for the experts' ids alone."""
         assert self.all_layers is not None
-        depth = sum(gate is not None for gate in self.joined_gates)
-        return cpu.choices(self.all_layers, depth, tokens, others)
+        return cpu.choices(self.all_layers, self._sparse, tokens, others, ids_alone=ids_alone)
 
     def joined_routers(self, gates: Mapping[int, Router]) -> "list[cpu.Router | None]":
         """The routers of all layers, with other gates of known rules in some, for the one call."""
@@ -148,6 +149,7 @@ class NativeDecoder(Decoder):
     def _join(self, gates: list[Router | None], layers: "list[DecoderLayer]") -> None:
         """Put all layers into one call; there is none where a router is not the kernels'."""
         self.joined_gates = gates
+        self._sparse = sum(gate is not None for gate in gates)
         self.all_layers: cpu.Decoder | None = None
         if not self.attention:
             return

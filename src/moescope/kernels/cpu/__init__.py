@@ -31,7 +31,9 @@ from moescope.kernels.cpu.layers import (
     cache_slots,
     decoder,
     feed_forward_block,
+    head,
     run_decoder,
+    run_head,
 )
 from moescope.kernels.cpu.logits import (
     likeliest,
@@ -81,6 +83,7 @@ if TYPE_CHECKING:  # the extension's own types, for annotations
         FeedForward as FeedForward,
         FeedForwardBlock as FeedForwardBlock,
         GroupedAttention as GroupedAttention,
+        Head as Head,
         LatentAttention as LatentAttention,
         Router as Router,
         Weights as Weights,
@@ -103,6 +106,7 @@ __all__ = [
     "feed_forward_block",
     "feed_forward_layer",
     "grouped_attention",
+    "head",
     "instruction_set",
     "instruction_sets",
     "latent_attention",
@@ -121,6 +125,7 @@ __all__ = [
     "router",
     "rows",
     "run_decoder",
+    "run_head",
     "set_threads",
     "settle",
     "shortlist",

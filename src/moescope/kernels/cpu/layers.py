@@ -10,7 +10,7 @@ from torch import Tensor
 
 from moescope.kernels.cpu import extension
 from moescope.kernels.cpu.routing import Chosen, RowRouters
-from moescope.kernels.cpu.tensors import memory_of
+from moescope.kernels.cpu.tensors import memory_of, memory_or_none
 
 if TYPE_CHECKING:
     from moescope.kernels._native import (
@@ -19,6 +19,7 @@ if TYPE_CHECKING:
         Decoder,
         FeedForward,
         FeedForwardBlock,
+        Head,
         Router,
         Weights,
     )
@@ -118,8 +119,22 @@ def run_decoder(
         [] if others is None else others.set_of_row,
         wanted,
         None if chosen is None else memory_of(chosen.ids),
-        None if chosen is None else memory_of(chosen.weights),
-        None if chosen is None else memory_of(chosen.scores),
+        None if chosen is None else memory_or_none(chosen.weights),
+        None if chosen is None else memory_or_none(chosen.scores),
         memory_of(out),
     )
     return out if len(wanted) == len(input_ids) else out[: len(wanted)]
+
+
+def head(norm: tuple[Tensor, float], weights: Weights, bias: Tensor | None = None) -> Head:
+    """Join the last norm and the map to logits into one call for `run_head`."""
+    return extension.native.head(
+        memory_of(norm[0].detach()), norm[1], weights, memory_or_none(bias)
+    )
+
+
+def run_head(head: Head, outputs: int, states: Tensor) -> Tensor:
+    """Map `(rows, hidden)` of the last layer to `(rows, outputs)` float32."""
+    out = torch.empty(states.shape[0], outputs)
+    head(memory_of(states.float().contiguous()), memory_of(out))
+    return out

@@ -88,13 +88,13 @@ class Chosen:
 
     Attributes:
         ids: of experts, int64; -1 in a slot that no expert is left for.
-        weights: float32.
-        scores: before they became weights, float32.
+        weights: float32; None if nobody asks.
+        scores: before they became weights, likewise.
     """
 
     ids: Tensor
-    weights: Tensor
-    scores: Tensor
+    weights: Tensor | None
+    scores: Tensor | None
 
 
 @dataclass(frozen=True)
@@ -110,9 +110,14 @@ class RowRouters:
     set_of_row: list[int]
 
 
-def choices(layers: Decoder, depth: int, tokens: int, others: RowRouters | None) -> Chosen:
+def choices(
+    layers: Decoder, depth: int, tokens: int, others: RowRouters | None, *, ids_alone: bool = False
+) -> Chosen:
     """Room for what `depth` routers of a decoder choose for so many tokens."""
-    slots = layers.most_slots([] if others is None else others.sets)
-    shape = depth, tokens, slots
+    shape = depth, tokens, layers.most_slots([] if others is None else others.sets)
     ids = torch.empty(shape, dtype=torch.int64)
-    return Chosen(ids, torch.empty(shape), torch.empty(shape))
+    return (
+        Chosen(ids, None, None)
+        if ids_alone
+        else Chosen(ids, torch.empty(shape), torch.empty(shape))
+    )
