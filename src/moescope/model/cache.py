@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from typing import TypeVar, cast
 
 import torch
@@ -286,13 +287,17 @@ class BlockRows:
         assert batch == len(self._tables) and length == self._length
         return self._pool.handle(layers, form, hand_over), self._tables
 
+    @cached_property
+    def _table(self) -> Tensor:
+        return torch.tensor(self._tables)
+
     def _stored(self, held: Tensor, states: Tensor, places: Tensor, used: int) -> Tensor:
         """Store states `(batch, seq, ...)` in `(blocks, slots, ...)`; return the rows' first slots.
 
         Returns:
             `(batch, used, ...)`.
         """
-        tables, size = torch.tensor(self._tables, device=held.device), held.shape[1]
+        tables, size = self._table.to(held.device), held.shape[1]
         held[tables.gather(1, places // size), places % size] = states
         if self._run is not None:  # the blocks lie side by side
             return held[self._run].flatten(0, 1)[None, :used]

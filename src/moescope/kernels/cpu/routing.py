@@ -116,8 +116,6 @@ def choices(
     """Room for what `depth` routers of a decoder choose for so many tokens."""
     shape = depth, tokens, layers.most_slots([] if others is None else others.sets)
     ids = torch.empty(shape, dtype=torch.int64)
-    return (
-        Chosen(ids, None, None)
-        if ids_alone
-        else Chosen(ids, torch.empty(shape), torch.empty(shape))
-    )
+    if ids_alone:
+        return Chosen(ids, None, None)
+    return Chosen(ids, torch.empty(shape), torch.empty(shape))
