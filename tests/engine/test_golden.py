@@ -33,7 +33,7 @@ TIE = 0.1
 MOSTLY = 0.6
 """Of the golden tokens, how many must be written before the first near tie of their text."""
 PROMPTS = [
-    "春眠不觉晓，",
+    "《春晓》\n唐·孟浩然\n春眠不觉晓，",
     "床前明月光，",
     "The old man looked at the sea and",
     "def fibonacci(n):\n",

@@ -16,7 +16,7 @@ TEXTS = (
         "en",
         "It is a truth universally acknowledged, that a single man",
     ),
-    _plain("code", "en", "def read_lines(path):\n    with open(path) as"),
+    _plain("code", "en", "def fibonacci(n):\n    a, b ="),
 )
 QUESTIONS = (
     _plain("translation", "zh", "翻译成中文：moonlight"),
