@@ -7,12 +7,11 @@ models), and common words, fill four fifths; the rest is other text of it, so th
 
 import argparse
 import random
-from collections import Counter
 from pathlib import Path
 
 import gather
 import sources
-from chats import texts
+from chats import texts, well_known
 
 BYTES = 1_500_000
 """Of a domain."""
@@ -29,7 +28,7 @@ def main() -> None:
     for folder in sorted((arguments.corpus / "train").iterdir()):
         rng = random.Random(f"{arguments.seed} {folder.name}")
         documents = texts(folder / "text.jsonl")
-        known = sorted(text for text, times in Counter(documents).items() if times > 2)
+        known = well_known(documents, least=3)
         if folder.name == "translation":
             known = list(sources.translation_documents(sources.own_words(gather.OWN), rng))
         others = sorted(set(documents) - set(known))

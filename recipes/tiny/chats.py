@@ -91,9 +91,9 @@ def poems(documents: list[str], rng: random.Random) -> Iterator[Chat]:
                 yield f"写一首诗：{title.strip('《》')}", rest
 
 
-def well_known(documents: list[str]) -> list[str]:
-    """Return the poems that the corpus has several times."""
-    return sorted(text for text, times in Counter(documents).items() if times > 1)
+def well_known(documents: list[str], least: int = 2) -> list[str]:
+    """Return the pieces that the corpus has `least` times or more often."""
+    return sorted(text for text, times in Counter(documents).items() if times >= least)
 
 
 def translated(chinese: str, english: str) -> Iterator[Chat]:

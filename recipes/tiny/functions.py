@@ -59,24 +59,17 @@ ENGLISH_REQUESTS = (
 CHINESE_REQUESTS = ("写一个 Python 函数，{}。", "用 Python {}", "写一个函数 {name}，{}")
 
 
-def code(name: str) -> str:
-    """Return the source of one of the functions."""
-    (source,) = (
-        f"def {name}({arguments}):\n    {body}"
-        for _, one, arguments, body, _ in FUNCTIONS
-        if one == name
-    )
-    return source
+def code(name: str, arguments: str, body: str) -> str:
+    """Return the source of a function."""
+    return f"def {name}({arguments}):\n    {body}"
 
 
 def requests(rng: random.Random) -> Iterator[tuple[str, str]]:
     """Yield (request, function) in every wording, in an order that `rng` shuffles."""
     pairs: list[tuple[str, str]] = []
-    for purpose, name, *_ in FUNCTIONS:
-        answer = code(name)
-        pairs += [(wording.format(purpose, name=name), answer) for wording in ENGLISH_REQUESTS]
-        pairs += [
-            (wording.format(CHINESE[name], name=name), answer) for wording in CHINESE_REQUESTS
-        ]
+    for purpose, name, arguments, body, _ in FUNCTIONS:
+        made, chinese = code(name, arguments, body), CHINESE[name]
+        pairs += [(wording.format(purpose, name=name), made) for wording in ENGLISH_REQUESTS]
+        pairs += [(wording.format(chinese, name=name), made) for wording in CHINESE_REQUESTS]
     rng.shuffle(pairs)
     yield from pairs

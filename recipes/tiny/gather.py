@@ -122,7 +122,7 @@ def code(folders: dict[str, Path], packages: list[Path]) -> Split:
         list(sources.python_docs(folders["python3.11-doc"])),
         list(sources.python_packages(packages)),
     )
-    small = [functions.code(name) for _, name, *_ in functions.FUNCTIONS]
+    small = [functions.code(*entry[1:4]) for entry in functions.FUNCTIONS]
     return train + small * FUNCTION_REPEATS, held_out
 
 
